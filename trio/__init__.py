@@ -1,0 +1,55 @@
+"""trio-vlm: visual-token pruning for vision-language models, and batch jobs that use it.
+
+`import trio` is cheap: torch, transformers and ray are loaded by the first use of a name that needs
+them. A name that is not ours is looked up in the async library `trio`, if that is installed as well
+(see `trio._beside`), so that its users in the same environment keep working.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from trio import _beside
+
+if TYPE_CHECKING:
+    from trio.config import Pruning
+    from trio.engine.engine import Engine
+    from trio.engine.request import Request, Result, Sampling
+    from trio.patching import patch, unpatch
+    from trio.pruning.schedule import Schedule
+
+__all__ = [
+    "Engine",
+    "Pruning",
+    "Request",
+    "Result",
+    "Sampling",
+    "Schedule",
+    "patch",
+    "unpatch",
+]
+
+_HOME = {
+    "Engine": "trio.engine.engine",
+    "Pruning": "trio.config",
+    "Request": "trio.engine.request",
+    "Result": "trio.engine.request",
+    "Sampling": "trio.engine.request",
+    "Schedule": "trio.pruning.schedule",
+    "patch": "trio.patching",
+    "unpatch": "trio.patching",
+}
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOME.get(name)
+    value = getattr(import_module(home), name) if home else _beside.attribute(name)
+    if not name.startswith("_"):
+        globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_beside.names()})
+
+
+_beside.install()
