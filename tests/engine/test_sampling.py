@@ -1,0 +1,100 @@
+import math
+import random
+
+import pytest
+import torch
+from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from trio.engine.request import Sampling
+from trio.engine.sampling import choose, distribution, stream
+from trio.errors import UserError
+
+
+def logits(rows: int, vocabulary: int = 50, seed: int = 0) -> torch.Tensor:
+    return torch.randn(rows, vocabulary, generator=torch.Generator().manual_seed(seed)) * 3
+
+
+def test_greedy_takes_the_likeliest_and_reports_its_probability() -> None:
+    table = logits(4)
+    chosen = choose(table, [Sampling()] * 4, [random.Random()] * 4)
+    assert chosen.token_ids == table.argmax(-1).tolist()
+    expected = table.log_softmax(-1).max(-1).values.tolist()
+    assert chosen.logprobs == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
+@pytest.mark.parametrize("top_k", [None, 1, 7, 500])
+@pytest.mark.parametrize("top_p", [1e-6, 0.4, 0.9, 1.0])
+def test_distribution_equals_the_warpers_of_transformers(
+    temperature: float, top_k: int | None, top_p: float
+) -> None:
+    table = logits(5)
+    expected = TemperatureLogitsWarper(temperature)(None, table)
+    if top_k is not None:
+        expected = TopKLogitsWarper(top_k)(None, expected)
+    if top_p < 1:
+        expected = TopPLogitsWarper(top_p)(None, expected)
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
+    torch.testing.assert_close(distribution(table, [sampling] * 5), expected.softmax(-1))
+
+
+def test_settings_of_one_row_leave_the_others_alone() -> None:
+    table = logits(3)
+    settings = [
+        Sampling(temperature=0.5),
+        Sampling(temperature=1.5, top_k=3),
+        Sampling(temperature=1.0, top_p=0.3),
+    ]
+    together = distribution(table, settings)
+    for row, sampling in enumerate(settings):
+        alone = distribution(table[row : row + 1], [sampling])
+        torch.testing.assert_close(together[row], alone[0])
+
+
+def test_draws_follow_the_distribution() -> None:
+    sampling = Sampling(temperature=1.0, top_k=4)
+    table = logits(1, vocabulary=8).expand(4000, 8)
+    chosen = choose(table, [sampling] * 4000, [stream(Sampling(seed=s)) for s in range(4000)])
+    shares = torch.bincount(torch.tensor(chosen.token_ids), minlength=8) / 4000
+    torch.testing.assert_close(shares, distribution(table[:1], [sampling])[0], atol=0.03, rtol=0)
+
+
+def test_a_drawn_token_reports_its_probability_before_temperature_and_cuts() -> None:
+    table = logits(1)
+    sampling = Sampling(temperature=0.2, top_k=3, seed=5)
+    chosen = choose(table, [sampling], [stream(sampling)])
+    expected = table.log_softmax(-1)[0, chosen.token_ids[0]].item()
+    assert chosen.logprobs[0] == pytest.approx(expected, abs=1e-6)
+
+
+class Fixed(random.Random):
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.value = value
+
+    def random(self) -> float:
+        return self.value
+
+
+def test_the_ends_of_the_unit_interval_never_draw_an_impossible_token() -> None:
+    table = torch.tensor([[-math.inf, 1.0, 2.0, -math.inf]])
+    sampling = Sampling(temperature=1.0)
+    for value, token in ((0.0, 1), (1 - 2**-53, 2)):
+        assert choose(table, [sampling], [Fixed(value)]).token_ids == [token]
+
+
+def test_greedy_rows_do_not_advance_their_stream() -> None:
+    streams = [random.Random(1), random.Random(2)]
+    before = streams[0].getstate()
+    choose(logits(2), [Sampling(), Sampling(temperature=1.0)], streams)
+    assert streams[0].getstate() == before
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"max_new_tokens": 0}, {"temperature": -1.0}, {"temperature": math.nan}, {"top_p": 0.0},
+     {"top_p": 1.1}, {"top_k": 0}],
+)  # fmt: skip
+def test_impossible_settings_are_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(UserError, match=next(iter(wrong))):
+        Sampling(**wrong)  # type: ignore[arg-type]

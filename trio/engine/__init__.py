@@ -1,0 +1,1 @@
+"""The ragged engine: requests in, results out as they finish."""

@@ -1,0 +1,133 @@
+"""What goes into the engine and what comes out of it. Loads no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from trio.errors import UserError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor
+
+FailureKind = Literal["prompt", "image", "mismatch", "too_long", "no_room"]
+"""Why a request could not be served:
+
+`prompt`   the prompt is no text, or the chat template cannot place it
+`image`    an image cannot be read or has an impossible shape
+`mismatch` the image placeholders of a prompt do not fit its images
+`too_long` prompt and output together pass the model's context
+`no_room`  even alone, the request passes the KV cache
+"""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sampling:
+    """How the tokens of one answer are chosen."""
+
+    max_new_tokens: int = 64
+    """Tokens after which the answer is cut (finish reason `length`)."""
+    temperature: float = 0.0
+    """0 takes the likeliest token; above 0 logits are divided by it and a token is drawn."""
+    top_p: float = 1.0
+    """Draw from the smallest set of tokens whose probabilities reach this sum."""
+    top_k: int | None = None
+    """Draw from this many likeliest tokens; None: from all."""
+    seed: int | None = None
+    """Seed of this request's own random stream; None: a fresh one each time."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Tokens that end the answer, besides the model's own end-of-sequence tokens."""
+    ignore_eos: bool = False
+    """Go on after the model's own end-of-sequence tokens (for measuring speed)."""
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise UserError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
+        if not self.temperature >= 0:
+            raise UserError(f"temperature is {self.temperature}; it must be 0 or more")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p is {self.top_p}; it must lie in (0, 1]")
+        if self.top_k is not None and self.top_k < 1:
+            raise UserError(f"top_k is {self.top_k}; it must be at least 1, or None for all tokens")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Request:
+    """One question about any number of images.
+
+    `prompt` is the user's text alone: the engine applies the model's chat template and places the
+    images before the text. Special tokens spelt out in it stay text. `id` comes back in the result.
+    """
+
+    prompt: str
+    images: tuple[Image, ...] = ()
+    id: Any = None
+    sampling: Sampling | None = None
+    """None: the engine's default."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prepared:
+    """A request after the CPU work: what the model takes, before any device is touched."""
+
+    input_ids: tuple[int, ...]
+    """The whole prompt, each image as its run of placeholder tokens."""
+    image_tokens: tuple[int, ...] = ()
+    """Placeholder tokens of each image, in the prompt's order."""
+    image_inputs: tuple[Mapping[str, Tensor], ...] = ()
+    """What the image processor made of each image, one mapping per image."""
+    id: Any = None
+    sampling: Sampling | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Result:
+    """What became of one request. What was not reached or does not apply is None."""
+
+    id: Any
+    response: str | None = None
+    """The decoded answer without special tokens and surrounding white space."""
+    token_ids: list[int] = field(default_factory=list)
+    """The answer's tokens, the one that stopped it included."""
+    logprobs: list[float] = field(default_factory=list)
+    """Natural log of each token's probability under the model, before temperature and cuts."""
+    finish_reason: Literal["stop", "length", "error"]
+    error: str | None = None
+    """`kind: message`; the kinds are those of `FailureKind`."""
+    prompt_tokens: int | None = None
+    """Tokens of the prompt as the decoder takes them in, visual tokens included."""
+    output_tokens: int | None = None
+    num_images: int | None = None
+    visual_tokens: int | None = None
+    """Visual tokens from the encoder, before any reduction."""
+    visual_tokens_encoder: int | None = None
+    """Visual tokens that enter the decoder."""
+    visual_tokens_stages: list[int] | None = None
+    """Visual tokens left after each pruning stage."""
+    retention: float | None = None
+    """Layer average of visual tokens present over visual tokens the encoder gave."""
+    prefill_flops: float | None = None
+    """FLOPs of the decoder's prefill, by the field's convention (see `trio.pruning.cost`)."""
+    prefill_flops_unpruned: float | None = None
+    kv_bytes: int | None = None
+    """Keys and values stored for this request when it finished, over all layers."""
+    kv_bytes_unpruned: int | None = None
+    prefill_s: float | None = None
+    """This request's share, by tokens, of the time spent on encoding images and on prefill."""
+    decode_s: float | None = None
+    """This request's share of the decode steps it took part in, in seconds."""
+    latency_s: float | None = None
+    """Seconds from being handed to the engine to the last token."""
+    kept_tokens: list[list[int]] | None = None
+    """Per stage, the kept visual tokens as indices into the prompt's visual tokens."""
+
+    @property
+    def logprob_mean(self) -> float | None:
+        return sum(self.logprobs) / len(self.logprobs) if self.logprobs else None
+
+
+def failed(request_id: Any, kind: FailureKind, message: str) -> Result:
+    """The result of a request that cannot be served."""
+    return Result(id=request_id, finish_reason="error", error=f"{kind}: {message}")

@@ -1,0 +1,92 @@
+"""Arithmetic of the KV cache's memory: who fits, in which shape. Loads no torch.
+
+The cache keeps, for each group of layers between two pruning stages, one left-aligned rectangle
+of `slots × capacity` tokens per layer. Room decides the shape of these rectangles under a budget
+in bytes; a group after a stage holds fewer tokens and therefore gets the smaller capacity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+Need = tuple[int, ...]
+"""Tokens a request may come to store, per layer group: prompt tokens left there plus output."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Size of the cache: rows, and tokens per row in each layer group."""
+
+    slots: int
+    capacities: tuple[int, ...]
+
+    def holds(self, other: Shape) -> bool:
+        wide_enough = all(a >= b for a, b in zip(self.capacities, other.capacities, strict=True))
+        return self.slots >= other.slots and wide_enough
+
+
+class Room:
+    """Keeps account of who holds which part of the cache.
+
+    `group_bytes`: bytes that one token takes in all layers of each group.
+    `block`: capacities are multiples of this many tokens.
+    """
+
+    def __init__(
+        self, *, budget: int, group_bytes: Sequence[int], max_slots: int, block: int = 64
+    ) -> None:
+        self.budget = budget
+        self.group_bytes = tuple(group_bytes)
+        self.max_slots = max_slots
+        self.block = block
+        self.shape = Shape(0, (0,) * len(self.group_bytes))
+        self._needs: dict[Hashable, Need] = {}
+
+    @property
+    def holders(self) -> int:
+        return len(self._needs)
+
+    def bytes_of(self, shape: Shape) -> int:
+        per_slot = zip(shape.capacities, self.group_bytes, strict=True)
+        return shape.slots * sum(capacity * size for capacity, size in per_slot)
+
+    def fits(self, need: Need) -> bool:
+        """Whether a request could ever be held, with the cache all to itself."""
+        return self.bytes_of(self._tight([need])) <= self.budget
+
+    def can_allocate(self, need: Need) -> bool:
+        return self._grown(need) is not None
+
+    def allocate(self, key: Hashable, need: Need) -> Shape:
+        """Reserve room for a request; returns the shape that the cache must now have."""
+        assert key not in self._needs, f"{key!r} holds room already"
+        shape = self._grown(need)
+        assert shape is not None, "allocate without can_allocate"
+        self._needs[key] = need
+        self.shape = shape
+        return shape
+
+    def free(self, key: Hashable) -> None:
+        """Give a request's room back. The shape stays until other requests want another."""
+        del self._needs[key]
+
+    def _grown(self, need: Need) -> Shape | None:
+        """The shape that holds one more request: with slack where it fits, tight if it must be."""
+        if self.holders == self.max_slots:
+            return None
+        tight = self._tight([*self._needs.values(), need])
+        if self.shape.holds(tight):
+            return self.shape
+        pairs = zip(self.shape.capacities, tight.capacities, strict=True)
+        slots = min(self.max_slots, _power_of_two(tight.slots))
+        slack = Shape(max(self.shape.slots, slots), tuple(max(pair) for pair in pairs))
+        return next((s for s in (slack, tight) if self.bytes_of(s) <= self.budget), None)
+
+    def _tight(self, needs: Sequence[Need]) -> Shape:
+        widest = (max(tokens) for tokens in zip(*needs, strict=True))
+        return Shape(len(needs), tuple(-(-tokens // self.block) * self.block for tokens in widest))
+
+
+def _power_of_two(number: int) -> int:
+    return 1 << (number - 1).bit_length()

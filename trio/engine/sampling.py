@@ -1,0 +1,81 @@
+"""From logits to the next tokens.
+
+Shapes: B rows (running requests), V vocabulary.
+
+Each request draws from its own stream of uniform numbers, one per token, and a row's outcome is a
+function of that row's logits and its number alone. Neighbours in the batch therefore cannot
+change an answer, and the same seed gives the same answer on every device up to rounding.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trio.engine.request import Sampling
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """The next token of each row and the natural log of its probability under the model."""
+
+    token_ids: list[int]
+    logprobs: list[float]
+
+
+def stream(sampling: Sampling) -> random.Random:
+    """The random stream of one request."""
+    return random.Random(sampling.seed)
+
+
+def choose(
+    logits_BV: Tensor, samplings: Sequence[Sampling], streams: Sequence[random.Random]
+) -> Chosen:
+    """Pick one token per row: the likeliest at temperature 0, a drawn one otherwise."""
+    logits_BV = logits_BV.float()
+    tokens_B = logits_BV.argmax(dim=-1)
+    drawn = [row for row, sampling in enumerate(samplings) if sampling.temperature > 0]
+    if drawn:
+        rows = torch.tensor(drawn, device=logits_BV.device)
+        uniforms = [streams[row].random() for row in drawn]
+        probabilities = distribution(logits_BV[rows], [samplings[row] for row in drawn])
+        tokens_B[rows] = _invert(probabilities, uniforms)
+    log_norm_B = logits_BV.logsumexp(dim=-1)
+    logprobs_B = logits_BV.gather(1, tokens_B[:, None])[:, 0] - log_norm_B
+    return Chosen(tokens_B.tolist(), logprobs_B.tolist())
+
+
+def distribution(logits_BV: Tensor, samplings: Sequence[Sampling]) -> Tensor:
+    """Probabilities [B, V] after temperature, top-k and top-p, in this order."""
+    vocabulary = logits_BV.shape[-1]
+
+    def column(values: list[float]) -> Tensor:
+        return torch.tensor(values, device=logits_BV.device)[:, None]
+
+    scaled_BV = logits_BV / column([s.temperature for s in samplings])
+    if any(s.top_k for s in samplings):
+        ranks = column([min(s.top_k or vocabulary, vocabulary) - 1 for s in samplings]).long()
+        smallest_kept = scaled_BV.sort(dim=-1, descending=True).values.gather(1, ranks)
+        scaled_BV = scaled_BV.masked_fill(scaled_BV < smallest_kept, -torch.inf)
+    probabilities_BV = scaled_BV.softmax(dim=-1)
+    if any(s.top_p < 1 for s in samplings):
+        ordered, order = probabilities_BV.sort(dim=-1, descending=True, stable=True)
+        # A token stays while those before it fall short of top_p, so the first always does.
+        outside = ordered.cumsum(dim=-1) - ordered >= column([s.top_p for s in samplings])
+        outside[:, 0] = False
+        probabilities_BV = probabilities_BV.masked_fill(outside.gather(1, order.argsort(-1)), 0)
+    return probabilities_BV / probabilities_BV.sum(dim=-1, keepdim=True)
+
+
+def _invert(probabilities_BV: Tensor, uniforms: Sequence[float]) -> Tensor:
+    """The token at which the cumulative probability passes each row's uniform number."""
+    cumulative_BV = probabilities_BV.double().cumsum(dim=-1)
+    points_B1 = torch.tensor(uniforms, dtype=torch.double, device=cumulative_BV.device)[:, None]
+    total_B1 = cumulative_BV[:, -1:]
+    # Below the total even after rounding: past it lie only tokens without any probability.
+    points_B1 = torch.minimum(points_B1 * total_B1, torch.nextafter(total_B1, total_B1 - 1))
+    return torch.searchsorted(cumulative_BV, points_B1, right=True)[:, 0]

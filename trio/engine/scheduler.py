@@ -1,0 +1,87 @@
+"""Who waits, who runs, and who comes in next. Loads no torch.
+
+First come, first served: a request that does not fit yet is not overtaken, so that none starves.
+Room for the whole answer is reserved on admission; nothing that runs is ever evicted.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Hashable
+from typing import Generic, Protocol, TypeVar
+
+from trio.engine.room import Need
+
+
+class Schedulable(Protocol):
+    """What the scheduler must know of a request."""
+
+    @property
+    def key(self) -> Hashable: ...
+
+    @property
+    def prompt_tokens(self) -> int: ...
+
+    @property
+    def need(self) -> Need: ...
+
+
+Item = TypeVar("Item", bound=Schedulable)
+
+
+class Allocator(Protocol):
+    """The owner of the memory, as the scheduler sees it."""
+
+    def can_allocate(self, need: Need) -> bool: ...
+
+    def allocate(self, key: Hashable, need: Need) -> object: ...
+
+    def free(self, key: Hashable) -> None: ...
+
+
+class Scheduler(Generic[Item]):
+    """Admits waiting requests under a budget of tokens per step.
+
+    `batch_tokens`: tokens that one step may compute, one for each running request and the whole
+    prompt of each request that comes in. A prompt above the budget comes in alone.
+    """
+
+    def __init__(self, memory: Allocator, *, batch_tokens: int) -> None:
+        self.batch_tokens = batch_tokens
+        self.waiting: deque[Item] = deque()
+        self.running: dict[Hashable, Item] = {}
+        self._memory = memory
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.waiting or self.running)
+
+    def add(self, item: Item) -> None:
+        self.waiting.append(item)
+
+    def admit(self) -> list[Item]:
+        """Move the next requests from waiting to running, with their memory allocated."""
+        admitted: list[Item] = []
+        budget = self.batch_tokens - len(self.running)
+        while self.waiting:
+            item = self.waiting[0]
+            if admitted and item.prompt_tokens > budget:
+                break
+            if not self._memory.can_allocate(item.need):
+                break
+            self._memory.allocate(item.key, item.need)
+            self.running[item.key] = self.waiting.popleft()
+            budget -= item.prompt_tokens
+            admitted.append(item)
+        return admitted
+
+    def finish(self, item: Item) -> None:
+        """Take a running request out and give its memory back."""
+        del self.running[item.key]
+        self._memory.free(item.key)
+
+    def clear(self) -> None:
+        """Drop all that wait or run, and give their memory back."""
+        self.waiting.clear()
+        for item in list(self.running.values()):
+            self.finish(item)
