@@ -1,0 +1,142 @@
+"""Tiny random models for tests: a LLaVA over any LLaMA-type decoder, and its processor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    MistralConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
+WORDS = ["USER:", "ASSISTANT:", "what", "which", "where", "how", "many", "is", "are", "there", "the", "a", "an", "of", "in", "on", "and", "or", "red", "green", "blue", "yellow", "digit", "number", "colour", "left", "right", "top", "bottom", "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "image", "picture", "describe", "this", "please", "answer", "yes", "no", "?", ".", ","]
+IMAGE_TOKEN_ID = SPECIAL.index("<image>")
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'].upper() }}: "
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<image> {% else %}{{ part['text'] }} {% endif %}"
+    "{% endfor %}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+_TEXT_CONFIGS: dict[str, type[Any]] = {
+    "llama": LlamaConfig,
+    "mistral": MistralConfig,
+    "qwen2": Qwen2Config,
+}
+
+
+def tiny_llava(
+    *,
+    seed: int = 0,
+    family: Literal["llama", "mistral", "qwen2"] = "llama",
+    layers: int = 6,
+    hidden: int = 32,
+    heads: int = 4,
+    kv_heads: int = 2,
+    image_size: int = 32,
+    patch_size: int = 4,
+    vocab_size: int = 80,
+    max_positions: int = 512,
+    dtype: torch.dtype = torch.float32,
+    spread: float = 0.15,
+    **text_options: Any,
+) -> LlavaForConditionalGeneration:
+    """A random LLaVA with `(image_size / patch_size) ** 2` visual tokens, in eval mode.
+
+    The projector is scaled so that visual features are as large as text embeddings; `spread` is
+    the standard deviation of the weights, large enough that attention is not flat.
+    """
+    text = _TEXT_CONFIGS[family](
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        vocab_size=vocab_size,
+        max_position_embeddings=max_positions,
+        initializer_range=spread,
+        pad_token_id=SPECIAL.index("<pad>"),
+        bos_token_id=SPECIAL.index("<s>"),
+        eos_token_id=SPECIAL.index("</s>"),
+        **text_options,
+    )
+    vision = CLIPVisionConfig(
+        hidden_size=24,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        image_size=image_size,
+        patch_size=patch_size,
+        projection_dim=24,
+        initializer_range=spread,
+    )
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_id=IMAGE_TOKEN_ID,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+        image_seq_length=(image_size // patch_size) ** 2,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = LlavaForConditionalGeneration(config).eval()
+        with torch.no_grad():
+            for name, param in model.named_parameters():
+                if param.ndim > 1:
+                    param.normal_(0.0, spread)
+                elif name.endswith("bias"):
+                    param.normal_(0.0, 0.05)
+    model.generation_config.pad_token_id = SPECIAL.index("<pad>")
+    model.generation_config.eos_token_id = SPECIAL.index("</s>")
+    return model.to(dtype)
+
+
+def tiny_processor(*, image_size: int = 32, patch_size: int = 4) -> LlavaProcessor:
+    """A word-level tokenizer, CLIP's image processor on PIL, and a chat template."""
+    words = [*SPECIAL, *dict.fromkeys(WORDS)]
+    tokenizer = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>")
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        additional_special_tokens=["<image>"],
+        padding_side="left",
+    )
+    images = CLIPImageProcessorPil(
+        size={"shortest_edge": image_size}, crop_size={"height": image_size, "width": image_size}
+    )
+    return LlavaProcessor(
+        image_processor=images,
+        tokenizer=fast,
+        patch_size=patch_size,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def save_tiny_checkpoint(directory: Path, **options: Any) -> Path:
+    """Write a tiny LLaVA and its processor as `from_pretrained` expects them."""
+    model = tiny_llava(**options)
+    model.save_pretrained(directory)
+    vision = model.config.vision_config
+    tiny_processor(image_size=vision.image_size, patch_size=vision.patch_size).save_pretrained(
+        directory
+    )
+    return directory

@@ -1,0 +1,87 @@
+"""Settings of the pruning. No torch in here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from trio.errors import UserError
+from trio.pruning.schedule import Schedule, check_retention
+
+METHODS = ("trio", "none", "random", "gradient")
+PROXY_POSITIONS = ("reference", "with_last", "last")
+POSITION_IDS = ("renumber", "keep")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pruning:
+    """What to prune, how much and how.
+
+    retention: target layer-average share of visual tokens, in (0, 1]; 1 switches pruning off.
+        Exclusive with `schedule`; with neither, nothing is pruned.
+    schedule: explicit stages, `"1:92,10:54,15:22"` (counts per image) or ratios `"1:0.16,..."`.
+    method: `trio` (gradient saliency, then NMS), `gradient` (saliency alone), `random` (seeded)
+        or `none`.
+    proxy_positions: which rows of the proxy give the loss, for a sequence of n tokens:
+        `reference` n-5..n-2, `with_last` n-4..n-1, `last` n-1.
+    position_ids: `renumber` (0, 1, 2, ... after each stage) or `keep` (each token keeps its own);
+        None takes the model family's default.
+    similarity_threshold: cosine from which the NMS calls two tokens the same.
+    seed: for `random`.
+    """
+
+    retention: float | None = None
+    schedule: Schedule | str | None = None
+    method: str = "trio"
+    proxy_positions: str = "reference"
+    position_ids: str | None = None
+    similarity_threshold: float = 0.8
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.retention is not None and self.schedule is not None:
+            raise UserError("pruning: give retention or schedule, not both")
+        if self.retention is not None:
+            check_retention(self.retention)
+        if isinstance(self.schedule, str):
+            object.__setattr__(self, "schedule", Schedule.parse(self.schedule))
+        _one_of("method", self.method, METHODS)
+        _one_of("proxy_positions", self.proxy_positions, PROXY_POSITIONS)
+        if self.position_ids is not None:
+            _one_of("position_ids", self.position_ids, POSITION_IDS)
+        if not -1.0 < self.similarity_threshold <= 1.0:
+            raise UserError(
+                f"similarity_threshold must be in (-1, 1], got {self.similarity_threshold!r}"
+            )
+
+    @property
+    def active(self) -> bool:
+        """False when no prompt can lose a token under these settings."""
+        if self.method == "none":
+            return False
+        if isinstance(self.schedule, Schedule):
+            return bool(self.schedule.stages)
+        return self.retention is not None and self.retention < 1.0
+
+    def stages(self, visual_tokens: int, num_layers: int) -> list[tuple[int, int]]:
+        """`(layer, kept)` for one image.
+
+        Args:
+            visual_tokens: tokens that the encoder gave for this image.
+            num_layers: layers of the decoder.
+
+        Raises:
+            UserError: the retention is out of reach, or a stage lies behind the last layer.
+        """
+        if not self.active or visual_tokens == 0:
+            return []
+        schedule = self.schedule
+        if not isinstance(schedule, Schedule):
+            assert self.retention is not None
+            schedule = Schedule.for_retention(self.retention, num_layers, visual_tokens)
+        schedule.check_depth(num_layers)
+        return schedule.counts(visual_tokens)
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise UserError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")

@@ -1,0 +1,259 @@
+"""Attention over ragged batches, as a function of transformers' attention registry.
+
+One call serves many prompts of different lengths without padding and without a mask of the
+batch's size. The keyword argument `layout` says how the tokens of a call belong together.
+
+Shapes: T packed tokens, R packed query rows, B requests, S or L keys of one request, H query
+heads, K key/value heads, G = H / K, E head dimension.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import accumulate, groupby
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.modeling_utils import AttentionInterface
+
+NAME = "trio_ragged"
+
+
+@dataclass(slots=True, eq=False)
+class Packed:
+    """Whole sequences back to back; causal attention inside each.
+
+    lengths: tokens of each sequence, in order, every one >= 1.
+    """
+
+    lengths: tuple[int, ...]
+    _offsets: dict[torch.device, Tensor] = field(default_factory=dict, repr=False)
+
+    def offsets_on(self, device: torch.device) -> Tensor:
+        """Cumulative lengths, int32 `[B + 1]`."""
+        if device not in self._offsets:
+            bounds = [0, *accumulate(self.lengths)]
+            self._offsets[device] = torch.tensor(bounds, dtype=torch.int32, device=device)
+        return self._offsets[device]
+
+
+@dataclass(slots=True, eq=False)
+class Rows:
+    """A few query rows of each sequence against all its keys, causal by row index.
+
+    rows: for each sequence the row indices in it, rising; queries come packed in this order.
+    lengths: keys of each sequence.
+    """
+
+    rows: tuple[tuple[int, ...], ...]
+    lengths: tuple[int, ...]
+
+
+@dataclass(slots=True, eq=False)
+class Padded:
+    """Decoding: one query of each request against its own left-aligned keys.
+
+    key_lengths_B: valid keys of each request, an integer tensor on the queries' device.
+    """
+
+    key_lengths_B: Tensor
+    _masks: dict[int, Tensor] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def of(cls, key_lengths: tuple[int, ...] | list[int], device: torch.device | str) -> Padded:
+        return cls(torch.tensor(key_lengths, dtype=torch.int64, device=device))
+
+    def mask(self, width: int) -> Tensor:
+        """True where a key counts, `[B, 1, 1, width]`."""
+        if width not in self._masks:
+            positions = torch.arange(width, device=self.key_lengths_B.device)
+            self._masks[width] = (positions < self.key_lengths_B[:, None])[:, None, None]
+        return self._masks[width]
+
+
+Layout = Packed | Rows | Padded
+
+
+def ragged_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    *,
+    layout: Layout | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention of a packed batch.
+
+    Args:
+        query: `[1, H, T, E]`; for Rows T is the number of rows, for Padded the requests.
+        key, value: `[1, K, T, E]`; for Padded `[B, K, L, E]`.
+        layout: how tokens belong together. None leaves the call to transformers' own `sdpa`, so
+            that a model switched to this function still works as usual outside the engine.
+
+    Returns:
+        `[1, T, H, E]` and None (no attention weights).
+    """
+    if layout is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if isinstance(layout, Packed):
+        return _packed(query, key, value, scale, layout), None
+    if isinstance(layout, Rows):
+        return _rows(query, key, value, scale, layout), None
+    return _padded(query, key, value, scale, layout), None
+
+
+def _packed(query: Tensor, key: Tensor, value: Tensor, scale: float, layout: Packed) -> Tensor:
+    kernel = _varlen_kernel(query.device, query.dtype)
+    if kernel is not None:
+        out_THE = kernel(
+            query[0].transpose(0, 1),
+            key[0].transpose(0, 1),
+            value[0].transpose(0, 1),
+            layout.offsets_on(query.device),
+            max(layout.lengths),
+            scale,
+        )
+        return out_THE[None]
+    heads, kv_heads = query.shape[1], key.shape[1]
+    pieces = []
+    for start, length, count in _runs(layout.lengths):
+        stop = start + length * count
+        out = F.scaled_dot_product_attention(
+            *(_split(x[:, :, start:stop], count) for x in (query, key, value)),
+            is_causal=True,
+            scale=scale,
+            enable_gqa=heads != kv_heads,
+        )
+        pieces.append(out.transpose(1, 2).reshape(1, length * count, heads, -1))
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
+
+
+def _runs(lengths: tuple[int, ...]) -> Iterator[tuple[int, int, int]]:
+    """Runs of equal neighbours: (first token, length of one, how many)."""
+    start = 0
+    for length, group in groupby(lengths):
+        count = len(list(group))
+        yield start, length, count
+        start += length * count
+
+
+def _split(x: Tensor, count: int) -> Tensor:
+    """`[1, H, count * S, E]` to `[count, H, S, E]`, a view."""
+    _, heads, tokens, dim = x.shape
+    return x.view(heads, count, tokens // count, dim).transpose(0, 1) if count > 1 else x
+
+
+def _rows(query: Tensor, key: Tensor, value: Tensor, scale: float, layout: Rows) -> Tensor:
+    """Written out, because its gradient is wanted in any precision and its size is small."""
+    index_BR, valid_BR = _pad_index([len(rows) for rows in layout.rows], query.device)
+    index_BS, valid_BS = _pad_index(layout.lengths, query.device)
+    widest = index_BR.shape[1]
+    limit_BR = torch.tensor(
+        [[*rows, *[0] * (widest - len(rows))] for rows in layout.rows], device=query.device
+    )
+    kv_heads = key.shape[1]
+    group = query.shape[1] // kv_heads
+    # [B, R, K, G, E] and [B, S, K, E]
+    query_B = query[0].transpose(0, 1)[index_BR].unflatten(2, (kv_heads, group))
+    key_B = key[0].transpose(0, 1)[index_BS]
+    value_B = value[0].transpose(0, 1)[index_BS]
+    scores = torch.einsum("brkge,bske->bkgrs", query_B * scale, key_B)
+    positions_S = torch.arange(index_BS.shape[1], device=query.device)
+    seen_BRS = (positions_S <= limit_BR[..., None]) & valid_BS[:, None]
+    scores = scores.masked_fill(~seen_BRS[:, None, None], float("-inf"))
+    out = torch.einsum("bkgrs,bske->brkge", scores.softmax(dim=-1), value_B)
+    return out.flatten(2, 3)[valid_BR][None]
+
+
+def _pad_index(lengths: tuple[int, ...] | list[int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Packed index and validity of each place of a padded `[B, max(lengths)]` view."""
+    length_B = torch.tensor(lengths)
+    start_B = length_B.cumsum(0) - length_B
+    place = torch.arange(int(length_B.max()))
+    valid = place < length_B[:, None]
+    index = (start_B[:, None] + place).where(valid, start_B[:, None])
+    return index.to(device), valid.to(device)
+
+
+def _padded(query: Tensor, key: Tensor, value: Tensor, scale: float, layout: Padded) -> Tensor:
+    """The queries of a key head's group stand as rows of it: no key or value is repeated."""
+    requests, kv_heads, width, dim = key.shape
+    heads = query.shape[1]
+    query_BKGE = query[0].transpose(0, 1).reshape(requests, kv_heads, heads // kv_heads, dim)
+    out = F.scaled_dot_product_attention(
+        query_BKGE, key, value, attn_mask=layout.mask(width), scale=scale
+    )
+    return out.reshape(1, requests, heads, dim)
+
+
+VarlenKernel = Callable[[Tensor, Tensor, Tensor, Tensor, int, float], Tensor]
+
+
+def _varlen_kernel(device: torch.device, dtype: torch.dtype) -> VarlenKernel | None:
+    """A causal variable-length kernel `(q [T, H, E], k, v, offsets, longest, scale)`, if any."""
+    if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
+        return None
+    return _cuda_kernel(device)
+
+
+@functools.cache
+def _cuda_kernel(device: torch.device) -> VarlenKernel | None:
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return None
+    if importlib.util.find_spec("flash_attn") is not None:
+        return _flash_attn_kernel()
+    return _torch_kernel()
+
+
+def _flash_attn_kernel() -> VarlenKernel:
+    from flash_attn import flash_attn_varlen_func
+
+    def kernel(
+        q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, longest: int, scale: float
+    ) -> Tensor:
+        return flash_attn_varlen_func(
+            q, k, v, offsets, offsets, longest, longest, softmax_scale=scale, causal=True
+        )
+
+    return kernel
+
+
+def _torch_kernel() -> VarlenKernel:
+    from torch.nn.attention.varlen import varlen_attn
+
+    # Grouped heads came with torch 2.12; before that the key heads have to be repeated.
+    has_gqa = "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+    def kernel(
+        q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, longest: int, scale: float
+    ) -> Tensor:
+        group = q.shape[1] // k.shape[1]
+        extra: dict[str, Any] = {}
+        if group > 1 and has_gqa:
+            extra["enable_gqa"] = True
+        elif group > 1:
+            k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+        return varlen_attn(
+            q, k, v, offsets, offsets, longest, longest, scale=scale, window_size=(-1, 0), **extra
+        )
+
+    return kernel
+
+
+AttentionInterface.register(NAME, ragged_attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)

@@ -1,0 +1,263 @@
+"""Packed prefill: prompts of different lengths back to back, visual tokens pruned on the way.
+
+Shapes: T packed tokens, T' what is left of them after a stage, B requests, D hidden size,
+V vocabulary.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from trio.config import Pruning
+from trio.models.attention import Packed
+from trio.models.decoder import Decoder, LayerCache
+from trio.pruning.compaction import Ragged, compact, contiguous_positions
+from trio.pruning.select import StageChoice, choose
+
+
+class PrefillCache(LayerCache, Protocol):
+    """A cache that is told how the packed keys it is about to get divide into requests."""
+
+    def begin_prefill(self, first_layer: int, lengths: Sequence[int]) -> None:
+        """From `first_layer` on, until the next call, keys come as `[1, K, sum(lengths), E]`."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PackedPrompts:
+    """What enters the decoder.
+
+    embeds_TD: text embeddings and visual features of all requests, in order.
+    lengths: tokens of each request.
+    images: for each request the visual spans `(start, stop)` in its own coordinates; one span is
+        one image, with its own budget.
+    positions_T: positions; None is 0, 1, 2, ... in each request.
+    salts: for method `random`, a number per request that depends on that request alone
+        (`trio.pruning.select.salt_of(token_ids)`); empty means 0 for all.
+    """
+
+    embeds_TD: Tensor
+    lengths: tuple[int, ...]
+    images: tuple[tuple[tuple[int, int], ...], ...]
+    positions_T: Tensor | None = None
+    salts: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        assert sum(self.lengths) == self.embeds_TD.shape[0]
+        assert len(self.images) == len(self.lengths) and all(n > 0 for n in self.lengths)
+        assert not self.salts or len(self.salts) == len(self.lengths)
+        for length, spans in zip(self.lengths, self.images, strict=True):
+            edges = [edge for span in spans for edge in span]
+            assert edges == sorted(edges) and (not edges or 0 <= edges[0] <= edges[-1] <= length)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prefilled:
+    """What the prefill gives back.
+
+    hidden_BD: last position of each request, before the final norm.
+    logits_BV: logits there, for the first new token.
+    cache_lengths: `[layer][request]`, keys that the layer holds.
+    next_positions: `[layer][request]`, position of the next token in that layer.
+    kept: `[request][stage]`, visual tokens left, numbered as the encoder gave them.
+    visual_tokens_stages: `[request][stage]`, how many those are.
+    prune_seconds: time in scoring, choosing and compacting, all requests together.
+    """
+
+    hidden_BD: Tensor
+    logits_BV: Tensor
+    cache_lengths: list[list[int]]
+    next_positions: list[list[int]]
+    kept: list[list[list[int]]]
+    visual_tokens_stages: list[list[int]]
+    prune_seconds: float
+
+
+@dataclass(slots=True)
+class StageTrace:
+    """One stage as it was: hidden states and positions, packed, before and after."""
+
+    layer: int
+    before: Ragged
+    hidden_in_TD: Tensor
+    positions_in_T: Tensor
+    choice: StageChoice | None
+    after: Ragged
+    hidden_out_TD: Tensor
+    positions_out_T: Tensor
+
+
+@dataclass(slots=True)
+class Trace:
+    """Everything a replay compares; filled by `prefill` when given."""
+
+    stages: list[StageTrace] = field(default_factory=list)
+    hidden_TD: Tensor | None = None
+
+
+def prefill(
+    decoder: Decoder,
+    prompts: PackedPrompts,
+    pruning: Pruning | None,
+    cache: PrefillCache | None,
+    *,
+    trace: Trace | None = None,
+) -> Prefilled:
+    """Run the prompts through the decoder and prune at the stages of each.
+
+    Args:
+        decoder: the model's decoder.
+        prompts: packed prompts.
+        pruning: settings; None prunes nothing. `position_ids` None counts as `renumber`.
+        cache: gets every layer's keys and values; None stores nothing.
+        trace: filled with the tensors around each stage.
+
+    Raises:
+        UserError: the retention is out of reach for a prompt, or a stage is too deep.
+    """
+    run = _Prefill(decoder, prompts, pruning or Pruning(), cache, trace)
+    with torch.no_grad(), decoder.ragged():
+        return run.result()
+
+
+class _Prefill:
+    """One prefill under way."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        prompts: PackedPrompts,
+        pruning: Pruning,
+        cache: PrefillCache | None,
+        trace: Trace | None,
+    ) -> None:
+        self.decoder = decoder
+        self.pruning = pruning
+        self.cache = cache
+        self.trace = trace
+        self.salts = prompts.salts or (0,) * len(prompts.lengths)
+        self.hidden_TD = prompts.embeds_TD
+        self.ragged = Ragged.of_spans(prompts.lengths, prompts.images)
+        if prompts.positions_T is None:
+            self.positions_T = contiguous_positions(prompts.lengths, decoder.device)
+            self.next_positions = list(prompts.lengths)
+        else:
+            self.positions_T = prompts.positions_T
+            self.next_positions = _next_positions(prompts.positions_T, prompts.lengths)
+        self.kept: list[list[list[int]]] = [[] for _ in prompts.lengths]
+        self.prune_seconds = 0.0
+
+    def result(self) -> Prefilled:
+        lengths, positions = [], []
+        start = 0
+        plan = self._plan()
+        for stop in [*sorted(plan), self.decoder.num_layers]:
+            self._run(start, stop)
+            lengths += [list(self.ragged.lengths)] * (stop - start)
+            positions += [list(self.next_positions)] * (stop - start)
+            if stop in plan:
+                self._prune(stop, plan[stop])
+            start = stop
+        last = torch.tensor([end - 1 for end in accumulate(self.ragged.lengths)])
+        hidden_BD = self.hidden_TD[last.to(self.hidden_TD.device)]
+        if self.trace is not None:
+            self.trace.hidden_TD = self.hidden_TD
+        return Prefilled(
+            hidden_BD=hidden_BD,
+            logits_BV=self.decoder.head(hidden_BD),
+            cache_lengths=lengths,
+            next_positions=positions,
+            kept=self.kept,
+            visual_tokens_stages=[[len(stage) for stage in stages] for stages in self.kept],
+            prune_seconds=self.prune_seconds,
+        )
+
+    def _plan(self) -> dict[int, list[list[int] | None]]:
+        """`{layer: [request] -> tokens to keep of each image}`; None has no stage there."""
+        plan: dict[int, list[list[int] | None]] = {}
+        requests = len(self.ragged.lengths)
+        for request, images in enumerate(self.ragged.images):
+            for image in images:
+                for layer, keep in self.pruning.stages(image.count, self.decoder.num_layers):
+                    row = plan.setdefault(layer, [None] * requests)
+                    row[request] = [*(row[request] or []), keep]
+        return plan
+
+    def _run(self, start: int, stop: int) -> None:
+        if stop == start:
+            return
+        if self.cache is not None:
+            self.cache.begin_prefill(start, self.ragged.lengths)
+        rotary = self.decoder.rotary(self.positions_T)
+        layout = Packed(self.ragged.lengths)
+        self.hidden_TD = self.decoder.run_layers(
+            start, stop, self.hidden_TD, rotary, layout, self.cache
+        )
+
+    def _prune(self, layer: int, keeps: list[list[int] | None]) -> None:
+        began = self._now()
+        hidden_in, positions_in, before = self.hidden_TD, self.positions_T, self.ragged
+        choice = choose(
+            self.pruning,
+            lambda: self.decoder.proxy(layer),
+            hidden_in,
+            positions_in,
+            before,
+            keeps,
+            salts=self.salts,
+            layer=layer,
+        )
+        if choice is not None:
+            self.ragged, index = compact(before, choice.kept)
+            index = index.to(hidden_in.device, non_blocking=True)
+            self.hidden_TD = hidden_in[index]
+            self.positions_T = positions_in[index]
+        self._renumber(keeps)
+        for request, keep in enumerate(keeps):
+            if keep is not None:
+                self.kept[request].append(self.ragged.kept(request))
+        self.prune_seconds += self._now() - began
+        if self.trace is not None:
+            self.trace.stages.append(
+                StageTrace(
+                    layer,
+                    before,
+                    hidden_in,
+                    positions_in,
+                    choice,
+                    self.ragged,
+                    self.hidden_TD,
+                    self.positions_T,
+                )
+            )
+
+    def _renumber(self, keeps: list[list[int] | None]) -> None:
+        """Requests with a stage here count on from 0, also where it removed nothing."""
+        if self.pruning.position_ids == "keep":
+            return
+        lengths = self.ragged.lengths
+        fresh = contiguous_positions(lengths, self.positions_T.device)
+        touched = torch.tensor([keep is not None for keep in keeps])
+        mask = touched.repeat_interleave(torch.tensor(lengths)).to(fresh.device)
+        self.positions_T = torch.where(mask, fresh, self.positions_T)
+        self.next_positions = [
+            length if keep is not None else position
+            for length, keep, position in zip(lengths, keeps, self.next_positions, strict=True)
+        ]
+
+    def _now(self) -> float:
+        if self.decoder.device.type == "cuda":
+            torch.cuda.synchronize(self.decoder.device)
+        return time.perf_counter()
+
+
+def _next_positions(positions_T: Tensor, lengths: Sequence[int]) -> list[int]:
+    ends = torch.tensor([end - 1 for end in accumulate(lengths)], device=positions_T.device)
+    return [position + 1 for position in positions_T[ends].tolist()]

@@ -1,0 +1,227 @@
+"""How many visual tokens stay after which layer. No tensors in here.
+
+Stage, schedule, retention: TRIO (arXiv 2602.04657), method section and its table of settings.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from trio.errors import UserError
+
+# LLaVA-1.5-7B, encoder-free: layers run before each stage and tokens kept of 576, over 32 layers.
+PUBLISHED_LAYERS = 32
+PUBLISHED_VISUAL_TOKENS = 576
+PUBLISHED_STAGES = ((1, 92), (10, 54), (15, 22))
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One pruning step.
+
+    layer: decoder layers that have run before it (0 prunes the embeddings).
+    keep: visual tokens kept of each image: a count (int), or a share of the tokens that the
+        encoder gave for that image (float in (0, 1]).
+    """
+
+    layer: int
+    keep: int | float
+
+    def __post_init__(self) -> None:
+        if isinstance(self.layer, bool) or not isinstance(self.layer, int) or self.layer < 0:
+            raise UserError(f"pruning stage: layer must be an integer >= 0, got {self.layer!r}")
+        if isinstance(self.keep, bool) or not isinstance(self.keep, (int, float)):
+            raise UserError(f"pruning stage at layer {self.layer}: keep must be a count or a ratio")
+        if isinstance(self.keep, int) and self.keep < 1:
+            raise UserError(
+                f"pruning stage at layer {self.layer}: {self.keep} tokens kept; at least 1 must stay"
+            )
+        if isinstance(self.keep, float) and not 0.0 < self.keep <= 1.0:
+            raise UserError(
+                f"pruning stage at layer {self.layer}: ratio {self.keep} is outside (0, 1]; "
+                "write counts without a decimal point"
+            )
+
+    def count(self, visual_tokens: int) -> int:
+        """Tokens kept of an image with `visual_tokens`, before the cap by earlier stages."""
+        if isinstance(self.keep, int):
+            return self.keep
+        return max(1, math.floor(self.keep * visual_tokens + 0.5))
+
+    def __str__(self) -> str:
+        return f"{self.layer}:{self.keep}"
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """Pruning stages with rising layers and falling counts; empty prunes nothing."""
+
+    stages: tuple[Stage, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.stages, tuple):
+            object.__setattr__(self, "stages", tuple(self.stages))
+        for before, after in zip(self.stages, self.stages[1:], strict=False):
+            if after.layer <= before.layer:
+                raise UserError(f"schedule {self}: layers must rise from stage to stage")
+            if type(after.keep) is not type(before.keep):
+                raise UserError(f"schedule {self}: use counts or ratios, not both")
+            if after.keep > before.keep:
+                raise UserError(f"schedule {self}: kept tokens must not rise from stage to stage")
+
+    def __str__(self) -> str:
+        return ",".join(map(str, self.stages))
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return tuple(stage.layer for stage in self.stages)
+
+    @classmethod
+    def parse(cls, text: str) -> Schedule:
+        """Read `"1:92,10:54,15:22"` (counts) or `"1:0.16,10:0.09"` (ratios).
+
+        Raises:
+            UserError: the text is not a list of `layer:keep`.
+        """
+        stages = []
+        for part in text.split(","):
+            layer, colon, keep = part.strip().partition(":")
+            try:
+                if not colon:
+                    raise ValueError
+                stages.append(Stage(int(layer), _number(keep.strip())))
+            except UserError:
+                raise
+            except ValueError:
+                raise UserError(
+                    f"schedule {text!r}: {part.strip()!r} is not layer:keep; "
+                    "write for example 1:92,10:54,15:22 or 1:0.16,10:0.09"
+                ) from None
+        return cls(tuple(stages))
+
+    @classmethod
+    def for_retention(cls, retention: float, num_layers: int, visual_tokens: int) -> Schedule:
+        """The published shape, scaled to this depth and token count.
+
+        Args:
+            retention: target layer-average share of visual tokens, in (0, 1].
+            num_layers: decoder layers.
+            visual_tokens: tokens that the encoder gave for one image.
+
+        Returns:
+            Counts whose layer average is `retention * visual_tokens` to within one token.
+
+        Raises:
+            UserError: the layers before the first stage already use up more than the target; the
+                message names the smallest retention in reach.
+        """
+        check_retention(retention)
+        if retention == 1.0 or visual_tokens == 0:
+            return cls()
+        shape = _published_shape(num_layers)
+        first = shape[0][0] if shape else num_layers
+        target = retention * visual_tokens * num_layers  # summed over layers
+        least = first * visual_tokens + (num_layers - first)
+        if target < least - num_layers:
+            smallest = least / (num_layers * visual_tokens)
+            raise UserError(
+                f"retention {retention:.4g} is out of reach: with {num_layers} decoder layers the "
+                f"first stage comes after {first}, and the smallest retention is {smallest:.4g} "
+                f"for {visual_tokens} visual tokens; raise it, or give a schedule that starts at "
+                "layer 0"
+            )
+        spans = [
+            end - start
+            for (start, _), (end, _) in zip(shape, [*shape[1:], (num_layers, 0.0)], strict=True)
+        ]
+        shares = [share for _, share in shape]
+        factor = _solve_scale(shares, spans, retention * num_layers - first)
+        counts = _round_counts(
+            [min(1.0, factor * share) * visual_tokens for share in shares],
+            spans,
+            target - first * visual_tokens,
+            visual_tokens,
+        )
+        return cls(
+            tuple(Stage(layer, count) for (layer, _), count in zip(shape, counts, strict=True))
+        )
+
+    def counts(self, visual_tokens: int) -> list[tuple[int, int]]:
+        """`(layer, kept)` for an image of `visual_tokens`; a stage can remove nothing."""
+        left = visual_tokens
+        result = []
+        for stage in self.stages:
+            left = min(left, stage.count(visual_tokens))
+            result.append((stage.layer, left))
+        return result
+
+    def check_depth(self, num_layers: int) -> None:
+        """Raise UserError unless every stage lies before the last layer has run."""
+        for stage in self.stages:
+            if stage.layer >= num_layers:
+                raise UserError(
+                    f"schedule {self}: stage at layer {stage.layer}, but the decoder has "
+                    f"{num_layers} layers; the last possible stage is at {num_layers - 1}"
+                )
+
+
+def check_retention(retention: float) -> None:
+    """Raise UserError unless `retention` is in (0, 1]."""
+    if not 0.0 < retention <= 1.0:
+        raise UserError(f"retention must be in (0, 1], got {retention!r}; 1 switches pruning off")
+
+
+def tokens_per_layer(
+    visual_tokens: int, stages: Iterable[tuple[int, int]], num_layers: int
+) -> list[int]:
+    """Visual tokens present in each layer, for `(layer, kept)` stages in rising order."""
+    present = [visual_tokens] * num_layers
+    for layer, keep in stages:
+        present[layer:] = [keep] * (num_layers - layer)
+    return present
+
+
+def _number(text: str) -> int | float:
+    return float(text) if any(mark in text for mark in ".eE") else int(text)
+
+
+def _published_shape(num_layers: int) -> list[tuple[int, float]]:
+    """Published stages at this depth as (layer, share); merged where layers fall together."""
+    shape: dict[int, float] = {}
+    for layer, count in PUBLISHED_STAGES:
+        scaled = max(1, math.floor(layer * num_layers / PUBLISHED_LAYERS + 0.5))
+        if scaled < num_layers:
+            shape[scaled] = count / PUBLISHED_VISUAL_TOKENS
+    return list(shape.items())
+
+
+def _solve_scale(shares: Sequence[float], spans: Sequence[int], target: float) -> float:
+    """The factor f with sum(span * min(1, f * share)) == target; shares fall, so 1 is reached
+    stage by stage and each piece is linear."""
+    total = float(target)
+    for full in range(len(shares)):
+        weight = sum(share * span for share, span in zip(shares[full:], spans[full:], strict=True))
+        factor = max(0.0, total) / weight
+        if factor * shares[full] <= 1.0:
+            return factor
+        total -= spans[full]
+    return 1.0 / shares[-1]
+
+
+def _round_counts(
+    ideal: Sequence[float], spans: Sequence[int], target: float, visual_tokens: int
+) -> list[int]:
+    """Whole counts near `ideal`, the last ones chosen so that the sum over layers fits best."""
+    counts: list[int] = []
+    drift = 0.0
+    ceiling = visual_tokens
+    for value, span in zip(ideal, spans, strict=True):
+        count = math.floor(value + drift / span + 0.5) if span else round(value)
+        count = min(ceiling, max(1, count))
+        drift += (value - count) * span
+        ceiling = count
+        counts.append(count)
+    assert abs(target - sum(c * s for c, s in zip(counts, spans, strict=True))) <= sum(spans) + 1e-6
+    return counts
