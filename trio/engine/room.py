@@ -7,7 +7,7 @@ in bytes; a group after a stage holds fewer tokens and therefore gets the smalle
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 Need = tuple[int, ...]
@@ -41,7 +41,7 @@ class Room:
         self.max_slots = max_slots
         self.block = block
         self.shape = Shape(0, (0,) * len(self.group_bytes))
-        self._needs: dict[Hashable, Need] = {}
+        self._needs: dict[int, Need] = {}
 
     @property
     def holders(self) -> int:
@@ -58,7 +58,7 @@ class Room:
     def can_allocate(self, need: Need) -> bool:
         return self._grown(need) is not None
 
-    def allocate(self, key: Hashable, need: Need) -> Shape:
+    def allocate(self, key: int, need: Need) -> Shape:
         """Reserve room for a request; returns the shape that the cache must now have."""
         assert key not in self._needs, f"{key!r} holds room already"
         shape = self._grown(need)
@@ -67,7 +67,7 @@ class Room:
         self.shape = shape
         return shape
 
-    def free(self, key: Hashable) -> None:
+    def free(self, key: int) -> None:
         """Give a request's room back. The shape stays until other requests want another."""
         del self._needs[key]
 

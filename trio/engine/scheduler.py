@@ -7,7 +7,6 @@ Room for the whole answer is reserved on admission; nothing that runs is ever ev
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Hashable
 from typing import Generic, Protocol, TypeVar
 
 from trio.engine.room import Need
@@ -17,7 +16,7 @@ class Schedulable(Protocol):
     """What the scheduler must know of a request."""
 
     @property
-    def key(self) -> Hashable: ...
+    def key(self) -> int: ...
 
     @property
     def prompt_tokens(self) -> int: ...
@@ -34,9 +33,9 @@ class Allocator(Protocol):
 
     def can_allocate(self, need: Need) -> bool: ...
 
-    def allocate(self, key: Hashable, need: Need) -> object: ...
+    def allocate(self, key: int, need: Need) -> object: ...
 
-    def free(self, key: Hashable) -> None: ...
+    def free(self, key: int) -> None: ...
 
 
 class Scheduler(Generic[Item]):
@@ -49,7 +48,7 @@ class Scheduler(Generic[Item]):
     def __init__(self, memory: Allocator, *, batch_tokens: int) -> None:
         self.batch_tokens = batch_tokens
         self.waiting: deque[Item] = deque()
-        self.running: dict[Hashable, Item] = {}
+        self.running: dict[int, Item] = {}
         self._memory = memory
 
     @property
