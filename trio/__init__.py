@@ -6,7 +6,7 @@ them. A name that is not ours is looked up in the async library `trio`, if that 
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from trio import _beside
 
@@ -40,7 +40,7 @@ _HOME = {
 }
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     home = _HOME.get(name)
     value = getattr(import_module(home), name) if home else _beside.attribute(name)
     if not name.startswith("_"):

@@ -13,6 +13,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from importlib.abc import Loader
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from importlib.util import spec_from_file_location, spec_from_loader
 from types import CodeType, ModuleType
@@ -37,7 +38,7 @@ def attribute(name: str) -> Any:
     # inspect, mock and pickling probe every module for such names: they must not load the library.
     probe = name.startswith("__") and name != "__version__"
     if NAMESPACE not in sys.modules and (probe or locate() is None):
-        reason = "" if probe else ": this is trio-vlm, and no async library `trio` is installed here"
+        reason = "" if probe else " (this is trio-vlm; the async library `trio` is not installed)"
         raise AttributeError(f"module 'trio' has no attribute {name!r}{reason}", name=name)
     try:
         library = importlib.import_module(NAMESPACE)
@@ -65,8 +66,7 @@ class _Finder:
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        parent, _, child = fullname.rpartition(".")
-        if parent != "trio":
+        if fullname.rpartition(".")[0] != "trio":
             return None
         other = locate()
         if other is None or other.origin is None:
@@ -100,7 +100,7 @@ class _InitLoader(SourceFileLoader):
         try:
             exec(code, module.__dict__)
         finally:
-            # For its deprecated names it replaces the class or `__getattr__` of sys.modules["trio"].
+            # It replaces the class or `__getattr__` of sys.modules["trio"] for deprecated names.
             theirs = ours.__dict__["__getattr__"]
             ours.__class__ = kind
             ours.__dict__["__getattr__"] = hook
@@ -108,7 +108,7 @@ class _InitLoader(SourceFileLoader):
             module.__dict__["__getattr__"] = theirs
 
 
-class _Loaded:
+class _Loaded(Loader):
     """Answers an import with a module that running `trio/__init__.py` has loaded meanwhile."""
 
     def __init__(self, module: ModuleType) -> None:

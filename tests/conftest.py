@@ -1,0 +1,37 @@
+"""What all tests share: our package first on the path, one local Ray, GPU tests only with a GPU."""
+
+import os
+from collections.abc import Iterator
+
+import _bootstrap
+import pytest
+
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+_bootstrap.adopt()
+
+
+@pytest.fixture(scope="session")
+def ray_local() -> Iterator[None]:
+    """A Ray of our own in this session, with more logical CPUs than the machine may have."""
+    import ray
+
+    from trio.pipeline.environment import export_path
+
+    export_path()
+    ray.init(address="local", num_cpus=6, include_dashboard=False)
+    yield
+    ray.shutdown()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if not marked:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and torch sees none"))
