@@ -1,0 +1,1 @@
+"""Measurements that `jobs/benchmark.py` runs."""

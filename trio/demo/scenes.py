@@ -1,0 +1,205 @@
+"""Scenes of coloured handwritten digits, with questions and a caption that have one right answer.
+
+A scene is a grid of 64-pixel cells, three by three at full size, over a textured background. One to
+four cells hold a handwritten digit (scikit-learn's `load_digits`, 8 x 8 pixels, enlarged and
+slightly turned); no two digits of a scene share their value or their colour. The handwritten
+samples are split once into train and held-out, so a held-out scene shows strokes that the training
+never saw.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal
+
+import numpy as np
+from PIL import Image
+from sklearn.datasets import load_digits
+
+CELL = 64
+"""Side of a grid cell in pixels."""
+GRID = 3
+"""Cells along one side of a full scene: 192 x 192 pixels."""
+MAX_OBJECTS = 4
+SIZES = (36, 58)
+"""Smallest and largest side of a digit's box in pixels."""
+
+COLOURS: dict[str, tuple[int, int, int]] = {
+    "red": (225, 45, 45),
+    "green": (50, 190, 65),
+    "blue": (60, 105, 240),
+    "yellow": (235, 215, 50),
+    "purple": (175, 65, 205),
+    "white": (240, 240, 240),
+}
+CELL_NAMES = (
+    "top left", "top center", "top right",
+    "middle left", "middle center", "middle right",
+    "bottom left", "bottom center", "bottom right",
+)  # fmt: skip
+KINDS = ("digit", "color", "presence", "count", "position", "caption")
+Kind = Literal["digit", "color", "presence", "count", "position", "caption"]
+Split = Literal["train", "heldout"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Item:
+    """One digit of a scene."""
+
+    digit: int
+    color: str
+    cell: int
+    """Row-major index in the full 3 x 3 grid."""
+    box: tuple[int, int, int, int]
+    """Left, top, right, bottom in pixels of the rendered image."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scene:
+    """An image and what it shows, items in the order of `COLOURS`."""
+
+    pixels: np.ndarray
+    """[height, width, 3] uint8, RGB."""
+    items: tuple[Item, ...]
+
+    @property
+    def image(self) -> Image.Image:
+        return Image.fromarray(self.pixels)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Question:
+    kind: Kind
+    prompt: str
+    answer: str
+
+
+@cache
+def handwriting(split: Split) -> tuple[np.ndarray, np.ndarray]:
+    """Strokes [N, 8, 8] in 0…1 and their digits [N]; every fifth sample is held out."""
+    data = load_digits()
+    held_out = np.arange(len(data.target)) % 5 == 0
+    chosen = held_out if split == "heldout" else ~held_out
+    return (data.images[chosen] / 16.0).astype(np.float32), data.target[chosen]
+
+
+def make_scene(
+    rng: np.random.Generator,
+    split: Split,
+    *,
+    grid: int = GRID,
+    origin: tuple[int, int] = (0, 0),
+) -> Scene:
+    """Draw a scene of `grid` x `grid` cells whose first cell is `origin` (row, column) of the full
+    grid; training uses parts of the full grid because they cost less."""
+    canvas = _background(rng, grid * CELL)
+    count = int(rng.integers(1, MAX_OBJECTS + 1))
+    digits = rng.permutation(10)[:count]
+    colors = sorted(rng.permutation(len(COLOURS))[:count])
+    cells = rng.permutation(grid * grid)[:count]
+    items = []
+    for digit, color, cell in zip(digits, colors, cells, strict=True):
+        row, column = divmod(int(cell), grid)
+        name = list(COLOURS)[color]
+        box = _draw_digit(rng, canvas, split, int(digit), name, row * CELL, column * CELL)
+        full_cell = (origin[0] + row) * GRID + origin[1] + column
+        items.append(Item(digit=int(digit), color=name, cell=full_cell, box=box))
+    return Scene(pixels=canvas.clip(0, 255).astype(np.uint8), items=tuple(items))
+
+
+def questions(rng: np.random.Generator, scene: Scene) -> list[Question]:
+    """Every kind at least once: a question about each digit and colour, one of presence that is
+    true and one that is not, the count, and the caption."""
+    asked = [caption(scene), Question(
+        kind="count", prompt="how many digits are there ?", answer=str(len(scene.items))
+    )]  # fmt: skip
+    for item in scene.items:
+        asked += [
+            Question(kind="digit", prompt=f"which digit is {item.color} ?", answer=str(item.digit)),
+            Question(kind="color", prompt=f"what color is the {item.digit} ?", answer=item.color),
+            Question(
+                kind="position",
+                prompt=f"where is the {item.digit} ?",
+                answer=CELL_NAMES[item.cell],
+            ),
+        ]
+    shown = [item.digit for item in scene.items]
+    absent = [digit for digit in range(10) if digit not in shown]
+    for digits, answer in ((shown, "yes"), (absent, "no")):
+        prompt = f"is there a {rng.choice(digits)} ?"
+        asked.append(Question(kind="presence", prompt=prompt, answer=answer))
+    return asked
+
+
+def caption(scene: Scene) -> Question:
+    """The caption names every digit with its colour, in the order of `COLOURS`."""
+    named = [f"a {item.color} {item.digit}" for item in scene.items]
+    text = named[0] if len(named) == 1 else ", ".join(named[:-1]) + " and " + named[-1]
+    return Question(kind="caption", prompt="describe the image .", answer=text)
+
+
+def patch_labels(scene: Scene, patch: int) -> tuple[np.ndarray, np.ndarray]:
+    """Digit [rows * columns] (10 = background) and colour index (`len(COLOURS)` = background) of
+    each patch: that of the digit whose box covers the patch's centre."""
+    side = scene.pixels.shape[0] // patch
+    digit = np.full((side, side), 10)
+    color = np.full((side, side), len(COLOURS))
+    centres = (np.arange(side) + 0.5) * patch
+    for item in scene.items:
+        left, top, right, bottom = item.box
+        rows = (centres >= top) & (centres < bottom)
+        columns = (centres >= left) & (centres < right)
+        inside = rows[:, None] & columns[None, :]
+        digit[inside] = item.digit
+        color[inside] = list(COLOURS).index(item.color)
+    return digit.reshape(-1), color.reshape(-1)
+
+
+def _draw_digit(
+    rng: np.random.Generator,
+    canvas: np.ndarray,
+    split: Split,
+    digit: int,
+    color: str,
+    top: int,
+    left: int,
+) -> tuple[int, int, int, int]:
+    strokes, labels = handwriting(split)
+    sample = strokes[rng.choice(np.flatnonzero(labels == digit))]
+    size = int(rng.integers(SIZES[0], SIZES[1] + 1))
+    ink = Image.fromarray((sample * 255).astype(np.uint8)).resize(
+        (size, size), Image.Resampling.BICUBIC
+    )
+    turned = ink.rotate(float(rng.uniform(-10, 10)), Image.Resampling.BILINEAR)
+    alpha = (np.asarray(turned, np.float32) / 255 * 1.4).clip(0, 1)[..., None]
+    top += int(rng.integers(0, CELL - size + 1))
+    left += int(rng.integers(0, CELL - size + 1))
+    tint = np.array(COLOURS[color], np.float32) + rng.normal(0, 8, 3).astype(np.float32)
+    area = canvas[top : top + size, left : left + size]
+    area[:] = area * (1 - alpha) + tint * alpha
+    return left, top, left + size, top + size
+
+
+def _background(rng: np.random.Generator, side: int) -> np.ndarray:
+    """A dull texture: smooth noise, stripes or checks, with fine grain on top."""
+    base = rng.uniform(25, 105) + rng.normal(0, 8, 3)
+    canvas = np.broadcast_to(base.astype(np.float32), (side, side, 3)).copy()
+    amplitude = float(rng.uniform(5, 22))
+    kind = rng.integers(3)
+    if kind == 0:
+        coarse = rng.uniform(0, 255, (int(rng.integers(3, 10)),) * 2).astype(np.uint8)
+        smooth = Image.fromarray(coarse).resize((side, side), Image.Resampling.BICUBIC)
+        canvas += (np.asarray(smooth, np.float32)[..., None] / 127.5 - 1) * amplitude
+    else:
+        period = float(rng.uniform(10, 48))
+        angle = float(rng.uniform(0, np.pi))
+        y, x = np.mgrid[0:side, 0:side].astype(np.float32)
+        along = np.sin((x * np.cos(angle) + y * np.sin(angle)) * (2 * np.pi / period))
+        if kind == 2:
+            along = np.sign(
+                along * np.sin((y * np.cos(angle) - x * np.sin(angle)) * (2 * np.pi / period))
+            )
+        canvas += along[..., None] * amplitude
+    canvas += rng.integers(-6, 7, (side, side, 1)).astype(np.float32)
+    return canvas
