@@ -26,6 +26,7 @@ MAY_IMPORT = {
     "conformance": SETTINGS | {"pruning", "models"},
     "pipeline": SETTINGS | {"pruning", "models", "engine"},
     "demo": SETTINGS | {"pruning", "models", "engine"},
+    "benchmark": SETTINGS | {"pruning", "models", "engine", "pipeline", "demo"},
 }
 LIGHT = [
     "trio",
@@ -46,7 +47,7 @@ LIGHT = [
 def imported(path: Path) -> set[str]:
     """Absolute names of the modules that a file imports, anywhere in it."""
     package = path.relative_to(ROOT).parent.parts
-    found = set()
+    found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
