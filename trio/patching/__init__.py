@@ -1,0 +1,99 @@
+"""Pruning inside a transformers model that stays what it is: `patch` and `unpatch`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TypeVar
+
+from torch import nn
+
+from trio.config import Pruning
+from trio.errors import UserError
+from trio.models.registry import adapt
+from trio.patching.forward import PatchedDecoder, PatchedForward, PatchedGenerate
+from trio.patching.override import Override
+
+__all__ = ["patch", "unpatch"]
+
+COVERED = (
+    "something else was put over a part of the patched model (an accelerate hook?): take that off "
+    "before trio.unpatch"
+)
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def patch(model: Model, pruning: Pruning) -> Model:
+    """Makes this one model prune the visual tokens of its prompts; `generate` is used as before.
+
+    Only the instance changes (its `forward` and `generate`, and the `forward` of its text decoder),
+    no class and no config. Patching again replaces the settings.
+
+    What is pruned is a prefill: a call with images, an empty cache and `logits_to_keep=1`, which
+    is what `generate` makes of a prompt. Rows may be padded on either side; each gets the result
+    that it gets alone. Text-only prompts run as before, except that right-padded ones become right.
+    The cache that comes back reports the unpruned length and holds, in each layer, `lengths_B`
+    tokens per row; the same model can go on from it with more text.
+
+    Refused with a UserError where a prompt has images: logits of other positions than the last
+    (and so a loss), `output_attentions`, `output_hidden_states`, `use_cache=False`, caches that are
+    not a plain DynamicCache, prefill in chunks, assisted generation, `inputs_embeds`, position ids
+    of one's own, and images on top of a filled cache. No gradient flows through a pruned prompt.
+    Calls of `model.model` and its parts, past the model itself, are not pruned.
+
+    Args:
+        model: a `LlavaForConditionalGeneration` over a LLaMA-type decoder.
+        pruning: how much to keep and how to choose.
+
+    Returns:
+        The same model.
+
+    Raises:
+        UserError: the model is not supported, or the settings do not fit it; it is left as it was.
+    """
+    if not isinstance(pruning, Pruning):
+        raise UserError(f"pruning must be a trio.Pruning, got {pruning!r:.100}")
+    adapter = adapt(model)
+    decoder = adapter.decoder
+    pruning.stages(adapter.visual_tokens, decoder.num_layers)
+    if pruning.position_ids is None:
+        pruning = replace(pruning, position_ids=adapter.default_position_ids)
+    if PatchedForward.of(model) is not None:
+        unpatch(model)
+    overrides: list[Override] = [
+        PatchedForward(model, pruning, adapter),
+        PatchedDecoder(decoder.model, pruning, adapter),
+        PatchedGenerate(model),
+    ]
+    for override in overrides:
+        override.install()
+    return model
+
+
+def unpatch(model: Model) -> Model:
+    """Gives back exactly the model that `patch` got.
+
+    Returns:
+        The same model.
+
+    Raises:
+        UserError: the model is not patched.
+    """
+    forward = PatchedForward.of(model)
+    if forward is None and PatchedGenerate.of(model) is not None:
+        raise UserError(COVERED)
+    if forward is None:
+        raise UserError(
+            f"this {type(model).__name__} is not patched: nothing to undo; call trio.patch(model, "
+            "trio.Pruning(...)) first"
+        )
+    installed = [
+        forward,
+        PatchedDecoder.of(forward.adapter.decoder.model),
+        PatchedGenerate.of(model),
+    ]
+    if None in installed:
+        raise UserError(COVERED)
+    for override in installed:
+        assert override is not None
+        override.remove()
+    return model

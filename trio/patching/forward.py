@@ -1,0 +1,315 @@
+"""What a patched model runs: pruned prefill, then decoding on caches of different lengths.
+
+Shapes: B rows, S padded prompt, T real tokens of all rows back to back, Q new tokens of a row,
+D hidden size.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from trio.config import Pruning
+from trio.errors import UserError
+from trio.models.attention import Padded
+from trio.models.llava import LlavaAdapter
+from trio.models.prefill import PackedPrompts, prefill
+from trio.patching.cache import RaggedLayer, make_plain, make_ragged, ragged_layers
+from trio.patching.override import Override
+from trio.pruning.select import salt_of
+
+UNPATCH = "or call trio.unpatch(model) first"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prompts:
+    """Where the real tokens of a padded batch lie.
+
+    real_BS: True at tokens, False at padding.
+    lengths: real tokens of each row.
+    images: visual spans (start, stop) of each row, counted in its real tokens.
+    salts: a number of each row's tokens, for method `random`.
+    """
+
+    real_BS: Tensor
+    lengths: tuple[int, ...]
+    images: tuple[tuple[tuple[int, int], ...], ...]
+    salts: tuple[int, ...]
+
+
+class PatchedForward(Override):
+    """`forward` of the whole model: sees token ids, decides whether a call is a pruned prefill."""
+
+    name = "forward"
+
+    def __init__(self, model: nn.Module, pruning: Pruning, adapter: LlavaAdapter) -> None:
+        super().__init__(model)
+        self.pruning = pruning
+        self.adapter = adapter
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        call = _by_name(self.original, args, kwargs)
+        cache = call.get("past_key_values")
+        if self.pruning.active:
+            if cache is not None and cache.get_seq_length() > 0:
+                self._refuse_new_images(call)
+            else:
+                if cache is not None and ragged_layers(cache):
+                    make_plain(cache)
+                if self._is_ours(call):
+                    call["trio_prompts"] = self._prompts(call)
+        return self.original(**call)
+
+    def _visual(self, call: dict[str, Any]) -> Tensor | None:
+        """Which token ids stand for image features [B, S], None if the call brings no image."""
+        encoded = (call.get("mm_encoder_outputs") or {}).get("image")
+        if call.get("pixel_values") is None and encoded is None:
+            return None
+        if call.get("input_ids") is None:
+            raise UserError(
+                "a patched model tells visual tokens from text by input_ids, got inputs_embeds: pass "
+                f"input_ids and pixel_values, {UNPATCH}"
+            )
+        return call["input_ids"] == self.adapter.image_token_id
+
+    def _refuse_new_images(self, call: dict[str, Any]) -> None:
+        visual_BS = self._visual(call)
+        if visual_BS is not None and bool(visual_BS.any()):
+            raise UserError(
+                "images on top of a filled cache cannot be pruned: generate from the whole prompt "
+                f"without past_key_values, {UNPATCH}"
+            )
+
+    def _is_ours(self, call: dict[str, Any]) -> bool:
+        visual_BS = self._visual(call)
+        if visual_BS is not None and bool(visual_BS.any()):
+            _check_prefill(call)
+            return True
+        # transformers predicts a right-padded row's first token from its padding.
+        mask = call.get("attention_mask")
+        padded_right = mask is not None and mask.ndim == 2 and not bool(mask[:, -1].all())
+        return padded_right and call.get("input_ids") is not None and _wants_last_logits(call)
+
+    def _prompts(self, call: dict[str, Any]) -> Prompts:
+        ids_BS: Tensor = call["input_ids"]
+        mask = call.get("attention_mask")
+        real_BS = torch.ones_like(ids_BS, dtype=torch.bool) if mask is None else mask.bool()
+        real_BS = real_BS.to(ids_BS.device)
+        lengths = tuple(int(n) for n in real_BS.sum(dim=1).tolist())
+        if min(lengths) == 0:
+            raise UserError(f"row {lengths.index(0)} of the batch is all padding: leave it out")
+        _check_positions(call.get("position_ids"), real_BS)
+        tokens = [ids[real].tolist() for ids, real in zip(ids_BS, real_BS, strict=True)]
+        return Prompts(
+            real_BS=real_BS,
+            lengths=lengths,
+            images=tuple(tuple(self.adapter.spans(row)) for row in tokens),
+            salts=tuple(salt_of(row) for row in tokens),
+        )
+
+
+class PatchedDecoder(Override):
+    """`forward` of the text decoder: sees merged embeddings, runs what `PatchedForward` decided."""
+
+    name = "forward"
+
+    def __init__(self, text_model: nn.Module, pruning: Pruning, adapter: LlavaAdapter) -> None:
+        super().__init__(text_model)
+        self.pruning = pruning
+        self.adapter = adapter
+
+    def __call__(self, *args: Any, trio_prompts: Prompts | None = None, **kwargs: Any) -> Any:
+        call = _by_name(self.original, args, kwargs)
+        cache = call.get("past_key_values")
+        layers = ragged_layers(cache)
+        if trio_prompts is None and not layers:
+            return self.original(**call)
+        for name in ("output_attentions", "output_hidden_states"):
+            wanted = call.get(name)
+            if getattr(self.adapter.decoder.config, name, False) if wanted is None else wanted:
+                raise UserError(
+                    f"{name}: a pruned prompt has none for the tokens that left: leave it out, "
+                    f"{UNPATCH}"
+                )
+        hidden = call.get("inputs_embeds")
+        if hidden is None:
+            hidden = self.adapter.decoder.embed(call["input_ids"])
+        if trio_prompts is None:
+            last = self._decode(hidden, call.get("attention_mask"), layers)
+        else:
+            cache = DynamicCache() if cache is None else cache
+            last = self._prefill(hidden, trio_prompts, cache)
+        return BaseModelOutputWithPast(last_hidden_state=last, past_key_values=cache)
+
+    def _prefill(self, embeds_BSD: Tensor, prompts: Prompts, cache: Cache) -> Tensor:
+        """Fills the cache; final-normed hidden state of each row's last token [B, 1, D]."""
+        layers = make_ragged(cache, self.adapter.decoder.num_layers)
+        try:
+            # Saliency takes gradients, which inference mode rules out for good.
+            with torch.inference_mode(False), torch.no_grad():
+                return self._fill(embeds_BSD, prompts, layers)[:, None]
+        except BaseException:
+            make_plain(cache)
+            raise
+
+    def _fill(self, embeds_BSD: Tensor, prompts: Prompts, layers: list[RaggedLayer]) -> Tensor:
+        decoder = self.adapter.decoder
+        if embeds_BSD.is_inference():
+            embeds_BSD = embeds_BSD.clone()
+        packed = PackedPrompts(
+            embeds_TD=embeds_BSD[prompts.real_BS.to(embeds_BSD.device)],
+            lengths=prompts.lengths,
+            images=prompts.images,
+            salts=prompts.salts,
+        )
+        store = _Store(layers)
+        done = prefill(decoder, packed, self.pruning, store)
+        for index, layer in enumerate(layers):
+            layer.place(done.next_positions[index], embeds_BSD.shape[1], store.groups[index])
+        return decoder.model.norm(done.hidden_BD)
+
+    @torch.no_grad()
+    def _decode(
+        self, embeds_BQD: Tensor, mask: Tensor | None, layers: list[RaggedLayer]
+    ) -> Tensor:
+        """New tokens one after another; final-normed hidden states [B, Q, D].
+
+        A padded column repeats the row's token before it, so the last column is always a token.
+        """
+        rows, width = embeds_BQD.shape[:2]
+        if rows != layers[0].lengths_B.shape[0]:
+            raise UserError(
+                f"the cache holds {layers[0].lengths_B.shape[0]} rows and the call brings {rows}: "
+                "use the batch, num_beams and num_return_sequences of the call that filled it"
+            )
+        if mask is None:
+            active_BQ = torch.ones(rows, width, dtype=torch.long, device=embeds_BQD.device)
+        else:
+            active_BQ = mask[:, -width:].to(embeds_BQD.device, torch.long)
+        hidden = [self._step(embeds_BQD[:, 0], active_BQ[:, 0], layers)]
+        for column in range(1, width):
+            active_B = active_BQ[:, column]
+            step_BD = self._step(embeds_BQD[:, column], active_B, layers)
+            hidden.append(torch.where(active_B.bool()[:, None], step_BD, hidden[-1]))
+        return torch.stack(hidden, dim=1)
+
+    def _step(self, hidden_BD: Tensor, active_B: Tensor, layers: list[RaggedLayer]) -> Tensor:
+        """One token of each row through all layers; final-normed hidden states [B, D]."""
+        decoder = self.adapter.decoder
+        store = _Append(layers)
+        start = 0
+        with decoder.ragged():
+            for _, members in groupby(layers, key=lambda layer: layer.group):
+                group = list(members)
+                stop = start + len(group)
+                lengths_B, positions_B = group[0].lengths_B, group[0].positions_B
+                rotary = decoder.rotary(positions_B)
+                layout = Padded(lengths_B + 1)
+                hidden_BD = decoder.run_layers(start, stop, hidden_BD, rotary, layout, store)
+                for layer in group:
+                    layer.advance(lengths_B + active_B, positions_B + active_B)
+                start = stop
+        return decoder.model.norm(hidden_BD)
+
+
+class PatchedGenerate(Override):
+    """`generate`, which alone knows whether the prompt will come in chunks."""
+
+    name = "generate"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        call = _by_name(self.original, args, kwargs)
+        configs = (call.get("generation_config"), getattr(self.module, "generation_config", None))
+        given = [call.get("prefill_chunk_size")]
+        given += [getattr(config, "prefill_chunk_size", None) for config in configs]
+        if call.get("pixel_values") is not None and any(size is not None for size in given):
+            raise UserError(
+                "prefill_chunk_size: a prompt is pruned as a whole, by what its end asks for: "
+                f"leave it out, {UNPATCH}"
+            )
+        return self.original(**call)
+
+
+class _Store:
+    """The cache as prefill sees it: packed keys of each layer, once."""
+
+    def __init__(self, layers: list[RaggedLayer]) -> None:
+        self._layers = layers
+        self._lengths: Sequence[int] = ()
+        self.groups = [0] * len(layers)
+
+    def begin_prefill(self, first_layer: int, lengths: Sequence[int]) -> None:
+        self._lengths = lengths
+        self.groups[first_layer:] = [first_layer] * (len(self.groups) - first_layer)
+
+    def update(
+        self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        self._layers[layer_idx].store(key, value, self._lengths)
+        return key, value
+
+
+class _Append:
+    """The cache as a decode step sees it: one token for each row."""
+
+    def __init__(self, layers: list[RaggedLayer]) -> None:
+        self._layers = layers
+
+    def update(
+        self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        return self._layers[layer_idx].append(key, value)
+
+
+def _by_name(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    if not args:
+        return kwargs
+    names = list(inspect.signature(function).parameters)
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def _wants_last_logits(call: dict[str, Any]) -> bool:
+    """Whether the call is what `generate` makes of a prompt."""
+    keep = call.get("logits_to_keep")
+    return isinstance(keep, int) and keep == 1 and call.get("use_cache") is not False
+
+
+def _check_prefill(call: dict[str, Any]) -> None:
+    if call.get("labels") is not None:
+        raise UserError(f"labels: a pruned prompt has no loss; leave them out, {UNPATCH}")
+    if call.get("use_cache") is False:
+        raise UserError(
+            f"use_cache=False would prune anew at every token: leave it out, {UNPATCH}"
+        )
+    if not _wants_last_logits(call):
+        raise UserError(
+            "a pruned prompt has logits for its last token only: use model.generate, call "
+            f"model(..., logits_to_keep=1), {UNPATCH}"
+        )
+    mask = call.get("attention_mask")
+    if mask is not None and mask.ndim != 2:
+        raise UserError(
+            f"attention_mask must be [rows, tokens] to be pruned, got {list(mask.shape)}: use a "
+            f"DynamicCache and a 2-dimensional mask, {UNPATCH}"
+        )
+
+
+def _check_positions(positions: Tensor | None, real_BS: Tensor) -> None:
+    if positions is None:
+        return
+    counted_BS = real_BS.cumsum(dim=1) - 1
+    plain_BS = torch.arange(real_BS.shape[1], device=real_BS.device)
+    given_BS = positions.to(real_BS.device).expand_as(counted_BS)
+    wanted = [(given_BS == usual)[real_BS].all() for usual in (counted_BS, plain_BS)]
+    if not any(bool(same) for same in wanted):
+        raise UserError(
+            f"position_ids of one's own cannot be pruned: leave them out, {UNPATCH}"
+        )
