@@ -20,7 +20,12 @@ from transformers import (
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
-WORDS = ["USER:", "ASSISTANT:", "what", "which", "where", "how", "many", "is", "are", "there", "the", "a", "an", "of", "in", "on", "and", "or", "red", "green", "blue", "yellow", "digit", "number", "colour", "left", "right", "top", "bottom", "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "image", "picture", "describe", "this", "please", "answer", "yes", "no", "?", ".", ","]
+_WORDS = """
+    USER: ASSISTANT: what which where how many is are there the a an of in on and or red green blue
+    yellow digit number colour left right top bottom zero one two three four five six seven eight
+    nine image picture describe this please answer yes no ? . ,
+"""
+WORDS = tuple(_WORDS.split())
 IMAGE_TOKEN_ID = SPECIAL.index("<image>")
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'].upper() }}: "
@@ -28,6 +33,7 @@ CHAT_TEMPLATE = (
     "{% if part['type'] == 'image' %}<image> {% else %}{{ part['text'] }} {% endif %}"
     "{% endfor %}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
+Family = Literal["llama", "mistral", "qwen2"]
 _TEXT_CONFIGS: dict[str, type[Any]] = {
     "llama": LlamaConfig,
     "mistral": MistralConfig,
@@ -38,7 +44,7 @@ _TEXT_CONFIGS: dict[str, type[Any]] = {
 def tiny_llava(
     *,
     seed: int = 0,
-    family: Literal["llama", "mistral", "qwen2"] = "llama",
+    family: Family = "llama",
     layers: int = 6,
     hidden: int = 32,
     heads: int = 4,
@@ -50,11 +56,11 @@ def tiny_llava(
     dtype: torch.dtype = torch.float32,
     spread: float = 0.15,
     **text_options: Any,
-) -> LlavaForConditionalGeneration:
+) -> Any:
     """A random LLaVA with `(image_size / patch_size) ** 2` visual tokens, in eval mode.
 
-    The projector is scaled so that visual features are as large as text embeddings; `spread` is
-    the standard deviation of the weights, large enough that attention is not flat.
+    Visual features are as large as text embeddings; `spread` is the standard deviation of the
+    decoder's weights, large enough that attention is not flat.
     """
     text = _TEXT_CONFIGS[family](
         hidden_size=hidden,
@@ -83,7 +89,7 @@ def tiny_llava(
     config = LlavaConfig(
         vision_config=vision,
         text_config=text,
-        image_token_id=IMAGE_TOKEN_ID,
+        image_token_index=IMAGE_TOKEN_ID,
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
         image_seq_length=(image_size // patch_size) ** 2,
@@ -97,9 +103,23 @@ def tiny_llava(
                     param.normal_(0.0, spread)
                 elif name.endswith("bias"):
                     param.normal_(0.0, 0.05)
+            _level_embeddings(model, image_size)
     model.generation_config.pad_token_id = SPECIAL.index("<pad>")
     model.generation_config.eos_token_id = SPECIAL.index("</s>")
     return model.to(dtype)
+
+
+def _level_embeddings(model: Any, image_size: int) -> None:
+    """Text embeddings and visual features of unit size, so that tokens differ in the result."""
+    model.get_input_embeddings().weight.normal_()
+    features = torch.cat(
+        model.get_image_features(
+            torch.randn(4, 3, image_size, image_size), return_dict=True
+        ).pooler_output
+    )
+    projector = model.model.multi_modal_projector.linear_2
+    projector.weight.div_(features.std())
+    projector.bias.zero_()
 
 
 def tiny_processor(*, image_size: int = 32, patch_size: int = 4) -> LlavaProcessor:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
-from tests.models import tiny_llava
+from tests.models import Family, tiny_llava
 from trio.models.decoder import Decoder
 from trio.models.prefill import PackedPrompts, prefill
 
@@ -27,14 +29,14 @@ class RecordingCache:
         return key, value
 
 
-def decoder_of(model: torch.nn.Module) -> Decoder:
+def decoder_of(model: Any) -> Decoder:
     return Decoder(model.model.language_model, model.lm_head)
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 @pytest.mark.parametrize("lengths", [(7, 31, 12), (9, 9, 9), (1, 5, 5, 1, 40)])
-def test_packed_equals_separate(family: str, kv_heads: int, lengths: tuple[int, ...]) -> None:
+def test_packed_equals_separate(family: Family, kv_heads: int, lengths: tuple[int, ...]) -> None:
     model = tiny_llava(family=family, kv_heads=kv_heads, layers=3)
     text = model.model.language_model
     decoder = decoder_of(model)

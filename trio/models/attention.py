@@ -133,8 +133,11 @@ def _packed(query: Tensor, key: Tensor, value: Tensor, scale: float, layout: Pac
     pieces = []
     for start, length, count in _runs(layout.lengths):
         stop = start + length * count
+        own_q, own_k, own_v = (_split(x[:, :, start:stop], count) for x in (query, key, value))
         out = F.scaled_dot_product_attention(
-            *(_split(x[:, :, start:stop], count) for x in (query, key, value)),
+            own_q,
+            own_k,
+            own_v,
             is_causal=True,
             scale=scale,
             enable_gqa=heads != kv_heads,
@@ -248,9 +251,11 @@ def _torch_kernel() -> VarlenKernel:
             extra["enable_gqa"] = True
         elif group > 1:
             k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
-        return varlen_attn(
+        out = varlen_attn(
             q, k, v, offsets, offsets, longest, longest, scale=scale, window_size=(-1, 0), **extra
         )
+        assert isinstance(out, Tensor)  # a tuple only where the log-sum-exp is asked for
+        return out
 
     return kernel
 

@@ -25,7 +25,7 @@ from trio.pruning.select import StageChoice, choose
 class PrefillCache(LayerCache, Protocol):
     """A cache that is told how the packed keys it is about to get divide into requests."""
 
-    def begin_prefill(self, first_layer: int, lengths: Sequence[int]) -> None:
+    def begin_prefill(self, first_layer: int, lengths: tuple[int, ...]) -> None:
         """From `first_layer` on, until the next call, keys come as `[1, K, sum(lengths), E]`."""
         ...
 
@@ -45,7 +45,7 @@ class PackedPrompts:
 
     embeds_TD: Tensor
     lengths: tuple[int, ...]
-    images: tuple[tuple[tuple[int, int], ...], ...]
+    images: Sequence[Sequence[tuple[int, int]]]
     positions_T: Tensor | None = None
     salts: tuple[int, ...] = ()
 

@@ -88,7 +88,7 @@ class _Walk:
     def decide(self, near_kept: np.ndarray, near_block: np.ndarray) -> list[int]:
         """Walk one round; the rows of it that were kept."""
         round_ = self.candidates()
-        blocked = near_kept[: len(round_)].any(axis=1)
+        blocked: np.ndarray = np.any(near_kept, axis=1)
         new: list[int] = []
         for row, token in enumerate(round_):
             if len(self.kept) == self.keep:
@@ -97,7 +97,7 @@ class _Walk:
                 continue
             new.append(row)
             self.kept.append(token)
-            blocked |= near_block[: len(round_), row][: len(round_)]
+            blocked |= near_block[:, row]
         self._seen += len(round_)
         return new
 

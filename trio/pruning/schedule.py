@@ -36,7 +36,7 @@ class Stage:
             raise UserError(f"pruning stage at layer {self.layer}: keep must be a count or a ratio")
         if isinstance(self.keep, int) and self.keep < 1:
             raise UserError(
-                f"pruning stage at layer {self.layer}: {self.keep} tokens kept; at least 1 must stay"
+                f"pruning stage at layer {self.layer}: keeps {self.keep}, at least 1 must stay"
             )
         if isinstance(self.keep, float) and not 0.0 < self.keep <= 1.0:
             raise UserError(
@@ -61,8 +61,6 @@ class Schedule:
     stages: tuple[Stage, ...] = ()
 
     def __post_init__(self) -> None:
-        if not isinstance(self.stages, tuple):
-            object.__setattr__(self, "stages", tuple(self.stages))
         for before, after in zip(self.stages, self.stages[1:], strict=False):
             if after.layer <= before.layer:
                 raise UserError(f"schedule {self}: layers must rise from stage to stage")

@@ -1,0 +1,25 @@
+"""From a model of transformers to the adapter of its family."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trio.errors import UserError
+from trio.models.llava import LlavaAdapter
+
+_ADAPTERS = {"llava": LlavaAdapter}
+
+
+def adapt(model: Any) -> LlavaAdapter:
+    """The adapter for a model.
+
+    Raises:
+        UserError: the family is not supported.
+    """
+    kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+    if kind not in _ADAPTERS or not hasattr(model, "lm_head"):
+        raise UserError(
+            f"models of type {kind!r} ({type(model).__name__}) are not supported; supported: "
+            "LlavaForConditionalGeneration (LLaVA-1.5 family)"
+        )
+    return _ADAPTERS[kind](model)

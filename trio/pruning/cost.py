@@ -1,0 +1,129 @@
+"""What a pruned prefill costs: FLOPs, KV bytes, layer-average retention. No tensors in here.
+
+FLOPs follow the field's convention (FastV, arXiv 2403.06764): per layer with n tokens, hidden
+size d and FFN width m, `4nd² + 2n²d + 2ndm`, one per multiply-add; a gated FFN has three products
+instead of two, `3ndm`. Grouped key/value heads make `4nd²` smaller: `2nd² + 2nd·kv`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DecoderShape:
+    """Sizes of a decoder.
+
+    ffn_products: matrix products of the FFN, 3 if it is gated; published figures count 2.
+    """
+
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    ffn_products: int = 3
+
+    @classmethod
+    def of_config(cls, config: Any) -> DecoderShape:
+        """From the config of a LLaMA-type text model (gated FFN)."""
+        heads = config.num_attention_heads
+        return cls(
+            num_layers=config.num_hidden_layers,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_heads=heads,
+            num_kv_heads=config.num_key_value_heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            vocab_size=config.vocab_size,
+        )
+
+    @property
+    def query_size(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        return self.num_kv_heads * self.head_dim
+
+    def layer_flops(self, tokens: int) -> int:
+        """One layer over `tokens` tokens of one sequence."""
+        projections = 2 * self.hidden_size * (self.query_size + self.kv_size)
+        ffn = self.ffn_products * self.hidden_size * self.intermediate_size
+        return tokens * (projections + ffn) + 2 * tokens * tokens * self.query_size
+
+    def prefill_flops(self, tokens_per_layer: Sequence[int]) -> int:
+        """All layers of one prompt, given the tokens in each; without proxy, head and vision."""
+        assert len(tokens_per_layer) == self.num_layers
+        return sum(map(self.layer_flops, tokens_per_layer))
+
+    def proxy_flops(self, tokens: int, rows: int) -> int:
+        """One stage's scoring of a sequence with `tokens` tokens and a loss at `rows` rows.
+
+        Forward: keys and values of all tokens; the rest of a layer and the head on the rows.
+        Backward: the same products once more, towards activations only; weights get no gradient.
+        """
+        kv = 2 * tokens * self.hidden_size * self.kv_size
+        per_row = 2 * self.hidden_size * self.query_size
+        per_row += self.ffn_products * self.hidden_size * self.intermediate_size
+        per_row += self.hidden_size * self.vocab_size
+        attention = 2 * rows * tokens * self.query_size
+        # The backward of a product of two activations is two products.
+        return 2 * kv + 2 * rows * per_row + 3 * attention
+
+    def nms_flops(self, visual_tokens: int, keep: int) -> int:
+        """Cosines between kept tokens and the rest, at most."""
+        return visual_tokens * keep * self.hidden_size
+
+    def kv_bytes(self, tokens_per_layer: Sequence[int], bytes_per_element: int) -> int:
+        """Keys and values of one sequence."""
+        assert len(tokens_per_layer) == self.num_layers
+        return sum(tokens_per_layer) * self.kv_size * 2 * bytes_per_element
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VisionShape:
+    """Sizes of a CLIP-like tower and a two-layer projector, for one image.
+
+    layers_run: tower layers. tokens: patches and CLS. features: tokens the projector gets.
+    """
+
+    layers_run: int
+    hidden_size: int
+    intermediate_size: int
+    tokens: int
+    features: int
+    patch_inputs: int
+    decoder_hidden_size: int
+
+    @classmethod
+    def of_llava_config(cls, config: Any) -> VisionShape:
+        """From a LlavaConfig."""
+        vision = config.vision_config
+        patches = (vision.image_size // vision.patch_size) ** 2
+        full = config.vision_feature_select_strategy == "full"
+        return cls(
+            layers_run=vision.num_hidden_layers,
+            hidden_size=vision.hidden_size,
+            intermediate_size=vision.intermediate_size,
+            tokens=patches + 1,
+            features=patches + 1 if full else patches,
+            patch_inputs=vision.num_channels * vision.patch_size**2,
+            decoder_hidden_size=config.text_config.hidden_size,
+        )
+
+    def flops(self) -> int:
+        n, d, m = self.tokens, self.hidden_size, self.intermediate_size
+        tower = self.layers_run * (4 * n * d * d + 2 * n * n * d + 2 * n * d * m)
+        patches = (n - 1) * self.patch_inputs * d
+        out = self.decoder_hidden_size
+        return tower + patches + self.features * (d * out + out * out)
+
+
+def layer_average(visual_tokens: int, present: Sequence[int]) -> float:
+    """Layer-average retention: mean visual tokens of a layer over those the encoder gave."""
+    return sum(present) / len(present) / visual_tokens
