@@ -1,0 +1,1 @@
+"""Replay of recorded outputs of the methods' public reference implementations."""
