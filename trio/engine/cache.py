@@ -63,7 +63,8 @@ class Cache:
 
     @property
     def used_bytes(self) -> int:
-        return sum(map(self.bytes_of, self.order))
+        pairs = zip(self._lengths, self.room.group_bytes, strict=True)
+        return sum(sum(lengths) * size for lengths, size in pairs)
 
     def bytes_of(self, key: int) -> int:
         """Bytes of the keys and values stored for a request, over all layers."""

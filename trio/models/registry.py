@@ -18,8 +18,22 @@ def adapt(model: Any) -> LlavaAdapter:
     """
     kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     if kind not in _ADAPTERS or not hasattr(model, "lm_head"):
-        raise UserError(
-            f"models of type {kind!r} ({type(model).__name__}) are not supported; supported: "
-            "LlavaForConditionalGeneration (LLaVA-1.5 family)"
-        )
+        raise _unsupported(f"{kind!r} ({type(model).__name__})")
     return _ADAPTERS[kind](model)
+
+
+def check_supported(config: Any) -> None:
+    """Look at a config before its weights are fetched.
+
+    Raises:
+        UserError: the family is not supported.
+    """
+    if config.model_type not in _ADAPTERS:
+        raise _unsupported(repr(config.model_type))
+
+
+def _unsupported(kind: str) -> UserError:
+    return UserError(
+        f"models of type {kind} are not supported; supported: LlavaForConditionalGeneration "
+        "(LLaVA-1.5 family)"
+    )

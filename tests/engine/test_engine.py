@@ -1,0 +1,344 @@
+"""The engine against `generate` of transformers, and batches against singles."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import fields, replace
+from typing import Any
+
+import pytest
+import torch
+
+from tests.engine.support import (
+    assert_lively,
+    by_id,
+    expected_tokens,
+    generate,
+    lively_llava,
+    mixed_requests,
+    new_tokens,
+    picture,
+    same_weights,
+    tokens,
+)
+from tests.models import tiny_processor
+from trio.config import Pruning
+from trio.engine.engine import Engine
+from trio.engine.request import Prepared, Request, Result, Sampling
+from trio.errors import UserError
+
+PROCESSOR = tiny_processor()
+DECODERS: dict[str, dict[str, Any]] = {
+    "llama": {"kv_heads": 4},
+    "llama-grouped": {"kv_heads": 2},
+    "llama-one-kv-head": {"kv_heads": 1, "seed": 3},
+    "mistral": {"family": "mistral", "sliding_window": None},
+    "qwen2": {"family": "qwen2"},
+}
+PRUNINGS = {
+    "trio": Pruning(retention=0.4),
+    "trio-keep-positions": Pruning(retention=0.4, position_ids="keep"),
+    "trio-last": Pruning(schedule="2:20,4:6", proxy_positions="last"),
+    "trio-from-embeddings": Pruning(schedule="0:30,3:9"),
+    "gradient": Pruning(schedule="1:0.5,3:0.2", method="gradient"),
+    "random": Pruning(schedule="1:20,4:5", method="random", seed=3),
+}
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return lively_llava()
+
+
+def engine(model: Any, pruning: Pruning | None = None, **options: Any) -> Engine:
+    return Engine(model, PROCESSOR, pruning=pruning, kv_bytes=1 << 26, **options)
+
+
+def singles(engine: Engine, requests: list[Request]) -> dict[Any, Result]:
+    return by_id(itertools.chain.from_iterable(engine.generate([r]) for r in requests))
+
+
+@pytest.mark.parametrize("options", DECODERS.values(), ids=DECODERS)
+def test_unpruned_equals_generate_in_a_batch_that_others_join_late(options: Any) -> None:
+    model = lively_llava(**options)
+    requests = mixed_requests(16)
+    expected = expected_tokens(model, PROCESSOR, requests)
+    assert_lively(expected)
+    late = engine(model, max_running=5, batch_tokens=150)
+    assert tokens(late.generate(requests)) == expected
+    assert late.stats()["running_mean"] > 3
+    assert tokens(engine(model).generate(requests)) == expected
+
+
+def test_unpruned_singles_equal_generate(model: Any) -> None:
+    requests = mixed_requests(8, seed=1, max_new_tokens=12)
+    served = {key: r.token_ids for key, r in singles(engine(model), requests).items()}
+    assert served == expected_tokens(model, PROCESSOR, requests)
+
+
+def test_logprobs_are_those_of_generate(model: Any) -> None:
+    requests = mixed_requests(6, seed=2, max_new_tokens=10)
+    results = by_id(engine(model).generate(requests))
+    for request in requests:
+        output = generate(model, PROCESSOR, request, output_logits=True)
+        answer = new_tokens(output, PROCESSOR, request)
+        logits = torch.cat(output.logits).log_softmax(-1)
+        expected = logits[range(len(answer)), answer].tolist()
+        assert results[request.id].logprobs == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_model_is_left_as_it_was(model: Any) -> None:
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    attention = model.config.text_config._attn_implementation
+    by_id(engine(model, PRUNINGS["trio"]).generate(mixed_requests(4)))
+    assert same_weights(before, model.state_dict())
+    assert model.config.text_config._attn_implementation == attention
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("pruning", PRUNINGS.values(), ids=PRUNINGS)
+def test_pruned_batches_equal_singles(model: Any, pruning: Pruning) -> None:
+    requests = mixed_requests(16, seed=3)
+    alone = singles(engine(model, pruning), requests)
+    assert_lively({key: result.token_ids for key, result in alone.items()})
+    for options in ({}, {"max_running": 5, "batch_tokens": 150}):
+        together = by_id(engine(model, pruning, **options).generate(requests))
+        for key, result in together.items():
+            assert result.token_ids == alone[key].token_ids
+            assert result.kept_tokens == alone[key].kept_tokens
+            assert result.visual_tokens_stages == alone[key].visual_tokens_stages
+
+
+def test_pruning_changes_answers_with_images_and_no_others(model: Any) -> None:
+    requests = mixed_requests(16, seed=4, max_new_tokens=10)
+    pruned = tokens(engine(model, PRUNINGS["trio"]).generate(requests))
+    whole = tokens(engine(model).generate(requests))
+    for request in requests:
+        assert (pruned[request.id] != whole[request.id]) <= bool(request.images)
+    assert sum(pruned[r.id] != whole[r.id] for r in requests if r.images) > 5
+
+
+def test_retention_of_one_is_no_pruning(model: Any) -> None:
+    requests = mixed_requests(6, seed=5)
+    results = by_id(engine(model, Pruning(retention=1)).generate(requests))
+    assert {k: r.token_ids for k, r in results.items()} == expected_tokens(
+        model, PROCESSOR, requests
+    )
+    assert {r.retention for r in results.values()} == {1.0, None}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"temperature": 1.0}, {"temperature": 0.7, "top_k": 10}, {"temperature": 1.5, "top_p": 0.8}],
+)
+def test_sampled_answers_do_not_depend_on_neighbours(model: Any, settings: Any) -> None:
+    requests = [
+        replace(r, sampling=Sampling(max_new_tokens=10, seed=r.id, **settings))
+        for r in mixed_requests(12, seed=6)
+    ]
+    alone = singles(engine(model), requests)
+    together = tokens(engine(model, max_running=5).generate(reversed(requests)))
+    assert together == {key: result.token_ids for key, result in alone.items()}
+    assert_lively(together)
+
+
+def test_the_seed_decides_a_sampled_answer(model: Any) -> None:
+    def answers(seeds: list[int | None]) -> list[tuple[int, ...]]:
+        sampling = [Sampling(max_new_tokens=12, temperature=1.0, seed=seed) for seed in seeds]
+        requests = [Request(prompt="what", id=i, sampling=s) for i, s in enumerate(sampling)]
+        table = tokens(engine(model).generate(requests))
+        return [tuple(table[i]) for i in range(len(seeds))]
+
+    first, again, other = answers([1, 1, 2])
+    assert first == again != other
+    assert len(set(answers([None] * 4))) > 1
+
+
+def test_stop_tokens_end_an_answer_and_stay_out_of_its_text(model: Any) -> None:
+    request = Request(prompt="how many digit", images=(picture(1),), id=0)
+    long = Sampling(max_new_tokens=12, ignore_eos=True)
+    (whole,) = engine(model).generate([replace(request, sampling=long)])
+    place = next(i for i, t in enumerate(whole.token_ids) if i > 2 and 5 <= t < 40)
+    token = whole.token_ids[place]
+    first = whole.token_ids.index(token)
+    stop = replace(long, stop_token_ids=(token,))
+    (cut,) = engine(model).generate([replace(request, sampling=stop)])
+    assert (cut.finish_reason, whole.finish_reason) == ("stop", "length")
+    assert cut.token_ids == whole.token_ids[: first + 1]
+    assert cut.response == PROCESSOR.tokenizer.decode(
+        whole.token_ids[:first], skip_special_tokens=True
+    )
+
+
+def test_the_models_own_end_of_sequence_stops_unless_ignored(model: Any) -> None:
+    requests = mixed_requests(30, seed=7, max_new_tokens=40)
+    results = by_id(engine(model).generate(requests))
+    stopped = [r for r in results.values() if r.finish_reason == "stop"]
+    eos = model.generation_config.eos_token_id
+    assert stopped
+    assert all(r.token_ids.index(eos) == len(r.token_ids) - 1 for r in stopped)
+    ignoring = replace(requests[0].sampling or Sampling(), ignore_eos=True)
+    key = stopped[0].id
+    (longer,) = engine(model).generate([replace(requests[key], sampling=ignoring)])
+    assert longer.finish_reason == "length"
+    assert longer.token_ids[: len(stopped[0].token_ids)] == stopped[0].token_ids
+
+
+def test_one_new_token(model: Any) -> None:
+    requests = mixed_requests(6, seed=8, max_new_tokens=1)
+    worker = engine(model, PRUNINGS["trio"])
+    results = by_id(worker.generate(requests))
+    assert all(r.output_tokens == 1 and r.decode_s == 0 for r in results.values())
+    assert worker.stats()["decode_steps"] == 0
+
+
+def test_results_come_as_they_finish_and_requests_are_pulled_lazily(model: Any) -> None:
+    pulled = []
+
+    def requests() -> Any:
+        for number in range(200):
+            pulled.append(number)
+            length = 40 if number == 0 else 3
+            sampling = Sampling(max_new_tokens=length, ignore_eos=True)
+            yield Request(prompt="what is this", id=number, sampling=sampling)
+
+    order = []
+    for result in engine(model, max_running=4).generate(requests()):
+        order.append(result.id)
+        assert len(pulled) <= len(order) + 12
+    assert sorted(order) == list(range(200))
+    assert 10 < order.index(0) < 100
+
+
+def test_an_answer_left_halfway_leaves_nothing_behind(model: Any) -> None:
+    worker = engine(model, max_running=4)
+    next(worker.generate(mixed_requests(16)))
+    assert not worker.has_work
+    assert worker._cache.used_bytes == worker._cache.room.holders == 0
+    requests = mixed_requests(4)
+    assert tokens(worker.generate(requests)) == expected_tokens(model, PROCESSOR, requests)
+
+
+def test_submit_and_step_serve_the_same(model: Any) -> None:
+    requests = mixed_requests(12, seed=9)
+    worker = engine(model, PRUNINGS["trio"], max_running=6)
+    results, coming = [], list(requests)
+    while coming or worker.has_work:
+        for request in coming[:2]:
+            worker.submit(worker.prepare(request))
+        del coming[:2]
+        results += worker.step()
+    assert tokens(results) == tokens(engine(model, PRUNINGS["trio"]).generate(requests))
+    assert worker.step() == []
+
+
+def test_only_one_generate_at_a_time(model: Any) -> None:
+    worker = engine(model, max_running=2)
+    first = worker.generate(mixed_requests(8))
+    next(first)
+    with pytest.raises(UserError, match="other requests"):
+        next(worker.generate([Request(prompt="what")]))
+    first.close()
+
+
+def broken_requests() -> dict[str, Request | Prepared]:
+    image = picture(0)
+    good = engine_prepared(Request(prompt="what", images=(image,)))
+    return {
+        "prompt: ": Request(prompt=None, id="a"),  # type: ignore[arg-type]
+        "image: ": Request(prompt="what", images=("no image",), id="b"),  # type: ignore[arg-type]
+        "image: image 1 is 1 x 900": Request(
+            prompt="what", images=(image, image.resize((1, 900))), id="c"
+        ),
+        "too_long: 404 prompt tokens": Request(prompt="what " * 402, id="d"),
+        "too_long: 4 prompt tokens and up to 600": Request(
+            prompt="what is", id="e", sampling=Sampling(max_new_tokens=600)
+        ),
+        "mismatch: prompt has 66": replace(good, input_ids=(4, 4, *good.input_ids), id="f"),
+        "mismatch: image_inputs": replace(good, image_inputs=(), id="g"),
+        "mismatch: placeholders": replace(
+            good, input_ids=tuple(4 for _ in range(63)), image_tokens=(63,), id="h"
+        ),
+        "prompt: the prompt has no tokens": Prepared(input_ids=(), id="i"),
+    }
+
+
+def engine_prepared(request: Request) -> Prepared:
+    prepared = engine(lively_llava()).prepare(request)
+    assert isinstance(prepared, Prepared)
+    return prepared
+
+
+def test_what_cannot_be_served_fails_alone(model: Any) -> None:
+    broken = broken_requests()
+    good = mixed_requests(10, seed=10)
+    mixed = [item for pair in itertools.zip_longest(good, broken.values()) for item in pair if item]
+    worker = engine(model, PRUNINGS["trio"], max_running=4)
+    results = by_id(worker.generate(mixed))
+    for start, request in broken.items():
+        result = results.pop(request.id)
+        assert result.finish_reason == "error"
+        assert result.error is not None
+        assert result.error.startswith(start)
+        values = {f.name: getattr(result, f.name) for f in fields(result)}
+        given = {name for name, value in values.items() if value not in (None, [])}
+        assert given == {"id", "finish_reason", "error"}
+    served = tokens(engine(model, PRUNINGS["trio"]).generate(good))
+    assert {key: result.token_ids for key, result in results.items()} == served
+    assert worker.stats()["failed"] == len(broken)
+    assert worker._cache.room.holders == 0
+
+
+def test_a_request_without_any_room_fails_and_smaller_ones_run(model: Any) -> None:
+    worker = Engine(model, PROCESSOR, kv_bytes=6 * 2 * 2 * 8 * 4 * 128)
+    big = Request(prompt="what", images=(picture(1),) * 2, id="big")
+    small = Request(prompt="what", id="small")
+    results = by_id(worker.generate([big, small]))
+    assert (results["big"].error or "").startswith("no_room: 131 prompt tokens and up to 64")
+    assert results["small"].error is None
+    pruned = Engine(model, PROCESSOR, pruning=Pruning(schedule="0:8"), kv_bytes=6 * 2 * 2 * 8 * 512)
+    assert by_id(pruned.generate([big]))["big"].error is None
+
+
+def test_an_image_too_small_for_the_retention_fails_alone() -> None:
+    model = lively_llava(layers=16, image_size=8)
+    results = by_id(
+        engine(model, Pruning(retention=0.07)).generate(
+            [Request(prompt="what", images=(picture(1),), id=0), Request(prompt="what", id=1)]
+        )
+    )
+    assert results[1].error is None
+
+
+def test_failures_of_the_engine_are_raised(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = engine(model)
+
+    def out_of_memory(*args: Any) -> Any:
+        raise torch.OutOfMemoryError("no memory left")
+
+    monkeypatch.setattr(worker._runner, "decode", out_of_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        list(worker.generate(mixed_requests(3, max_new_tokens=5)))
+    monkeypatch.undo()
+    assert len(list(worker.generate(mixed_requests(3)))) == 3
+
+
+def test_settings_out_of_reach_are_refused_at_the_start(model: Any) -> None:
+    with pytest.raises(UserError, match="retention"):
+        engine(model, Pruning(retention=0.05))
+    with pytest.raises(UserError, match="layers"):
+        engine(model, Pruning(schedule="6:10"))
+    with pytest.raises(UserError, match="max_running"):
+        engine(model, max_running=0)
+
+
+def test_many_mixed_requests_leave_the_cache_empty(model: Any) -> None:
+    worker = Engine(model, PROCESSOR, pruning=PRUNINGS["trio"], kv_bytes=700_000, batch_tokens=300)
+    results = by_id(worker.generate(mixed_requests(120, seed=11)))
+    assert sorted(results) == list(range(120))
+    assert all(result.error is None for result in results.values())
+    stats = worker.stats()
+    assert stats["requests"] == 120
+    assert 0 < stats["kv_used_bytes_peak"] <= 700_000
+    assert worker._cache.allocated_bytes <= 700_000
+    assert worker._cache.used_bytes == worker._cache.room.holders == 0

@@ -1,0 +1,62 @@
+"""The door: which requests can be served at all, and as what they enter."""
+
+from __future__ import annotations
+
+import itertools
+import time
+
+from trio.engine.request import Prepared, Result, Sampling, failed
+from trio.engine.runner import Runner
+from trio.engine.sampling import stream
+from trio.engine.task import Task
+from trio.errors import UserError
+
+
+class Admission:
+    """Checks prepared requests one by one, before any of them costs device time.
+
+    `sampling`: for requests without their own. `eos`: the model's own stop tokens.
+    """
+
+    def __init__(self, runner: Runner, *, sampling: Sampling, eos: frozenset[int]) -> None:
+        self._runner = runner
+        self._sampling = sampling
+        self._eos = eos
+        self._keys = itertools.count()
+
+    def __call__(self, prepared: Prepared) -> Task | Result:
+        """A task, or a failed result where the request can never be served."""
+        runner, sampling = self._runner, prepared.sampling or self._sampling
+        prompt, new = len(prepared.input_ids), sampling.max_new_tokens
+        if not prompt:
+            return failed(prepared.id, "prompt", "the prompt has no tokens")
+        if len(prepared.image_inputs) != len(prepared.image_tokens):
+            numbers = f"{len(prepared.image_inputs)} and {len(prepared.image_tokens)}"
+            message = f"image_inputs and image_tokens speak of {numbers} images"
+            return failed(prepared.id, "mismatch", message)
+        try:
+            spans = runner.adapter.spans(prepared.input_ids, prepared.image_tokens)
+        except UserError as error:
+            return failed(prepared.id, "mismatch", str(error))
+        size = f"{prompt} prompt tokens and up to {new} new ones"
+        if prompt + new > runner.decoder.max_positions:
+            message = f"{size} pass the model's context of {runner.decoder.max_positions}"
+            return failed(prepared.id, "too_long", message)
+        try:
+            need = runner.need(prompt, prepared.image_tokens, new)
+        except UserError as error:
+            return failed(prepared.id, "pruning", str(error))
+        if not runner.cache.fits(need):
+            message = f"{size} pass the KV cache of {runner.cache.room.budget} bytes"
+            return failed(prepared.id, "no_room", message)
+        own = frozenset() if sampling.ignore_eos else self._eos
+        return Task(
+            key=next(self._keys),
+            prepared=prepared,
+            sampling=sampling,
+            stop_ids=own | frozenset(sampling.stop_token_ids),
+            spans=tuple(spans),
+            need=need,
+            stream=stream(sampling),
+            submitted=time.perf_counter(),
+        )

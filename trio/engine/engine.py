@@ -1,0 +1,245 @@
+"""The engine: schedule, run, postprocess."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, cuda
+
+from trio.config import Pruning
+from trio.engine.admission import Admission
+from trio.engine.loading import default_kv_bytes, load
+from trio.engine.prepare import Preparer
+from trio.engine.report import report
+from trio.engine.request import Prepared, Request, Result, Sampling, failed
+from trio.engine.runner import Runner
+from trio.engine.sampling import choose
+from trio.engine.scheduler import Scheduler
+from trio.engine.stats import Counters
+from trio.engine.task import Task
+from trio.errors import UserError
+from trio.models.registry import adapt
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Engine:
+    """Serves many requests at once on one device.
+
+    `model`, `processor`: of transformers, already on their device.
+    `pruning`: None prunes nothing.
+    `sampling`: for requests without their own.
+    `batch_tokens`: tokens that one step computes at most; bounds the prefill's memory.
+    `max_running`: most requests in the running batch.
+    `kv_bytes`: memory for keys and values; None takes a share of what the device has free.
+
+    One thread submits and steps; `prepare` may be called from any.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        *,
+        pruning: Pruning | None = None,
+        sampling: Sampling | None = None,
+        batch_tokens: int = 8192,
+        max_running: int = 64,
+        kv_bytes: int | None = None,
+    ) -> None:
+        if batch_tokens < 1 or max_running < 1:
+            raise UserError("batch_tokens and max_running must be at least 1")
+        adapter = adapt(model)
+        self.prepare = Preparer(processor)
+        self._runner = Runner(
+            adapter,
+            pruning or Pruning(),
+            kv_bytes=default_kv_bytes(adapter.decoder.device) if kv_bytes is None else kv_bytes,
+            max_running=max_running,
+        )
+        self._cache = self._runner.cache
+        self._scheduler: Scheduler[Task] = Scheduler(self._cache, batch_tokens=batch_tokens)
+        self._max_running = max_running
+        self._shape = adapter.shape()
+        self._admission = Admission(
+            self._runner,
+            sampling=sampling or Sampling(),
+            eos=_end_of_sequence(model, processor),
+        )
+        self._done: list[Result] = []
+        self._counters = Counters()
+        self._idle_since: float | None = time.perf_counter()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str,
+        *,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        **options: Any,
+    ) -> Engine:
+        """Load a model and its processor from a directory or the hub.
+
+        Args:
+            model: directory, or hub id; safetensors only, and no code of the repository is run.
+            device: None takes the GPU if there is one.
+            dtype: None takes the checkpoint's on a GPU, float32 on a CPU.
+            options: as for `Engine`.
+
+        Raises:
+            UserError: nothing usable there, or an architecture that is not supported.
+        """
+        return cls(*load(model, device=device, dtype=dtype), **options)
+
+    def generate(self, requests: Iterable[Request | Prepared]) -> Iterator[Result]:
+        """Serve requests, pulled as there is room for them; results come as they finish."""
+        busy = self.has_work
+        if busy:
+            raise UserError("this engine is serving other requests; let them finish first")
+        source = iter(requests)
+        try:
+            while True:
+                while self.wants_more and (request := next(source, None)) is not None:
+                    self.submit(request)
+                if not self.has_work:
+                    return
+                yield from self.step()
+        finally:
+            self.reset()
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would do or return something."""
+        return bool(self._done) or self._scheduler.has_work
+
+    @property
+    def wants_more(self) -> bool:
+        """Whether less is waiting than a step could take in; a hint for whoever submits."""
+        waiting = self._scheduler.waiting
+        tokens = sum(task.prompt_tokens for task in waiting)
+        return len(waiting) < self._max_running and tokens < self._scheduler.batch_tokens
+
+    def submit(self, request: Request | Prepared | Result) -> None:
+        """Queue a request; what `prepare` returned may be handed on as it is.
+
+        A request that cannot be served comes out of the next step as a failed result.
+        """
+        prepared = self.prepare(request) if isinstance(request, Request) else request
+        task = self._admission(prepared) if isinstance(prepared, Prepared) else prepared
+        if isinstance(task, Task):
+            self._scheduler.add(task)
+        else:
+            self._fail(task)
+
+    def step(self) -> list[Result]:
+        """Take in what fits, give every running request one more token, return what is finished."""
+        if self._idle_since is not None:
+            self._counters.idle_s += time.perf_counter() - self._idle_since
+        if admitted := self._scheduler.admit():
+            self._prefill(admitted)
+        if self._scheduler.running:
+            self._decode([self._scheduler.running[key] for key in self._cache.order])
+        self._idle_since = None if self._scheduler.has_work else time.perf_counter()
+        done, self._done = self._done, []
+        return done
+
+    def reset(self) -> None:
+        """Drop all that waits or runs."""
+        self._scheduler.clear()
+        self._done.clear()
+
+    def stats(self, *, reset: bool = False) -> dict[str, Any]:
+        """Counters since the last reset; absent figures are None."""
+        device = self._runner.decoder.device
+        peak = cuda.max_memory_allocated(device) if device.type == "cuda" else None
+        counted = {**self._counters.as_dict(), "device_bytes_peak": peak}
+        if reset:
+            self._counters = Counters()
+            if device.type == "cuda":
+                cuda.reset_peak_memory_stats(device)
+        return counted
+
+    def _prefill(self, tasks: list[Task]) -> None:
+        began = self._runner.now()
+        tasks, features = self._encode(tasks)
+        encoded = self._runner.now()
+        if tasks:
+            logits_BV, prune_s = self._runner.prefill(tasks, features)
+            self._append(tasks, logits_BV)
+            self._counters.prune_s += prune_s
+        ended = self._runner.now()
+        self._counters.encode_s += encoded - began
+        self._counters.prefill_s += ended - encoded
+        tokens = sum(task.prompt_tokens for task in tasks)
+        for task in tasks:
+            task.prefill_s = (ended - began) * task.prompt_tokens / tokens
+            self._counters.images += len(task.spans)
+            self._counters.prompt_tokens += task.prompt_tokens
+        self._collect(tasks)
+
+    def _encode(self, tasks: list[Task]) -> tuple[list[Task], list[list[Tensor]]]:
+        """Visual features of the tasks; those whose placeholders do not fit them are failed."""
+        fitting = []
+        for task, features in zip(tasks, self._runner.encode(tasks), strict=True):
+            counts, expected = [len(image) for image in features], list(task.prepared.image_tokens)
+            if counts == expected:
+                fitting.append((task, features))
+                continue
+            self._scheduler.finish(task)
+            message = f"placeholders for images of {expected} tokens, but features of {counts}"
+            self._fail(failed(task.prepared.id, "mismatch", message))
+        return [task for task, _ in fitting], [features for _, features in fitting]
+
+    def _decode(self, tasks: list[Task]) -> None:
+        began = self._runner.now()
+        self._append(tasks, self._runner.decode(tasks))
+        seconds = self._runner.now() - began
+        self._counters.decode_s += seconds
+        self._counters.decode_steps += 1
+        self._counters.decode_rows += len(tasks)
+        for task in tasks:
+            task.decode_s += seconds / len(tasks)
+        self._collect(tasks)
+
+    def _append(self, tasks: Sequence[Task], logits_BV: Tensor) -> None:
+        chosen = choose(logits_BV, [t.sampling for t in tasks], [t.stream for t in tasks])
+        for task, token, logprob in zip(tasks, chosen.token_ids, chosen.logprobs, strict=True):
+            task.token_ids.append(token)
+            task.logprobs.append(logprob)
+
+    def _collect(self, tasks: Sequence[Task]) -> None:
+        """Turn what is complete into results and give its memory back."""
+        counters = self._counters
+        counters.output_tokens += len(tasks)
+        counters.kv_used_bytes_peak = max(counters.kv_used_bytes_peak, self._cache.used_bytes)
+        for task in tasks:
+            if task.finish_reason is not None:
+                self._done.append(self._report(task))
+                self._scheduler.finish(task)
+                counters.requests += 1
+
+    def _report(self, task: Task) -> Result:
+        return report(
+            task,
+            shape=self._shape,
+            kv_bytes=self._cache.bytes_of(task.key),
+            bytes_per_element=self._runner.decoder.dtype.itemsize,
+            decode=self.prepare.decode,
+        )
+
+    def _fail(self, result: Result) -> None:
+        self._counters.failed += 1
+        self._done.append(result)
+
+
+def _end_of_sequence(model: Any, processor: Any) -> frozenset[int]:
+    """The model's own stop tokens: what its generation config says, else its tokenizer."""
+    config = getattr(model, "generation_config", None)
+    tokens = getattr(config, "eos_token_id", None)
+    if tokens is None:
+        tokens = processor.tokenizer.eos_token_id
+    return frozenset([tokens] if isinstance(tokens, int) else tokens or [])

@@ -1,0 +1,71 @@
+"""From a model's name to a model on its device."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+from trio.errors import UserError
+from trio.models.registry import check_supported
+
+
+def load(
+    model: str, *, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None
+) -> tuple[Any, Any]:
+    """Model and processor, see `Engine.from_pretrained`."""
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if where.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"device {where} was asked for, but torch sees no CUDA device")
+    if dtype is None:
+        dtype = "auto" if where.type == "cuda" else torch.float32
+    _check_directory(model)
+    try:
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"no model at {model!r}: {_first_line(error)}") from error
+    check_supported(config)
+    try:
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
+            model, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False
+        )
+        processor = load_processor(model)
+    except OSError as error:
+        raise UserError(f"{model!r} is incomplete: {_first_line(error)}") from error
+    return loaded.to(where).eval(), processor
+
+
+def load_processor(model: str) -> Any:
+    """The processor alone, for workers that only prepare requests.
+
+    Images go through PIL wherever it runs: torchvision resizes differently, and a result must not
+    depend on whether it happens to be installed.
+    """
+    return AutoProcessor.from_pretrained(model, backend="pil", trust_remote_code=False)
+
+
+def default_kv_bytes(device: torch.device) -> int:
+    """Memory for keys and values: what activations can spare of the memory that is free now."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free * 0.7)
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min(int(free * 0.25), 8 << 30)
+
+
+def _check_directory(model: str) -> None:
+    path = Path(model).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(f"{model!r} is no model directory: it has no config.json")
+        if not any(path.glob("*.safetensors")):
+            raise UserError(f"{model!r} has no *.safetensors; other weight files are not loaded")
+    elif path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
+        raise UserError(f"there is no model directory {model!r}")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]

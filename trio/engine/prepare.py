@@ -1,0 +1,176 @@
+"""CPU work before the engine: chat template, tokens, image tensors. Needs no model.
+
+Safe to call from many threads at once, and picklable, so that workers without a device can
+prepare requests for one that has it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from PIL.Image import Image
+from tokenizers import Tokenizer
+
+from trio.engine.request import FailureKind, Prepared, Request, Result, failed
+from trio.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_MARK = "\ue000user text\ue000"
+_TEXT_KEYS = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"}
+_MAX_ASPECT_RATIO = 200
+"""Resizing by the shorter edge makes the longer one this many times as long."""
+
+
+class _Unservable(Exception):
+    """Stops the preparation of one request; its text goes into the failed result."""
+
+    def __init__(self, kind: FailureKind, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+class Preparer:
+    """Turns requests into what the model takes.
+
+    `processor`: a transformers processor with a chat template and a fast tokenizer.
+    """
+
+    def __init__(self, processor: Any) -> None:
+        backend = getattr(processor.tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            raise UserError("the model's tokenizer has no tokenizer.json; save it as a fast one")
+        if not processor.chat_template:
+            raise UserError("the model's processor has no chat template (chat_template.jinja)")
+        self._processor = processor
+        # Our own copy: calls of the shared one change its truncation and padding under way.
+        self._tokenizer = Tokenizer.from_str(backend.to_str())
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        self.image_token: str = processor.image_token
+        self.image_token_id: int = processor.image_token_id
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"processor": self._processor}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["processor"])  # type: ignore[misc]
+
+    def __call__(self, request: Request) -> Prepared | Result:
+        """The prepared request, or a failed result where the request itself is at fault."""
+        try:
+            images = [self._image(image, place) for place, image in enumerate(request.images)]
+            input_ids = self._prompt(request.prompt, [ids for ids, _ in images])
+        except _Unservable as fault:
+            return failed(request.id, fault.kind, str(fault))
+        return Prepared(
+            input_ids=tuple(input_ids),
+            image_tokens=tuple(ids.count(self.image_token_id) for ids, _ in images),
+            image_inputs=tuple(inputs for _, inputs in images),
+            id=request.id,
+            sampling=request.sampling,
+        )
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of an answer, without special tokens and surrounding white space."""
+        return self._processor.tokenizer.decode(token_ids, skip_special_tokens=True).strip()
+
+    def _image(self, image: Any, place: int) -> tuple[list[int], dict[str, Tensor]]:
+        """The placeholder tokens that stand for an image, and its tensors."""
+        where = f"image {place}"
+        if not isinstance(image, Image):
+            raise _Unservable("image", f"{where} is {type(image).__name__}, not a PIL image")
+        try:
+            rgb = image.convert("RGB")
+        except Exception as fault:  # what a decoder raises on broken data is not documented
+            raise _Unservable("image", f"{where}: {type(fault).__name__}: {fault}") from fault
+        if min(rgb.size) < 1 or max(rgb.size) > _MAX_ASPECT_RATIO * min(rgb.size):
+            raise _Unservable(
+                "image",
+                f"{where} is {rgb.width} x {rgb.height}; one edge may be at most "
+                f"{_MAX_ASPECT_RATIO} times the other",
+            )
+        made = self._processor(
+            images=[rgb], text=[self.image_token], add_special_tokens=False, return_tensors="pt"
+        )
+        inputs = {name: made[name] for name in made if name not in _TEXT_KEYS}
+        return made["input_ids"][0].tolist(), inputs
+
+    def _prompt(self, prompt: Any, expansions: Sequence[list[int]]) -> list[int]:
+        """Token ids of the whole prompt, with each image's placeholders in its place."""
+        if not isinstance(prompt, str):
+            raise _Unservable("prompt", f"the prompt is {type(prompt).__name__}, not text")
+        if not _is_unicode(prompt):
+            raise _Unservable("prompt", "the prompt is not valid Unicode text")
+        text = self._render(prompt, len(expansions))
+        start, stop = self._user_part(text, len(expansions))
+        bos = self._processor.tokenizer.bos_token
+        add_special = not (bos and text.startswith(bos))
+        encoded = self._tokenizer.encode(text, add_special_tokens=add_special)
+        places = 0
+        ids: list[int] = []
+        for token, (begin, end) in zip(encoded.ids, encoded.offsets, strict=True):
+            inside = start <= begin < end <= stop
+            if inside and token in self._control_ids:
+                ids += self._literal(text[begin:end])
+            elif token == self.image_token_id:
+                ids += expansions[places] if places < len(expansions) else [token]
+                places += 1
+            else:
+                ids.append(token)
+        if places != len(expansions):
+            raise _Unservable(
+                "mismatch", f"{len(expansions)} images, but the chat template placed {places}"
+            )
+        return ids
+
+    def _render(self, prompt: str, images: int) -> str:
+        content = [{"type": "image"}] * images + [{"type": "text", "text": prompt}]
+        return self._processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True
+        )
+
+    def _user_part(self, text: str, images: int) -> tuple[int, int]:
+        """Where the user's own words lie in the rendered prompt."""
+        frame = self._render(_MARK, images).split(_MARK)
+        if len(frame) != 2 or not (text.startswith(frame[0]) and text.endswith(frame[1])):
+            raise _Unservable("prompt", "the chat template does not place the prompt exactly once")
+        return len(frame[0]), len(text) - len(frame[1])
+
+    @cached_property
+    def _control_ids(self) -> frozenset[int]:
+        """Tokens that only the template may write; spelt out by a user they are plain text."""
+        added = self._tokenizer.get_added_tokens_decoder()
+        special = {token for token, entry in added.items() if entry.special}
+        return frozenset(special - {self._processor.tokenizer.unk_token_id}) | {self.image_token_id}
+
+    @cached_property
+    def _plain_tokenizer(self) -> Tokenizer:
+        """The same tokenizer without its control tokens."""
+        state = json.loads(self._tokenizer.to_str())
+        state["added_tokens"] = [
+            t for t in state["added_tokens"] if t["id"] not in self._control_ids
+        ]
+        state["post_processor"] = None
+        return Tokenizer.from_str(json.dumps(state))
+
+    def _literal(self, text: str) -> Iterator[int]:
+        """Ids that spell a control token out as text."""
+        whole = self._plain_tokenizer.encode(text, add_special_tokens=False).ids
+        if self._control_ids.isdisjoint(whole):
+            return iter(whole)
+        # A vocabulary of whole words knows it as a word; letter by letter it cannot.
+        letters = (self._plain_tokenizer.encode(c, add_special_tokens=False).ids for c in text)
+        return (token for ids in letters for token in ids if token not in self._control_ids)
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -1,0 +1,54 @@
+"""From a finished task to its result. Loads no torch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+from trio.engine.request import Result
+from trio.engine.task import Task
+from trio.pruning.cost import DecoderShape, layer_average
+
+
+def report(
+    task: Task,
+    *,
+    shape: DecoderShape,
+    kv_bytes: int,
+    bytes_per_element: int,
+    decode: Callable[[Sequence[int]], str],
+) -> Result:
+    """The result of a task whose answer is complete.
+
+    `kv_bytes`: what the cache holds for it now. `decode`: token ids to text.
+    """
+    reason = task.finish_reason
+    assert reason is not None
+    visual = task.visual_tokens
+    text = task.prompt_tokens - visual
+    # The last token of the answer was never fed back, so an unpruned cache would not hold it.
+    unpruned = [task.prompt_tokens] * shape.num_layers
+    stored_unpruned = [tokens + len(task.token_ids) - 1 for tokens in unpruned]
+    present = [tokens - text for tokens in task.layer_tokens]
+    return Result(
+        id=task.prepared.id,
+        response=decode(task.token_ids[:-1] if reason == "stop" else task.token_ids),
+        token_ids=task.token_ids,
+        logprobs=task.logprobs,
+        finish_reason=reason,
+        prompt_tokens=task.prompt_tokens,
+        output_tokens=len(task.token_ids),
+        num_images=len(task.spans),
+        visual_tokens=visual,
+        visual_tokens_encoder=visual,
+        visual_tokens_stages=[len(stage) for stage in task.kept],
+        retention=layer_average(visual, present) if visual else None,
+        prefill_flops=shape.prefill_flops(task.layer_tokens),
+        prefill_flops_unpruned=shape.prefill_flops(unpruned),
+        kv_bytes=kv_bytes,
+        kv_bytes_unpruned=shape.kv_bytes(stored_unpruned, bytes_per_element),
+        prefill_s=task.prefill_s,
+        decode_s=task.decode_s,
+        latency_s=time.perf_counter() - task.submitted,
+        kept_tokens=task.kept,
+    )

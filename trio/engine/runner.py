@@ -1,0 +1,124 @@
+"""The one that touches the device: images and prompts in, logits out.
+
+Shapes: T packed tokens, B requests, D hidden size, V vocabulary, N visual tokens of an image.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from trio.config import Pruning
+from trio.engine.cache import Cache
+from trio.engine.room import Need
+from trio.engine.task import Task
+from trio.models.attention import Padded
+from trio.models.llava import LlavaAdapter
+from trio.models.prefill import PackedPrompts, prefill
+from trio.pruning.select import salt_of
+
+_TYPICAL_IMAGE = 576
+"""Visual tokens that stand for any image where only the layers of the stages matter."""
+
+
+class Runner:
+    """Model, pruning and cache, one step at a time."""
+
+    def __init__(
+        self, adapter: LlavaAdapter, pruning: Pruning, *, kv_bytes: int, max_running: int
+    ) -> None:
+        position_ids = pruning.position_ids or adapter.default_position_ids
+        self.adapter = adapter
+        self.decoder = adapter.decoder
+        self.pruning = replace(pruning, position_ids=position_ids)
+        self.num_layers = self.decoder.num_layers
+        stages = self.pruning.stages(_TYPICAL_IMAGE, self.num_layers)
+        self.cache = Cache(
+            group_starts=sorted({0, *(layer for layer, _ in stages)}),
+            num_layers=self.num_layers,
+            num_kv_heads=self.decoder.num_kv_heads,
+            head_dim=self.decoder.head_dim,
+            dtype=self.decoder.dtype,
+            device=self.decoder.device,
+            budget=kv_bytes,
+            max_slots=max_running,
+        )
+
+    def need(self, prompt_tokens: int, image_tokens: Sequence[int], new_tokens: int) -> Need:
+        """Tokens a request may come to store, per layer group.
+
+        Raises:
+            UserError: the pruning settings cannot be met for an image of this size.
+        """
+        removed = [0] * len(self.cache.spans)
+        for count in image_tokens:
+            kept = dict(self.pruning.stages(count, self.num_layers))
+            left = count
+            for group, (start, _) in enumerate(self.cache.spans):
+                left = kept.get(start, left)
+                removed[group] += count - left
+        # The last token of an answer is never fed back, so it is never stored.
+        return tuple(prompt_tokens - gone + new_tokens - 1 for gone in removed)
+
+    def encode(self, tasks: Sequence[Task]) -> list[list[Tensor]]:
+        """Visual features of each task's images, `[N, D]` each, in one pass of the encoder."""
+        inputs = [image for task in tasks for image in task.prepared.image_inputs]
+        if not inputs:
+            return [[] for _ in tasks]
+        features = iter(
+            self.adapter.encode_images(torch.cat([image["pixel_values"] for image in inputs]))
+        )
+        return [[next(features) for _ in task.prepared.image_inputs] for task in tasks]
+
+    def prefill(
+        self, tasks: Sequence[Task], features: Sequence[Sequence[Tensor]]
+    ) -> tuple[Tensor, float]:
+        """Run the prompts of fresh tasks; returns logits [B, V] and the seconds of pruning."""
+        ids_T = torch.tensor([token for task in tasks for token in task.prepared.input_ids])
+        salted = self.pruning.method == "random"
+        done = prefill(
+            self.decoder,
+            PackedPrompts(
+                embeds_TD=self.adapter.embed(ids_T, list(chain.from_iterable(features))),
+                lengths=tuple(task.prompt_tokens for task in tasks),
+                images=tuple(task.spans for task in tasks),
+                salts=tuple(salt_of(t.prepared.input_ids) for t in tasks) if salted else (),
+            ),
+            self.pruning,
+            self.cache.prefill([task.key for task in tasks]),
+        )
+        for row, task in enumerate(tasks):
+            task.layer_tokens = [lengths[row] for lengths in done.cache_lengths]
+            task.positions = [done.next_positions[start][row] for start, _ in self.cache.spans]
+            task.kept = done.kept[row]
+        return done.logits_BV, done.prune_seconds
+
+    @torch.no_grad()
+    def decode(self, tasks: Sequence[Task]) -> Tensor:
+        """One more token of every running task, in the cache's order; returns logits [B, V]."""
+        assert [task.key for task in tasks] == self.cache.order
+        device = self.decoder.device
+        step = self.cache.extend()
+        hidden_BD = self.decoder.embed(
+            torch.tensor([t.token_ids[-1] for t in tasks], device=device)
+        )
+        with self.decoder.ragged():
+            for group, (start, stop) in enumerate(self.cache.spans):
+                positions_B = torch.tensor([task.positions[group] for task in tasks], device=device)
+                rotary = self.decoder.rotary(positions_B)
+                layout = Padded(step.lengths_B[group])
+                hidden_BD = self.decoder.run_layers(start, stop, hidden_BD, rotary, layout, step)
+        for task in tasks:
+            task.positions = [position + 1 for position in task.positions]
+        return self.decoder.head(hidden_BD)
+
+    def now(self) -> float:
+        """Seconds by a clock that has waited for the device."""
+        if self.decoder.device.type == "cuda":
+            torch.cuda.synchronize(self.decoder.device)
+        return time.perf_counter()

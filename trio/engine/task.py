@@ -1,0 +1,55 @@
+"""One request on its way through the engine. Loads no torch."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+from typing import Literal
+
+from trio.engine.request import Prepared, Sampling
+from trio.engine.room import Need
+
+
+@dataclass(kw_only=True, slots=True, eq=False)
+class Task:
+    """What the engine keeps of a request while it waits and runs."""
+
+    key: int
+    prepared: Prepared
+    sampling: Sampling
+    stop_ids: frozenset[int]
+    spans: tuple[tuple[int, int], ...]
+    """Where each image's tokens stand in the prompt."""
+    need: Need
+    """Tokens it may come to store in each layer group."""
+    stream: random.Random
+    submitted: float
+    """Time of arrival, by `time.perf_counter`."""
+
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    layer_tokens: list[int] = field(default_factory=list)
+    """Prompt tokens present in each layer."""
+    positions: list[int] = field(default_factory=list)
+    """Position of the next token, per layer group."""
+    kept: list[list[int]] = field(default_factory=list)
+    """Visual tokens left after each stage."""
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+
+    @property
+    def prompt_tokens(self) -> int:
+        return len(self.prepared.input_ids)
+
+    @property
+    def visual_tokens(self) -> int:
+        return sum(self.prepared.image_tokens)
+
+    @property
+    def finish_reason(self) -> Literal["stop", "length"] | None:
+        """Why the answer is complete; None while it is not."""
+        if self.token_ids and self.token_ids[-1] in self.stop_ids:
+            return "stop"
+        if len(self.token_ids) == self.sampling.max_new_tokens:
+            return "length"
+        return None
