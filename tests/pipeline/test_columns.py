@@ -1,0 +1,114 @@
+"""Input columns and the schema check."""
+
+import pyarrow as pa
+import pytest
+
+from trio.errors import UserError
+from trio.pipeline.columns import parse_mapping, resolve
+
+HF_IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+
+
+def schema(**columns: pa.DataType) -> pa.Schema:
+    return pa.schema(list(columns.items()))
+
+
+def found(*schemas: pa.Schema, mapping: str = "", prompt: bool = False) -> list[str | None]:
+    paths = [f"s{n}.parquet" for n in range(len(schemas))]
+    columns = resolve(schemas, paths, parse_mapping(mapping), prompt_given=prompt)
+    return [columns.image, columns.prompt, columns.id, columns.answers]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pa.binary(),
+        pa.large_binary(),
+        pa.binary_view(),
+        pa.string(),
+        pa.large_string(),
+        HF_IMAGE,
+        pa.struct([("path", pa.string())]),
+        pa.list_(HF_IMAGE),
+        pa.large_list(pa.binary()),
+        pa.list_(pa.string(), 2),
+    ],
+)
+def test_image_types(kind: pa.DataType) -> None:
+    assert found(schema(image=kind), prompt=True)[0] == "image"
+
+
+@pytest.mark.parametrize(
+    "kind", [pa.int64(), pa.struct([("url", pa.string())]), pa.list_(pa.float32())]
+)
+def test_types_that_hold_no_image(kind: pa.DataType) -> None:
+    with pytest.raises(UserError, match=r"s0\.parquet: column 'image' is"):
+        found(schema(image=kind), prompt=True)
+
+
+def test_question_serves_as_prompt_and_prompt_wins() -> None:
+    base = {"image": pa.binary(), "question": pa.string()}
+    assert found(schema(**base))[1] == "question"
+    assert found(schema(**base, prompt=pa.string()))[1] == "prompt"
+
+
+def test_mapping_renames_roles() -> None:
+    kinds = schema(jpg=pa.binary(), txt=pa.string(), key=pa.int32(), prompt=pa.string())
+    assert found(kinds, mapping="image=jpg,prompt=txt,id=key") == ["jpg", "txt", "key", None]
+
+
+@pytest.mark.parametrize("text", ["image", "image=", "picture=jpg"])
+def test_mapping_mistakes(text: str) -> None:
+    with pytest.raises(UserError, match="ROLE=COLUMN"):
+        parse_mapping(text)
+
+
+def test_mapping_to_a_missing_column_says_what_there_is() -> None:
+    with pytest.raises(UserError, match="it has image, caption"):
+        found(schema(image=pa.binary(), caption=pa.string()), mapping="prompt=text")
+
+
+def test_missing_columns_say_how_to_mend() -> None:
+    with pytest.raises(UserError, match="--columns image=NAME"):
+        found(schema(jpg=pa.binary(), prompt=pa.string()))
+    with pytest.raises(UserError, match="--prompt"):
+        found(schema(image=pa.binary()))
+    with pytest.raises(UserError, match=r"s1\.parquet"):
+        found(
+            schema(image=pa.binary(), prompt=pa.string()),
+            schema(photo=pa.binary(), prompt=pa.string()),
+        )
+
+
+def test_a_prompt_column_in_some_shards_needs_a_default() -> None:
+    shards = schema(image=pa.binary(), prompt=pa.string()), schema(image=pa.binary())
+    assert found(*shards, prompt=True)[1] == "prompt"
+    with pytest.raises(UserError, match=r"s1\.parquet"):
+        found(*shards)
+
+
+def test_prompts_are_text() -> None:
+    with pytest.raises(UserError, match="prompts must be strings"):
+        found(schema(image=pa.binary(), prompt=pa.int64()))
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.int8(), pa.uint64()])
+def test_id_keeps_its_type(kind: pa.DataType) -> None:
+    columns = resolve([schema(image=pa.binary(), id=kind)], ["s"], {}, prompt_given=True)
+    assert columns.id_type == kind
+
+
+def test_ids_are_one_type_in_all_shards() -> None:
+    number, text = (schema(image=pa.binary(), id=kind) for kind in (pa.int64(), pa.string()))
+    with pytest.raises(UserError, match="one type"):
+        found(number, text, prompt=True)
+    with pytest.raises(UserError, match="an id is a string or an integer"):
+        found(schema(image=pa.binary(), id=pa.float64()), prompt=True)
+    with pytest.raises(UserError, match="other shards have as their id"):
+        found(number, schema(image=pa.binary()), prompt=True)
+
+
+def test_a_name_that_two_columns_share() -> None:
+    twice = pa.schema([("image", pa.binary()), ("image", pa.binary())])
+    with pytest.raises(UserError, match="2 columns are called 'image'"):
+        found(twice, prompt=True)

@@ -1,0 +1,120 @@
+"""Settings from flags and files, and back."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from trio.errors import UserError
+from trio.pipeline import cli, config
+from trio.pipeline.config import FIELDS, JobConfig
+
+PARSER = cli.parser("caption.py", "description", "epilog")
+
+
+def from_flags(*flags: str) -> JobConfig:
+    return cli.settings_from(PARSER.parse_args(flags))[0]
+
+
+def test_flags_that_users_rely_on_exist() -> None:
+    flags = (
+        "input output model prompt retention schedule method encoder max-new-tokens actors"
+        " gpus-per-actor batch-tokens limit seed columns max-error-rate save-kept config dry-run"
+    ).split()
+    text = PARSER.format_help()
+    assert [flag for flag in flags if f"--{flag}" not in text] == []
+
+
+def test_help_names_defaults_and_units() -> None:
+    text = " ".join(PARSER.format_help().split())
+    assert "longest answer [tokens] (default: 64)" in text
+    assert "(default: 1/9 unless --schedule is given) [fraction]" in text
+
+
+def test_flags_are_read() -> None:
+    got = from_flags(
+        "--input", "a.parquet", "b.parquet", "--retention", "2/9", "--actors", "3",
+        "--gpus-per-actor", "0.5", "--save-kept", "--seed", "7", "--columns", "image=jpg",
+    )  # fmt: skip
+    assert got.input == ("a.parquet", "b.parquet")
+    assert got.retention == pytest.approx(2 / 9)
+    assert (got.actors, got.gpus_per_actor, got.save_kept, got.seed) == (3, 0.5, True, 7)
+    assert got.pruning().retention == got.retention and got.pruning().seed == 7
+
+
+def test_run_yaml_reads_back_to_the_same_settings(tmp_path: Path) -> None:
+    first = from_flags("--schedule", "1:92,10:54,15:22", "--prompt", "it's: a #1", "--limit", "9")
+    path = tmp_path / "run.yaml"
+    path.write_text(config.dump(first, "a comment"))
+    assert path.read_text().startswith("# a comment\n")
+    assert from_flags("--config", str(path)) == first
+    assert set(yaml.safe_load(path.read_text())) == set(FIELDS)
+
+
+def test_flags_win_over_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("schedule: '1:92,10:54'\nseed: 3\nlimit: null\n")
+    got, given = cli.settings_from(
+        PARSER.parse_args(["--config", str(path), "--retention", "0.5", "--seed", "4"])
+    )
+    assert (got.retention, got.schedule, got.seed) == (0.5, None, 4)
+    assert given == {"retention", "seed", "limit"}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("retenshun: 0.5", r"unknown key 'retenshun' \(did you mean 'retention'\?\)"),
+        ("retention: lots", "retention: expected a number"),
+        ("seed: 1.5", "seed: expected a whole number"),
+        ("save_kept: 1", "save_kept: expected true or false"),
+        ("seed: null", "seed is empty"),
+        ("- a\n- b", "key: value"),
+        ("a: [", "not YAML"),
+    ],
+)
+def test_files_with_mistakes(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message):
+        from_flags("--config", str(path))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--method", "fastv"], "not available in this version; available: trio, none, random"),
+        (["--method", "divprune"], "not available in this version"),
+        (["--method", "eadp"], "not available in this version"),
+        (["--encoder", "visionzip"], "not available in this version; available: none"),
+        (["--encoder", "scan"], "not available in this version; available: none"),
+        (["--method", "magic"], "unknown method 'magic'"),
+        (["--retention", "0"], "--retention: must be above 0 and at most 1"),
+        (["--retention", "9/1"], "--retention: must be above 0 and at most 1"),
+        (["--retention", "1/0"], "--retention: expected a number"),
+        (["--retention", "nan"], "--retention: expected a finite number"),
+        (["--retention", "0.5", "--schedule", "1:9"], "exclude each other"),
+        (["--schedule", "one"], "schedule"),
+        (["--actors", "0"], "--actors: must be at least 1"),
+        (["--max-error-rate", "2"], "--max-error-rate: must be between 0 and 1"),
+        (["--columns", "photo=x"], "ROLE=COLUMN"),
+        (["--retent", "0.5"], "unrecognized arguments"),
+        (["--config", "/nowhere/run.yaml"], "cannot be read"),
+        (["--output", "s3://key:secret@bucket/x"], "credentials"),
+    ],
+)
+def test_flags_with_mistakes(flags: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        from_flags(*flags)
+
+
+def test_only_settings_that_change_rows_count_as_different() -> None:
+    base = JobConfig(retention=0.5)
+    assert config.results_difference(base, base.replace(actors=4, log_interval=1.0)) == []
+    assert config.results_difference(base, base.replace(seed=1, output="x")) == ["seed: 0, now 1"]
+
+
+def test_nothing_is_pruned_where_nothing_is_asked() -> None:
+    assert not JobConfig(method="none", retention=0.5).pruning().active
+    assert not JobConfig(retention=1.0).pruning().active
+    assert JobConfig(retention=0.5).pruning().active

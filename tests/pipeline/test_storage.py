@@ -1,0 +1,111 @@
+"""Paths, patterns, and writes that are whole or not there."""
+
+import os
+from pathlib import Path
+
+import pytest
+from pyarrow import fs as pafs
+
+from trio.errors import UserError
+from trio.pipeline.storage import (
+    Location,
+    check_no_secret,
+    exists,
+    glob_regex,
+    list_files,
+    locate,
+    read_bytes,
+    write_atomic,
+)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "yes", "no"),
+    [
+        ("/d/*.parquet", ["/d/a.parquet"], ["/d/e/a.parquet", "/d/a.parquet.tmp"]),
+        ("/d/**/*.parquet", ["/d/a.parquet", "/d/e/f/a.parquet"], ["/e/a.parquet"]),
+        ("/d/a-?.p", ["/d/a-1.p"], ["/d/a-12.p", "/d/a-/.p"]),
+        ("/d/a[0-3].p", ["/d/a2.p"], ["/d/a4.p"]),
+        ("/d/a[!0-3].p", ["/d/a4.p"], ["/d/a2.p"]),
+        ("/d/a.p", ["/d/a.p"], ["/d/aXp"]),
+        ("/d/[x", ["/d/[x"], ["/d/x"]),
+    ],
+)
+def test_patterns(pattern: str, yes: list[str], no: list[str]) -> None:
+    regex = glob_regex(pattern)
+    assert all(regex.fullmatch(path) for path in yes)
+    assert not any(regex.fullmatch(path) for path in no)
+
+
+def test_listing_leaves_hidden_files_out_below_a_directory(tmp_path: Path) -> None:
+    for name in ("b.x", "a.x", "_hidden.x", ".h.x", "sub/c.x", "_sub/d.x"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("1")
+    found = [os.path.relpath(i.path, tmp_path) for i in list_files(locate(str(tmp_path)))]
+    assert found == ["a.x", "b.x", "sub/c.x"]
+    assert [i.base_name for i in list_files(locate(str(tmp_path / "_h*.x")))] == ["_hidden.x"]
+
+
+def test_relative_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert locate("a/b").uri == str(tmp_path / "a" / "b")
+    assert locate(f"file://{tmp_path}/c").uri == str(tmp_path / "c")
+
+
+def test_a_write_replaces_the_file_and_leaves_nothing_else(tmp_path: Path) -> None:
+    target = locate(str(tmp_path / "new" / "x.parquet"))
+    write_atomic(target, b"one")
+    write_atomic(target, b"two")
+    assert read_bytes(target) == b"two"
+    assert os.listdir(tmp_path / "new") == ["x.parquet"]
+
+
+def test_a_write_that_fails_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = locate(str(tmp_path / "x.parquet"))
+    write_atomic(target, b"old")
+
+    def full(fd: int) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="no space"):
+        write_atomic(target, b"new")
+    assert read_bytes(target) == b"old"
+    assert os.listdir(tmp_path) == ["x.parquet"]
+
+
+def test_object_stores_get_the_final_name() -> None:
+    store = pafs._MockFileSystem()
+    store.create_dir("bucket")
+    target = Location(filesystem=store, path="bucket/x", prefix="mock://")
+    write_atomic(target, b"data")
+    assert exists(target) and read_bytes(target) == b"data"
+    assert [i.base_name for i in list_files(target.at("bucket"))] == ["x"]
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "s3://AKIA:verysecret@bucket/x",
+        "s3://bucket/x?secret_key=verysecret",
+        "https://host/x?X-Amz-Signature=verysecret",
+        "gs://verysecret@bucket/x",
+    ],
+)
+def test_credentials_in_a_uri_are_refused_and_not_repeated(uri: str) -> None:
+    with pytest.raises(UserError) as caught:
+        check_no_secret(uri)
+    assert "verysecret" not in str(caught.value) and "environment" in str(caught.value)
+
+
+def test_uris_without_credentials_pass() -> None:
+    for uri in ("s3://bucket/x?region=eu-west-1", "hf://datasets/a/b", "/a/b?token=1"):
+        check_no_secret(uri)
+
+
+def test_an_unknown_scheme_is_the_users_mistake() -> None:
+    with pytest.raises(UserError, match="nosuch"):
+        locate("nosuch://bucket/x")

@@ -1,0 +1,87 @@
+"""The command line that inference jobs share: flags from the settings' fields, one-line errors."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any, NoReturn
+
+from trio.errors import UserError
+from trio.pipeline import config as settings
+from trio.pipeline.config import FIELDS, JobConfig
+
+OK, FAILED, WRONG, ERRORS = 0, 1, 2, 3
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose mistakes are UserErrors, so that all of them read the same."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (--help lists all flags)")
+
+
+def parser(prog: str, description: str, epilog: str) -> Parser:
+    out = Parser(
+        prog=prog,
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    for name, field in FIELDS.items():
+        _add_flag(out, name, dict(field.metadata), field.default)
+    out.add_argument(
+        "--config",
+        metavar="FILE",
+        help="settings from a run.yaml; flags given beside it win",
+    )
+    out.add_argument("--dry-run", action="store_true", help="print what would be done, then stop")
+    return out
+
+
+def _add_flag(out: Parser, name: str, meta: dict[str, Any], default: Any) -> None:
+    flag = "--" + name.replace("_", "-")
+    text = str(meta["help"]).replace("%", "%%")
+    if meta["unit"]:
+        text += f" [{meta['unit']}]"
+    if default is not None and not isinstance(default, bool) and "(default" not in text:
+        shown = " ".join(default) if isinstance(default, tuple) else default
+        text += f" (default: {shown})"
+    extra: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": text}
+    if isinstance(default, bool) or name == "compare_unpruned":
+        out.add_argument(flag, action=argparse.BooleanOptionalAction, **extra)
+        return
+    metavar = meta["metavar"] or name.rpartition("_")[2].upper()
+    out.add_argument(flag, metavar=metavar, nargs="+" if name == "input" else None, **extra)
+
+
+def settings_from(
+    args: argparse.Namespace, base: JobConfig | None = None
+) -> tuple[JobConfig, frozenset[str]]:
+    """Settings from --config and flags, and the names of those that were given.
+
+    Raises:
+        UserError: anything in them that is wrong.
+    """
+    given = {name: getattr(args, name) for name in FIELDS if hasattr(args, name)}
+    values: dict[str, Any] = {}
+    if args.config:
+        values = settings.load(args.config)
+        settings.from_mapping(values, f"--config {args.config}", base)
+    if "retention" in given:
+        values.pop("schedule", None)
+    if "schedule" in given:
+        values.pop("retention", None)
+    merged = settings.from_mapping(values, f"--config {args.config}", base)
+    for name, value in given.items():
+        try:
+            given[name] = FIELDS[name].metadata["parse"](value)
+        except UserError as error:
+            raise UserError(f"--{name.replace('_', '-')}: {error}") from error
+    return merged.replace(**given), frozenset(given) | frozenset(values)
+
+
+def fail(prog: str, message: str, code: int) -> int:
+    """One line on standard error; returns the exit code."""
+    print(f"{prog}: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    return code

@@ -1,0 +1,182 @@
+"""Which input columns hold what, checked against every shard's schema before anything starts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.types as pt
+
+from trio.errors import UserError
+
+ROLES = ("image", "prompt", "id", "answers")
+ALIASES = {"prompt": ("prompt", "question")}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Columns:
+    """Names in the input of the columns that a job reads; None where the input has none."""
+
+    image: str
+    prompt: str | None
+    id: str | None
+    answers: str | None
+    id_type: pa.DataType
+
+    @property
+    def names(self) -> list[str]:
+        return [n for n in (self.image, self.prompt, self.id, self.answers) if n is not None]
+
+    @property
+    def roles(self) -> dict[str, str]:
+        """Role of each column, by its name in the input."""
+        pairs = zip((self.image, self.prompt, self.id, self.answers), ROLES, strict=True)
+        return {name: role for name, role in pairs if name is not None}
+
+
+def parse_mapping(text: str) -> dict[str, str]:
+    """``image=jpg,prompt=caption_prompt`` as a mapping of roles to column names.
+
+    Raises:
+        UserError: a pair without ``=`` or a role that does not exist.
+    """
+    out: dict[str, str] = {}
+    for pair in filter(None, (part.strip() for part in text.split(","))):
+        role, sign, name = pair.partition("=")
+        if not sign or not name or role not in (*ROLES, "question"):
+            raise UserError(
+                f"--columns {pair}: write ROLE=COLUMN with one of the roles {', '.join(ROLES)}"
+            )
+        out["prompt" if role == "question" else role] = name
+    return out
+
+
+def resolve(
+    schemas: Sequence[pa.Schema],
+    paths: Sequence[str],
+    mapping: Mapping[str, str],
+    *,
+    prompt_given: bool,
+) -> Columns:
+    """Columns of the input, the same for all shards.
+
+    Raises:
+        UserError: a column that is missing or of a type that cannot be one, naming the shard.
+    """
+    found: dict[str, str | None] = {}
+    for role in ROLES:
+        found[role] = _find(role, schemas, mapping)
+    for schema, path in zip(schemas, paths, strict=True):
+        _check_shard(schema, path, found, prompt_given)
+    id_type = _id_type(found["id"], schemas, paths)
+    image = found["image"]
+    assert image is not None
+    return Columns(
+        image=image,
+        prompt=found["prompt"],
+        id=found["id"],
+        answers=found["answers"],
+        id_type=id_type,
+    )
+
+
+def _find(role: str, schemas: Sequence[pa.Schema], mapping: Mapping[str, str]) -> str | None:
+    names = (mapping[role],) if role in mapping else ALIASES.get(role, (role,))
+    for name in names:
+        if any(name in schema.names for schema in schemas):
+            return name
+    if role in mapping:
+        raise UserError(
+            f"--columns {role}={mapping[role]}: the input has no such column;"
+            f" it has {', '.join(schemas[0].names) or 'none'}"
+        )
+    return None
+
+
+def _check_shard(
+    schema: pa.Schema, path: str, found: Mapping[str, str | None], prompt_given: bool
+) -> None:
+    have = ", ".join(schema.names) or "none"
+    image, prompt = found["image"], found["prompt"]
+    if image is None or image not in schema.names:
+        raise UserError(
+            f"{path}: no column {image or 'image'!r}; it has {have}."
+            " Name the image column with --columns image=NAME"
+        )
+    _only_once(schema, path, [name for name in found.values() if name is not None])
+    if not _holds_image(schema.field(image).type):
+        raise UserError(
+            f"{path}: column {image!r} is {schema.field(image).type}; an image column holds bytes,"
+            " a struct with bytes or path, a path or URI, or a list of these"
+        )
+    if prompt is None or prompt not in schema.names:
+        if not prompt_given:
+            raise UserError(
+                f"{path}: no column 'prompt' or 'question'; it has {have}. Give one prompt for all"
+                " rows with --prompt, or name the column with --columns prompt=NAME"
+            )
+    elif not _is_text(schema.field(prompt).type):
+        kind = schema.field(prompt).type
+        raise UserError(f"{path}: column {prompt!r} is {kind}; prompts must be strings")
+
+
+def _only_once(schema: pa.Schema, path: str, names: Sequence[str]) -> None:
+    for name in names:
+        if schema.names.count(name) > 1:
+            raise UserError(f"{path}: {schema.names.count(name)} columns are called {name!r}")
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    if pt.is_dictionary(kind):
+        return _is_text(kind.value_type)
+    return bool(
+        pt.is_string(kind)
+        or pt.is_large_string(kind)
+        or pt.is_string_view(kind)
+        or pt.is_null(kind)
+    )
+
+
+def _is_bytes(kind: pa.DataType) -> bool:
+    return bool(
+        pt.is_binary(kind)
+        or pt.is_large_binary(kind)
+        or pt.is_binary_view(kind)
+        or pt.is_fixed_size_binary(kind)
+    )
+
+
+def _holds_image(kind: pa.DataType) -> bool:
+    if isinstance(kind, pa.ExtensionType):
+        return _holds_image(kind.storage_type)
+    if pt.is_list(kind) or pt.is_large_list(kind) or pt.is_fixed_size_list(kind):
+        return _holds_image(kind.value_type)
+    if pt.is_struct(kind):
+        parts = {kind.field(i).name: kind.field(i).type for i in range(kind.num_fields)}
+        known = {name: part for name, part in parts.items() if name in ("bytes", "path")}
+        return bool(known) and all(
+            _is_text(part) or (name == "bytes" and _is_bytes(part)) for name, part in known.items()
+        )
+    return _is_bytes(kind) or _is_text(kind)
+
+
+def _id_type(name: str | None, schemas: Sequence[pa.Schema], paths: Sequence[str]) -> pa.DataType:
+    if name is None:
+        return pa.string()
+    kind: pa.DataType | None = None
+    for schema, path in zip(schemas, paths, strict=True):
+        if name not in schema.names:
+            raise UserError(f"{path}: no column {name!r}, which other shards have as their id")
+        mine = schema.field(name).type
+        mine = mine.value_type if pt.is_dictionary(mine) else mine
+        if not (pt.is_integer(mine) or _is_text(mine)):
+            raise UserError(f"{path}: column {name!r} is {mine}; an id is a string or an integer")
+        if kind is not None and mine != kind:
+            raise UserError(
+                f"{path}: column {name!r} is {mine}, but {kind} in {paths[0]};"
+                " give all shards one type"
+            )
+        kind = mine
+    assert kind is not None
+    return pa.string() if pt.is_null(kind) else kind

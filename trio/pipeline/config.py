@@ -1,0 +1,294 @@
+"""A run's settings: one frozen dataclass, from flags and ``run.yaml``, and back to ``run.yaml``.
+
+Each field carries its parser, unit and help; the command line and the file share them. No torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from trio.config import METHODS, POSITION_IDS, PROXY_POSITIONS, Pruning
+from trio.errors import UserError
+from trio.pipeline import parse
+from trio.pipeline.columns import parse_mapping
+from trio.pipeline.images import MAX_PIXELS
+from trio.pipeline.storage import check_no_secret
+
+DEMO = "demo"
+# stands for the bundled shard and the bundled model, wherever the package is installed
+LATER_METHODS = ("fastv", "divprune", "eadp")
+ENCODERS = ("none",)
+LATER_ENCODERS = ("visionzip", "scan")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def option(
+    default: Any,
+    reader: parse.Reader,
+    text: str,
+    *,
+    unit: str | None = None,
+    results: bool = False,
+    metavar: str | None = None,
+) -> Any:
+    """A field with what the command line needs; ``results``: another value means other rows."""
+    meta = {"parse": reader, "help": text, "unit": unit, "results": results, "metavar": metavar}
+    return dataclasses.field(default=default, metadata=meta)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JobConfig:
+    """Settings of an inference job; None where the job decides for itself."""
+
+    input: tuple[str, ...] = option(
+        (DEMO,),
+        parse.texts,
+        "Parquet file, directory or quoted pattern, s3://, gs:// or hf://datasets/ URI; several"
+        " may be given; 'demo' is the bundled shard",
+        results=True,
+        metavar="PATH",
+    )
+    output: str | None = option(
+        None,
+        parse.text,
+        "directory or URI for rows/, stats/ and the rest; a run that stopped there goes on, a"
+        " finished one is left alone (default: a new directory below trio-output/)",
+        metavar="DIR",
+    )
+    model: str = option(
+        DEMO, parse.text, "model: hub id or directory; 'demo' is the bundled one", results=True
+    )
+    prompt: str | None = option(
+        None, parse.text, "prompt for rows that bring none", results=True, metavar="TEXT"
+    )
+    columns: str | None = option(
+        None,
+        parse.text,
+        "names of input columns, as in image=jpg,prompt=caption_prompt; the roles are image,"
+        " prompt, id and answers",
+        results=True,
+        metavar="ROLE=COLUMN,...",
+    )
+    retention: float | None = option(
+        None,
+        parse.fraction,
+        "visual tokens kept, averaged over layers, in (0, 1]; 1 is off; 1/9 may be written as such"
+        " (default: 1/9 unless --schedule is given)",
+        unit="fraction",
+        results=True,
+    )
+    schedule: str | None = option(
+        None,
+        parse.text,
+        "stages instead of --retention: layer:tokens kept (1:92,10:54,15:22), or layer:share of"
+        " the visual tokens of each image (1:0.16,...)",
+        results=True,
+        metavar="LAYER:KEEP,...",
+    )
+    method: str = option(
+        "trio",
+        parse.choice("method", METHODS, LATER_METHODS),
+        f"how visual tokens are chosen: {', '.join(METHODS)}",
+        results=True,
+    )
+    encoder: str = option(
+        "none",
+        parse.choice("encoder", ENCODERS, LATER_ENCODERS),
+        f"reduction in the vision encoder: {', '.join(ENCODERS)}",
+        results=True,
+    )
+    proxy_positions: str | None = option(
+        None,
+        parse.choice("proxy-positions", PROXY_POSITIONS),
+        "positions whose loss gives the saliency: "
+        f"{', '.join(PROXY_POSITIONS)} (default: reference; the demo model's own for it)",
+        results=True,
+    )
+    position_ids: str | None = option(
+        None,
+        parse.choice("position-ids", POSITION_IDS),
+        "positions of the tokens that stay: renumber or keep (default: the model's)",
+        results=True,
+    )
+    max_new_tokens: int = option(
+        64, parse.at_least(1), "longest answer", unit="tokens", results=True
+    )
+    temperature: float = option(
+        0.0, parse.number(0.0), "0 takes the likeliest token, above 0 samples", results=True
+    )
+    top_p: float = option(
+        1.0, parse.fraction, "sample from the likeliest tokens of this mass", results=True
+    )
+    top_k: int | None = option(
+        None, parse.at_least(1), "sample from this many likeliest tokens", results=True
+    )
+    seed: int = option(
+        0, parse.at_least(0), "seed of sampling and of --method random", results=True
+    )
+    dtype: str = option(
+        "auto",
+        parse.choice("dtype", DTYPES),
+        f"of the model's weights: {', '.join(DTYPES)}; auto: as saved on a GPU, float32 on a CPU",
+        results=True,
+    )
+    actors: int | None = option(
+        None, parse.at_least(1), "engines (default: one per GPU; without GPUs 1)"
+    )
+    gpus_per_actor: float | None = option(
+        None, parse.number(0.0), "GPUs of one engine (default: 1 where there are GPUs, else 0)"
+    )
+    cpus_per_actor: float = option(
+        1.0, parse.number(0.0), "logical CPUs that Ray sets aside for one engine", unit="CPUs"
+    )
+    threads: int | None = option(
+        None,
+        parse.at_least(1),
+        "threads that decode and prepare images beside one engine (default: by the node's CPUs)",
+    )
+    batch_tokens: int | None = option(
+        None,
+        parse.at_least(1),
+        "most prompt tokens in one prefill (default: the engine's)",
+        unit="tokens",
+    )
+    max_running: int | None = option(
+        None,
+        parse.at_least(1),
+        "most requests decoded together (default: the engine's)",
+        unit="requests",
+    )
+    limit: int | None = option(
+        None, parse.at_least(1), "stop after the first N rows of the input", unit="rows",
+        results=True, metavar="N",
+    )  # fmt: skip
+    rows_per_file: int | None = option(
+        None,
+        parse.at_least(1),
+        "rows of one work unit and output file: what is redone after a crash (default: by size)",
+        unit="rows",
+        results=True,
+    )
+    max_error_rate: float = option(
+        0.5, parse.number(0.0, 1.0), "share of error rows above which the exit code is 3",
+        unit="fraction",
+    )  # fmt: skip
+    save_kept: bool = option(
+        False, parse.flag, "write the kept visual tokens of each stage", results=True
+    )
+    allow_remote_images: bool = option(
+        False, parse.flag, "fetch URIs found in the image column", results=True
+    )
+    max_image_pixels: int = option(
+        MAX_PIXELS, parse.at_least(1), "largest image that is decoded", unit="pixels", results=True
+    )
+    compare_unpruned: bool | None = option(
+        None,
+        parse.flag,
+        "run the same rows without pruning as well, into DIR/unpruned, and put both side by side"
+        " (default: only for the bundled shard)",
+    )
+    log_interval: float = option(
+        10.0, parse.number(0.1), "between two progress lines where output is no terminal",
+        unit="seconds",
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        if self.retention is not None and self.schedule is not None:
+            raise UserError("--retention and --schedule exclude each other: give one of them")
+        for uri in (*self.input, self.output, self.model):
+            if uri is not None:
+                check_no_secret(uri)
+        parse_mapping(self.columns or "")
+        self.pruning()
+
+    @property
+    def pruning_asked(self) -> bool:
+        """Whether these settings ask for any pruning (a default retention counts)."""
+        return self.method != "none" and self.retention != 1.0
+
+    def pruning(self) -> Pruning:
+        """The engine's pruning settings."""
+        off = self.method == "none" or (self.retention is None and self.schedule is None)
+        return Pruning(
+            retention=None if off else self.retention,
+            schedule=None if off else self.schedule,
+            method=self.method,
+            proxy_positions=self.proxy_positions or "reference",
+            position_ids=self.position_ids,
+            seed=self.seed,
+        )
+
+    def replace(self, **changes: Any) -> JobConfig:
+        return dataclasses.replace(self, **changes)
+
+
+FIELDS = {field.name: field for field in dataclasses.fields(JobConfig)}
+
+
+def from_mapping(
+    values: Mapping[str, Any], source: str, base: JobConfig | None = None
+) -> JobConfig:
+    """Settings from a mapping over ``base`` (the defaults when None).
+
+    Raises:
+        UserError: unknown keys, values of a wrong kind, settings that exclude each other.
+    """
+    unknown = sorted(set(values) - set(FIELDS))
+    if unknown:
+        raise UserError(
+            f"{source}: unknown key {unknown[0]!r}{parse.suggestion(unknown[0], FIELDS)}"
+        )
+    parsed = {name: _parsed(name, value, source) for name, value in values.items()}
+    return dataclasses.replace(base or JobConfig(), **parsed)
+
+
+def _parsed(name: str, value: Any, source: str) -> Any:
+    if value is None:
+        if FIELDS[name].default is None:
+            return None
+        raise UserError(f"{source}: {name} is empty; leave it out for its default")
+    try:
+        return FIELDS[name].metadata["parse"](value)
+    except UserError as error:
+        raise UserError(f"{source}: {name}: {error}") from error
+
+
+def load(path: str) -> dict[str, Any]:
+    """Keys and values of a YAML file, not yet checked.
+
+    Raises:
+        UserError: no such file, not YAML, or no mapping.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path}: cannot be read: {error}") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"--config {path}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"--config {path}: expected lines of the form 'key: value'")
+    return values
+
+
+def dump(config: JobConfig, comment: str = "") -> str:
+    """Settings as the text of ``run.yaml``, which ``--config`` reads back to the same settings."""
+    values = dataclasses.asdict(config)
+    values["input"] = list(config.input)
+    body = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    return "".join(f"# {line}\n" for line in comment.splitlines()) + body
+
+
+def results_difference(old: JobConfig, new: JobConfig) -> list[str]:
+    """Settings that would give other rows, each as ``name: old, now new``."""
+    out = []
+    for name, field in FIELDS.items():
+        before, after = getattr(old, name), getattr(new, name)
+        if field.metadata["results"] and before != after:
+            out.append(f"{name}: {before!r}, now {after!r}")
+    return out

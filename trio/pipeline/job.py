@@ -1,0 +1,205 @@
+"""What every inference job does around a run: arguments, messages, exit codes, the demo's defaults.
+
+Exit codes: 0 all rows written; 1 the job failed; 2 arguments, configuration or input are wrong;
+3 finished, but with more rows in error than --max-error-rate allows.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from trio.errors import UserError
+from trio.pipeline import cli, outdir
+from trio.pipeline import config as settings
+from trio.pipeline.cli import ERRORS, FAILED, OK, WRONG
+from trio.pipeline.config import DEMO, JobConfig
+from trio.pipeline.storage import is_local, locate
+from trio.pipeline.summary import share, table
+
+DEFAULT_RETENTION = 1 / 9
+UNPRUNED = "unpruned"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """One of the jobs."""
+
+    name: str
+    # "caption"; names the output and the messages
+    description: str
+    epilog: str
+    package: str
+    # directory of the package that holds the demo
+    demo: Mapping[str, Any]
+    # settings that the bundled model uses where none are given
+
+    @property
+    def prog(self) -> str:
+        return f"{self.name}.py"
+
+
+def main(job: Job, argv: Sequence[str] | None = None) -> int:
+    """Run a job from its arguments; returns the exit code."""
+    parser = cli.parser(job.prog, job.description, job.epilog)
+    try:
+        args = parser.parse_args(argv)
+        config, given = cli.settings_from(args)
+        config = resolve(job, config, given)
+        return dry_run(job, config) if args.dry_run else run(job, config)
+    except UserError as error:
+        return cli.fail(job.prog, str(error), WRONG)
+    except KeyboardInterrupt:
+        return cli.fail(
+            job.prog, "stopped; the same command with the same --output goes on", FAILED
+        )
+    except Exception as error:
+        message = user_message(error)
+        if message is not None:
+            return cli.fail(job.prog, message, WRONG)
+        traceback.print_exc()
+        return cli.fail(job.prog, f"failed: {root_line(error)}", FAILED)
+
+
+def resolve(job: Job, config: JobConfig, given: frozenset[str]) -> JobConfig:
+    """Settings with every default that needs no cluster filled in."""
+    changes: dict[str, Any] = {}
+    if config.retention is None and config.schedule is None and config.method != "none":
+        changes["retention"] = DEFAULT_RETENTION
+    if config.model == DEMO:
+        changes |= {name: value for name, value in job.demo.items() if name not in given}
+    if config.compare_unpruned is None:
+        changes["compare_unpruned"] = config.input == (DEMO,) and config.pruning_asked
+    if config.output is None:
+        changes["output"] = outdir.fresh_directory(job.name)
+    _check_model(config.model)
+    return config.replace(**changes)
+
+
+def _check_model(model: str) -> None:
+    """A directory that is none would else be taken for a hub id, and fail late and elsewhere."""
+    if model == DEMO:
+        return
+    looks_local = model.startswith(("/", "./", "../")) or model.count("/") > 1
+    local = looks_local or os.path.isdir(model)
+    if local and not os.path.isfile(os.path.join(model, "config.json")):
+        raise UserError(
+            f"--model {model}: no model there (no config.json); give a directory that"
+            " save_pretrained wrote, or a hub id such as llava-hf/llava-1.5-7b-hf"
+        )
+
+
+def input_paths(job: Job, config: JobConfig) -> list[str]:
+    """Where the inputs lie; ``demo`` is inside the package."""
+    return [os.path.join(job.package, "demo", "data") if p == DEMO else p for p in config.input]
+
+
+def unpruned(config: JobConfig) -> JobConfig:
+    """The same rows without pruning."""
+    assert config.output is not None
+    return config.replace(
+        output=config.output.rstrip("/") + "/" + UNPRUNED,
+        method="none",
+        retention=1.0,
+        schedule=None,
+        compare_unpruned=False,
+    )
+
+
+def runs(config: JobConfig) -> Iterator[tuple[str, JobConfig]]:
+    """(heading, settings) of each run to do; the one that was asked for comes last."""
+    if config.compare_unpruned:
+        yield UNPRUNED, unpruned(config)
+    yield config.method, config
+
+
+def run(job: Job, config: JobConfig) -> int:
+    """Do the run, and the comparison where asked; print the table."""
+    assert config.output is not None
+    output = locate(config.output)
+    if outdir.finished(output):
+        print(
+            f"{output.uri} is finished already: nothing to do. For a new run give another --output."
+        )
+        return _verdict(job, config, outdir.read_summary(output))
+    from trio.pipeline import cluster, runner
+
+    plans = [(name, runner.plan(each, input_paths(job, each))) for name, each in runs(config)]
+    attached = cluster.start()
+    try:
+        resources = cluster.fit(config, attached=attached)
+        _announce(config, plans[-1][1], resources.describe())
+        done = []
+        for name, each in plans:
+            if outdir.finished(each.output):
+                done.append((name, outdir.read_summary(each.output)))
+            else:
+                label = name if len(plans) > 1 else ""
+                done.append((name, runner.execute(each, resources, label=label)))
+    finally:
+        cluster.stop(attached)
+    summary = done[-1][1]
+    print(f"\n{table(list(reversed(done)))}\n\nrows: {output.join('rows').uri}", flush=True)
+    return _verdict(job, config, summary)
+
+
+def _announce(config: JobConfig, plan: Any, resources: str) -> None:
+    manifest = plan.manifest
+    keep = "nothing pruned"
+    if config.pruning_asked:
+        schedule, retention = config.schedule, config.retention
+        keep = f"schedule {schedule}" if schedule else f"retention {retention:.4g}"
+    print(f"input   {len(manifest.shards)} shards, {plan.rows} rows, {manifest.size / 1e6:.1f} MB")
+    print(f"model   {config.model}, method {config.method}, {keep}")
+    print(f"runs on {resources}")
+    print(f"output  {plan.output.uri}", flush=True)
+    if "cluster" in resources and is_local(plan.output.uri):
+        print("        a local path: every node must see the same directory there", flush=True)
+
+
+def _verdict(job: Job, config: JobConfig, summary: Mapping[str, Any]) -> int:
+    rate = summary["error_rate"]
+    if rate > config.max_error_rate:
+        message = (
+            f"finished, but {share(rate)} of the rows are in error, more than --max-error-rate"
+            f" {config.max_error_rate:g}; their column 'error' says why"
+        )
+        return cli.fail(job.prog, message, ERRORS)
+    return OK
+
+
+def dry_run(job: Job, config: JobConfig) -> int:
+    """Print what would be done: the settings as run.yaml, the input and what is left of it."""
+    from trio.pipeline import runner
+
+    output = locate(config.output or "")
+    sys.stdout.write(settings.dump(config))
+    if outdir.finished(output):
+        print(f"# {output.uri} is finished already: nothing to do")
+        return OK
+    for name, each in runs(config):
+        plan = runner.plan(each, input_paths(job, each))
+        roles = ", ".join(f"{role} from {column}" for column, role in plan.columns.roles.items())
+        state = "goes on with an unfinished run" if plan.earlier else "new"
+        print(f"# {name}: {plan.rows} rows of {len(plan.manifest.shards)} shards; {roles}")
+        print(f"# {name}: output {plan.output.uri}, {state}")
+    return OK
+
+
+def user_message(error: BaseException) -> str | None:
+    """The message of a UserError that was raised in one of Ray's processes, None for others."""
+    found = re.findall(r"^(?:trio\.errors\.)?UserError: (.+)$", str(error), flags=re.MULTILINE)
+    return found[-1] if found else None
+
+
+def root_line(error: BaseException) -> str:
+    """The line of an exception that says most: the last one that names an error."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    named = [line for line in lines if re.match(r"^[\w.]*(?:Error|Exception|Died)\b.*: ", line)]
+    chosen = named[-1] if named else lines[0] if lines else ""
+    return f"{type(error).__name__}: {chosen}"[:500]

@@ -1,0 +1,102 @@
+"""Readers of single settings: each takes text or a YAML value and returns it checked."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from trio.errors import UserError
+
+Reader = Callable[[Any], Any]
+
+
+def text(value: Any) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise UserError(f"expected text, got {value!r}")
+    return value
+
+
+def texts(value: Any) -> tuple[str, ...]:
+    items = value if isinstance(value, list | tuple) else [value]
+    if not items:
+        raise UserError("expected at least one value")
+    return tuple(text(item) for item in items)
+
+
+def flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise UserError(f"expected true or false, got {value!r}")
+    return value
+
+
+def _real(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise UserError(f"expected a number, got {value!r}")
+    try:
+        above, _, below = str(value).partition("/")
+        number = float(above) / float(below) if below else float(above)
+    except (ValueError, ZeroDivisionError):
+        raise UserError(f"expected a number, got {value!r}") from None
+    if not math.isfinite(number):
+        raise UserError(f"expected a finite number, got {value!r}")
+    return number
+
+
+def number(low: float, high: float = math.inf) -> Reader:
+    """A real number in [low, high]."""
+
+    def read(value: Any) -> float:
+        result = _real(value)
+        if not low <= result <= high:
+            span = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
+            raise UserError(f"must be {span}, got {value}")
+        return result
+
+    return read
+
+
+def fraction(value: Any) -> float:
+    """A real number in (0, 1], also written as 1/9."""
+    result = _real(value)
+    if not 0.0 < result <= 1.0:
+        raise UserError(f"must be above 0 and at most 1, got {value}")
+    return result
+
+
+def at_least(low: int) -> Reader:
+    """A whole number from ``low`` on."""
+
+    def read(value: Any) -> int:
+        try:
+            result = int(value) if isinstance(value, str | int) else None
+        except ValueError:
+            result = None
+        if result is None or isinstance(value, bool):
+            raise UserError(f"expected a whole number, got {value!r}")
+        if result < low:
+            raise UserError(f"must be at least {low}, got {result}")
+        return result
+
+    return read
+
+
+def choice(name: str, allowed: tuple[str, ...], later: tuple[str, ...] = ()) -> Reader:
+    """One of ``allowed``; names in ``later`` are known but not built into this version."""
+
+    def read(value: Any) -> str:
+        if value in allowed:
+            return str(value)
+        known = f"available: {', '.join(allowed)}"
+        if value in later:
+            raise UserError(f"{value} is not available in this version; {known}")
+        raise UserError(f"unknown {name} {value!r}; {known}")
+
+    return read
+
+
+def suggestion(word: str, known: Iterable[str]) -> str:
+    """`` (did you mean ...?)`` for a word that is nearly a known one."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""

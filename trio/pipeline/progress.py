@@ -1,0 +1,123 @@
+"""One readable line: rewritten in place on a terminal, one every few seconds in a log."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from types import TracebackType
+from typing import TextIO
+
+from trio.pipeline.summary import duration
+from trio.pipeline.totals import Totals
+
+TERMINAL_INTERVAL_S = 0.5
+
+
+class Progress:
+    """Shows how far a run is; a context manager that ends its line.
+
+    Rates count from when the first engine took its first unit, so loading the model does not
+    spoil the estimate of the time left.
+    """
+
+    def __init__(
+        self,
+        rows: int,
+        done_before: Totals,
+        *,
+        log_interval_s: float,
+        label: str = "",
+        stream: TextIO | None = None,
+    ) -> None:
+        """Prepare to show.
+
+        Args:
+            rows: of the whole run.
+            done_before: totals of the rows that earlier attempts committed.
+            log_interval_s: between two lines where the stream is no terminal, in seconds.
+            label: put before each line.
+            stream: standard error when None.
+        """
+        self._label = f"{label}: " if label else ""
+        self._stream = stream if stream is not None else sys.stderr
+        self._terminal = self._stream.isatty()
+        self._interval = TERMINAL_INTERVAL_S if self._terminal else log_interval_s
+        self._rows, self._before, self._done = rows, done_before, done_before
+        self._began = time.time()
+        self._working_since: float | None = None
+        self._updated = self._began
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._tick, name="progress", daemon=True)
+        self._shown = ""
+
+    def __enter__(self) -> Progress:
+        self._show()
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+        if self._done is not self._before:
+            self._show()
+        if self._terminal:
+            self._stream.write("\n")
+        self._stream.flush()
+
+    @property
+    def done(self) -> Totals:
+        with self._lock:
+            return self._done
+
+    @property
+    def work_s(self) -> float:
+        """Seconds from the first unit that an engine took to the last one it gave back."""
+        with self._lock:
+            since = self._working_since
+            return max(self._updated - since, 1e-9) if since is not None else 0.0
+
+    def add(self, totals: Totals, began_at: float) -> None:
+        """A unit is committed; ``began_at`` is when its engine took it [seconds since 1970]."""
+        with self._lock:
+            self._done = self._done + totals
+            since = self._working_since
+            self._working_since = began_at if since is None else min(since, began_at)
+            self._updated = time.time()
+
+    def line(self) -> str:
+        done, work_s = self.done, self.work_s
+        new = done.rows - self._before.rows
+        percent = 100 * done.rows / max(self._rows, 1)
+        share = f"{self._label}{done.rows}/{self._rows} rows ({percent:.0f} %)"
+        if not new or work_s <= 0:
+            return f"{share}, starting, {duration(time.time() - self._began)}"
+        images_s = (done.images - self._before.images) / work_s
+        tokens_s = (done.output_tokens - self._before.output_tokens) / work_s
+        parts = [share, f"{images_s:.1f} images/s", f"{tokens_s:.0f} tokens/s"]
+        if done.retention is not None:
+            parts.append(f"retention {done.retention:.3f}")
+        if done.errors:
+            parts.append(f"{done.errors} in error")
+        left = (self._rows - done.rows) / (new / work_s)
+        parts.append(f"ETA {duration(left)}" if done.rows < self._rows else "done")
+        return ", ".join(parts)
+
+    def _show(self) -> None:
+        line = self.line()
+        if self._terminal:
+            self._stream.write("\r" + line.ljust(len(self._shown)))
+            self._shown = line
+        else:
+            self._stream.write(line + "\n")
+        self._stream.flush()
+
+    def _tick(self) -> None:
+        while not self._stop.wait(self._interval):
+            self._show()

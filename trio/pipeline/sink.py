@@ -1,0 +1,80 @@
+"""Commit of a unit: its statistics, then its rows, under names that follow from the plan.
+
+The rows file is the commit point. A unit that is done again overwrites both files with the same
+content, so neither a retry nor a crash between the two writes can double or lose a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyarrow import fs as pafs
+
+from trio.pipeline.plan import Unit
+from trio.pipeline.schema import RECEIPT_KEY, build_table, check_keys, rows_schema, stats_schema
+from trio.pipeline.storage import Location, locate, write_atomic
+from trio.pipeline.totals import Totals
+
+ROWS, STATS = "rows", "stats"
+FOOTER_THREADS = 16
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sink:
+    """Where units go and in which columns; travels to the actors."""
+
+    output: str
+    # directory or URI
+    run_id: str
+    id_type: pa.DataType
+    save_kept: bool
+
+    def commit(
+        self,
+        unit: Unit,
+        rows: Sequence[Mapping[str, Any]],
+        stats: Mapping[str, Any],
+        totals: Totals,
+    ) -> None:
+        """Write a unit; when this returns, its rows are there for good."""
+        check_keys(rows, unit.shard, unit.start, unit.stop)
+        receipt = {RECEIPT_KEY: totals.to_json().encode()}
+        schema = rows_schema(self.id_type, run_id=self.run_id, save_kept=self.save_kept)
+        table = build_table(rows, schema)
+        out = locate(self.output)
+        figures = build_table([stats], stats_schema(run_id=self.run_id))
+        write_atomic(out.join(STATS, unit.name), serialise(figures))
+        marked = table.replace_schema_metadata({**schema.metadata, **receipt})
+        write_atomic(out.join(ROWS, unit.name), serialise(marked))
+
+
+def serialise(table: pa.Table) -> pa.Buffer:
+    """A table as the bytes of a Parquet file."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    return sink.getvalue()
+
+
+def committed(output: Location) -> set[Unit]:
+    """Units whose rows are there."""
+    selector = pafs.FileSelector(output.join(ROWS).path, allow_not_found=True)
+    infos = output.filesystem.get_file_info(selector)
+    units = (Unit.of_name(info.base_name) for info in infos if info.is_file)
+    return {unit for unit in units if unit is not None}
+
+
+def totals_of(output: Location, units: Sequence[Unit]) -> list[Totals]:
+    """Totals of committed units, from their files' footers."""
+
+    def read(unit: Unit) -> Totals:
+        with output.filesystem.open_input_file(output.join(ROWS, unit.name).path) as stream:
+            meta = pq.read_schema(stream).metadata
+        return Totals.from_json(meta[RECEIPT_KEY])
+
+    with ThreadPoolExecutor(FOOTER_THREADS) as pool:
+        return list(pool.map(read, units))

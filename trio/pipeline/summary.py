@@ -1,0 +1,137 @@
+"""Totals of a run as ``summary.json`` and as the table printed at its end. No Ray, no torch."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from typing import Any
+
+from trio.pipeline.totals import Totals
+
+PACKAGES = ("trio-vlm", "torch", "transformers", "ray", "pyarrow")
+Summary = Mapping[str, Any]
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the answers depend on; ``unknown`` for what is not installed."""
+    out = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            out[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            out[name] = "unknown"
+    return out
+
+
+def summarise(
+    totals: Totals,
+    *,
+    run_id: str,
+    wall_s: float,
+    done_before: Totals,
+    work_s: float,
+    resources: str,
+) -> dict[str, Any]:
+    """The object of ``summary.json``.
+
+    Args:
+        totals: of all rows, earlier attempts of this run included.
+        run_id: the run's id.
+        wall_s: of this attempt, from start to end, in seconds.
+        done_before: what earlier attempts had committed.
+        work_s: from the first unit that an engine took to the last row [s]: what rates refer to.
+        resources: what it ran on, in words.
+    """
+    per_s = 1.0 / work_s if work_s > 0 else 0.0
+    return {
+        "run": run_id,
+        "rows": totals.rows,
+        "errors": totals.errors,
+        "error_kinds": dict(totals.error_kinds),
+        "error_rate": totals.error_rate,
+        "images": totals.images,
+        "visual_tokens": totals.visual_tokens,
+        "prompt_tokens": totals.prompt_tokens,
+        "output_tokens": totals.output_tokens,
+        "rows_before": done_before.rows,
+        "images_per_s": (totals.images - done_before.images) * per_s,
+        "output_tokens_per_s": (totals.output_tokens - done_before.output_tokens) * per_s,
+        "retention": totals.retention,
+        "flops_ratio": totals.flops_ratio,
+        "kv_ratio": totals.kv_ratio,
+        "prefill_flops": totals.prefill_flops,
+        "prefill_flops_unpruned": totals.prefill_flops_unpruned,
+        "kv_bytes": totals.kv_bytes,
+        "kv_bytes_unpruned": totals.kv_bytes_unpruned,
+        "scored": totals.scored,
+        "right": totals.right,
+        "accuracy": totals.accuracy,
+        "captions": totals.captions,
+        "object_share": totals.object_share,
+        "wall_s": wall_s,
+        "work_s": work_s,
+        "resources": resources,
+        "versions": versions(),
+    }
+
+
+def table(columns: Sequence[tuple[str, Summary]]) -> str:
+    """Summaries side by side under their headings, as text."""
+    lines = [["", *(heading for heading, _ in columns)]]
+    for label, show in _LINES:
+        cells = [show(summary) for _, summary in columns]
+        if any(cell is not None for cell in cells):
+            lines.append([label, *(cell if cell is not None else "-" for cell in cells)])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return "\n".join(_line(line, widths) for line in lines)
+
+
+def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
+    first = cells[0].ljust(widths[0])
+    return "  ".join([first, *(c.rjust(w) for c, w in zip(cells[1:], widths[1:], strict=True))])
+
+
+def share(value: float | None) -> str | None:
+    return None if value is None else f"{100 * value:.1f} %"
+
+
+def duration(seconds: float) -> str:
+    whole = round(seconds)
+    hours, minutes = whole // 3600, whole % 3600 // 60
+    return f"{hours}:{minutes:02d}:{whole % 60:02d}" if hours else f"{minutes}:{whole % 60:02d}"
+
+
+def _right(summary: Summary) -> str | None:
+    if not summary["scored"]:
+        return None
+    return f"{summary['right']}/{summary['scored']} = {share(summary['accuracy'])}"
+
+
+def _errors(summary: Summary) -> str:
+    kinds = ", ".join(f"{kind} {n}" for kind, n in summary["error_kinds"].items())
+    return f"{summary['errors']} ({kinds})" if kinds else "0"
+
+
+def _ratio(name: str, summary: Summary) -> str | None:
+    value = summary[name]
+    return None if value is None else f"{value:.2f} x fewer" if value > 1.005 else "as unpruned"
+
+
+def _retention(summary: Summary) -> str | None:
+    value = summary["retention"]
+    return None if value is None else f"{value:.4f}"
+
+
+_LINES = (
+    ("rows", lambda s: str(s["rows"])),
+    ("rows in error", _errors),
+    ("right responses", _right),
+    ("objects named rightly", lambda s: share(s["object_share"])),
+    ("visual tokens kept, layer average", _retention),
+    ("prefill FLOPs", lambda s: _ratio("flops_ratio", s)),
+    ("KV cache bytes", lambda s: _ratio("kv_ratio", s)),
+    ("images/s", lambda s: f"{s['images_per_s']:.2f}"),
+    ("output tokens/s", lambda s: f"{s['output_tokens_per_s']:.1f}"),
+    ("wall time", lambda s: duration(s["wall_s"])),
+)
