@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from operator import mul
 
 from trio.errors import UserError
 
@@ -61,7 +63,7 @@ class Schedule:
     stages: tuple[Stage, ...] = ()
 
     def __post_init__(self) -> None:
-        for before, after in zip(self.stages, self.stages[1:], strict=False):
+        for before, after in pairwise(self.stages):
             if after.layer <= before.layer:
                 raise UserError(f"schedule {self}: layers must rise from stage to stage")
             if type(after.keep) is not type(before.keep):
@@ -130,21 +132,16 @@ class Schedule:
                 f"for {visual_tokens} visual tokens; raise it, or give a schedule that starts at "
                 "layer 0"
             )
-        spans = [
-            end - start
-            for (start, _), (end, _) in zip(shape, [*shape[1:], (num_layers, 0.0)], strict=True)
-        ]
-        shares = [share for _, share in shape]
+        if not shape:
+            return cls()
+        layers, shares = zip(*shape, strict=True)
+        spans = [stop - start for start, stop in pairwise([*layers, num_layers])]
         factor = _solve_scale(shares, spans, retention * num_layers - first)
-        counts = _round_counts(
-            [min(1.0, factor * share) * visual_tokens for share in shares],
-            spans,
-            target - first * visual_tokens,
-            visual_tokens,
-        )
-        return cls(
-            tuple(Stage(layer, count) for (layer, _), count in zip(shape, counts, strict=True))
-        )
+        ideal = [min(1.0, factor * share) * visual_tokens for share in shares]
+        counts = _round_counts(ideal, spans, visual_tokens)
+        total = first * visual_tokens + sum(map(mul, counts, spans))
+        assert abs(total - target) <= num_layers * (1 + 1e-9)
+        return cls(tuple(map(Stage, layers, counts)))
 
     def counts(self, visual_tokens: int) -> list[tuple[int, int]]:
         """`(layer, kept)` for an image of `visual_tokens`; a stage can remove nothing."""
@@ -182,7 +179,7 @@ def tokens_per_layer(
 
 
 def _number(text: str) -> int | float:
-    return float(text) if any(mark in text for mark in ".eE") else int(text)
+    return float(text) if any(mark in text for mark in ".e") else int(text)
 
 
 def _published_shape(num_layers: int) -> list[tuple[int, float]]:
@@ -208,18 +205,14 @@ def _solve_scale(shares: Sequence[float], spans: Sequence[int], target: float) -
     return 1.0 / shares[-1]
 
 
-def _round_counts(
-    ideal: Sequence[float], spans: Sequence[int], target: float, visual_tokens: int
-) -> list[int]:
-    """Whole counts near `ideal`, the last ones chosen so that the sum over layers fits best."""
+def _round_counts(ideal: Sequence[float], spans: Sequence[int], visual_tokens: int) -> list[int]:
+    """Whole counts near `ideal`; each makes up for what rounding cost the layers before it."""
     counts: list[int] = []
-    drift = 0.0
+    owed = 0.0
     ceiling = visual_tokens
     for value, span in zip(ideal, spans, strict=True):
-        count = math.floor(value + drift / span + 0.5) if span else round(value)
-        count = min(ceiling, max(1, count))
-        drift += (value - count) * span
+        count = min(ceiling, max(1, math.floor(value + owed / span + 0.5)))
+        owed += (value - count) * span
         ceiling = count
         counts.append(count)
-    assert abs(target - sum(c * s for c, s in zip(counts, spans, strict=True))) <= sum(spans) + 1e-6
     return counts

@@ -1,0 +1,138 @@
+"""TRIO by the book, slow and one prompt at a time: what the fast version is judged by.
+
+Whole next layer, whole head, autograd through everything, a sequential walk over a full cosine
+matrix. Uses the layers of transformers with their own eager attention and a dense causal mask.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ROWS = {"reference": range(2, 6), "with_last": range(1, 5), "last": range(1, 2)}
+
+
+def text_parts(model: Any, dtype: torch.dtype) -> tuple[Any, Any]:
+    """A copy of a LLaVA's decoder and head in another precision, with eager attention."""
+    text = copy.deepcopy(model.model.language_model).to(dtype)
+    text.config = copy.deepcopy(text.config)
+    text.config._attn_implementation = "eager"
+    for layer in text.layers:
+        layer.self_attn.config = text.config
+    return text, copy.deepcopy(model.lm_head).to(dtype)
+
+
+def run_layer(text: Any, layer: int, hidden_SD: Tensor, positions_S: Tensor) -> Tensor:
+    size = hidden_SD.shape[0]
+    mask = torch.full((size, size), -torch.inf, dtype=hidden_SD.dtype).triu(1)[None, None]
+    rotary = text.rotary_emb(hidden_SD, positions_S[None])
+    return text.layers[layer](hidden_SD[None], attention_mask=mask, position_embeddings=rotary)[0]
+
+
+def proxy_logits(
+    text: Any, head: Any, layer: int, hidden_SD: Tensor, positions_S: Tensor
+) -> Tensor:
+    return head(text.norm(run_layer(text, layer, hidden_SD, positions_S)))
+
+
+def saliency(
+    text: Any, head: Any, layer: int, hidden_SD: Tensor, positions_S: Tensor, proxy_positions: str
+) -> tuple[Tensor, Tensor]:
+    """Gradient norms `[S]` of the proxy loss, and the loss."""
+    hidden_SD = hidden_SD.detach().clone().requires_grad_()
+    logits = proxy_logits(text, head, layer, hidden_SD, positions_S)
+    size = hidden_SD.shape[0]
+    rows = sorted({max(0, size - back) for back in ROWS[proxy_positions]})
+    chosen = logits[rows]
+    loss = F.cross_entropy(chosen, chosen.argmax(-1).detach())
+    (gradient,) = torch.autograd.grad(loss, hidden_SD)
+    return gradient.norm(dim=-1), loss.detach()
+
+
+def order(scores: Tensor) -> list[int]:
+    values = scores.tolist()
+    return sorted(range(len(values)), key=lambda i: (-values[i], i))
+
+
+def walk(features_VD: Tensor, ranked: list[int], keep: int, threshold: float) -> list[int]:
+    normed = F.normalize(features_VD.float(), dim=-1)
+    cosine = (normed @ normed.T).tolist()
+    kept: list[int] = []
+    suppressed = set()
+    for token in ranked:
+        if len(kept) == keep:
+            break
+        if token in suppressed:
+            continue
+        kept.append(token)
+        suppressed |= {other for other in ranked if cosine[token][other] >= threshold}
+    for token in ranked:
+        if len(kept) == keep:
+            break
+        if token not in kept:
+            kept.append(token)
+    return sorted(kept)
+
+
+@dataclass
+class Outcome:
+    logits_V: Tensor
+    kept: list[list[int]] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+    next_positions: list[int] = field(default_factory=list)
+
+
+def prefill(
+    text: Any,
+    head: Any,
+    embeds_SD: Tensor,
+    spans: list[tuple[int, int]],
+    stages: list[list[tuple[int, int]]],
+    *,
+    proxy_positions: str = "reference",
+    position_ids: str = "renumber",
+    threshold: float = 0.8,
+    suppress: bool = True,
+) -> Outcome:
+    """One prompt with `stages[image]` of each of its images, through all layers."""
+    hidden = embeds_SD.detach()
+    positions = torch.arange(hidden.shape[0])
+    image_of = torch.full((hidden.shape[0],), -1)
+    token_of = torch.full((hidden.shape[0],), -1)
+    count = 0
+    for image, (start, stop) in enumerate(spans):
+        image_of[start:stop] = image
+        token_of[start:stop] = torch.arange(count, count + stop - start)
+        count += stop - start
+    out = Outcome(logits_V=torch.empty(0))
+    for layer in range(len(text.layers)):
+        goals = [dict(own).get(layer) for own in stages]
+        if any(goal is not None for goal in goals):
+            scores, _ = saliency(text, head, layer, hidden, positions, proxy_positions)
+            stays = torch.ones(hidden.shape[0], dtype=torch.bool)
+            for image, goal in enumerate(goals):
+                places = (image_of == image).nonzero()[:, 0]
+                if goal is None or goal >= len(places):
+                    continue
+                ranked = order(scores[places])
+                features = hidden[places]
+                picks = walk(features, ranked, goal, threshold) if suppress else ranked[:goal]
+                stays[places] = False
+                stays[places[picks]] = True
+            hidden, positions = hidden[stays], positions[stays]
+            image_of, token_of = image_of[stays], token_of[stays]
+            if position_ids == "renumber":
+                positions = torch.arange(hidden.shape[0])
+            out.kept.append(token_of[token_of >= 0].tolist())
+        out.lengths.append(hidden.shape[0])
+        out.next_positions.append(int(positions[-1]) + 1)
+        with torch.no_grad():
+            hidden = run_layer(text, layer, hidden, positions)
+    with torch.no_grad():
+        out.logits_V = head(text.norm(hidden[-1]))
+    return out

@@ -1,0 +1,61 @@
+"""Suppression in rounds against the sequential walk over a full cosine matrix."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests import oracle
+from trio.pruning.nms import suppress
+
+
+def clustered(count: int, clusters: int, noise: float, seed: int) -> Tensor:
+    """Tokens around a few directions, so that many pairs are near duplicates."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.randn(clusters, 16, generator=generator)
+    which = torch.randint(clusters, (count,), generator=generator)
+    return centres[which] + noise * torch.randn(count, 16, generator=generator)
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("keep", [1, 7, 40, 100, 199, 200])
+def test_equals_the_sequential_walk(seed: int, keep: int) -> None:
+    # 200 tokens are more than three rounds; with 30 clusters large budgets need the fill-up.
+    features = clustered(200, 30, 0.35, seed)
+    order = torch.randperm(200, generator=torch.Generator().manual_seed(seed + 99)).tolist()
+    (got,) = suppress(features, [0], [200], [order], [keep], 0.8)
+    assert got == oracle.walk(features, order, keep, 0.8)
+    assert len(got) == keep
+
+
+def test_several_images_of_different_sizes_at_once() -> None:
+    counts, keeps, starts = [150, 9, 70, 64], [60, 9, 5, 20], [3, 160, 180, 260]
+    features = torch.randn(330, 16, generator=torch.Generator().manual_seed(0))
+    orders = []
+    for number, (start, count) in enumerate(zip(starts, counts, strict=True)):
+        features[start : start + count] = clustered(count, 12, 0.4, number)
+        orders.append(torch.randperm(count).tolist())
+    got = suppress(features, starts, counts, orders, keeps, 0.8)
+    for start, count, order, keep, own in zip(starts, counts, orders, keeps, got, strict=True):
+        assert own == oracle.walk(features[start : start + count], order, keep, 0.8)
+
+
+def test_fill_up_takes_the_same_order_again() -> None:
+    features = torch.tensor([[1.0, 0.0], [1.0, 0.01], [0.0, 1.0], [1.0, 0.02]])
+    order = [3, 1, 0, 2]
+    assert suppress(features, [0], [4], [order], [2], 0.8) == [[2, 3]]  # 1 and 0 are like 3
+    assert suppress(features, [0], [4], [order], [3], 0.8) == [[1, 2, 3]]  # 1 comes before 0
+
+
+def test_the_threshold_itself_suppresses() -> None:
+    features = torch.tensor([[1.0, 0.0], [2.0, 0.0], [0.0, 1.0]])
+    assert suppress(features, [0], [3], [[0, 1, 2]], [2], 1.0) == [[0, 2]]
+    assert suppress(features, [0], [3], [[0, 2, 1]], [2], 0.5) == [[0, 2]]
+
+
+def test_half_precision_features_are_compared_in_float32() -> None:
+    features = clustered(80, 10, 0.3, 5).bfloat16()
+    order = list(range(80))
+    (got,) = suppress(features, [0], [80], [order], [20], 0.8)
+    assert got == oracle.walk(features.float(), order, 20, 0.8)

@@ -1,0 +1,167 @@
+"""The short way to the saliency against the textbook one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests import oracle
+from tests.models import Family, tiny_llava
+from trio.models.decoder import Decoder
+from trio.pruning.saliency import Saliency, proxy_rows, saliency
+
+LAYER = 2
+
+
+def score(
+    model: Any, hidden_TD: Tensor, lengths: tuple[int, ...], rows: str = "reference"
+) -> Saliency:
+    decoder = Decoder(model.model.language_model, model.lm_head)
+    positions = torch.cat([torch.arange(n) for n in lengths])
+    return saliency(decoder.proxy(LAYER), hidden_TD, positions, lengths, rows)
+
+
+def by_the_book(
+    model: Any,
+    hidden_TD: Tensor,
+    lengths: tuple[int, ...],
+    rows: str = "reference",
+    dtype: torch.dtype = torch.float64,
+) -> tuple[list[Tensor], list[Tensor]]:
+    text, head = oracle.text_parts(model, dtype)
+    scores, losses = [], []
+    for hidden in hidden_TD.to(dtype).split(list(lengths)):
+        positions = torch.arange(len(hidden))
+        own, loss = oracle.saliency(text, head, LAYER, hidden, positions, rows)
+        scores.append(own)
+        losses.append(loss)
+    return scores, losses
+
+
+def hidden_for(lengths: tuple[int, ...], seed: int = 3) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(sum(lengths), 32, generator=generator)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("rows", ["reference", "with_last", "last"])
+def test_equals_the_textbook_gradient_of_each_prompt(
+    family: Family, kv_heads: int, rows: str
+) -> None:
+    lengths = (40, 7, 40, 23)
+    model = tiny_llava(family=family, kv_heads=kv_heads, layers=4)
+    hidden = hidden_for(lengths)
+    got = score(model, hidden, lengths, rows)
+    expected, losses = by_the_book(model, hidden, lengths, rows)
+    for mine, book in zip(got.true_scores(lengths).split(list(lengths)), expected, strict=True):
+        torch.testing.assert_close(mine.double(), book, rtol=2e-5, atol=1e-9)
+    torch.testing.assert_close(got.loss_B.double(), torch.stack(losses), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("rows", ["reference", "with_last", "last"])
+def test_short_prompts_have_fewer_rows(length: int, rows: str) -> None:
+    model = tiny_llava(layers=4)
+    lengths = (length, 12)
+    hidden = hidden_for(lengths)
+    got = score(model, hidden, lengths, rows)
+    expected, _ = by_the_book(model, hidden, lengths, rows)
+    for mine, book in zip(got.true_scores(lengths).split(list(lengths)), expected, strict=True):
+        torch.testing.assert_close(mine.double(), book, rtol=2e-5, atol=1e-9)
+
+
+def test_rows_are_clamped_and_merged() -> None:
+    assert proxy_rows(10, "reference") == [5, 6, 7, 8]
+    assert proxy_rows(10, "with_last") == [6, 7, 8, 9]
+    assert proxy_rows(10, "last") == [9]
+    assert proxy_rows(3, "reference") == [0, 1]
+    assert proxy_rows(1, "with_last") == [0]
+
+
+def test_a_neighbour_changes_nothing_and_no_loss_is_averaged() -> None:
+    model = tiny_llava(layers=4)
+    lengths = (30, 17, 51)
+    hidden = hidden_for(lengths)
+    together = score(model, hidden, lengths)
+    start = 0
+    for number, length in enumerate(lengths):
+        alone = score(model, hidden[start : start + length], (length,))
+        mine = together.scores_T[start : start + length]
+        torch.testing.assert_close(mine, alone.scores_T, rtol=1e-4, atol=1e-8)
+        torch.testing.assert_close(together.loss_B[number], alone.loss_B[0])
+        start += length
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_models_are_scored_in_float32(dtype: torch.dtype) -> None:
+    lengths = (60, 33)
+    model = tiny_llava(layers=4, dtype=dtype)
+    hidden = hidden_for(lengths).to(dtype)
+    got = score(model, hidden, lengths)
+    assert got.scores_T.dtype == torch.float32
+    expected, _ = by_the_book(model, hidden, lengths, dtype=torch.float32)
+    for mine, book in zip(got.true_scores(lengths).split(list(lengths)), expected, strict=True):
+        torch.testing.assert_close(mine, book, rtol=5e-5, atol=1e-8)
+        assert len(set(mine[:-1].tolist())) == len(mine) - 1  # nothing collides
+    assert model.lm_head.weight.dtype == dtype
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_a_saturated_loss_still_ranks(seed: int) -> None:
+    lengths = (48, 31)
+    model = tiny_llava(layers=4, seed=seed)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2e4)
+    hidden = hidden_for(lengths, seed)
+    text, head = oracle.text_parts(model, torch.float32)
+    naive, _ = oracle.saliency(text, head, LAYER, hidden[:48], torch.arange(48), "reference")
+    assert int(naive.count_nonzero()) == 0  # in float32 the textbook gradient is gone
+    got = score(model, hidden, lengths)
+    expected = saturated_reference(model, hidden, lengths)
+    for mine, book in zip(got.scores_T.split(list(lengths)), expected, strict=True):
+        assert torch.isfinite(mine).all()
+        size = len(mine) - 1
+        assert oracle.order(mine[:size])[:12] == oracle.order(book[:size])[:12]
+        torch.testing.assert_close(
+            (mine / mine.max()).double(), book / book.max(), rtol=5e-3, atol=1e-5
+        )
+
+
+def saturated_reference(model: Any, hidden: Tensor, lengths: tuple[int, ...]) -> list[Tensor]:
+    """The textbook gradient in float64 of log(loss), which has the direction of that of loss.
+
+    The loss itself is written as log1p(sum of exp(margins)), exact where cross-entropy rounds to
+    zero: margins of a row are its logits minus that of the label.
+    """
+    text, head = oracle.text_parts(model, torch.float64)
+    scores = []
+    for own in hidden.double().split(list(lengths)):
+        leaf = own.clone().requires_grad_()
+        logits = oracle.proxy_logits(text, head, LAYER, leaf, torch.arange(len(leaf)))
+        chosen = logits[proxy_rows(len(leaf), "reference")]
+        label = chosen.argmax(-1, keepdim=True)
+        margins = (chosen - chosen.gather(1, label)).scatter(1, label, -torch.inf)
+        log_loss = torch.logsumexp(margins.flatten(), 0)  # log1p(x) = x at this size
+        (gradient,) = torch.autograd.grad(log_loss, leaf)
+        scores.append(gradient.norm(dim=-1))
+    return scores
+
+
+def test_works_inside_inference_mode_and_leaves_no_gradients() -> None:
+    lengths = (20, 9)
+    model = tiny_llava(layers=4)
+    expected = score(model, hidden_for(lengths), lengths).scores_T
+    with torch.inference_mode():
+        got = score(model, hidden_for(lengths), lengths).scores_T
+    torch.testing.assert_close(got, expected)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_the_last_token_has_no_say_in_the_reference_rows() -> None:
+    got = score(tiny_llava(layers=4), hidden_for((25,)), (25,))
+    assert got.scores_T[-1] == 0.0
+    assert (got.scores_T[:-1] > 0).all()

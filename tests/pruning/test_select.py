@@ -1,0 +1,99 @@
+"""Order, budgets per image, and the methods without scores."""
+
+from __future__ import annotations
+
+import torch
+
+from tests.models import tiny_llava
+from trio.config import Pruning
+from trio.models.decoder import Decoder
+from trio.pruning.compaction import Ragged
+from trio.pruning.select import StageChoice, choose, rank, salt_of
+
+
+def test_equal_scores_go_to_the_lower_index() -> None:
+    scores = torch.tensor([9.0, 1.0, 2.0, 2.0, 0.0, 2.0, 1.0, 1.0])
+    assert rank(scores, [1, 6], [5, 2]) == [[1, 2, 4, 0, 3], [0, 1]]
+    many = torch.zeros(500)
+    assert rank(many, [0], [500]) == [list(range(500))]
+
+
+def test_zeros_and_subnormals_stay_in_front_of_padding() -> None:
+    scores = torch.tensor([0.0, 1e-42, 0.0, 5.0, 4.0, 3.0, 2.0])
+    assert rank(scores, [0, 3], [2, 4]) == [[1, 0], [0, 1, 2, 3]]
+
+
+def random_choice(spans: list[list[tuple[int, int]]], keep: int, salts: list[int]) -> StageChoice:
+    lengths = tuple(max(stop for _, stop in own) + 2 for own in spans)
+    choice = choose(
+        Pruning(schedule="1:4", method="random", seed=3),
+        never,
+        torch.empty(sum(lengths), 4),
+        torch.empty(sum(lengths)),
+        Ragged.of_spans(lengths, spans),
+        [[keep] * len(own) for own in spans],
+        salts=salts,
+        layer=1,
+    )
+    assert choice is not None
+    return choice
+
+
+def never() -> Decoder:
+    raise AssertionError("random needs no proxy")
+
+
+def test_random_depends_on_seed_and_request_not_on_the_batch() -> None:
+    alone = random_choice([[(2, 40), (41, 79)]], 10, [5]).kept[0]
+    batch = random_choice([[(0, 30)], [(2, 40), (41, 79)]], 10, [8, 5]).kept
+    assert list(batch[1]) == list(alone)
+    assert alone[0] != alone[1]
+    assert random_choice([[(2, 40), (41, 79)]], 10, [6]).kept[0] != alone
+    assert all(own == sorted(set(own or ())) and len(own) == 10 for own in alone if own is not None)
+
+
+def test_random_is_spread_evenly() -> None:
+    hits = torch.zeros(20)
+    for salt in range(400):
+        kept = random_choice([[(0, 20)]], 5, [salt]).kept[0][0]
+        assert kept is not None
+        hits[list(kept)] += 1
+    assert ((hits > 60) & (hits < 140)).all()  # 100 expected, standard deviation 9
+
+
+def test_salt_follows_the_tokens() -> None:
+    assert salt_of([1, 2, 3]) == salt_of((1, 2, 3)) != salt_of([1, 23])
+
+
+def test_nothing_to_remove_makes_no_proxy() -> None:
+    ragged = Ragged.of_spans((9, 5), [[(1, 4)], []])
+    keeps = [[3], None]
+    pruning = Pruning(schedule="1:3")
+    hidden, positions = torch.zeros(14, 4), torch.zeros(14)
+    got = choose(pruning, never, hidden, positions, ragged, keeps, salts=[0, 0], layer=1)
+    assert got is None
+
+
+def test_gradient_is_the_order_cut_off() -> None:
+    model = tiny_llava(layers=3)
+    decoder = Decoder(model.model.language_model, model.lm_head)
+    torch.manual_seed(0)
+    hidden = torch.randn(80, 32)
+    positions = torch.cat([torch.arange(50), torch.arange(30)])
+    ragged = Ragged.of_spans((50, 30), [[(3, 20), (22, 44)], [(1, 25)]])
+    choice = choose(
+        Pruning(schedule="1:4", method="gradient"),
+        lambda: decoder.proxy(1),
+        hidden,
+        positions,
+        ragged,
+        [[6, 22], [4]],
+        salts=[0, 0],
+        layer=1,
+    )
+    assert choice is not None
+    assert choice.saliency is not None
+    scores = choice.saliency.scores_T
+    assert choice.kept[0][0] == sorted(scores[3:20].argsort(descending=True)[:6].tolist())
+    assert choice.kept[0][1] is None
+    assert choice.kept[1][0] == sorted(scores[51:75].argsort(descending=True)[:4].tolist())

@@ -1,0 +1,49 @@
+"""Settings are checked once, when they are made."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from trio.config import Pruning
+from trio.errors import UserError
+from trio.pruning.schedule import Schedule
+
+
+def test_nothing_given_prunes_nothing() -> None:
+    assert not Pruning().active
+    assert Pruning().stages(576, 32) == []
+    assert not Pruning(retention=1.0).active
+    assert not Pruning(retention=0.1, method="none").active
+    assert Pruning(retention=0.1, method="none").stages(576, 32) == []
+
+
+def test_retention_and_schedule_lead_to_the_same_stages() -> None:
+    by_retention = Pruning(retention=1 / 9).stages(576, 32)
+    assert by_retention == Pruning(schedule="1:92,10:54,15:22").stages(576, 32)
+    assert by_retention == Pruning(schedule=Schedule.parse("1:92,10:54,15:22")).stages(576, 32)
+    assert Pruning(retention=1 / 9).stages(0, 32) == []
+
+
+def test_a_schedule_too_deep_for_the_model() -> None:
+    with pytest.raises(UserError, match="decoder has 8 layers"):
+        Pruning(schedule="1:92,10:54").stages(576, 8)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"retention": 0.0}, "retention must be"),
+        ({"retention": 2}, "retention must be"),
+        ({"retention": 0.5, "schedule": "1:5"}, "not both"),
+        ({"method": "fastest"}, "trio, none, random, gradient"),
+        ({"proxy_positions": "first"}, "reference, with_last, last"),
+        ({"position_ids": "shift"}, "renumber, keep"),
+        ({"similarity_threshold": 1.5}, "similarity_threshold"),
+        ({"schedule": "1"}, "not layer:keep"),
+    ],
+)
+def test_wrong_settings(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Pruning(**settings)
