@@ -1,6 +1,6 @@
 import pytest
 import torch
-from transformers.cache_utils import DynamicCache, StaticCache
+from transformers.cache_utils import DynamicCache, DynamicLayer, StaticCache
 
 from tests.models import tiny_llava
 from trio.errors import UserError
@@ -10,7 +10,7 @@ LENGTHS = (3, 1, 2)
 
 
 def filled() -> tuple[RaggedLayer, torch.Tensor]:
-    layer = RaggedLayer()
+    layer = RaggedLayer(DynamicLayer())
     packed = torch.randn(1, 2, sum(LENGTHS), 4, generator=torch.Generator().manual_seed(0))
     layer.store(packed, -packed, LENGTHS)
     layer.place([10, 20, 30], logical=7, group=0)

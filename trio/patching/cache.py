@@ -12,15 +12,23 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+)
 
 from trio.errors import UserError
 
 GROWTH = 64  # columns added when a layer is full
+# A sliding window is no matter while the sequence is shorter, which the caller checks.
+_PLAIN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
 
 
 class RaggedLayer(CacheLayerMixin):
-    """Keys and values of one decoder layer, left-aligned: row b fills the first lengths_B[b] columns.
+    """One decoder layer's keys and values, left-aligned: row b fills lengths_B[b] columns.
 
     `get_seq_length()` is the *logical* length, that of the unpruned and padded token sequence,
     because `generate` slices token ids and grows masks by it. What is stored is `lengths_B`.
@@ -37,8 +45,9 @@ class RaggedLayer(CacheLayerMixin):
     logical: int
     group: int  # layers with the same number share lengths and positions
 
-    def __init__(self) -> None:
+    def __init__(self, plain: Any) -> None:
         super().__init__()
+        self.plain = plain  # the empty layer that this one stands in for
         self.reset()
 
     def reset(self) -> None:
@@ -149,12 +158,13 @@ def make_ragged(cache: Cache, num_layers: int) -> list[RaggedLayer]:
     Raises UserError for a cache that cannot hold rows of different lengths.
     """
     plain = isinstance(cache, DynamicCache) and not cache.offloading
-    if not plain or not all(type(layer) in (DynamicLayer, RaggedLayer) for layer in cache.layers):
+    if not plain or not _are_plain(cache.layers, num_layers):
         raise UserError(
-            f"pruning needs a plain DynamicCache, got {cache!r:.200}: leave out past_key_values "
-            "and cache_implementation, or pass past_key_values=DynamicCache()"
+            f"pruning needs a plain DynamicCache for {num_layers} layers, got {cache!r:.200}: leave "
+            "out past_key_values and cache_implementation, or pass past_key_values=DynamicCache()"
         )
-    layers = [RaggedLayer() for _ in range(num_layers)]
+    replaced = list(cache.layers) or [DynamicLayer() for _ in range(num_layers)]
+    layers = [RaggedLayer(layer) for layer in replaced]
     cache.layers = list(layers)
     cache.layer_class_to_replicate = None
     return layers
@@ -162,7 +172,12 @@ def make_ragged(cache: Cache, num_layers: int) -> list[RaggedLayer]:
 
 def make_plain(cache: Cache) -> None:
     """Turns an emptied ragged cache back into a dynamic one, in place."""
-    cache.layers = [DynamicLayer() for _ in cache.layers]
+    cache.layers = [layer.plain for layer in ragged_layers(cache)]
+
+
+def _are_plain(layers: Sequence[Any], num_layers: int) -> bool:
+    fits = len(layers) in (0, num_layers)
+    return fits and all(type(layer) in _PLAIN_LAYERS for layer in layers)
 
 
 def _unpack(packed: Tensor, lengths: Sequence[int]) -> Tensor:

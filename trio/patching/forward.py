@@ -75,8 +75,8 @@ class PatchedForward(Override):
             return None
         if call.get("input_ids") is None:
             raise UserError(
-                "a patched model tells visual tokens from text by input_ids, got inputs_embeds: pass "
-                f"input_ids and pixel_values, {UNPATCH}"
+                "a patched model tells visual tokens from text by input_ids, got inputs_embeds: "
+                f"pass input_ids and pixel_values, {UNPATCH}"
             )
         return call["input_ids"] == self.adapter.image_token_id
 
@@ -151,6 +151,7 @@ class PatchedDecoder(Override):
 
     def _prefill(self, embeds_BSD: Tensor, prompts: Prompts, cache: Cache) -> Tensor:
         """Fills the cache; final-normed hidden state of each row's last token [B, 1, D]."""
+        self._check_window(max(prompts.lengths))
         layers = make_ragged(cache, self.adapter.decoder.num_layers)
         try:
             # Saliency takes gradients, which inference mode rules out for good.
@@ -176,10 +177,17 @@ class PatchedDecoder(Override):
             layer.place(done.next_positions[index], embeds_BSD.shape[1], store.groups[index])
         return decoder.model.norm(done.hidden_BD)
 
+    def _check_window(self, tokens: int) -> None:
+        decoder = self.adapter.decoder
+        window = decoder.max_positions
+        if window < decoder.config.max_position_embeddings and tokens > window:
+            raise UserError(
+                f"{tokens} tokens reach over the decoder's sliding window of {window}, which "
+                f"pruned rows do not have: shorten the prompt or max_new_tokens, {UNPATCH}"
+            )
+
     @torch.no_grad()
-    def _decode(
-        self, embeds_BQD: Tensor, mask: Tensor | None, layers: list[RaggedLayer]
-    ) -> Tensor:
+    def _decode(self, embeds_BQD: Tensor, mask: Tensor | None, layers: list[RaggedLayer]) -> Tensor:
         """New tokens one after another; final-normed hidden states [B, Q, D].
 
         A padded column repeats the row's token before it, so the last column is always a token.
@@ -190,6 +198,7 @@ class PatchedDecoder(Override):
                 f"the cache holds {layers[0].lengths_B.shape[0]} rows and the call brings {rows}: "
                 "use the batch, num_beams and num_return_sequences of the call that filled it"
             )
+        self._check_window(layers[0].longest + width)
         if mask is None:
             active_BQ = torch.ones(rows, width, dtype=torch.long, device=embeds_BQD.device)
         else:
@@ -286,9 +295,7 @@ def _check_prefill(call: dict[str, Any]) -> None:
     if call.get("labels") is not None:
         raise UserError(f"labels: a pruned prompt has no loss; leave them out, {UNPATCH}")
     if call.get("use_cache") is False:
-        raise UserError(
-            f"use_cache=False would prune anew at every token: leave it out, {UNPATCH}"
-        )
+        raise UserError(f"use_cache=False would prune anew at every token: leave it out, {UNPATCH}")
     if not _wants_last_logits(call):
         raise UserError(
             "a pruned prompt has logits for its last token only: use model.generate, call "
@@ -310,6 +317,4 @@ def _check_positions(positions: Tensor | None, real_BS: Tensor) -> None:
     given_BS = positions.to(real_BS.device).expand_as(counted_BS)
     wanted = [(given_BS == usual)[real_BS].all() for usual in (counted_BS, plain_BS)]
     if not any(bool(same) for same in wanted):
-        raise UserError(
-            f"position_ids of one's own cannot be pruned: leave them out, {UNPATCH}"
-        )
+        raise UserError(f"position_ids of one's own cannot be pruned: leave them out, {UNPATCH}")
