@@ -42,10 +42,7 @@ class Admission:
         if prompt + new > runner.decoder.max_positions:
             message = f"{size} pass the model's context of {runner.decoder.max_positions}"
             return failed(prepared.id, "too_long", message)
-        try:
-            need = runner.need(prompt, prepared.image_tokens, new)
-        except UserError as error:
-            return failed(prepared.id, "pruning", str(error))
+        need = runner.need(prompt, prepared.image_tokens, new)
         if not runner.cache.fits(need):
             message = f"{size} pass the KV cache of {runner.cache.room.budget} bytes"
             return failed(prepared.id, "no_room", message)

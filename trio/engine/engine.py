@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, cuda
@@ -95,7 +95,7 @@ class Engine:
         """
         return cls(*load(model, device=device, dtype=dtype), **options)
 
-    def generate(self, requests: Iterable[Request | Prepared]) -> Iterator[Result]:
+    def generate(self, requests: Iterable[Request | Prepared]) -> Generator[Result, None, None]:
         """Serve requests, pulled as there is room for them; results come as they finish."""
         busy = self.has_work
         if busy:

@@ -12,13 +12,12 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
-FailureKind = Literal["prompt", "image", "mismatch", "pruning", "too_long", "no_room"]
+FailureKind = Literal["prompt", "image", "mismatch", "too_long", "no_room"]
 """Why a request could not be served:
 
 `prompt`   the prompt is no text, or the chat template cannot place it
 `image`    an image cannot be read or has an impossible shape
 `mismatch` the image placeholders of a prompt do not fit its images
-`pruning`  the retention is out of reach for an image of this size
 `too_long` prompt and output together pass the model's context
 `no_room`  even alone, the request passes the KV cache
 """

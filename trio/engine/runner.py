@@ -22,12 +22,13 @@ from trio.models.llava import LlavaAdapter
 from trio.models.prefill import PackedPrompts, prefill
 from trio.pruning.select import salt_of
 
-_TYPICAL_IMAGE = 576
-"""Visual tokens that stand for any image where only the layers of the stages matter."""
-
 
 class Runner:
-    """Model, pruning and cache, one step at a time."""
+    """Model, pruning and cache, one step at a time.
+
+    Raises:
+        UserError: the pruning settings cannot be met by this model.
+    """
 
     def __init__(
         self, adapter: LlavaAdapter, pruning: Pruning, *, kv_bytes: int, max_running: int
@@ -37,7 +38,8 @@ class Runner:
         self.decoder = adapter.decoder
         self.pruning = replace(pruning, position_ids=position_ids)
         self.num_layers = self.decoder.num_layers
-        stages = self.pruning.stages(_TYPICAL_IMAGE, self.num_layers)
+        # Stages lie at the same layers for images of any size.
+        stages = self.pruning.stages(adapter.visual_tokens, self.num_layers)
         self.cache = Cache(
             group_starts=sorted({0, *(layer for layer, _ in stages)}),
             num_layers=self.num_layers,
@@ -50,11 +52,7 @@ class Runner:
         )
 
     def need(self, prompt_tokens: int, image_tokens: Sequence[int], new_tokens: int) -> Need:
-        """Tokens a request may come to store, per layer group.
-
-        Raises:
-            UserError: the pruning settings cannot be met for an image of this size.
-        """
+        """Tokens a request may come to store, per layer group."""
         removed = [0] * len(self.cache.spans)
         for count in image_tokens:
             kept = dict(self.pruning.stages(count, self.num_layers))
