@@ -55,7 +55,8 @@ class FakeEngine:
         return {
             "encode_s": 0.25 * self._steps,
             "prefill_s": 0.5 * self._steps,
-            "running_mean": 2.0,
+            "decode_rows": 3 * self._steps,
+            "decode_steps": 2 * self._steps,
             "kv_used_bytes_peak": 1000,
             "device_bytes_peak": None,
         }

@@ -17,10 +17,27 @@ def from_flags(*flags: str) -> JobConfig:
 
 
 def test_flags_that_users_rely_on_exist() -> None:
-    flags = (
-        "input output model prompt retention schedule method encoder max-new-tokens actors"
-        " gpus-per-actor batch-tokens limit seed columns max-error-rate save-kept config dry-run"
-    ).split()
+    flags = [
+        "input",
+        "output",
+        "model",
+        "prompt",
+        "retention",
+        "schedule",
+        "method",
+        "encoder",
+        "max-new-tokens",
+        "actors",
+        "gpus-per-actor",
+        "batch-tokens",
+        "limit",
+        "seed",
+        "columns",
+        "max-error-rate",
+        "save-kept",
+        "config",
+        "dry-run",
+    ]
     text = PARSER.format_help()
     assert [flag for flag in flags if f"--{flag}" not in text] == []
 

@@ -17,16 +17,52 @@ from trio.pipeline.schema import (
     stats_schema,
 )
 
-ROWS = (
-    "row id prompt response finish_reason error num_images image_width image_height visual_tokens"
-    " visual_tokens_encoder visual_tokens_stages retention prompt_tokens output_tokens"
-    " prefill_flops prefill_flops_unpruned kv_bytes kv_bytes_unpruned prefill_s decode_s latency_s"
-    " logprob_mean actor node finished_at"
-).split()
-STATS = (
-    "actor node start end images prompt_tokens output_tokens preprocess_wait_s encode_s prefill_s"
-    " prune_s decode_s idle_s running_mean kv_used_bytes_peak device_bytes_peak"
-).split()
+ROWS = [
+    "row",
+    "id",
+    "prompt",
+    "response",
+    "finish_reason",
+    "error",
+    "num_images",
+    "image_width",
+    "image_height",
+    "visual_tokens",
+    "visual_tokens_encoder",
+    "visual_tokens_stages",
+    "retention",
+    "prompt_tokens",
+    "output_tokens",
+    "prefill_flops",
+    "prefill_flops_unpruned",
+    "kv_bytes",
+    "kv_bytes_unpruned",
+    "prefill_s",
+    "decode_s",
+    "latency_s",
+    "logprob_mean",
+    "actor",
+    "node",
+    "finished_at",
+]
+STATS = [
+    "actor",
+    "node",
+    "start",
+    "end",
+    "images",
+    "prompt_tokens",
+    "output_tokens",
+    "preprocess_wait_s",
+    "encode_s",
+    "prefill_s",
+    "prune_s",
+    "decode_s",
+    "idle_s",
+    "running_mean",
+    "kv_used_bytes_peak",
+    "device_bytes_peak",
+]
 
 
 def answer(**changes: Any) -> dict[str, Any]:

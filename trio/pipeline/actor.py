@@ -10,6 +10,7 @@ from __future__ import annotations
 import datetime
 import os
 import threading
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +18,7 @@ from typing import Any
 
 import pyarrow as pa
 import ray
+from PIL import Image
 
 from trio.config import Pruning
 from trio.engine.request import Sampling
@@ -40,6 +42,8 @@ RECEIPT = pa.schema(
     ]
 )
 SECONDS = ("preprocess_wait_s", "encode_s", "prefill_s", "prune_s", "decode_s", "idle_s")
+DECODING = ("decode_rows", "decode_steps")
+# sums over steps of the requests that ran together, and of the steps
 PEAKS = ("kv_used_bytes_peak", "device_bytes_peak")
 
 
@@ -121,6 +125,8 @@ class UnitActor:
         self._name = context.get_actor_id() or f"process-{os.getpid()}"
         self._node = context.get_node_id()
         self._rows, self._sink = rows, sink
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        Image.MAX_IMAGE_PIXELS = rows.policy.max_pixels
         self._engine = EngineThread(
             partial(factory, engine), threads=prepare_threads(engine), ahead=engine.ahead
         )
@@ -179,21 +185,22 @@ class _Report:
         self._counters = counters
         self._lock = threading.Lock()
         self._since = datetime.datetime.now(datetime.UTC)
-        self._before: dict[str, float] = {}
+        self._before: Mapping[str, Any] = {}
 
     def interval(self, totals: Totals) -> dict[str, Any]:
         with self._lock:
             now, counters = datetime.datetime.now(datetime.UTC), self._counters()
-            seconds = {name: counters[name] for name in SECONDS if name in counters}
-            spent = {name: value - self._before.get(name, 0.0) for name, value in seconds.items()}
-            start, self._since, self._before = self._since, now, seconds
+            before, self._before = self._before, counters
+            start, self._since = self._since, now
+        spent = {n: counters[n] - before.get(n, 0) for n in (*SECONDS, *DECODING) if n in counters}
+        rows, steps = (spent.pop(name, 0) for name in DECODING)
         return {
             "start": start,
             "end": now,
             "images": totals.images,
             "prompt_tokens": totals.prompt_tokens,
             "output_tokens": totals.output_tokens,
-            "running_mean": counters.get("running_mean"),
+            "running_mean": rows / steps if steps else None,
             **{name: counters.get(name) for name in PEAKS},
             **spent,
         }

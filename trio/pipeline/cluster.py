@@ -5,6 +5,10 @@ from __future__ import annotations
 import logging
 import math
 import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +29,7 @@ QUIET = {
     "RAY_DEDUP_LOGS": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TQDM_PATCH_PRINT": "0",
+    "RAY_BACKEND_LOG_LEVEL": "fatal",
 }
 
 
@@ -64,12 +69,9 @@ def start() -> bool:
     address = os.environ.get("RAY_ADDRESS")
     if address != "local" and (address or _cluster_here()):
         try:
-            ray.init(
-                address=address or "auto",
-                runtime_env=cluster_runtime_env() or None,
-                log_to_driver=False,
-                **options,
-            )
+            env = cluster_runtime_env() or None
+            with _hushed():
+                ray.init(address=address or "auto", runtime_env=env, log_to_driver=False, **options)
             return True
         except ConnectionError as error:
             if address:
@@ -79,14 +81,28 @@ def start() -> bool:
                 ) from error
     export_path()
     cpus = max(LOCAL_CPUS, os.cpu_count() or 1)
-    ray.init(
-        address="local",
-        num_cpus=cpus,
-        include_dashboard=False,
-        log_to_driver=False,
-        **options,
-    )
+    options |= {"num_cpus": cpus, "include_dashboard": False, "log_to_driver": False}
+    with _hushed():
+        ray.init(address="local", **options)
     return False
+
+
+@contextmanager
+def _hushed() -> Iterator[None]:
+    """Keep what Ray's native code writes to standard error; show it only if starting fails."""
+    sys.stderr.flush()
+    shown = os.dup(2)
+    with tempfile.TemporaryFile() as kept:
+        os.dup2(kept.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            kept.seek(0)
+            os.write(shown, kept.read())
+            raise
+        finally:
+            os.dup2(shown, 2)
+            os.close(shown)
 
 
 def _cluster_here() -> bool:

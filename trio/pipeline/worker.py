@@ -75,6 +75,8 @@ class EngineThread:
         self._lock = threading.Lock()
         self._batches: dict[int, _Batch] = {}
         self._waits = {"preprocess_wait_s": 0.0, "idle_s": 0.0}
+        self._asked_at = time.perf_counter()
+        # when rows were first there after none had been
         self._counters: dict[str, Any] = {}
         self._error: BaseException | None = None
         self._ready = threading.Event()
@@ -95,6 +97,8 @@ class EngineThread:
         if not rows:
             return []
         with self._lock:
+            if not self._batches:
+                self._asked_at = time.perf_counter()
             self._batches[id(batch)] = batch
         try:
             for index, row in enumerate(rows):
@@ -193,11 +197,12 @@ class EngineThread:
         items = []
         if wait:
             began = time.perf_counter()
-            with self._lock:
-                reason = "preprocess_wait_s" if self._batches else "idle_s"
             items.append(self._inbox.get())
+            ended = time.perf_counter()
             with self._lock:
-                self._waits[reason] += time.perf_counter() - began
+                asked = min(max(began, self._asked_at), ended)
+                self._waits["idle_s"] += asked - began
+                self._waits["preprocess_wait_s"] += ended - asked
         while True:
             try:
                 items.append(self._inbox.get_nowait())
