@@ -12,10 +12,11 @@ finder at the end of sys.meta_path, which is asked only for what our package doe
 import importlib
 import os
 import sys
-from collections.abc import Sequence
-from importlib.abc import Loader
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
-from importlib.util import spec_from_file_location, spec_from_loader
+from importlib.util import spec_from_file_location
+from threading import get_ident
 from types import CodeType, ModuleType
 from typing import Any
 
@@ -80,12 +81,10 @@ class _Finder:
                 submodule_search_locations=None,
             )
         spec = PathFinder.find_spec(fullname, other.submodule_search_locations)
-        if spec is None:
-            return None
-        # As ever, `trio/__init__.py` runs before any of its submodules.
-        importlib.import_module(NAMESPACE)
-        loaded = sys.modules.get(fullname)
-        return spec if loaded is None else spec_from_loader(fullname, _Loaded(loaded))
+        if spec is not None and spec.loader is not None:
+            loader: Any = _AfterInit(spec.loader)
+            spec.loader = loader
+        return spec
 
 
 class _InitLoader(SourceFileLoader):
@@ -108,14 +107,44 @@ class _InitLoader(SourceFileLoader):
             module.__dict__["__getattr__"] = theirs
 
 
-class _Loaded(Loader):
-    """Answers an import with a module that running `trio/__init__.py` has loaded meanwhile."""
+class _AfterInit:
+    """Sees that `trio/__init__.py` has run, as ever, then leaves a submodule to its own loader."""
 
-    def __init__(self, module: ModuleType) -> None:
-        self._module, self._spec = module, module.__spec__
+    def __init__(self, loader: Any) -> None:
+        self._loader = loader
 
-    def create_module(self, spec: ModuleSpec) -> ModuleType:
-        return self._module
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        # Not in find_spec: Python holds the lock of all imports there, and threads would hang.
+        with _unlocked(spec.name):
+            importlib.import_module(NAMESPACE)
+        loaded = sys.modules.get(spec.name)
+        if loaded is None:
+            spec.loader = self._loader
+            return self._loader.create_module(spec)
+        return loaded
 
     def exec_module(self, module: ModuleType) -> None:
-        module.__spec__ = self._spec
+        """Reached only for a module that `trio/__init__.py` has loaded: nothing is left to do."""
+        assert module.__spec__ is not None
+        module.__spec__.loader = self._loader
+
+
+@contextmanager
+def _unlocked(name: str) -> Iterator[None]:
+    """Gives up this thread's import lock of one module for a while.
+
+    Else a thread that waits with it for the library would block the thread that loads the library.
+    """
+    bootstrap: Any = importlib._bootstrap
+    lock = bootstrap._get_module_lock(name)
+    held = lock.owner == get_ident()
+    if held:
+        lock.release()
+    try:
+        yield
+    finally:
+        if held:
+            lock.acquire()
