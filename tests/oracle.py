@@ -130,7 +130,8 @@ def prefill(
                 positions = torch.arange(hidden.shape[0])
             out.kept.append(token_of[token_of >= 0].tolist())
         out.lengths.append(hidden.shape[0])
-        out.next_positions.append(int(positions[-1]) + 1)
+        renumbered = position_ids == "renumber"
+        out.next_positions.append(hidden.shape[0] if renumbered else embeds_SD.shape[0])
         with torch.no_grad():
             hidden = run_layer(text, layer, hidden, positions)
     with torch.no_grad():

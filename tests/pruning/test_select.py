@@ -8,6 +8,7 @@ from tests.models import tiny_llava
 from trio.config import Pruning
 from trio.models.decoder import Decoder
 from trio.pruning.compaction import Ragged
+from trio.pruning.saliency import Proxy
 from trio.pruning.select import StageChoice, choose, rank, salt_of
 
 
@@ -39,7 +40,7 @@ def random_choice(spans: list[list[tuple[int, int]]], keep: int, salts: list[int
     return choice
 
 
-def never() -> Decoder:
+def never() -> Proxy:
     raise AssertionError("random needs no proxy")
 
 

@@ -67,7 +67,8 @@ def load_decoder(case: Case) -> Decoder:
     try:
         missing, unexpected = model.load_state_dict(weights.all, strict=False)
     except RuntimeError as error:
-        raise UserError(f"{weights.path}: does not fit the recorded config ({error})") from error
+        what = " ".join(str(error).split())
+        raise UserError(f"{weights.path}: does not fit the recorded config ({what})") from error
     if options.get("tie_word_embeddings") and missing == ["lm_head.weight"]:
         missing = []
     if missing or unexpected:
