@@ -39,11 +39,15 @@ def mixed_requests(count: int, *, seed: int = 0, **sampling: Any) -> list[Reques
 
 def model_inputs(processor: Any, request: Request) -> dict[str, Any]:
     """A request as transformers itself would prepare it."""
-    content = [{"type": "image"}] * len(request.images) + [{"type": "text", "text": request.prompt}]
-    text = processor.apply_chat_template(
-        [{"role": "user", "content": content}], add_generation_prompt=True
+    content: list[dict[str, Any]] = [{"type": "image", "image": image} for image in request.images]
+    content.append({"type": "text", "text": request.prompt})
+    return processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
     )
-    return processor(text=text, images=list(request.images) or None, return_tensors="pt")
 
 
 def generate(model: Any, processor: Any, request: Request, **options: Any) -> Any:

@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.engine.support import mixed_requests, tokens
+from tests.models import save_tiny_checkpoint
+from trio.config import Pruning
+from trio.engine.engine import Engine
+from trio.engine.loading import load, load_processor
+from trio.engine.prepare import Preparer
+from trio.engine.request import Sampling
+from trio.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_checkpoint(tmp_path_factory.mktemp("model"), spread=0.4)
+
+
+def test_an_engine_comes_from_a_directory(checkpoint: Path) -> None:
+    engine = Engine.from_pretrained(
+        str(checkpoint),
+        device="cpu",
+        pruning=Pruning(retention=0.5),
+        sampling=Sampling(max_new_tokens=6),
+        max_running=3,
+    )
+    requests = mixed_requests(5)
+    by_hand = Engine(*load(str(checkpoint)), pruning=Pruning(retention=0.5))
+    assert tokens(engine.generate(requests)) == tokens(by_hand.generate(requests))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"),
+    [(None, torch.float32), ("bfloat16", torch.bfloat16), (torch.float64, torch.float64)],
+)
+def test_dtype_on_a_cpu(checkpoint: Path, dtype: str | None, expected: torch.dtype) -> None:
+    model, _ = load(str(checkpoint), device="cpu", dtype=dtype)
+    assert model.dtype == expected
+    assert not model.training
+
+
+def test_workers_prepare_with_the_processor_alone(checkpoint: Path) -> None:
+    preparer = Preparer(load_processor(str(checkpoint)))
+    assert "Pil" in type(preparer._processor.image_processor).__name__
+    engine = Engine.from_pretrained(str(checkpoint), device="cpu")
+    requests = mixed_requests(4)
+    items = [preparer(request) for request in requests]
+    for item in items:
+        engine.submit(item)
+    results = []
+    while engine.has_work:
+        results += engine.step()
+    assert tokens(results) == tokens(engine.generate(requests))
+
+
+def test_half_precision_serves(checkpoint: Path) -> None:
+    engine = Engine.from_pretrained(
+        str(checkpoint), device="cpu", dtype="bfloat16", pruning=Pruning(retention=0.5)
+    )
+    results = list(engine.generate(mixed_requests(6)))
+    assert all(result.error is None for result in results)
+
+
+def message(model: object) -> str:
+    with pytest.raises(UserError) as caught:
+        Engine.from_pretrained(str(model), device="cpu")
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+def test_wrong_directories_are_named(checkpoint: Path, tmp_path: Path) -> None:
+    assert "there is no model directory" in message(tmp_path / "nowhere")
+    assert "no config.json" in message(tmp_path)
+    (tmp_path / "config.json").write_text((checkpoint / "config.json").read_text())
+    assert "safetensors" in message(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"\x80")
+    assert "safetensors" in message(tmp_path)
+
+
+def test_a_directory_without_a_processor_is_incomplete(checkpoint: Path, tmp_path: Path) -> None:
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((checkpoint / name).read_bytes())
+    assert "incomplete" in message(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "config", [{"model_type": "llama"}, {"model_type": "qwen2_5_vl"}, {"model_type": "unheard-of"}]
+)
+def test_other_architectures_are_refused_before_their_weights_are_read(
+    checkpoint: Path, tmp_path: Path, config: dict[str, str]
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").write_bytes(b"never read")
+    assert config["model_type"] in message(tmp_path)
+
+
+def test_code_of_a_repository_is_never_run(checkpoint: Path, tmp_path: Path) -> None:
+    config = json.loads((checkpoint / "config.json").read_text())
+    config["model_type"] = "homemade"
+    config["auto_map"] = {"AutoConfig": "homemade.Config"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "homemade.py").write_text("raise SystemExit('the code was run')")
+    (tmp_path / "model.safetensors").write_bytes(b"never read")
+    assert "custom code" in message(tmp_path)
+
+
+def test_the_checkpoint_is_what_is_served(checkpoint: Path) -> None:
+    model, _ = load(str(checkpoint), device="cpu")
+    stored = load_file(checkpoint / "model.safetensors")
+    name = next(name for name in stored if name.endswith("lm_head.weight"))
+    assert torch.equal(model.lm_head.weight, stored[name].float())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="only without a CUDA device")
+def test_a_device_that_is_not_there_is_refused(checkpoint: Path) -> None:
+    with pytest.raises(UserError, match="no CUDA device"):
+        load(str(checkpoint), device="cuda")
