@@ -38,7 +38,8 @@ def patch(model: Model, pruning: Pruning) -> Model:
     (and so a loss), `output_attentions`, `output_hidden_states`, `use_cache=False`, caches that are
     not a plain DynamicCache, prefill in chunks, assisted generation, `inputs_embeds`, position ids
     of one's own, and images on top of a filled cache. No gradient flows through a pruned prompt.
-    Calls of `model.model` and its parts, past the model itself, are not pruned.
+    Calls of `model.model` and its parts, past the model itself, are not pruned. Under
+    `torch.compile` a patched model runs eagerly.
 
     Args:
         model: a `LlavaForConditionalGeneration` over a LLaMA-type decoder.

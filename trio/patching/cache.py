@@ -160,8 +160,8 @@ def make_ragged(cache: Cache, num_layers: int) -> list[RaggedLayer]:
     plain = isinstance(cache, DynamicCache) and not cache.offloading
     if not plain or not _are_plain(cache.layers, num_layers):
         raise UserError(
-            f"pruning needs a plain DynamicCache for {num_layers} layers, got {cache!r:.200}: leave "
-            "out past_key_values and cache_implementation, or pass past_key_values=DynamicCache()"
+            f"pruning needs a plain DynamicCache for {num_layers} layers, got {cache!r:.200}: pass "
+            "past_key_values=DynamicCache(), or neither that nor cache_implementation"
         )
     replaced = list(cache.layers) or [DynamicLayer() for _ in range(num_layers)]
     layers = [RaggedLayer(layer) for layer in replaced]

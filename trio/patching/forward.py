@@ -55,6 +55,7 @@ class PatchedForward(Override):
         self.pruning = pruning
         self.adapter = adapter
 
+    @torch.compiler.disable
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         call = _by_name(self.original, args, kwargs)
         cache = call.get("past_key_values")
@@ -126,6 +127,7 @@ class PatchedDecoder(Override):
         self.pruning = pruning
         self.adapter = adapter
 
+    @torch.compiler.disable
     def __call__(self, *args: Any, trio_prompts: Prompts | None = None, **kwargs: Any) -> Any:
         call = _by_name(self.original, args, kwargs)
         cache = call.get("past_key_values")
@@ -230,21 +232,25 @@ class PatchedDecoder(Override):
 
 
 class PatchedGenerate(Override):
-    """`generate`, which alone knows whether the prompt will come in chunks."""
+    """`generate`, which alone knows whether a prompt will come in pieces or with guessed tokens."""
 
     name = "generate"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         call = _by_name(self.original, args, kwargs)
-        configs = (call.get("generation_config"), getattr(self.module, "generation_config", None))
-        given = [call.get("prefill_chunk_size")]
-        given += [getattr(config, "prefill_chunk_size", None) for config in configs]
-        if call.get("pixel_values") is not None and any(size is not None for size in given):
-            raise UserError(
-                "prefill_chunk_size: a prompt is pruned as a whole, by what its end asks for: "
-                f"leave it out, {UNPATCH}"
-            )
+        if call.get("pixel_values") is not None:
+            self._check_whole_prompt(call)
         return self.original(**call)
+
+    def _check_whole_prompt(self, call: dict[str, Any]) -> None:
+        configs = (call.get("generation_config"), getattr(self.module, "generation_config", None))
+        for name in ("prefill_chunk_size", "prompt_lookup_num_tokens", "assistant_model"):
+            given = [call.get(name), *(getattr(config, name, None) for config in configs)]
+            if any(value is not None for value in given):
+                raise UserError(
+                    f"{name}: a prompt is pruned as a whole, by what its end asks for, and nothing "
+                    f"guessed behind it: leave it out, {UNPATCH}"
+                )
 
 
 class _Store:
