@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def quality(options: argparse.Namespace) -> int:
     """Exact answers on held-out scenes, by method and retention."""
     from trio.benchmark.quality import ask, describe, measure, settings, table
-    from trio.engine.engine import Engine
+    from trio.engine.loading import load
 
     rows = settings(
         options.methods,
@@ -39,10 +39,10 @@ def quality(options: argparse.Namespace) -> int:
         options.seed,
     )
     asked = ask(options.scenes, options.seed)
-    engine = Engine.from_pretrained(options.model, dtype=options.dtype)
-    print(describe(engine, len(asked), options.scenes, options.seed), flush=True)
+    model, processor = load(options.model, device=None, dtype=options.dtype)
+    print(describe(model, len(asked), options.scenes, options.seed), flush=True)
     summaries = []
-    for summary in measure(engine, asked, rows):
+    for summary in measure(model, processor, asked, rows):
         summaries.append(summary)
         print(f"{len(summaries)}/{len(rows)} {summary['label']}", file=sys.stderr, flush=True)
     print(table(summaries))

@@ -16,7 +16,7 @@ from trio.demo.scenes import (
     caption,
     handwriting,
     make_scene,
-    patch_labels,
+    patch_items,
     questions,
 )
 
@@ -37,7 +37,7 @@ def test_train_and_held_out_share_no_sample() -> None:
 
 def test_same_seed_same_scene() -> None:
     first, second = (make_scene(np.random.default_rng(5), "train") for _ in range(2))
-    assert first.items == second.items
+    assert [item.box for item in first.items] == [item.box for item in second.items]
     assert np.array_equal(first.pixels, second.pixels)
 
 
@@ -92,17 +92,26 @@ def test_caption_names_all_in_the_order_of_the_colours() -> None:
     assert order == sorted(order)
 
 
-def test_patch_labels_mark_the_boxes() -> None:
-    (scene,) = scenes(1)
-    digit, color = patch_labels(scene, 8)
-    side = GRID * CELL // 8
-    assert digit.shape == color.shape == (side * side,)
-    for item in scene.items:
-        left, top, right, bottom = item.box
-        centre = ((top + bottom) // 2 // 8) * side + (left + right) // 2 // 8
-        assert digit[centre] == item.digit
-        assert list(COLOURS)[color[centre]] == item.color
-    assert np.array_equal(digit == 10, color == len(COLOURS))
+def test_patch_items_mark_the_boxes() -> None:
+    for scene in scenes(10):
+        index = patch_items(scene, 8)
+        side = GRID * CELL // 8
+        assert index.shape == (side * side,)
+        assert set(index) == {-1, *range(len(scene.items))}
+        for number, item in enumerate(scene.items):
+            left, top, right, bottom = item.box
+            inside = np.flatnonzero(index == number)
+            assert len(inside) == (right - left) * (bottom - top) // 64
+            assert inside[0] == top // 8 * side + left // 8
+
+
+def test_plain_scenes_are_white_on_an_even_ground() -> None:
+    scene = make_scene(np.random.default_rng(2), "train", grid=1, plain=True)
+    left, top, right, bottom = scene.items[0].box
+    box = scene.pixels[top:bottom, left:right].astype(int)
+    assert np.abs(box.max((0, 1)) - box.max()).max() < 60
+    scene.pixels[top:bottom, left:right] = scene.pixels[-1, -1] if right < CELL else 0
+    assert scene.pixels.std() < 40
 
 
 @pytest.mark.parametrize("origin", [(0, 0), (1, 0), (1, 1)])

@@ -11,19 +11,17 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from trio.config import Pruning
 from trio.demo.scenes import KINDS, make_scene
 from trio.demo.shard import asked_of, rotation
-from trio.engine.request import Prepared, Request, Result, Sampling
+from trio.engine.engine import Engine
+from trio.engine.request import Request, Result, Sampling
 from trio.errors import UserError
 from trio.pipeline.scoring import exact_match, object_share
-
-if TYPE_CHECKING:
-    from trio.engine.engine import Engine
 
 QUESTIONS_PER_SCENE = 3
 MAX_NEW_TOKENS = 32
@@ -95,15 +93,15 @@ def ask(scenes: int, seed: int) -> list[Asked]:
 
 
 def measure(
-    engine: Engine, asked: Sequence[Asked], rows: Sequence[Setting]
+    model: Any, processor: Any, asked: Sequence[Asked], rows: Sequence[Setting]
 ) -> Iterator[dict[str, Any]]:
     """One object per setting, the first being the one that the others are relative to."""
-    sampling = Sampling(max_new_tokens=MAX_NEW_TOKENS)
-    prepared = [engine.prepare(replace(one.request, sampling=sampling)) for one in asked]
     baseline: list[bool] | None = None
     words: list[str] = []
     for row in rows:
-        results = _answers(engine.with_pruning(row.pruning), prepared)
+        sampling = Sampling(max_new_tokens=MAX_NEW_TOKENS)
+        engine = Engine(model, processor, pruning=row.pruning, sampling=sampling)
+        results = _answers(engine, [one.request for one in asked])
         right = [
             exact_match(result.response or "", [one.answer])
             for one, result in zip(asked, results, strict=True)
@@ -113,14 +111,12 @@ def measure(
         yield _summary(row, asked, results, right, baseline, words)
 
 
-def _answers(engine: Engine, prepared: Sequence[Prepared | Result]) -> list[Result]:
+def _answers(engine: Engine, requests: Sequence[Request]) -> list[Result]:
     """Results in the order of the requests; an error here is a bug, not a wrong answer."""
-    failures = [one for one in prepared if isinstance(one, Result)]
-    assert not failures, failures[:1]
-    results = {result.id: result for result in engine.generate(prepared)}
+    results = {result.id: result for result in engine.generate(requests)}
     failed = next((result for result in results.values() if result.error), None)
     assert failed is None, failed
-    return [results[number] for number in range(len(prepared))]
+    return [results[number] for number in range(len(requests))]
 
 
 def _summary(
@@ -187,11 +183,11 @@ def wilson(hits: int, n: int, z: float = 1.959964) -> tuple[float, float]:
     return (centre - spread) / scale, (centre + spread) / scale
 
 
-def describe(engine: Engine, requests: int, scenes: int, seed: int) -> str:
+def describe(model: Any, requests: int, scenes: int, seed: int) -> str:
     """The conditions of the measurement, in one line."""
     return (
         f"{requests} requests about {scenes} held-out scenes, seed {seed}; greedy, "
-        f"{str(engine.dtype).removeprefix('torch.')} on {engine.device}; ± is half a 95 % interval"
+        f"{str(model.dtype).removeprefix('torch.')} on {model.device}; ± is half a 95 % interval"
     )
 
 

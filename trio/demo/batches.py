@@ -15,13 +15,15 @@ from transformers import PreTrainedTokenizerFast
 
 from trio.demo.build import PATCH
 from trio.demo.scenes import (
+    CELL,
+    COLOURS,
     GRID,
     KINDS,
     Question,
     Scene,
     Split,
     make_scene,
-    patch_labels,
+    patch_items,
     questions,
 )
 
@@ -42,6 +44,8 @@ class Batch:
     """[N, P], 10 = background."""
     patch_color: torch.Tensor
     """[N, P], number of colours = background."""
+    patch_strokes: torch.Tensor
+    """[N, P, 64] float32: the handwritten sample under each patch, 0 for background."""
     patch_cell: torch.Tensor
     """[P] cell of the full grid."""
     shown_digits: torch.Tensor
@@ -68,28 +72,34 @@ def make_batch(
     split: Split,
     size: int,
     grid: int,
+    plain: bool = False,
 ) -> Batch:
-    """Draw `size` scenes of `grid` x `grid` cells, all at one place of the full grid."""
+    """Draw `size` scenes of `grid` x `grid` cells, all at one place of the full grid. The digits
+    of plain scenes have no colour to be learnt: -100 in `patch_color`."""
     origin = (int(rng.integers(GRID - grid + 1)), int(rng.integers(GRID - grid + 1)))
-    scenes = [make_scene(rng, split, grid=grid, origin=origin) for _ in range(size)]
-    labels = [patch_labels(scene, PATCH) for scene in scenes]
+    scenes = [make_scene(rng, split, grid=grid, origin=origin, plain=plain) for _ in range(size)]
+    digit, color, strokes = (np.stack(part) for part in zip(*map(_labels, scenes), strict=True))
+    shown_colors = _shown(color, len(COLOURS))
+    if plain:
+        color[digit != 10] = -100
     pixels = np.stack([scene.pixels for scene in scenes]).transpose(0, 3, 1, 2)
     text = _pack(rng, vocabulary, scenes)
     patch_rows, patch_cell = _places(grid, origin)
     return Batch(
         pixels=torch.from_numpy(pixels.astype(np.float32) / 127.5 - 1),
         patch_positions=patch_rows,
-        patch_digit=torch.from_numpy(np.stack([digit for digit, _ in labels])),
-        patch_color=torch.from_numpy(np.stack([color for _, color in labels])),
+        patch_digit=torch.from_numpy(digit),
+        patch_color=torch.from_numpy(color),
+        patch_strokes=torch.from_numpy(strokes),
         patch_cell=patch_cell,
-        shown_digits=_shown([digit for digit, _ in labels], 10),
-        shown_colors=_shown([color for _, color in labels], 6),
+        shown_digits=_shown(digit, 10),
+        shown_colors=shown_colors,
         **text,
     )
 
 
 def _places(grid: int, origin: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
-    per_cell = 64 // PATCH
+    per_cell = CELL // PATCH
     side = GRID * per_cell
     rows = torch.arange(grid * per_cell) + origin[0] * per_cell
     columns = torch.arange(grid * per_cell) + origin[1] * per_cell
@@ -98,7 +108,16 @@ def _places(grid: int, origin: tuple[int, int]) -> tuple[torch.Tensor, torch.Ten
     return torch.cat([torch.zeros(1, dtype=torch.long), index + 1]), cell
 
 
-def _shown(labels: list[np.ndarray], classes: int) -> torch.Tensor:
+def _labels(scene: Scene) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Digit, colour and strokes of each patch."""
+    index = patch_items(scene, PATCH)
+    digit = np.array([*(item.digit for item in scene.items), 10])
+    color = np.array([*(list(COLOURS).index(item.color) for item in scene.items), len(COLOURS)])
+    strokes = np.stack([*(item.strokes for item in scene.items), np.zeros((8, 8), np.float32)])
+    return digit[index], color[index], strokes[index].reshape(-1, 64)
+
+
+def _shown(labels: np.ndarray, classes: int) -> torch.Tensor:
     shown = np.zeros((len(labels), classes + 1), np.float32)
     for row, label in zip(shown, labels, strict=True):
         row[np.unique(label)] = 1

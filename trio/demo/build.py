@@ -10,8 +10,10 @@ import math
 
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from torch import nn
 from transformers import (
     CLIPVisionConfig,
+    CLIPVisionModel,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -88,7 +90,7 @@ def config(vocabulary: PreTrainedTokenizerFast, layers: int = LAYERS) -> LlavaCo
         hidden_size=128,
         intermediate_size=512,
         num_hidden_layers=5,
-        num_attention_heads=2,
+        num_attention_heads=4,
         image_size=GRID * CELL,
         patch_size=PATCH,
         projection_dim=128,
@@ -119,20 +121,63 @@ def config(vocabulary: PreTrainedTokenizerFast, layers: int = LAYERS) -> LlavaCo
 
 def new_model(vocabulary: PreTrainedTokenizerFast, layers: int) -> LlavaForConditionalGeneration:
     model = LlavaForConditionalGeneration(config(vocabulary, layers))
-    positions = model.model.vision_tower.embeddings.position_embedding.weight
-    with torch.no_grad():
-        positions[1:] = grid_waves(GRID * CELL // PATCH, positions.shape[1])
+    look_around(model.model.vision_tower)
     return model
 
 
-def grid_waves(side: int, width: int) -> torch.Tensor:
-    """Where the position embedding starts, [side * side, width]: waves over rows and columns.
+@torch.no_grad()
+def look_around(tower: CLIPVisionModel) -> None:
+    """Start the tower as a stencil: in every layer each head looks at one neighbour of a patch.
 
-    From random numbers the tower takes thousands of steps to find out which patches are neighbours.
+    From random numbers the tower has to find out which patches are neighbours, and stays at chance
+    for thousands of steps. Half of the width holds sines and cosines of row and column, the other
+    half the pixels; a query and a key that differ by a rotation meet at a fixed offset.
     """
-    frequency = torch.logspace(math.log10(1.5), math.log10(0.05), width // 4)
-    angle = torch.arange(side)[:, None] * frequency
-    line = torch.cat([angle.sin(), angle.cos()], 1)
-    rows = line[:, None].expand(-1, side, -1)
-    columns = line[None].expand(side, -1, -1)
-    return 0.2 * torch.cat([rows, columns], 2).flatten(0, 1)
+    width, half = tower.config.hidden_size, tower.config.hidden_size // 2
+    embeddings = tower.embeddings
+    frequency = torch.logspace(math.log10(1.5), math.log10(0.05), half // 4)
+    positions = _waves(torch.arange(GRID * CELL // PATCH), frequency)
+    side = len(positions)
+    rows = positions[:, None].expand(-1, side, -1)
+    columns = positions[None].expand(side, -1, -1)
+    embeddings.position_embedding.weight.zero_()
+    embeddings.position_embedding.weight[1:, :half] = torch.cat([rows, columns], 2).flatten(0, 1)
+    embeddings.patch_embedding.weight[:half] = 0
+    embeddings.patch_embedding.weight[half:] *= 5
+    embeddings.class_embedding[:half] = 0
+    for layer in tower.encoder.layers:
+        attention = layer.self_attn
+        attention.v_proj.weight *= 2
+        for head, offset in enumerate(((-1, 0), (1, 0), (0, -1), (0, 1))):
+            _aim(attention, head, offset, frequency, width // 4)
+        attention.out_proj.weight[:half] = 0
+        layer.mlp.fc2.weight[:half] = 0
+
+
+def _waves(places: torch.Tensor, frequency: torch.Tensor) -> torch.Tensor:
+    angle = places[:, None] * frequency
+    return torch.cat([angle.sin(), angle.cos()], 1)
+
+
+def _aim(
+    attention: nn.Module, head: int, offset: tuple[int, int], frequency: torch.Tensor, size: int
+) -> None:
+    """Let a head's query at (row, column) meet the key at (row, column) + offset."""
+    waves, sharpness = len(frequency), 3.0
+    query, key = (
+        getattr(attention, name).weight[head * size : (head + 1) * size]
+        for name in ("q_proj", "k_proj")
+    )
+    query.zero_()
+    key.zero_()
+    picked = torch.arange(0, waves, 2)
+    for axis, shift in enumerate(offset):
+        base = axis * 2 * waves
+        for number, wave in enumerate(picked.tolist()):
+            sine, cosine = base + wave, base + waves + wave
+            out = axis * len(picked) * 2 + 2 * number
+            turn = float(frequency[wave]) * shift
+            query[out, sine] = query[out + 1, cosine] = sharpness
+            key[out, sine] = key[out + 1, cosine] = sharpness * math.cos(turn)
+            key[out, cosine] = -sharpness * math.sin(turn)
+            key[out + 1, sine] = sharpness * math.sin(turn)

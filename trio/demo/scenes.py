@@ -22,16 +22,18 @@ CELL = 64
 GRID = 3
 """Cells along one side of a full scene: 192 x 192 pixels."""
 MAX_OBJECTS = 4
-SIZES = (36, 58)
-"""Smallest and largest side of a digit's box in pixels."""
+SIZES = (40, 48, 56)
+"""Sides of a digit's box in pixels."""
+STEP = 8
+"""Boxes start at multiples of this many pixels."""
 
 COLOURS: dict[str, tuple[int, int, int]] = {
-    "red": (225, 45, 45),
-    "green": (50, 190, 65),
-    "blue": (60, 105, 240),
-    "yellow": (235, 215, 50),
-    "purple": (175, 65, 205),
-    "white": (240, 240, 240),
+    "red": (255, 70, 60),
+    "green": (60, 220, 80),
+    "blue": (80, 130, 255),
+    "yellow": (250, 225, 60),
+    "purple": (200, 90, 240),
+    "white": (245, 245, 245),
 }
 CELL_NAMES = (
     "top left", "top center", "top right",
@@ -43,7 +45,7 @@ Kind = Literal["digit", "color", "presence", "count", "position", "caption"]
 Split = Literal["train", "heldout"]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Item:
     """One digit of a scene."""
 
@@ -53,6 +55,8 @@ class Item:
     """Row-major index in the full 3 x 3 grid."""
     box: tuple[int, int, int, int]
     """Left, top, right, bottom in pixels of the rendered image."""
+    strokes: np.ndarray
+    """[8, 8] in 0…1: the handwritten sample, before enlarging and turning."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,11 +94,15 @@ def make_scene(
     *,
     grid: int = GRID,
     origin: tuple[int, int] = (0, 0),
+    plain: bool = False,
 ) -> Scene:
     """Draw a scene of `grid` x `grid` cells whose first cell is `origin` (row, column) of the full
-    grid; training uses parts of the full grid because they cost less."""
-    canvas = _background(rng, grid * CELL)
-    count = int(rng.integers(1, MAX_OBJECTS + 1))
+    grid; training uses parts of the full grid because they cost less. A plain scene, for the first
+    steps of training, shows all digits in white on an even ground."""
+    canvas = _ground(rng, grid * CELL)
+    if not plain:
+        canvas += _texture(rng, grid * CELL)
+    count = int(rng.integers(1, min(MAX_OBJECTS, grid * grid) + 1))
     digits = rng.permutation(10)[:count]
     colors = sorted(rng.permutation(len(COLOURS))[:count])
     cells = rng.permutation(grid * grid)[:count]
@@ -102,9 +110,12 @@ def make_scene(
     for digit, color, cell in zip(digits, colors, cells, strict=True):
         row, column = divmod(int(cell), grid)
         name = list(COLOURS)[color]
-        box = _draw_digit(rng, canvas, split, int(digit), name, row * CELL, column * CELL)
+        samples, labels = handwriting(split)
+        strokes = samples[rng.choice(np.flatnonzero(labels == digit))]
+        tint = "white" if plain else name
+        box = _draw_digit(rng, canvas, strokes, tint, row * CELL, column * CELL)
         full_cell = (origin[0] + row) * GRID + origin[1] + column
-        items.append(Item(digit=int(digit), color=name, cell=full_cell, box=box))
+        items.append(Item(digit=int(digit), color=name, cell=full_cell, box=box, strokes=strokes))
     return Scene(pixels=canvas.clip(0, 255).astype(np.uint8), items=tuple(items))
 
 
@@ -139,67 +150,59 @@ def caption(scene: Scene) -> Question:
     return Question(kind="caption", prompt="describe the image .", answer=text)
 
 
-def patch_labels(scene: Scene, patch: int) -> tuple[np.ndarray, np.ndarray]:
-    """Digit [rows * columns] (10 = background) and colour index (`len(COLOURS)` = background) of
-    each patch: that of the digit whose box covers the patch's centre."""
+def patch_items(scene: Scene, patch: int) -> np.ndarray:
+    """For each patch [rows * columns] the index of the item whose box covers its centre, or -1."""
     side = scene.pixels.shape[0] // patch
-    digit = np.full((side, side), 10)
-    color = np.full((side, side), len(COLOURS))
+    index = np.full((side, side), -1)
     centres = (np.arange(side) + 0.5) * patch
-    for item in scene.items:
+    for number, item in enumerate(scene.items):
         left, top, right, bottom = item.box
         rows = (centres >= top) & (centres < bottom)
         columns = (centres >= left) & (centres < right)
-        inside = rows[:, None] & columns[None, :]
-        digit[inside] = item.digit
-        color[inside] = list(COLOURS).index(item.color)
-    return digit.reshape(-1), color.reshape(-1)
+        index[rows[:, None] & columns[None, :]] = number
+    return index.reshape(-1)
 
 
 def _draw_digit(
     rng: np.random.Generator,
     canvas: np.ndarray,
-    split: Split,
-    digit: int,
+    strokes: np.ndarray,
     color: str,
     top: int,
     left: int,
 ) -> tuple[int, int, int, int]:
-    strokes, labels = handwriting(split)
-    sample = strokes[rng.choice(np.flatnonzero(labels == digit))]
-    size = int(rng.integers(SIZES[0], SIZES[1] + 1))
-    ink = Image.fromarray((sample * 255).astype(np.uint8)).resize(
+    size = int(rng.choice(SIZES))
+    ink = Image.fromarray((strokes * 255).astype(np.uint8)).resize(
         (size, size), Image.Resampling.BICUBIC
     )
     turned = ink.rotate(float(rng.uniform(-10, 10)), Image.Resampling.BILINEAR)
     alpha = (np.asarray(turned, np.float32) / 255 * 1.4).clip(0, 1)[..., None]
-    top += int(rng.integers(0, CELL - size + 1))
-    left += int(rng.integers(0, CELL - size + 1))
+    top += STEP * int(rng.integers(0, (CELL - size) // STEP + 1))
+    left += STEP * int(rng.integers(0, (CELL - size) // STEP + 1))
     tint = np.array(COLOURS[color], np.float32) + rng.normal(0, 8, 3).astype(np.float32)
     area = canvas[top : top + size, left : left + size]
     area[:] = area * (1 - alpha) + tint * alpha
     return left, top, left + size, top + size
 
 
-def _background(rng: np.random.Generator, side: int) -> np.ndarray:
-    """A dull texture: smooth noise, stripes or checks, with fine grain on top."""
-    base = rng.uniform(25, 105) + rng.normal(0, 8, 3)
-    canvas = np.broadcast_to(base.astype(np.float32), (side, side, 3)).copy()
-    amplitude = float(rng.uniform(5, 22))
+def _ground(rng: np.random.Generator, side: int) -> np.ndarray:
+    """A dark, even ground with fine grain."""
+    base = (rng.uniform(8, 45) + rng.normal(0, 5, 3)).astype(np.float32)
+    return base + rng.integers(-6, 7, (side, side, 1)).astype(np.float32)
+
+
+def _texture(rng: np.random.Generator, side: int) -> np.ndarray:
+    """Smooth noise, stripes or checks, [side, side, 1], around 0."""
+    amplitude = float(rng.uniform(4, 16))
     kind = rng.integers(3)
     if kind == 0:
         coarse = rng.uniform(0, 255, (int(rng.integers(3, 10)),) * 2).astype(np.uint8)
         smooth = Image.fromarray(coarse).resize((side, side), Image.Resampling.BICUBIC)
-        canvas += (np.asarray(smooth, np.float32)[..., None] / 127.5 - 1) * amplitude
-    else:
-        period = float(rng.uniform(10, 48))
-        angle = float(rng.uniform(0, np.pi))
-        y, x = np.mgrid[0:side, 0:side].astype(np.float32)
-        along = np.sin((x * np.cos(angle) + y * np.sin(angle)) * (2 * np.pi / period))
-        if kind == 2:
-            along = np.sign(
-                along * np.sin((y * np.cos(angle) - x * np.sin(angle)) * (2 * np.pi / period))
-            )
-        canvas += along[..., None] * amplitude
-    canvas += rng.integers(-6, 7, (side, side, 1)).astype(np.float32)
-    return canvas
+        return (np.asarray(smooth, np.float32)[..., None] / 127.5 - 1) * amplitude
+    wave = 2 * np.pi / float(rng.uniform(10, 48))
+    angle = float(rng.uniform(0, np.pi))
+    y, x = np.mgrid[0:side, 0:side].astype(np.float32)
+    waves = np.sin((x * np.cos(angle) + y * np.sin(angle)) * wave)
+    if kind == 2:
+        waves = np.sign(waves * np.sin((y * np.cos(angle) - x * np.sin(angle)) * wave))
+    return waves[..., None] * amplitude
