@@ -1,7 +1,7 @@
 """How Ray's worker processes find this package, and not the async library of the same name.
 
-A job that was submitted with a working directory needs nothing: Ray unpacks it on every node and puts
-it first on PYTHONPATH. This module serves the other two ways to start.
+A job that was submitted with a working directory needs nothing: Ray unpacks it on every node and
+puts it first on PYTHONPATH. This module serves the other two ways to start.
 """
 
 import json
