@@ -105,7 +105,7 @@ def test_output_rows_fit_the_schema() -> None:
         id=None, response="", logprobs=[-1.0, -3.0], finish_reason="length", retention=0.5,
         prefill_flops=1.6e9, kept_tokens=[[1, 2]], visual_tokens_stages=[2],
     )  # fmt: skip
-    outcomes = [result, RowError("image_empty", "zero bytes")]
+    outcomes: list[Result | RowError] = [result, RowError("image_empty", "zero bytes")]
     rows = [output_row(row, each, actor="a", node="n", save_kept=True) for each in outcomes]
     schema = rows_schema(pa.int64(), run_id="r", save_kept=True)
     good, bad = build_table(rows, schema).to_pylist()

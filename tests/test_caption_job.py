@@ -1,0 +1,270 @@
+"""jobs/caption.py from its arguments to its output, with a real (tiny, random) model."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import caption
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from PIL import Image
+
+from tests.models import save_tiny_checkpoint
+from tests.pipeline.fakes import encoded, png, write_shard
+from trio.config import Pruning
+from trio.engine.engine import Engine
+from trio.engine.request import Request, Result, Sampling
+from trio.pipeline.job import main
+
+ROOT = Path(__file__).resolve().parents[1]
+BYTES_OR_PATH = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+SCHEMA = pa.schema(
+    [("id", pa.string()), ("image", pa.list_(BYTES_OR_PATH)), ("prompt", pa.string())]
+)
+PROMPT = "what is in the picture ?"
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(save_tiny_checkpoint(tmp_path_factory.mktemp("model")))
+
+
+def run(*flags: str) -> int:
+    return main(caption.JOB, [*flags, "--log-interval", "60"])
+
+
+def picture(seed: int, size: tuple[int, int] = (40, 30)) -> Image.Image:
+    noise = np.random.default_rng(seed).integers(0, 255, (4, 4, 3), np.uint8)
+    return Image.fromarray(noise).resize(size)
+
+
+def cell(data: bytes | None, path: str | None = None) -> list[dict[str, Any]]:
+    return [{"bytes": data, "path": path}]
+
+
+def good_rows() -> list[dict[str, Any]]:
+    words = ["red", "green", "blue", "left", "right", "top"]
+    return [
+        {
+            "id": f"good-{n}",
+            "image": cell(png_of(n)),
+            "prompt": f"{PROMPT} {words[n % 6]} " * (n % 4),
+        }
+        | ({"prompt": PROMPT} if n % 4 == 0 else {})
+        for n in range(26)
+    ]
+
+
+def png_of(seed: int) -> bytes:
+    return encoded(picture(seed))
+
+
+def bad_rows() -> list[tuple[dict[str, Any], str]]:
+    """Rows that cannot be answered, each with its kind of error."""
+    jpeg = encoded(picture(1, (200, 200)), "JPEG")
+    huge = io.BytesIO()
+    Image.new("1", (30_000, 30_000)).save(huge, "PNG")
+    images: list[tuple[Any, str]] = [
+        (None, "image_missing"),
+        ([], "image_missing"),
+        ([None], "image_missing"),
+        (cell(None), "image_missing"),
+        (cell(b""), "image_empty"),
+        (cell(b"\0" * 100), "image_unreadable"),
+        (cell(b"GIF89a"), "image_unreadable"),
+        (cell(b"\x89PNG\r\n\x1a\n"), "image_unreadable"),
+        (cell(png()[:40]), "image_truncated"),
+        (cell(jpeg[: len(jpeg) // 2]), "image_truncated"),
+        (cell(jpeg[:4]), "image_unreadable"),
+        (cell(b"<svg xmlns='http://www.w3.org/2000/svg'/>"), "image_unreadable"),
+        (cell(b"%PDF-1.7"), "image_unreadable"),
+        (cell(huge.getvalue()), "image_oversized"),
+        (cell(encoded(Image.new("L", (3000, 2)))), "image_shape"),
+        (cell(encoded(Image.new("L", (1, 900)))), "image_shape"),
+        (cell(None, "no/such/file.png"), "image_not_found"),
+        (cell(None, "https://example.org/x.png"), "image_remote"),
+        (cell(None, "s3://bucket/x.png"), "image_remote"),
+        (cell(None, ""), "image_missing"),
+        (cell(png()) + cell(b"junk"), "image_unreadable"),
+        ([*cell(png()), None], "image_missing"),
+    ]
+    rows = [({"image": image, "prompt": PROMPT}, kind) for image, kind in images]
+    prompts: list[tuple[str | None, str]] = [
+        (None, "prompt_missing"),
+        ("   ", "prompt_missing"),
+        ("the picture " * 400, "too_long"),
+    ]
+    return rows + [({"image": cell(png()), "prompt": text}, kind) for text, kind in prompts]
+
+
+def answers(output: Path) -> dict[str, dict[str, Any]]:
+    rows = pq.read_table(output / "rows").to_pylist()
+    assert len({row["id"] for row in rows}) == len(rows)
+    return {row["id"]: row for row in rows}
+
+
+def said(model: str, rows: Sequence[Mapping[str, Any]], **options: Any) -> dict[str, Result]:
+    """The engine's own answers, without a job around it."""
+    engine = Engine.from_pretrained(model, device="cpu", **options)
+    requests = [
+        Request(
+            prompt=row["prompt"],
+            images=tuple(Image.open(io.BytesIO(part["bytes"])) for part in row["image"]),
+            id=row["id"],
+        )
+        for row in rows
+    ]
+    return {result.id: result for result in engine.generate(requests)}
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_local")
+def test_bad_rows_become_error_rows_and_neighbours_keep_their_answers(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good, bad = good_rows(), bad_rows()
+    mixed: list[dict[str, Any]] = []
+    for n, row in enumerate(good):
+        mixed.append(row)
+        if n < len(bad):
+            mixed.append(bad[n][0] | {"id": f"bad-{n}"})
+    write_shard(tmp_path / "in" / "0.parquet", mixed, SCHEMA)
+    out = tmp_path / "out"
+    flags = ["--input", str(tmp_path / "in"), "--output", str(out), "--model", model]
+    flags += ["--retention", "0.4", "--max-new-tokens", "6", "--rows-per-file", "7"]
+    assert run(*flags, "--max-error-rate", "0.2") == 3
+    captured = capsys.readouterr()
+    assert "more than --max-error-rate 0.2" in captured.err and "image_truncated 3" in captured.out
+
+    got = answers(out)
+    assert list(got) == [row["id"] for row in mixed]
+    alone = said(model, good, pruning=Pruning(retention=0.4), sampling=Sampling(max_new_tokens=6))
+    for key, result in alone.items():
+        row = got[key]
+        assert row["error"] is None and row["response"] == result.response, key
+        assert row["output_tokens"] == result.output_tokens
+        assert row["visual_tokens_stages"] == result.visual_tokens_stages
+        assert row["visual_tokens"] == 64 and abs(row["retention"] - 0.4) * 64 <= 1
+    assert len({result.response for result in alone.values()}) > 5
+    for n, (_, kind) in enumerate(bad):
+        row = got[f"bad-{n}"]
+        assert row["finish_reason"] == "error" and row["response"] is None
+        assert row["error"].startswith(f"{kind}: "), (n, row["error"])
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_local")
+def test_paths_a_config_fed_back_and_a_comparison(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Paths, no id, no prompt, renamed columns; then run.yaml again, beside the unpruned model."""
+    (tmp_path / "in" / "img").mkdir(parents=True)
+    for n in range(3):
+        picture(n).save(tmp_path / "in" / "img" / f"{n}.png")
+    schema = pa.schema([("jpg", pa.string()), ("answers", pa.string())])
+    shard = [{"jpg": f"img/{n}.png", "answers": "yes"} for n in range(3)]
+    write_shard(tmp_path / "in" / "0.parquet", shard, schema)
+    first = tmp_path / "first"
+    flags = ["--input", str(tmp_path / "in" / "*.parquet"), "--output", str(first)]
+    flags += ["--model", model, "--prompt", PROMPT, "--columns", "image=jpg"]
+    assert run(*flags, "--schedule", "1:20,3:5", "--max-new-tokens", "4") == 0
+    rows = pq.read_table(first / "rows").to_pylist()
+    assert [row["id"] for row in rows] == [f"0.parquet#{n}" for n in range(3)]
+    assert all(row["visual_tokens_stages"] == [20, 5] for row in rows)
+    assert all(row["image_width"] == 40 and row["prompt"] == PROMPT for row in rows)
+    assert all(row["error"] is None for row in rows)
+    printed = capsys.readouterr().out
+    assert "schedule 1:20,3:5" in printed and str(first) in printed
+
+    second = tmp_path / "second"
+    again = ["--config", str(first / "run.yaml"), "--output", str(second), "--compare-unpruned"]
+    assert run(*again) == 0
+    repeated = pq.read_table(second / "rows").to_pylist()
+    assert [row["response"] for row in repeated] == [row["response"] for row in rows]
+    one, two = (yaml.safe_load((d / "run.yaml").read_text()) for d in (first, second))
+    assert one | {"output": str(second), "compare_unpruned": True} == two
+    printed = capsys.readouterr().out
+    assert "right responses" in printed and "unpruned" in printed
+    pruned, full = (summary_of(d) for d in (second, second / "unpruned"))
+    assert pruned["scored"] == full["scored"] == 3 and full["retention"] == 1.0
+    assert pruned["prefill_flops_unpruned"] == full["prefill_flops"]
+
+    before = {p: p.stat().st_mtime_ns for p in second.rglob("*")}
+    assert run(*again) == 0
+    assert "finished already: nothing to do" in capsys.readouterr().out
+    assert {p: p.stat().st_mtime_ns for p in second.rglob("*")} == before
+
+
+def summary_of(output: Path) -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads((output / "summary.json").read_text())
+    return loaded
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_local")
+def test_a_retention_out_of_reach_is_the_users_mistake(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_shard(tmp_path / "in.parquet", good_rows()[:2], SCHEMA)
+    flags = ["--input", str(tmp_path / "in.parquet"), "--output", str(tmp_path / "out")]
+    assert run(*flags, "--model", model, "--retention", "0.01") == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("caption.py: ") and "retention" in error
+
+
+MISTAKES = [
+    (["--method", "fastv"], "not available in this version; available: trio, none"),
+    (["--encoder", "scan"], "not available in this version; available: none"),
+    (["--input", "nowhere.parquet"], "no Parquet file there"),
+    (["--input", "{shard}", "--columns", "image=photo"], "it has id, image, prompt"),
+    (["--input", "{shard}", "--model", "./nowhere"], "no model there"),
+    (["--input", "{shard}", "--output", "{dir}"], "holds other files"),
+    (["--retention", "0.5", "--schedule", "1:9"], "exclude each other"),
+    (["--config", "{dir}/nowhere.yaml"], "cannot be read"),
+    (["--frobnicate"], "unrecognized arguments"),
+]
+
+
+@pytest.mark.parametrize(("flags", "message"), MISTAKES)
+def test_mistakes_end_with_code_2_and_one_line(
+    flags: Sequence[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shard = write_shard(tmp_path / "in.parquet", good_rows()[:2], SCHEMA)
+    flags = [flag.format(shard=shard, dir=tmp_path) for flag in flags]
+    assert main(caption.JOB, flags) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err and captured.err.count("\n") == 1
+    assert captured.err.startswith("caption.py: ") and "Traceback" not in captured.err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in.parquet"]
+
+
+def test_a_dry_run_prints_the_plan_and_touches_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shard = write_shard(tmp_path / "in.parquet", good_rows(), SCHEMA)
+    out = tmp_path / "out"
+    assert main(caption.JOB, ["--dry-run", "--input", str(shard), "--output", str(out)]) == 0
+    printed = capsys.readouterr().out
+    values = yaml.safe_load(printed)
+    assert values["input"] == [str(shard)] and values["retention"] == pytest.approx(1 / 9)
+    assert "26 rows of 1 shards" in printed and "image from image" in printed
+    assert not out.exists()
+
+
+def test_the_script_runs_by_itself(tmp_path: Path) -> None:
+    """From another directory, as users call it: its own package, its exit codes, no traceback."""
+    script = [sys.executable, str(ROOT / "jobs" / "caption.py")]
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    options: dict[str, Any] = {"cwd": tmp_path, "capture_output": True, "text": True}
+    helped = subprocess.run([*script, "--help"], env=environment, **options)
+    assert helped.returncode == 0 and "--max-error-rate" in helped.stdout
+    wrong = subprocess.run([*script, "--input", "nowhere"], env=environment, **options)
+    assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1 and wrong.stdout == ""
