@@ -1,0 +1,152 @@
+"""A job submitted to a cluster that has the async library `trio` installed, and us not at all."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+import urllib.error
+import urllib.request
+import venv
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+RAY = ["-P", "-m", "ray.scripts.scripts"]
+SCRIPT = """
+import _bootstrap
+import ray, sys, trio
+from trio.pipeline.environment import cluster_runtime_env
+
+@ray.remote
+def work():
+    import subprocess, trio
+    code = "import trio; print(trio.run(trio.sleep, 0), trio.Pruning.__name__)"
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return trio.Pruning(retention=0.5).retention, trio.run(trio.sleep, 0), child.stdout.strip()
+
+assert "trio_vlm_path" not in sys.modules
+ray.init(runtime_env=cluster_runtime_env() or None, log_to_driver=False)
+print("FOUND", trio.run(trio.sleep, 0), ray.get(work.remote()), cluster_runtime_env())
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Python with everything that is installed here but us: start-up hooks do not carry over."""
+    folder = tmp_path_factory.mktemp("venv")
+    venv.create(folder, with_pip=False)
+    (site,) = folder.glob("lib/python3*/site-packages")
+    (site / "libraries.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return folder / "bin" / "python"
+
+
+@pytest.fixture(scope="module")
+def environment() -> Iterator[dict[str, str]]:
+    """Keeps the cluster's files away from any other Ray; sockets want a short path."""
+    room = tempfile.mkdtemp(prefix="trio-", dir="/tmp")
+    unwanted = ("RAY_ADDRESS", "PYTHONPATH")
+    kept = {name: value for name, value in os.environ.items() if name not in unwanted}
+    yield {**kept, "RAY_TMPDIR": room, "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+    shutil.rmtree(room, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def cluster(python: Path, environment: dict[str, str]) -> Iterator[dict[str, str]]:
+    """Addresses of a one-node cluster: of its dashboard, and of itself."""
+    port, dashboard = free_port(), free_port()
+    command = [str(python), *RAY, "start", "--head", "--block", "--num-cpus=2"]
+    ports = [f"--port={port}", f"--dashboard-port={dashboard}"]
+    head = subprocess.Popen(
+        [*command, *ports, f"--temp-dir={environment['RAY_TMPDIR']}"],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    url = f"http://127.0.0.1:{dashboard}"
+    try:
+        _await(url + "/api/version", head)
+        yield {"dashboard": url, "ray": f"127.0.0.1:{port}"}
+    finally:
+        # The processes of the head share its session, which is ours.
+        os.killpg(head.pid, signal.SIGKILL)
+        head.wait(30)
+
+
+def _await(url: str, head: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        assert head.poll() is None, "the head stopped"
+        try:
+            with urllib.request.urlopen(url, timeout=5):
+                return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.5)
+    raise AssertionError("no dashboard within 120 s")
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What of the repository the script needs."""
+    folder = tmp_path_factory.mktemp("checkout")
+    leave_out = shutil.ignore_patterns("__pycache__", "model", "data")
+    shutil.copytree(ROOT / "trio", folder / "trio", ignore=leave_out)
+    (folder / "jobs").mkdir()
+    shutil.copy(ROOT / "jobs" / "_bootstrap.py", folder / "jobs")
+    (folder / "jobs" / "script.py").write_text(SCRIPT)
+    return folder
+
+
+@pytest.mark.ray
+def test_submitted_with_a_working_directory(
+    python: Path, environment: dict[str, str], cluster: dict[str, str], checkout: Path
+) -> None:
+    submit = ["job", "submit", "--address", cluster["dashboard"], "--working-dir", "."]
+    done = subprocess.run(
+        [str(python), *RAY, *submit, "--", str(python), "jobs/script.py"],
+        cwd=checkout,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "FOUND None (0.5, None, 'None Pruning') {}" in done.stdout
+
+
+@pytest.mark.ray
+def test_attached_without_a_working_directory(
+    python: Path, environment: dict[str, str], cluster: dict[str, str], checkout: Path
+) -> None:
+    done = subprocess.run(
+        [str(python), str(checkout / "jobs" / "script.py")],
+        cwd=python.parent,
+        env={**environment, "RAY_ADDRESS": cluster["ray"]},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "FOUND None (0.5, None, 'None Pruning') {'py_modules'" in done.stdout
+
+
+def test_this_python_has_the_library_and_not_us(python: Path) -> None:
+    code = "import trio; print(trio.__file__)"
+    out = subprocess.run(
+        [str(python), "-P", "-c", code], capture_output=True, text=True, check=True
+    )
+    assert Path(out.stdout.strip()).is_relative_to(sysconfig.get_path("purelib"))
+    assert sys.prefix != str(python.parents[1])
