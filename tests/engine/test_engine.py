@@ -334,6 +334,18 @@ def test_settings_out_of_reach_are_refused_at_the_start(model: Any) -> None:
         engine(model, max_running=0)
 
 
+@pytest.mark.parametrize(
+    ("image_size", "patch_size", "message"),
+    [(32, 8, "writes 16 placeholder tokens .* gives 64"), (16, 4, "image size")],
+)
+def test_a_processor_of_another_model_is_refused_at_the_start(
+    model: Any, image_size: int, patch_size: int, message: str
+) -> None:
+    other = tiny_processor(image_size=image_size, patch_size=patch_size)
+    with pytest.raises(UserError, match=message):
+        Engine(model, other)
+
+
 def test_many_mixed_requests_leave_the_cache_empty(model: Any) -> None:
     worker = Engine(model, PROCESSOR, pruning=PRUNINGS["trio"], kv_bytes=700_000, batch_tokens=300)
     results = by_id(worker.generate(mixed_requests(120, seed=11)))

@@ -6,6 +6,7 @@ import time
 from collections.abc import Generator, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from PIL import Image
 from torch import Tensor, cuda
 
 from trio.config import Pruning
@@ -20,6 +21,7 @@ from trio.engine.scheduler import Scheduler
 from trio.engine.stats import Counters
 from trio.engine.task import Task
 from trio.errors import UserError
+from trio.models.llava import LlavaAdapter
 from trio.models.registry import adapt
 
 if TYPE_CHECKING:
@@ -37,6 +39,9 @@ class Engine:
     `kv_bytes`: memory for keys and values; None takes a share of what the device has free.
 
     One thread submits and steps; `prepare` may be called from any.
+
+    Raises:
+        UserError: model, processor and pruning do not go together.
     """
 
     def __init__(
@@ -54,6 +59,7 @@ class Engine:
             raise UserError("batch_tokens and max_running must be at least 1")
         adapter = adapt(model)
         self.prepare = Preparer(processor)
+        _check_fit(self.prepare, adapter)
         self._runner = Runner(
             adapter,
             pruning or Pruning(),
@@ -136,7 +142,10 @@ class Engine:
             self._fail(task)
 
     def step(self) -> list[Result]:
-        """Take in what fits, give every running request one more token, return what is finished."""
+        """Take in what fits, give every running request one more token, return what is finished.
+
+        What goes wrong on the device is raised; `reset` then makes the engine usable again.
+        """
         if self._idle_since is not None:
             self._counters.idle_s += time.perf_counter() - self._idle_since
         if admitted := self._scheduler.admit():
@@ -234,6 +243,22 @@ class Engine:
     def _fail(self, result: Result) -> None:
         self._counters.failed += 1
         self._done.append(result)
+
+
+def _check_fit(prepare: Preparer, adapter: LlavaAdapter) -> None:
+    """Serve the encoder one image: a processor of another model would spoil every request."""
+    sample = prepare(Request(prompt="", images=(Image.new("RGB", (64, 64)),)))
+    if isinstance(sample, Result):
+        raise UserError(f"the processor cannot prepare an image: {sample.error}")
+    try:
+        (features,) = adapter.encode_images(sample.image_inputs[0]["pixel_values"])
+    except ValueError as error:
+        raise UserError(f"the processor does not fit the model: {error}") from error
+    if len(features) != sample.image_tokens[0]:
+        raise UserError(
+            f"the processor does not fit the model: it writes {sample.image_tokens[0]} placeholder "
+            f"tokens for an image, and the encoder gives {len(features)} features"
+        )
 
 
 def _end_of_sequence(model: Any, processor: Any) -> frozenset[int]:

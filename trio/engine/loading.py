@@ -52,8 +52,17 @@ def default_kv_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return int(free * 0.7)
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return min(int(free * 0.25), 8 << 30)
+    return min(_free_memory() // 4, 8 << 30)
+
+
+def _free_memory() -> int:
+    """Bytes of main memory still to be had; all of it where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    (available,) = (line.split()[1] for line in lines if line.startswith("MemAvailable:"))
+    return int(available) * 1024
 
 
 def _check_directory(model: str) -> None:
