@@ -36,6 +36,8 @@ def test_a_schedule_too_deep_for_the_model() -> None:
     [
         ({"retention": 0.0}, "retention must be"),
         ({"retention": 2}, "retention must be"),
+        ({"retention": "0.1"}, "retention must be"),
+        ({"schedule": [(1, 92)]}, r"trio\.Schedule or text"),
         ({"retention": 0.5, "schedule": "1:5"}, "not both"),
         ({"method": "fastest"}, "trio, none, random, gradient"),
         ({"proxy_positions": "first"}, "reference, with_last, last"),

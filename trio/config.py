@@ -44,6 +44,10 @@ class Pruning:
             check_retention(self.retention)
         if isinstance(self.schedule, str):
             object.__setattr__(self, "schedule", Schedule.parse(self.schedule))
+        elif self.schedule is not None and not isinstance(self.schedule, Schedule):
+            raise UserError(
+                f"schedule must be a trio.Schedule or text like 1:92,10:54, got {self.schedule!r}"
+            )
         _one_of("method", self.method, METHODS)
         _one_of("proxy_positions", self.proxy_positions, PROXY_POSITIONS)
         if self.position_ids is not None:

@@ -55,7 +55,8 @@ class PackedPrompts:
         assert not self.salts or len(self.salts) == len(self.lengths)
         for length, spans in zip(self.lengths, self.images, strict=True):
             edges = [edge for span in spans for edge in span]
-            assert edges == sorted(edges) and (not edges or 0 <= edges[0] <= edges[-1] <= length)
+            assert edges == sorted(edges) and all(start < stop for start, stop in spans)
+            assert not edges or 0 <= edges[0] <= edges[-1] <= length
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -162,9 +162,9 @@ class Schedule:
                 )
 
 
-def check_retention(retention: float) -> None:
+def check_retention(retention: object) -> None:
     """Raise UserError unless `retention` is in (0, 1]."""
-    if not 0.0 < retention <= 1.0:
+    if not isinstance(retention, (int, float)) or not 0.0 < retention <= 1.0:
         raise UserError(f"retention must be in (0, 1], got {retention!r}; 1 switches pruning off")
 
 

@@ -1,0 +1,1 @@
+"""The seam to transformers: decoders run packed, and adapters of model families."""
