@@ -239,7 +239,7 @@ def _flash_attn_kernel() -> VarlenKernel:
 def _torch_kernel() -> VarlenKernel:
     from torch.nn.attention.varlen import varlen_attn
 
-    # Grouped heads came with torch 2.12; before that the key heads have to be repeated.
+    # Older versions of the kernel have no grouped heads: there the key heads are repeated.
     has_gqa = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
     def kernel(
