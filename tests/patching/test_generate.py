@@ -1,4 +1,5 @@
 import functools
+import inspect
 from typing import Any
 
 import pytest
@@ -105,7 +106,7 @@ def test_decoding_equals_recomputing_without_a_cache(
 
 
 def test_each_sampled_sequence_follows_its_own_path(model: Any) -> None:
-    (single,) = rows(model, [2], seed=2)
+    (single,) = rows(model, [1], seed=2)
     trio.patch(model, SETTINGS[0])
     torch.manual_seed(5)
     options = {"do_sample": True, "temperature": 2.0, "num_return_sequences": 3}
@@ -128,6 +129,21 @@ def test_beams_of_a_batch_equal_those_of_singles(model: Any, side: str) -> None:
     together = run(model, pad(singles, side), **options)[0]
     assert torch.equal(together, torch.cat(alone))
     assert any(not torch.equal(beam[0], one[0]) for beam, one in zip(alone, greedy, strict=True))
+
+
+def test_several_images_under_beams(model: Any) -> None:
+    (single,) = rows(model, [2], seed=2)
+    trio.patch(model, SETTINGS[0])
+    if "mm_encoder_outputs" not in inspect.signature(model.forward).parameters:
+        with pytest.raises(UserError, match="mixes up the images"):
+            run(model, single, num_beams=2)
+        return
+    greedy, logits, _ = run(model, single, max_new_tokens=3)
+    torch.manual_seed(0)
+    options = {"do_sample": True, "top_k": 1, "num_return_sequences": 3}
+    alike, same, _ = run(model, single, max_new_tokens=3, **options)
+    assert torch.equal(alike, greedy.expand(3, -1))
+    close(same, logits.expand_as(same))
 
 
 def test_a_beam_is_scored_by_the_tokens_it_holds(model: Any) -> None:
@@ -190,7 +206,9 @@ def test_the_users_own_cache(model: Any) -> None:
     trio.patch(model, SETTINGS[0])
     wanted = [run(model, batch) for batch in (one, other, text)]
     cache = DynamicCache()
-    for batch, want in zip((one, other, text, one), [*wanted, wanted[0]], strict=True):
+    for batch, want in zip(
+        (one, other, one, text), [*wanted[:2], wanted[0], wanted[2]], strict=True
+    ):
         got = run(model, batch, past_key_values=cache)
         assert got[2] is cache
         assert_same(got, want)

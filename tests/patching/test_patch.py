@@ -65,8 +65,12 @@ def test_without_pruning_everything_is_bit_equal(model: Any, pruning: trio.Pruni
         return [*found, direct.loss, direct.logits, *direct.hidden_states]
 
     before = results()
+    lookup = run(model, batches[0], prompt_lookup_num_tokens=2, pad_token_id=0)[0]
     trio.patch(model, pruning)
     assert all(map(torch.equal, results(), before))
+    assert torch.equal(
+        run(model, batches[0], prompt_lookup_num_tokens=2, pad_token_id=0)[0], lookup
+    )
 
 
 def test_unpatch_leaves_no_trace(model: Any) -> None:

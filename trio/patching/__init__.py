@@ -39,7 +39,7 @@ def patch(model: Model, pruning: Pruning) -> Model:
     not a plain DynamicCache, prefill in chunks, assisted generation, `inputs_embeds`, position ids
     of one's own, and images on top of a filled cache. No gradient flows through a pruned prompt.
     Calls of `model.model` and its parts, past the model itself, are not pruned. Under
-    `torch.compile` a patched model runs eagerly.
+    `torch.compile` a patched model runs eagerly. One thread at a time.
 
     Args:
         model: a `LlavaForConditionalGeneration` over a LLaMA-type decoder.
@@ -63,7 +63,7 @@ def patch(model: Model, pruning: Pruning) -> Model:
     overrides: list[Override] = [
         PatchedForward(model, pruning, adapter),
         PatchedDecoder(decoder.model, pruning, adapter),
-        PatchedGenerate(model),
+        PatchedGenerate(model, pruning, adapter),
     ]
     for override in overrides:
         override.install()

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from transformers.cache_utils import (
     Cache,
     CacheLayerMixin,
@@ -181,8 +180,11 @@ def _are_plain(layers: Sequence[Any], num_layers: int) -> bool:
 
 
 def _unpack(packed: Tensor, lengths: Sequence[int]) -> Tensor:
-    rows = packed[0].transpose(0, 1).split(list(lengths))
-    return pad_sequence(list(rows), batch_first=True).transpose(1, 2).contiguous()
+    _, heads, _, width = packed.shape
+    rows = packed.new_zeros(len(lengths), heads, max(lengths) + GROWTH, width)
+    for row, tokens in zip(rows, packed[0].split(list(lengths), dim=1), strict=True):
+        row[:, : tokens.shape[1]] = tokens
+    return rows
 
 
 def _grow(tensor: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from itertools import groupby
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -236,21 +237,48 @@ class PatchedGenerate(Override):
 
     name = "generate"
 
+    def __init__(self, model: nn.Module, pruning: Pruning, adapter: LlavaAdapter) -> None:
+        super().__init__(model)
+        self.pruning = pruning
+        self.image_token_id = adapter.image_token_id
+        self.visual_tokens = adapter.visual_tokens
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         call = _by_name(self.original, args, kwargs)
-        if call.get("pixel_values") is not None:
+        if self.pruning.active and call.get("pixel_values") is not None:
             self._check_whole_prompt(call)
+            self._check_image_order(call)
         return self.original(**call)
 
-    def _check_whole_prompt(self, call: dict[str, Any]) -> None:
+    def _given(self, call: dict[str, Any], name: str) -> Any:
         configs = (call.get("generation_config"), getattr(self.module, "generation_config", None))
+        values = [call.get(name), *(getattr(config, name, None) for config in configs)]
+        return next((value for value in values if value is not None), None)
+
+    def _check_whole_prompt(self, call: dict[str, Any]) -> None:
         for name in ("prefill_chunk_size", "prompt_lookup_num_tokens", "assistant_model"):
-            given = [call.get(name), *(getattr(config, name, None) for config in configs)]
-            if any(value is not None for value in given):
+            if self._given(call, name) is not None:
                 raise UserError(
                     f"{name}: a prompt is pruned as a whole, by what its end asks for, and nothing "
                     f"guessed behind it: leave it out, {UNPATCH}"
                 )
+
+    def _check_image_order(self, call: dict[str, Any]) -> None:
+        """Before transformers encoded images ahead of the prefill, it repeated each image of a
+        prompt by itself for beams and return sequences, so a prompt got its first image twice."""
+        if "mm_encoder_outputs" in inspect.signature(self.module.forward).parameters:
+            return
+        ids_BS = call.get("input_ids", call.get("inputs"))
+        copies = [self._given(call, name) or 1 for name in ("num_beams", "num_return_sequences")]
+        if ids_BS is None or max(copies) == 1 or call["pixel_values"].shape[0] == 1:
+            return
+        visual_B = (ids_BS == self.image_token_id).sum(dim=1)
+        if bool((visual_B > self.visual_tokens).any()):
+            raise UserError(
+                f"transformers {transformers.__version__} mixes up the images of a prompt that has "
+                "several under num_beams or num_return_sequences: upgrade it, or generate one "
+                "sequence a prompt"
+            )
 
 
 class _Store:
