@@ -28,8 +28,8 @@ from trio.demo.scenes import (
 )
 
 QUESTIONS_PER_SCENE = 9
-_WEIGHTS = {"digit": 1.0, "color": 1.5, "position": 0.6, "presence": 0.8, "count": 0.8}
-_TOKEN_WEIGHT = {"caption": 0.5}
+_WEIGHTS = {"digit": 0.5, "color": 2.0, "position": 1.0, "presence": 1.5, "count": 0.3}
+_TOKEN_WEIGHT = {"caption": 0.2}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
