@@ -21,9 +21,9 @@ from trio.demo.scenes import (
 )
 
 
-def scenes(count: int, **settings: int) -> list[Scene]:
+def scenes(count: int) -> list[Scene]:
     rng = np.random.default_rng(3)
-    return [make_scene(rng, "heldout", **settings) for _ in range(count)]
+    return [make_scene(rng, "heldout") for _ in range(count)]
 
 
 def test_train_and_held_out_share_no_sample() -> None:

@@ -4,6 +4,7 @@ interrupted run ends in the same weights as one that went through."""
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -59,15 +60,9 @@ def test_packed_questions_equal_separate_prompts(
 
 def test_the_opening_is_what_the_processor_writes() -> None:
     both = processor()
-    prompt = both.apply_chat_template(
-        [
-            {
-                "role": "user",
-                "content": [{"type": "image"}, {"type": "text", "text": "is there a 3 ?"}],
-            }
-        ],
-        add_generation_prompt=True,
-    )
+    parts = [{"type": "image"}, {"type": "text", "text": "is there a 3 ?"}]
+    conversation: Any = [{"role": "user", "content": parts}]
+    prompt = both.apply_chat_template(conversation, add_generation_prompt=True)
     image = both.tokenizer.convert_tokens_to_ids("<image>")
     question = both.tokenizer("is there a 3 ? assistant :", add_special_tokens=False).input_ids
     assert both.tokenizer(prompt).input_ids == [1, 5, 8, image, *question]

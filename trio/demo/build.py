@@ -7,10 +7,10 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from torch import nn
 from transformers import (
     CLIPVisionConfig,
     CLIPVisionModel,
@@ -145,7 +145,8 @@ def look_around(tower: CLIPVisionModel) -> None:
     embeddings.patch_embedding.weight[:half] = 0
     embeddings.patch_embedding.weight[half:] *= 5
     embeddings.class_embedding[:half] = 0
-    for layer in tower.encoder.layers:
+    layers: Any = tower.encoder.layers
+    for layer in layers:
         attention = layer.self_attn
         attention.v_proj.weight *= 2
         for head, offset in enumerate(((-1, 0), (1, 0), (0, -1), (0, 1))):
@@ -160,7 +161,7 @@ def _waves(places: torch.Tensor, frequency: torch.Tensor) -> torch.Tensor:
 
 
 def _aim(
-    attention: nn.Module, head: int, offset: tuple[int, int], frequency: torch.Tensor, size: int
+    attention: Any, head: int, offset: tuple[int, int], frequency: torch.Tensor, size: int
 ) -> None:
     """Let a head's query at (row, column) meet the key at (row, column) + offset."""
     waves, sharpness = len(frequency), 3.0
