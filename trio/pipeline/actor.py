@@ -78,7 +78,8 @@ def build_engine(settings: EngineSettings) -> EngineLike:
     from trio.engine.engine import Engine
 
     if not settings.gpu:
-        torch.set_num_threads(max(1, cpus() // settings.actors_per_node))
+        # One core is left to preparation and Ray: a parallel region waits for its last thread.
+        torch.set_num_threads(max(1, cpus() // settings.actors_per_node - 1))
     optional = {"batch_tokens": settings.batch_tokens, "max_running": settings.max_running}
     return Engine.from_pretrained(
         model_directory(settings.model),

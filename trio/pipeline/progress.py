@@ -91,8 +91,17 @@ class Progress:
             self._working_since = began_at if since is None else min(since, began_at)
             self._updated = time.time()
 
+    def _elapsed(self) -> float:
+        """Seconds of work so far: up to now while rows are missing."""
+        with self._lock:
+            since = self._working_since
+            if since is None:
+                return 0.0
+            whole = self._done.rows >= self._rows
+            return max((self._updated if whole else time.time()) - since, 1e-9)
+
     def line(self) -> str:
-        done, work_s = self.done, self.work_s
+        done, work_s = self.done, self._elapsed()
         new = done.rows - self._before.rows
         percent = 100 * done.rows / max(self._rows, 1)
         share = f"{self._label}{done.rows}/{self._rows} rows ({percent:.0f} %)"
