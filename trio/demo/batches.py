@@ -28,7 +28,7 @@ from trio.demo.scenes import (
 )
 
 QUESTIONS_PER_SCENE = 9
-_WEIGHTS = {"digit": 0.5, "color": 2.0, "position": 1.0, "presence": 1.5, "count": 0.3}
+_WEIGHTS = {"digit": 0.5, "color": 1.0, "position": 2.0, "presence": 1.0, "count": 0.5}
 _TOKEN_WEIGHT = {"caption": 0.2}
 
 
@@ -47,7 +47,7 @@ class Batch:
     patch_strokes: torch.Tensor
     """[N, P, 64] float32: the handwritten sample under each patch, 0 for background."""
     patch_cell: torch.Tensor
-    """[P] cell of the full grid."""
+    """[N, P] cell of the full grid that the object is in, 9 = background."""
     shown_digits: torch.Tensor
     """[N, 10] float32, 1 where the digit is in the scene."""
     shown_colors: torch.Tensor
@@ -91,7 +91,7 @@ def make_batch(
         patch_digit=torch.from_numpy(digit),
         patch_color=torch.from_numpy(color),
         patch_strokes=torch.from_numpy(strokes),
-        patch_cell=patch_cell,
+        patch_cell=torch.where(torch.from_numpy(digit) == 10, GRID * GRID, patch_cell),
         shown_digits=_shown(digit, 10),
         shown_colors=shown_colors,
         **text,
