@@ -50,6 +50,21 @@ def test_units_hold_their_rows(tmp_path: Path, row_group: int, size: int) -> Non
     assert seen == list(range(310))
 
 
+def test_one_column_may_serve_as_image_and_id(tmp_path: Path) -> None:
+    schema = pa.schema([("path", pa.string()), ("text", pa.string())])
+    rows = [{"path": f"{i}.png", "text": f"t{i}"} for i in range(4)]
+    write_shard(tmp_path / "a.parquet", rows, schema)
+    manifest, schemas = inspect([str(tmp_path)])
+    mapping = {"id": "path", "image": "path", "prompt": "text", "answers": "text"}
+    columns = resolve(schemas, ["a"], mapping, prompt_given=False)
+    read = Read(manifest.shards[0], tuple(units(manifest, 10)))
+    ((_, table),) = tables(read, columns)
+    assert table.column("image").to_pylist() == [f"{i}.png" for i in range(4)]
+    assert table.column("id") == table.column("image")
+    assert table.column("prompt").to_pylist() == [f"t{i}" for i in range(4)]
+    assert table.column("answers") == table.column("prompt")
+
+
 def test_gaps_are_left_out(tmp_path: Path) -> None:
     manifest, columns = shard(tmp_path, 100, 30)
     wanted = (Unit(0, 10, 20), Unit(0, 40, 45), Unit(0, 95, 100))

@@ -25,14 +25,10 @@ class Columns:
     id_type: pa.DataType
 
     @property
-    def names(self) -> list[str]:
-        return [n for n in (self.image, self.prompt, self.id, self.answers) if n is not None]
-
-    @property
     def roles(self) -> dict[str, str]:
-        """Role of each column, by its name in the input."""
-        pairs = zip((self.image, self.prompt, self.id, self.answers), ROLES, strict=True)
-        return {name: role for name, role in pairs if name is not None}
+        """Name in the input of each role's column; one column may have several roles."""
+        pairs = zip(ROLES, (self.image, self.prompt, self.id, self.answers), strict=True)
+        return {role: name for role, name in pairs if name is not None}
 
 
 def parse_mapping(text: str) -> dict[str, str]:

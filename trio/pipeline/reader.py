@@ -99,10 +99,11 @@ def tables(read: Read, columns: Columns) -> Iterator[tuple[Unit, pa.Table]]:
 def _batches(read: Read, columns: Columns) -> Iterator[tuple[int, pa.RecordBatch]]:
     """(row number of its first row, rows), from the row groups that hold wanted rows."""
     location = locate(read.shard.path)
-    roles = columns.roles
     with location.filesystem.open_input_file(location.path) as stream:
         file = pq.ParquetFile(stream)
-        names = [name for name in file.schema_arrow.names if name in roles]
+        there = file.schema_arrow.names
+        roles = {role: name for role, name in columns.roles.items() if name in there}
+        names = sorted(set(roles.values()))
         first = 0
         for group, rows in enumerate(read.shard.row_groups):
             wanted = any(u.start < first + rows and u.stop > first for u in read.units)
@@ -111,8 +112,7 @@ def _batches(read: Read, columns: Columns) -> Iterator[tuple[int, pa.RecordBatch
                 file.iter_batches(BATCH_ROWS, row_groups=[group], columns=names) if wanted else ()
             )
             for batch in group_batches:
-                chosen = batch.select(names).rename_columns([roles[name] for name in names])
-                yield offset, chosen
+                yield offset, batch.select(list(roles.values())).rename_columns(list(roles))
                 offset += batch.num_rows
             assert not wanted or offset == first + rows, f"{read.shard.path} changed under the run"
             first += rows
