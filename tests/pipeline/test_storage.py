@@ -3,10 +3,13 @@
 import os
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from pyarrow import fs as pafs
 
 from trio.errors import UserError
+from trio.pipeline.sink import serialise
 from trio.pipeline.storage import (
     Location,
     check_no_secret,
@@ -75,6 +78,25 @@ def test_a_write_that_fails_leaves_the_old_file(
         write_atomic(target, b"new")
     assert read_bytes(target) == b"old"
     assert os.listdir(tmp_path) == ["x.parquet"]
+
+
+def test_what_a_killed_write_leaves_is_hidden_from_readers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_atomic(locate(str(tmp_path / "0.parquet")), serialise(pa.table({"x": [1]})))
+    monkeypatch.setattr(Path, "replace", lambda self, target: self)
+    monkeypatch.setattr(Path, "unlink", lambda self, missing_ok: None)
+    write_atomic(locate(str(tmp_path / "1.parquet")), b"torn")
+    assert len(os.listdir(tmp_path)) == 2
+    assert pq.read_table(tmp_path).column("x").to_pylist() == [1]
+
+
+def test_options_of_a_uri_stay_with_what_is_derived_from_it() -> None:
+    options = "?region=eu-west-1&endpoint_override=localhost%3A9000"
+    location = locate(f"s3://bucket/out{options}")
+    assert location.path == "bucket/out"
+    assert location.join("rows", "0.parquet").uri == f"s3://bucket/out/rows/0.parquet{options}"
+    assert locate(location.uri).uri == location.uri
 
 
 def test_object_stores_get_the_final_name() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import uuid
@@ -55,17 +56,19 @@ class Location:
     path: str
     prefix: str
     # "" for local paths, "s3://" and the like for the others
+    query: str = ""
+    # options of the file system, as in "?region=eu-west-1"; "" for none
 
     @property
     def uri(self) -> str:
-        return self.prefix + self.path
+        return self.prefix + self.path + self.query
 
     @property
     def local(self) -> bool:
         return not self.prefix
 
     def at(self, path: str) -> Location:
-        return Location(filesystem=self.filesystem, path=path, prefix=self.prefix)
+        return dataclasses.replace(self, path=path)
 
     def join(self, *parts: str) -> Location:
         return self.at("/".join([self.path.rstrip("/"), *parts]))
@@ -85,16 +88,17 @@ def locate(uri: str) -> Location:
     check_no_secret(uri)
     base = uri.split("://", 1)[1].split("?", 1)[0]
     root = f"{scheme}://{_WILD.split(base)[0]}"
-    query = urlsplit(uri).query if scheme in ARROW_SCHEMES and "=" in urlsplit(uri).query else ""
+    options = urlsplit(uri).query
+    query = f"?{options}" if scheme in ARROW_SCHEMES and "=" in options else ""
     try:
         if scheme in ARROW_SCHEMES:
-            filesystem, _ = pafs.FileSystem.from_uri(root + ("?" + query if query else ""))
+            filesystem, _ = pafs.FileSystem.from_uri(root + query)
             path = base if query else uri.split("://", 1)[1]
         else:
             filesystem, path = _through_fsspec(uri)
     except (OSError, ValueError, ImportError, pa.ArrowException) as error:
         raise UserError(f"cannot open {root}: {_first_line(error)}") from error
-    return Location(filesystem=filesystem, path=path, prefix=f"{scheme}://")
+    return Location(filesystem=filesystem, path=path, prefix=f"{scheme}://", query=query)
 
 
 def _through_fsspec(uri: str) -> tuple[pafs.FileSystem, str]:
@@ -170,7 +174,8 @@ def exists(location: Location) -> bool:
 def write_atomic(location: Location, data: bytes | pa.Buffer) -> None:
     """Write a file that readers see whole or not at all, overwriting one of that name.
 
-    Locally: temporary name, flush to disk, rename. Object stores show an object when its upload
+    Locally: temporary name, flush to disk, rename; the temporary name is hidden, so that readers of
+    the directory pass over what a killed process left. Object stores show an object when its upload
     is complete, so they get the final name at once.
     """
     if location.local:
@@ -182,7 +187,7 @@ def write_atomic(location: Location, data: bytes | pa.Buffer) -> None:
 
 def _write_local(path: Path, data: bytes | pa.Buffer) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         with temporary.open("wb") as stream:
             stream.write(data)
