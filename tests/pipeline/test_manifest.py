@@ -8,6 +8,7 @@ import pytest
 from tests.pipeline.fakes import write_shard
 from trio.errors import UserError
 from trio.pipeline.manifest import Manifest, inspect
+from trio.pipeline.storage import locate
 
 SCHEMA = pa.schema([("image", pa.binary())])
 
@@ -73,6 +74,16 @@ def test_a_file_that_is_no_parquet(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").write_text("hello")
     with pytest.raises(UserError, match=r"a\.parquet: not a readable Parquet file"):
         inspect([str(tmp_path)])
+
+
+def test_an_output_below_the_input_is_no_input(tmp_path: Path) -> None:
+    shard(tmp_path / "a.parquet", 1)
+    before, _ = inspect([str(tmp_path)])
+    shard(tmp_path / "out" / "rows" / "0.parquet", 1)
+    shard(tmp_path / "outside.parquet", 1)
+    after, _ = inspect([str(tmp_path)], locate(str(tmp_path / "out")))
+    names = [Path(s.path).name for s in after.shards]
+    assert names == ["a.parquet", "outside.parquet"] and after.shards[0] == before.shards[0]
 
 
 def test_a_shard_named_twice(tmp_path: Path) -> None:

@@ -35,6 +35,8 @@ def test_files_of_a_run(tmp_path: Path) -> None:
     assert from_mapping(values, "run.yaml") == CONFIG
     table = pq.read_table(tmp_path / "manifest.parquet")
     assert table.column_names == ["shard", "path", "size", "rows", "row_groups"]
+    assert table.schema.metadata[b"trio.run"] == b"run1"
+    assert yaml.safe_load(table.schema.metadata[b"trio.units"])["size"] == "bytes"
     assert not outdir.finished(out)
     outdir.close(out, {"rows": 3})
     assert outdir.finished(out) and outdir.read_summary(out) == {"rows": 3}
@@ -53,6 +55,24 @@ def test_another_run_is_refused_and_the_difference_named(tmp_path: Path) -> None
     )
     with pytest.raises(UserError, match="had 3 rows"):
         outdir.check_same(old, CONFIG, longer, "o")
+
+
+def test_a_run_stopped_during_its_comparison_goes_on(tmp_path: Path) -> None:
+    """The unpruned run lies inside and comes first; a hidden file may be left of a killed write."""
+    outdir.claim(locate(str(tmp_path / "o" / "unpruned")), CONFIG, MANIFEST, "run1")
+    (tmp_path / "o" / ".run.yaml.1234.tmp").write_text("")
+    assert outdir.earlier(locate(str(tmp_path / "o"))) is None
+
+
+def test_an_output_that_cannot_be_written_is_the_users_mistake(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        outdir.claim(locate(str(tmp_path / "file" / "o")), CONFIG, MANIFEST, "run1")
+
+
+def test_an_output_that_cannot_be_looked_at_is_the_users_mistake() -> None:
+    with pytest.raises(UserError, match="cannot be read"):
+        outdir.finished(locate("/" + "x" * 300))
 
 
 def test_other_files_are_left_alone(tmp_path: Path) -> None:

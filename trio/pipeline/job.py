@@ -19,11 +19,11 @@ from trio.pipeline import cli, outdir
 from trio.pipeline import config as settings
 from trio.pipeline.cli import ERRORS, FAILED, OK, WRONG
 from trio.pipeline.config import DEMO, JobConfig
+from trio.pipeline.outdir import UNPRUNED
 from trio.pipeline.storage import is_local, locate
 from trio.pipeline.summary import share, table
 
 DEFAULT_RETENTION = 1 / 9
-UNPRUNED = "unpruned"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,7 +103,7 @@ def unpruned(config: JobConfig) -> JobConfig:
     """The same rows without pruning."""
     assert config.output is not None
     return config.replace(
-        output=config.output.rstrip("/") + "/" + UNPRUNED,
+        output=locate(config.output).join(UNPRUNED).uri,
         method="none",
         retention=1.0,
         schedule=None,
@@ -184,7 +184,7 @@ def dry_run(job: Job, config: JobConfig) -> int:
         return OK
     for name, each in runs(config):
         plan = runner.plan(each, input_paths(job, each))
-        roles = ", ".join(f"{role} from {column}" for column, role in plan.columns.roles.items())
+        roles = ", ".join(f"{role} from {column}" for role, column in plan.columns.roles.items())
         state = "goes on with an unfinished run" if plan.earlier else "new"
         print(f"# {name}: {plan.rows} rows of {len(plan.manifest.shards)} shards; {roles}")
         print(f"# {name}: output {plan.output.uri}, {state}")

@@ -6,6 +6,7 @@ INPUT paths, directories, patterns or URIs; OUTPUT a ``Manifest`` that is writte
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -96,8 +97,10 @@ class Manifest:
         return None
 
 
-def expand(inputs: Sequence[str]) -> list[tuple[Location, int]]:
+def expand(inputs: Sequence[str], output: Location | None = None) -> list[tuple[Location, int]]:
     """(location, bytes) of every shard that the inputs name, sorted by path within each input.
+
+    What lies below ``output`` is no input: a run that goes on must find the listing it began with.
 
     Raises:
         UserError: an input that names nothing, or one file named twice.
@@ -111,26 +114,32 @@ def expand(inputs: Sequence[str]) -> list[tuple[Location, int]]:
             raise UserError(f"--input {uri}: cannot be listed: {error}") from error
         if [i.path for i in infos] != [location.path]:
             infos = [i for i in infos if i.path.endswith((".parquet", ".pq"))]
+            if output is not None and output.prefix == location.prefix:
+                infos = [i for i in infos if not i.path.startswith(output.path.rstrip("/") + "/")]
         if not infos:
             raise UserError(
                 f"--input {uri}: no Parquet file there; give a .parquet file, a directory that"
                 " holds some, a pattern in quotes, or an s3://, gs:// or hf:// URI"
             )
         found += [(location.at(info.path), int(info.size)) for info in infos]
-    uris = [location.uri for location, _ in found]
-    twice = sorted({uri for uri in uris if uris.count(uri) > 1}) if len(inputs) > 1 else []
+    counts = Counter(location.uri for location, _ in found)
+    twice = sorted(uri for uri, count in counts.items() if count > 1)
     if twice:
         raise UserError(f"--input names {twice[0]} twice; name each shard once")
     return found
 
 
-def inspect(inputs: Sequence[str]) -> tuple[Manifest, list[pa.Schema]]:
+def inspect(
+    inputs: Sequence[str], output: Location | None = None
+) -> tuple[Manifest, list[pa.Schema]]:
     """Manifest of the input and the Arrow schema of each shard, from the footers.
+
+    What lies below ``output`` is left out.
 
     Raises:
         UserError: nothing found, a file that is not Parquet, or no rows at all.
     """
-    found = expand(inputs)
+    found = expand(inputs, output)
     with ThreadPoolExecutor(FOOTER_THREADS) as pool:
         footers = list(pool.map(_footer, [location for location, _ in found]))
     shards = [

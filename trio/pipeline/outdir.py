@@ -22,11 +22,13 @@ from trio.errors import UserError
 from trio.pipeline import config as settings
 from trio.pipeline.config import JobConfig
 from trio.pipeline.manifest import Manifest
-from trio.pipeline.schema import RUN_KEY
+from trio.pipeline.schema import RUN_KEY, metadata_of
 from trio.pipeline.sink import ROWS, STATS, serialise
 from trio.pipeline.storage import Location, exists, make_directory, read_bytes, write_atomic
 
 MANIFEST, CONFIG, SUMMARY, SUCCESS = "manifest.parquet", "run.yaml", "summary.json", "_SUCCESS"
+UNPRUNED = "unpruned"
+# the comparison's own directory, which is done before the run around it begins
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,7 +52,15 @@ def fresh_directory(job: str, base: str = "trio-output") -> str:
 
 
 def finished(output: Location) -> bool:
-    return exists(output.join(SUCCESS))
+    """Whether a whole run lies there.
+
+    Raises:
+        UserError: the place cannot be looked at.
+    """
+    try:
+        return exists(output.join(SUCCESS))
+    except OSError as error:
+        raise UserError(f"--output {output.uri}: cannot be read: {error}") from error
 
 
 def earlier(output: Location) -> Earlier | None:
@@ -83,7 +93,8 @@ def _check_unused(output: Location) -> None:
         raise UserError(f"--output {output.uri} is a file; give a directory")
     selector = pafs.FileSelector(output.path, allow_not_found=True)
     names = [i.base_name for i in output.filesystem.get_file_info(selector)]
-    other = sorted(set(names) - {MANIFEST, CONFIG, ROWS, STATS})
+    known = {MANIFEST, CONFIG, ROWS, STATS, UNPRUNED}
+    other = sorted(name for name in names if name not in known and not name.startswith("."))
     if other:
         raise UserError(
             f"--output {output.uri} holds other files ({other[0]}); give a new or empty directory"
@@ -111,16 +122,26 @@ def new_run_id() -> str:
 
 
 def claim(output: Location, config: JobConfig, manifest: Manifest, run_id: str) -> None:
-    """Write what the run is before its first row."""
+    """Write what the run is before its first row.
+
+    Raises:
+        UserError: the directory cannot be made or written.
+    """
     from trio.pipeline.summary import versions
 
-    for name in (ROWS, STATS):
-        make_directory(output.join(name))
     table = manifest.to_table()
-    marked = table.replace_schema_metadata({RUN_KEY: run_id.encode()})
-    comment = f"trio-vlm {versions()['trio-vlm']}, run {run_id}\nRepeat: --config {CONFIG}"
-    write_atomic(output.join(CONFIG), settings.dump(config, comment).encode())
-    write_atomic(output.join(MANIFEST), serialise(marked))
+    marked = table.replace_schema_metadata(metadata_of(table.schema, run_id))
+    comment = (
+        f"trio-vlm {versions()['trio-vlm']}, run {run_id}\n"
+        f"Repeat: --config {CONFIG} --output NEW_DIRECTORY"
+    )
+    try:
+        for name in (ROWS, STATS):
+            make_directory(output.join(name))
+        write_atomic(output.join(CONFIG), settings.dump(config, comment).encode())
+        write_atomic(output.join(MANIFEST), serialise(marked))
+    except OSError as error:
+        raise UserError(f"--output {output.uri}: cannot be written: {error}") from error
 
 
 def close(output: Location, summary: Mapping[str, Any]) -> None:

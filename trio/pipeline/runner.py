@@ -62,14 +62,14 @@ def plan(config: JobConfig, paths: Sequence[str]) -> Plan:
         UserError: anything in them that keeps the run from making sense.
     """
     assert config.output is not None, "the job chooses an output"
-    manifest, schemas = inspect(paths)
+    output = locate(config.output)
+    manifest, schemas = inspect(paths, output)
     columns = resolve(
         schemas,
         [shard.path for shard in manifest.shards],
         parse_mapping(config.columns or ""),
         prompt_given=config.prompt is not None,
     )
-    output = locate(config.output)
     earlier = outdir.earlier(output)
     if earlier is not None:
         if config.rows_per_file is None:

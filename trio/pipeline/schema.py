@@ -6,7 +6,7 @@ INPUT dicts of one row each; OUTPUT an Arrow table in exactly the schema. No tor
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -71,7 +71,7 @@ def rows_schema(id_type: pa.DataType, *, run_id: str, save_kept: bool = False) -
     if save_kept:
         kept = pa.list_(pa.list_(pa.int32()))
         fields.append(_field("kept_tokens", kept, "indices of visual tokens, one list per stage"))
-    return _with_metadata(fields, run_id)
+    return pa.schema(fields, metadata=metadata_of(fields, run_id))
 
 
 def stats_schema(*, run_id: str) -> pa.Schema:
@@ -94,12 +94,13 @@ def stats_schema(*, run_id: str) -> pa.Schema:
         _field("kv_used_bytes_peak", pa.int64(), "bytes"),
         _field("device_bytes_peak", pa.int64(), "bytes"),
     ]
-    return _with_metadata(fields, run_id)
+    return pa.schema(fields, metadata=metadata_of(fields, run_id))
 
 
-def _with_metadata(fields: Sequence[pa.Field], run_id: str) -> pa.Schema:
+def metadata_of(fields: Iterable[pa.Field], run_id: str) -> dict[bytes, bytes]:
+    """What every file of a run says about itself: the run's id and the units of its columns."""
     units = {f.name: f.metadata[b"unit"].decode() for f in fields if f.metadata}
-    return pa.schema(fields, metadata={RUN_KEY: run_id.encode(), UNITS_KEY: json.dumps(units)})
+    return {RUN_KEY: run_id.encode(), UNITS_KEY: json.dumps(units).encode()}
 
 
 def build_table(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:
