@@ -135,3 +135,7 @@ def test_nothing_is_pruned_where_nothing_is_asked() -> None:
     assert not JobConfig(method="none", retention=0.5).pruning().active
     assert not JobConfig(retention=1.0).pruning().active
     assert JobConfig(retention=0.5).pruning().active
+
+
+def test_inputs_of_several_flags_add_up() -> None:
+    assert from_flags("--input", "a", "b", "--input", "c").input == ("a", "b", "c")

@@ -52,7 +52,8 @@ def _add_flag(out: Parser, name: str, meta: dict[str, Any], default: Any) -> Non
         out.add_argument(flag, action=argparse.BooleanOptionalAction, **extra)
         return
     metavar = meta["metavar"] or name.rpartition("_")[2].upper()
-    out.add_argument(flag, metavar=metavar, nargs="+" if name == "input" else None, **extra)
+    several: dict[str, Any] = {"nargs": "+", "action": "extend"} if name == "input" else {}
+    out.add_argument(flag, metavar=metavar, **several, **extra)
 
 
 def settings_from(
