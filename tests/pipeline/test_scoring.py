@@ -19,6 +19,9 @@ CAPTION = "a red 7 , a blue 3 and a green 5"
         ("3.14.", "3.14", True),
         ("", "no", False),
         ("no", "not", False),
+        ("a.", "A", True),
+        ("", "A", False),
+        ("the", "A", False),
     ],
 )
 def test_exact_match(response: str, answer: str, right: bool) -> None:

@@ -18,10 +18,13 @@ _PUNCTUATION = re.compile(r"(?<!\d)[.,;:!?\"'`()]|[.,;:!?\"'`()](?!\d)")
 
 
 def normalise(text: str) -> str:
-    """Lower case, no articles or punctuation (but within numbers), single spaces."""
+    """Lower case, no articles or punctuation (but within numbers), single spaces.
+
+    Text that is nothing but an article stays: the answer may be the option "A".
+    """
     plain = unicodedata.normalize("NFKC", text).casefold()
-    plain = _PUNCTUATION.sub(" ", plain)
-    return " ".join(word for word in plain.split() if word not in ("a", "an", "the"))
+    words = _PUNCTUATION.sub(" ", plain).split()
+    return " ".join([word for word in words if word not in ("a", "an", "the")] or words)
 
 
 def exact_match(response: str, answers: Sequence[str]) -> bool:
