@@ -14,15 +14,15 @@ from pathlib import Path
 
 from trio.demo import MODEL
 from trio.errors import UserError
+from trio.pipeline.cli import WRONG, Parser, fail
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = _parser().parse_args(arguments)
     try:
-        return options.run(options)
+        options = _parser().parse_args(arguments)
+        return int(options.run(options))
     except UserError as error:
-        print(f"benchmark.py: {error}", file=sys.stderr)
-        return 2
+        return fail("benchmark.py", str(error), WRONG)
 
 
 def quality(options: argparse.Namespace) -> int:
@@ -38,6 +38,13 @@ def quality(options: argparse.Namespace) -> int:
         options.position_ids,
         options.seed,
     )
+    _check_file(options.json)
+    if options.dry_run:
+        print(
+            f"model {options.model}, {options.dtype}; scenes {options.scenes}, seed {options.seed}"
+        )
+        print("\n".join(f"{row.label}, retention {row.pruning.retention:.4g}" for row in rows))
+        return 0
     asked = ask(options.scenes, options.seed)
     model, processor = load(options.model, device=None, dtype=options.dtype)
     print(describe(model, len(asked), options.scenes, options.seed), flush=True)
@@ -51,8 +58,14 @@ def quality(options: argparse.Namespace) -> int:
     return 0
 
 
+def _check_file(path: Path | None) -> None:
+    """A measurement takes long, and is written at its end."""
+    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+        raise UserError(f"--json {path}: no file can be written there; name one in a directory")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     one = commands.add_parser("quality", help=quality.__doc__, description=quality.__doc__)
     one.set_defaults(run=quality)
@@ -68,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
         seed=7,
         dtype="float32",
         json=None,
+        dry_run=False,
     )
     add("--model", help="directory or hub id (default: the bundled model)")
     add("--methods", type=_words, help="none,random,gradient,trio (default: all of them)")
@@ -79,11 +93,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed", type=int, help="of the scenes and of random pruning (default: 7)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="(default: float32)")
     add("--json", type=Path, metavar="FILE", help="also write the rows as JSON")
+    add("--dry-run", action="store_true", help="print what would be measured, then stop")
     return parser
 
 
 def _words(text: str) -> list[str]:
-    return text.split(",")
+    return [word.strip() for word in text.split(",")]
 
 
 def _fractions(text: str) -> list[float]:

@@ -82,6 +82,8 @@ def ask(scenes: int, seed: int) -> list[Asked]:
     """The requests: `QUESTIONS_PER_SCENE` about each of `scenes` held-out scenes."""
     if scenes < 1:
         raise UserError(f"--scenes is {scenes}; it must be at least 1")
+    if seed < 0:
+        raise UserError(f"--seed is {seed}; it must be at least 0")
     rng = np.random.default_rng(seed)
     asked: list[Asked] = []
     for number in range(scenes):
