@@ -98,3 +98,28 @@ def test_gradient_is_the_order_cut_off() -> None:
     assert choice.kept[0][0] == sorted(scores[3:20].argsort(descending=True)[:6].tolist())
     assert choice.kept[0][1] is None
     assert choice.kept[1][0] == sorted(scores[51:75].argsort(descending=True)[:4].tolist())
+
+
+def test_a_callers_autocast_does_not_reach_the_scores() -> None:
+    model = tiny_llava(layers=3)
+    decoder = Decoder(model.model.language_model, model.lm_head)
+    hidden = torch.randn(70, decoder.hidden_size, generator=torch.Generator().manual_seed(0))
+
+    def scores() -> torch.Tensor:
+        choice = choose(
+            Pruning(schedule="1:20"),
+            lambda: decoder.proxy(1),
+            hidden,
+            torch.arange(70),
+            Ragged.of_spans([70], [[(2, 66)]]),
+            [[20]],
+            salts=[0],
+            layer=1,
+        )
+        assert choice is not None
+        assert choice.saliency is not None
+        return choice.saliency.scores_T
+
+    plain = scores()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(scores(), plain)

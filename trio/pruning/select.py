@@ -75,7 +75,9 @@ def choose(
             for (r, i), goal in goals.items()
         }
         return StageChoice(_by_request(ragged, picks), [], None, {})
-    return _by_saliency(pruning, proxy(), hidden_TD, positions_T, ragged, goals)
+    # A caller's autocast would score in half precision, and scores would collide.
+    with torch.autocast(hidden_TD.device.type, enabled=False):
+        return _by_saliency(pruning, proxy(), hidden_TD, positions_T, ragged, goals)
 
 
 def salt_of(token_ids: Sequence[int]) -> int:
