@@ -103,6 +103,32 @@ def test_freeing_moves_the_last_row_into_the_hole() -> None:
     story.decode()
 
 
+@pytest.mark.parametrize("layer", range(1, LAYERS))
+def test_memory_that_runs_out_while_growing_leaves_the_running_ones_whole(
+    layer: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    story = Story(cache())
+    story.admit({1: (9, 4, 2)})
+    make, made = story.store._rectangle, []
+
+    def give_out(slots: int, capacity: int) -> torch.Tensor:
+        made.append(capacity)
+        if len(made) > 2 * layer:
+            raise torch.OutOfMemoryError("no memory left")
+        return make(slots, capacity)
+
+    monkeypatch.setattr(story.store, "_rectangle", give_out)
+    with pytest.raises(torch.OutOfMemoryError):
+        story.admit({2: (300, 200, 100)})
+    monkeypatch.undo()
+    assert (story.store.order, story.store.room.holders) == ([1], 1)
+    story.decode()
+    story.admit({3: (300, 200, 100)})
+    story.decode()
+    story.free(1)
+    story.decode()
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_random_coming_and_going_keeps_every_request_whole(seed: int) -> None:
     chance = random.Random(seed)

@@ -87,7 +87,11 @@ class Cache:
         shape = self.room.shape
         wanted = self.room.allocate(key, need)
         if wanted != shape:
-            self._reshape(wanted)
+            try:
+                self._reshape(wanted)
+            except BaseException:  # out of memory halfway: some layers have the new shape
+                self.room.undo(key)
+                raise
         self.order.append(key)
         for lengths in self._lengths:
             lengths.append(0)

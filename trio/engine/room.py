@@ -71,6 +71,11 @@ class Room:
         """Give a request's room back. The shape stays until other requests want another."""
         del self._needs[key]
 
+    def undo(self, key: int) -> None:
+        """Take back an `allocate` whose shape the cache could not get as a whole."""
+        self.free(key)
+        self.shape = Shape(0, (0,) * len(self.group_bytes))
+
     def _grown(self, need: Need) -> Shape | None:
         """The shape that holds one more request: with slack where it fits, tight if it must be."""
         if self.holders == self.max_slots:
