@@ -222,6 +222,21 @@ def test_results_come_as_they_finish_and_requests_are_pulled_lazily(model: Any) 
     assert 10 < order.index(0) < 100
 
 
+def test_failed_results_come_before_the_rest_is_pulled(model: Any) -> None:
+    pulled = []
+
+    def requests() -> Any:
+        for number in range(200):
+            pulled.append(number)
+            yield Request(prompt=None, id=number)  # type: ignore[arg-type]
+
+    order = []
+    for result in engine(model, max_running=4).generate(requests()):
+        order.append(result.id)
+        assert len(pulled) <= len(order) + 4
+    assert order == list(range(200))
+
+
 def test_an_answer_left_halfway_leaves_nothing_behind(model: Any) -> None:
     worker = engine(model, max_running=4)
     next(worker.generate(mixed_requests(16)))
@@ -272,6 +287,9 @@ def broken_requests() -> dict[str, Request | Prepared]:
             good, input_ids=tuple(4 for _ in range(63)), image_tokens=(63,), id="h"
         ),
         "prompt: the prompt has no tokens": Prepared(input_ids=(), id="i"),
+        "mismatch: an image without": replace(
+            good, image_inputs=good.image_inputs * 2, image_tokens=(64, 0), id="j"
+        ),
     }
 
 

@@ -112,6 +112,7 @@ def test_counters_add_up_and_can_be_reset(model: Any) -> None:
     assert max(r.kv_bytes or 0 for r in results) <= stats["kv_used_bytes_peak"]
     after = engine.stats()
     assert after.pop("running_mean") is None
+    assert after.pop("idle_s") < 0.05
     assert not any(after.values())
 
 
@@ -128,4 +129,15 @@ def test_time_without_work_counts_as_idle(model: Any) -> None:
     time.sleep(0.05)
     while engine.has_work:
         engine.step()
-    assert engine.stats()["idle_s"] == idle
+    assert engine.stats()["idle_s"] < idle + 0.04
+
+
+def test_idle_time_goes_to_the_counters_of_its_time(model: Any) -> None:
+    engine = Engine(model, PROCESSOR)
+    time.sleep(0.1)
+    assert engine.stats(reset=True)["idle_s"] >= 0.1
+    assert engine.stats()["idle_s"] < 0.05
+    next(engine.generate(mixed_requests(4)))
+    engine.stats(reset=True)
+    time.sleep(0.1)
+    assert engine.stats()["idle_s"] >= 0.1

@@ -34,6 +34,8 @@ class Admission:
             numbers = f"{len(prepared.image_inputs)} and {len(prepared.image_tokens)}"
             message = f"image_inputs and image_tokens speak of {numbers} images"
             return failed(prepared.id, "mismatch", message)
+        if 0 in prepared.image_tokens:
+            return failed(prepared.id, "mismatch", "an image without placeholder tokens")
         try:
             spans = runner.adapter.spans(prepared.input_ids, prepared.image_tokens)
         except UserError as error:

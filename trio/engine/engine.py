@@ -124,10 +124,14 @@ class Engine:
 
     @property
     def wants_more(self) -> bool:
-        """Whether less is waiting than a step could take in; a hint for whoever submits."""
+        """Whether less is waiting than a step could take in; a hint for whoever submits.
+
+        Failed results that wait for a step count as well, so that they come out in time.
+        """
         waiting = self._scheduler.waiting
         tokens = sum(task.prompt_tokens for task in waiting)
-        return len(waiting) < self._max_running and tokens < self._scheduler.batch_tokens
+        count = len(waiting) + len(self._done)
+        return count < self._max_running and tokens < self._scheduler.batch_tokens
 
     def submit(self, request: Request | Prepared | Result) -> None:
         """Queue a request; what `prepare` returned may be handed on as it is.
@@ -146,8 +150,7 @@ class Engine:
 
         What goes wrong on the device is raised; `reset` then makes the engine usable again.
         """
-        if self._idle_since is not None:
-            self._counters.idle_s += time.perf_counter() - self._idle_since
+        self._count_idle()
         if admitted := self._scheduler.admit():
             self._prefill(admitted)
         if self._scheduler.running:
@@ -160,9 +163,12 @@ class Engine:
         """Drop all that waits or runs."""
         self._scheduler.clear()
         self._done.clear()
+        if self._idle_since is None:
+            self._idle_since = time.perf_counter()
 
     def stats(self, *, reset: bool = False) -> dict[str, Any]:
         """Counters since the last reset; absent figures are None."""
+        self._count_idle()
         device = self._runner.decoder.device
         peak = cuda.max_memory_allocated(device) if device.type == "cuda" else None
         counted = {**self._counters.as_dict(), "device_bytes_peak": peak}
@@ -171,6 +177,12 @@ class Engine:
             if device.type == "cuda":
                 cuda.reset_peak_memory_stats(device)
         return counted
+
+    def _count_idle(self) -> None:
+        """Idle time up to now belongs to the counters as they are."""
+        if self._idle_since is not None:
+            since, self._idle_since = self._idle_since, time.perf_counter()
+            self._counters.idle_s += self._idle_since - since
 
     def _prefill(self, tasks: list[Task]) -> None:
         began = self._runner.now()
