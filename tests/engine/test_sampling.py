@@ -92,8 +92,8 @@ def test_greedy_rows_do_not_advance_their_stream() -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"max_new_tokens": 0}, {"temperature": -1.0}, {"temperature": math.nan}, {"top_p": 0.0},
-     {"top_p": 1.1}, {"top_k": 0}],
+    [{"max_new_tokens": 0}, {"max_new_tokens": 2.5}, {"temperature": -1.0},
+     {"temperature": math.nan}, {"top_p": 0.0}, {"top_p": 1.1}, {"top_k": 0}],
 )  # fmt: skip
 def test_impossible_settings_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(UserError, match=next(iter(wrong))):

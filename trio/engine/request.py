@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal
 
 from trio.errors import UserError
@@ -43,8 +44,9 @@ class Sampling:
     """Go on after the model's own end-of-sequence tokens (for measuring speed)."""
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise UserError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
+        limit: object = self.max_new_tokens
+        if not isinstance(limit, Integral) or limit < 1:
+            raise UserError(f"max_new_tokens is {limit!r}; it must be an integer of at least 1")
         if not self.temperature >= 0:
             raise UserError(f"temperature is {self.temperature}; it must be 0 or more")
         if not 0 < self.top_p <= 1:
