@@ -75,6 +75,15 @@ def message(model: object) -> str:
     return text
 
 
+def test_a_directory_below_the_home_of_the_user(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(checkpoint.parent))
+    model, _ = load(f"~/{checkpoint.name}", device="cpu")
+    assert model.config.model_type == "llava"
+    assert load_processor(f"~/{checkpoint.name}").chat_template
+
+
 def test_wrong_directories_are_named(checkpoint: Path, tmp_path: Path) -> None:
     assert "there is no model directory" in message(tmp_path / "nowhere")
     assert "no config.json" in message(tmp_path)

@@ -22,6 +22,7 @@ def load(
         raise UserError(f"device {where} was asked for, but torch sees no CUDA device")
     if dtype is None:
         dtype = "auto" if where.type == "cuda" else torch.float32
+    model = _expanded(model)
     _check_directory(model)
     try:
         config = AutoConfig.from_pretrained(model, trust_remote_code=False)
@@ -44,7 +45,7 @@ def load_processor(model: str) -> Any:
     Images go through PIL wherever it runs: torchvision resizes differently, and a result must not
     depend on whether it happens to be installed.
     """
-    return AutoProcessor.from_pretrained(model, backend="pil", trust_remote_code=False)
+    return AutoProcessor.from_pretrained(_expanded(model), backend="pil", trust_remote_code=False)
 
 
 def default_kv_bytes(device: torch.device) -> int:
@@ -65,8 +66,13 @@ def _free_memory() -> int:
     return int(available) * 1024
 
 
+def _expanded(model: str) -> str:
+    """With `~` written out, which transformers would take for the name of a model."""
+    return os.path.expanduser(model)
+
+
 def _check_directory(model: str) -> None:
-    path = Path(model).expanduser()
+    path = Path(model)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise UserError(f"{model!r} is no model directory: it has no config.json")
