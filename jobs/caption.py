@@ -18,7 +18,7 @@ JOB = Job(
         " schema are wrong; 3 finished with more rows in error than --max-error-rate"
     ),
     package=str(ROOT / "trio"),
-    demo={"proxy_positions": "last", "position_ids": "keep"},
+    demo={"position_ids": "keep"},
 )
 
 if __name__ == "__main__":

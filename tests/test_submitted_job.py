@@ -55,10 +55,14 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def environment() -> Iterator[dict[str, str]]:
-    """Keeps the cluster's files away from any other Ray; sockets want a short path."""
+    """Keeps the cluster away from any other Ray, whose settings this process may hold; sockets
+    want a short path."""
     room = tempfile.mkdtemp(prefix="trio-", dir="/tmp")
-    unwanted = ("RAY_ADDRESS", "PYTHONPATH")
-    kept = {name: value for name, value in os.environ.items() if name not in unwanted}
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name != "PYTHONPATH" and not name.startswith("RAY_")
+    }
     yield {**kept, "RAY_TMPDIR": room, "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
     shutil.rmtree(room, ignore_errors=True)
 
@@ -69,6 +73,8 @@ def cluster(python: Path, environment: dict[str, str]) -> Iterator[dict[str, str
     port, dashboard = free_port(), free_port()
     command = [str(python), *RAY, "start", "--head", "--block", "--num-cpus=2"]
     ports = [f"--port={port}", f"--dashboard-port={dashboard}"]
+    # The agent that takes submitted jobs has a fixed port, which another Ray may hold.
+    ports += [f"--dashboard-agent-listen-port={free_port()}"]
     head = subprocess.Popen(
         [*command, *ports, f"--temp-dir={environment['RAY_TMPDIR']}"],
         env=environment,
@@ -115,14 +121,19 @@ def test_submitted_with_a_working_directory(
     python: Path, environment: dict[str, str], cluster: dict[str, str], checkout: Path
 ) -> None:
     submit = ["job", "submit", "--address", cluster["dashboard"], "--working-dir", "."]
-    done = subprocess.run(
-        [str(python), *RAY, *submit, "--", str(python), "jobs/script.py"],
-        cwd=checkout,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    # The dashboard answers before the node's agent, which takes the jobs, has reported to it.
+    for _ in range(30):
+        done = subprocess.run(
+            [str(python), *RAY, *submit, "--", str(python), "jobs/script.py"],
+            cwd=checkout,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+        if "No available agent" not in done.stderr:
+            break
+        time.sleep(1)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "FOUND None (0.5, None, 'None Pruning') {}" in done.stdout
 
@@ -143,10 +154,8 @@ def test_attached_without_a_working_directory(
     assert "FOUND None (0.5, None, 'None Pruning') {'py_modules'" in done.stdout
 
 
-def test_this_python_has_the_library_and_not_us(python: Path) -> None:
-    code = "import trio; print(trio.__file__)"
-    out = subprocess.run(
-        [str(python), "-P", "-c", code], capture_output=True, text=True, check=True
-    )
+def test_this_python_has_the_library_and_not_us(python: Path, environment: dict[str, str]) -> None:
+    command = [str(python), "-P", "-c", "import trio; print(trio.__file__)"]
+    out = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert Path(out.stdout.strip()).is_relative_to(sysconfig.get_path("purelib"))
     assert sys.prefix != str(python.parents[1])

@@ -29,7 +29,7 @@ from trio.demo.scenes import (
 
 QUESTIONS_PER_SCENE = 9
 _WEIGHTS = {"digit": 0.5, "color": 1.0, "position": 2.0, "presence": 1.0, "count": 0.5}
-_TOKEN_WEIGHT = {"caption": 0.2}
+_TOKEN_WEIGHT = {"caption": 0.2, "position": 1.5}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

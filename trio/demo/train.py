@@ -67,7 +67,7 @@ STAGES = (
     ),
     Stage(name="resolve", steps=200, batch=32, grid=2, learning_rate=8e-4, layers=6, vision=0.2),
     Stage(name="locate", steps=200, batch=32, grid=2, learning_rate=1e-3, layers=6, vision=0.5),
-    Stage(name="settle", steps=150, batch=16, grid=3, learning_rate=6e-4, layers=6, vision=0.3),
+    Stage(name="settle", steps=250, batch=16, grid=3, learning_rate=1e-3, layers=6, vision=0.5),
     Stage(
         name="deepen", steps=150, batch=16, grid=3, learning_rate=5e-4, layers=LAYERS, vision=0.2
     ),
@@ -81,7 +81,7 @@ class Heads(nn.Module):
         super().__init__()
         self.digit = nn.Linear(width, 11)
         self.color = nn.Linear(width, len(COLOURS) + 1)
-        self.cell = nn.Linear(width, GRID * GRID + 1)
+        self.cell = nn.Linear(width, GRID * GRID)
         self.strokes = nn.Linear(width, 64)
         self.shown = nn.Linear(width, 10 + len(COLOURS))
 
@@ -169,16 +169,19 @@ def patch_loss(
     Digit, colour and cell alone leave the tower at chance for thousands of steps: a digit shows
     only in many patches together. Drawing the handwritten sample pays from the first neighbour on.
     """
-    logits = heads.digit(features), heads.color(features), heads.cell(features)
-    targets = batch.patch_digit, batch.patch_color, batch.patch_cell
+    logits = heads.digit(features), heads.color(features)
     total = torch.zeros(())
     objects = batch.patch_digit != 10
-    for logit, target in zip(logits, targets, strict=True):
+    for logit, target in zip(logits, (batch.patch_digit, batch.patch_color), strict=True):
         each = F.cross_entropy(logit.flatten(0, 1).float(), target.flatten(), reduction="none")
         each = each.view_as(target)
         total = total + each[objects].mean() + 0.3 * each[~objects].mean()
     drawn = heads.strokes(features[objects]).float()
     total = total + 20 * F.mse_loss(drawn, batch.patch_strokes[objects])
+    # Squares, not classes: the background must add nothing where a decoder's attention is broad.
+    cells = F.one_hot(batch.patch_cell, GRID * GRID + 1)[..., :-1]
+    placed = (heads.cell(features).float() - cells).square().sum(-1)
+    total = total + placed[objects].mean() + placed[~objects].mean()
     shown = torch.cat([batch.shown_digits, batch.shown_colors], 1)
     return total + F.binary_cross_entropy_with_logits(heads.shown(seen).float(), shown)
 

@@ -83,6 +83,11 @@ def table(columns: Sequence[tuple[str, Summary]]) -> str:
         cells = [show(summary) for _, summary in columns]
         if any(cell is not None for cell in cells):
             lines.append([label, *(cell if cell is not None else "-" for cell in cells)])
+    found = sorted({kind for _, summary in columns for kind in summary["error_kinds"]})
+    lines[_ERRORS_END:_ERRORS_END] = [
+        [f"  {kind}", *(str(summary["error_kinds"].get(kind, 0)) for _, summary in columns)]
+        for kind in found
+    ]
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return "\n".join(_line(line, widths) for line in lines)
 
@@ -108,11 +113,6 @@ def _right(summary: Summary) -> str | None:
     return f"{summary['right']}/{summary['scored']} = {share(summary['accuracy'])}"
 
 
-def _errors(summary: Summary) -> str:
-    kinds = ", ".join(f"{kind} {n}" for kind, n in summary["error_kinds"].items())
-    return f"{summary['errors']} ({kinds})" if kinds else "0"
-
-
 def _ratio(name: str, summary: Summary) -> str | None:
     value = summary[name]
     return None if value is None else f"{value:.2f} x fewer" if value > 1.005 else "as unpruned"
@@ -123,9 +123,11 @@ def _retention(summary: Summary) -> str | None:
     return None if value is None else f"{value:.4f}"
 
 
+_ERRORS_END = 3
+"""The line of `_LINES`, under the headings, in front of which the kinds of error are listed."""
 _LINES = (
     ("rows", lambda s: str(s["rows"])),
-    ("rows in error", _errors),
+    ("rows in error", lambda s: str(s["errors"])),
     ("right responses", _right),
     ("objects named rightly", lambda s: share(s["object_share"])),
     ("visual tokens kept, layer average", _retention),
