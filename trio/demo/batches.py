@@ -8,6 +8,7 @@ is trained exactly as if it stood alone behind the image.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -143,7 +144,7 @@ def _pack(
         for number, question in enumerate(_choose(rng, scene)):
             ask = _ids(vocabulary, question.prompt + " assistant :")
             answer = [*_ids(vocabulary, question.answer), vocabulary.eos_token_id]
-            tokens = ask + answer[:-1]
+            tokens = [*ask, *answer[:-1]]
             targets = [-100] * (len(ask) - 1) + answer
             kind = KINDS.index(question.kind)
             weight = _TOKEN_WEIGHT.get(question.kind, 1.0)
@@ -162,12 +163,6 @@ def _pack(
     }
 
 
-_cache: dict[str, list[int]] = {}
-
-
-def _ids(vocabulary: PreTrainedTokenizerFast, text: str) -> list[int]:
-    if text not in _cache:
-        if len(_cache) > 100_000:
-            _cache.clear()
-        _cache[text] = vocabulary(text, add_special_tokens=False).input_ids
-    return _cache[text]
+@lru_cache(maxsize=100_000)
+def _ids(vocabulary: PreTrainedTokenizerFast, text: str) -> tuple[int, ...]:
+    return tuple(vocabulary(text, add_special_tokens=False).input_ids)
