@@ -36,9 +36,9 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "white": (245, 245, 245),
 }
 CELL_NAMES = (
-    "top left", "top center", "top right",
-    "middle left", "middle center", "middle right",
-    "bottom left", "bottom center", "bottom right",
+    "top-left", "top-center", "top-right",
+    "middle-left", "center", "middle-right",
+    "bottom-left", "bottom-center", "bottom-right",
 )  # fmt: skip
 KINDS = ("digit", "color", "presence", "count", "position", "caption")
 Kind = Literal["digit", "color", "presence", "count", "position", "caption"]

@@ -1,10 +1,13 @@
 """Train the demo model: `python -m trio.demo.train --work DIR`.
 
-Five stages, each starting from the last one's weights: the vision tower learns digit, colour and
-cell of every patch on small scenes and then on full ones; a decoder of `BASE_LAYERS` layers learns
-to answer from the frozen tower's features, averaged over 2 x 2 patches; both train on together at
-576 visual tokens; at last the decoder is grown to its full depth by stacking layers whose output
+Each stage starts from the last one's weights: the vision tower learns digit, colour and cell of
+every patch on small scenes; a decoder of `BASE_LAYERS` layers learns to answer from the frozen
+tower's features, averaged over 2 x 2 patches, and then from 576 visual tokens; at last both train on
+together, the decoder grown to its full depth by stacking layers whose output
 projections start at zero. A checkpoint is written every few minutes and the run goes on from it.
+
+Several processes share each step's scenes: `torchrun --nproc-per-node 2 -m trio.demo.train …` with
+one thread each is faster on two cores than one process with two threads.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from transformers import AttentionInterface, LlavaForConditionalGeneration
@@ -53,23 +57,29 @@ class Stage:
 
 STAGES = (
     Stage(name="see-plain", steps=350, batch=64, grid=1, learning_rate=1.5e-3, plain=True),
-    Stage(name="see-one", steps=600, batch=64, grid=1, learning_rate=1.5e-3),
-    Stage(name="see", steps=300, batch=32, grid=2, learning_rate=1e-3),
+    Stage(name="see-one", steps=800, batch=64, grid=1, learning_rate=1.5e-3),
+    Stage(name="see", steps=400, batch=32, grid=2, learning_rate=1e-3),
     Stage(
         name="answer",
         steps=1200,
         batch=32,
         grid=2,
-        learning_rate=1.5e-3,
-        layers=6,
+        learning_rate=2e-3,
+        layers=BASE_LAYERS,
         pool=2,
         vision=0,
     ),
-    Stage(name="resolve", steps=200, batch=32, grid=2, learning_rate=8e-4, layers=6, vision=0.2),
-    Stage(name="locate", steps=200, batch=32, grid=2, learning_rate=1e-3, layers=6, vision=0.5),
-    Stage(name="settle", steps=250, batch=16, grid=3, learning_rate=1e-3, layers=6, vision=0.5),
     Stage(
-        name="deepen", steps=150, batch=16, grid=3, learning_rate=5e-4, layers=LAYERS, vision=0.2
+        name="resolve",
+        steps=200,
+        batch=32,
+        grid=3,
+        learning_rate=1e-3,
+        layers=BASE_LAYERS,
+        vision=0,
+    ),
+    Stage(
+        name="deepen", steps=800, batch=32, grid=3, learning_rate=1e-3, layers=LAYERS, vision=0.2
     ),
 )
 
@@ -96,19 +106,27 @@ def question_attention(
     dropout: float = 0.0,
     **kwargs: object,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention among the prefix, masked attention of the text rows over everything."""
+    """Causal attention among the prefix, masked attention of the text rows over everything.
+
+    Written out in the dtype of its input: with two wide heads that is twice as fast on a CPU with
+    bfloat16 as its fused kernel.
+    """
     prefix = query.shape[2] - attention_mask.shape[2]
-    seen = F.scaled_dot_product_attention(
-        query[:, :, :prefix],
-        key[:, :, :prefix],
-        value[:, :, :prefix],
-        is_causal=True,
-        scale=scaling,
-    )
-    asked = F.scaled_dot_product_attention(
-        query[:, :, prefix:], key, value, attn_mask=attention_mask, scale=scaling
-    )
+    ahead = torch.ones(prefix, prefix, dtype=torch.bool).triu(1)[None, None]
+    query = query * scaling
+    seen = _attend(query[:, :, :prefix], key[:, :, :prefix], value[:, :, :prefix], ahead)
+    asked = _attend(query[:, :, prefix:], key, value, ~attention_mask)
     return torch.cat([seen, asked], 2).transpose(1, 2), None
+
+
+def _attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, hidden: torch.Tensor
+) -> torch.Tensor:
+    """Softmax attention [N, H, Q, D] without the entries where `hidden` [1 or N, 1, Q, K] is set."""
+    bias = torch.zeros(hidden.shape, dtype=query.dtype).masked_fill_(hidden, -math.inf)
+    bias = bias.expand(*query.shape[:2], -1, -1).flatten(0, 1)
+    scores = torch.baddbmm(bias, query.flatten(0, 1), key.flatten(0, 1).transpose(1, 2))
+    return (scores.softmax(-1) @ value.flatten(0, 1)).view_as(query)
 
 
 AttentionInterface.register("scene_questions", question_attention)
@@ -224,6 +242,10 @@ class Trainer:
         self.work, self.seed, self.stages = work, seed, stages
         self.save_every, self.scenes_evaluated = save_every, scenes_evaluated
         self.tokenizer = processor().tokenizer
+        self.rank, self.processes = 0, 1
+        if dist.is_torchelastic_launched():
+            dist.init_process_group("gloo")
+            self.rank, self.processes = dist.get_rank(), dist.get_world_size()
         torch.manual_seed(seed)
         self.stage, self.step = 0, 0
         self.model = new_model(self.tokenizer, BASE_LAYERS)
@@ -241,7 +263,8 @@ class Trainer:
             if self.stage < len(self.stages):
                 self._enter_stage()
             self._save()
-        export(self.model, self.work / "model")
+        if self.rank == 0:
+            export(self.model, self.work / "model")
 
     def _enter_stage(self) -> None:
         if self.stage >= len(self.stages):
@@ -267,19 +290,20 @@ class Trainer:
             loss = self._train_step(stage)
             self.step += 1
             seen += stage.batch
-            if self.step % 50 == 0:
+            if self.step % 50 == 0 and self.rank == 0:
                 rate = seen / (time.monotonic() - started)
                 print(
                     f"{stage.name} {self.step}/{stage.steps} loss {loss:.4f} {rate:.1f} scenes/s",
                     flush=True,
                 )
-            if self.step % self.save_every == 0 or self.step == stage.steps:
+            if (self.step % self.save_every == 0 or self.step == stage.steps) and self.rank == 0:
                 print(stage.name, self.step, self.evaluate(stage), flush=True)
                 self._save()
 
     def _train_step(self, stage: Stage) -> float:
-        rng = np.random.default_rng((self.seed, self.stage, self.step))
-        batch = make_batch(rng, self.tokenizer, "train", stage.batch, stage.grid, stage.plain)
+        rng = np.random.default_rng((self.seed, self.stage, self.step, self.rank))
+        size = stage.batch // self.processes
+        batch = make_batch(rng, self.tokenizer, "train", size, stage.grid, stage.plain)
         warm = min(1.0, (self.step + 1) / 50)
         decay = 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * self.step / stage.steps))
         for group in self.optimizer.param_groups:
@@ -287,10 +311,22 @@ class Trainer:
         with torch.autocast("cpu", torch.bfloat16):
             loss = self._loss(stage, batch)
         loss.backward()
+        if self.processes > 1:
+            self._average_gradients()
         nn.utils.clip_grad_norm_(self.trained, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return float(loss.detach())
+
+    def _average_gradients(self) -> None:
+        gradients = [
+            torch.zeros_like(p) if p.grad is None else p.grad for p in self.trained
+        ]
+        flat = nn.utils.parameters_to_vector(gradients)
+        dist.all_reduce(flat)
+        nn.utils.vector_to_parameters(flat / self.processes, gradients)
+        for parameter, gradient in zip(self.trained, gradients, strict=True):
+            parameter.grad = gradient
 
     def _loss(self, stage: Stage, batch: Batch) -> torch.Tensor:
         with torch.set_grad_enabled(stage.vision > 0):
@@ -322,6 +358,8 @@ class Trainer:
         return {name: round(float(np.mean(values)), 3) for name, values in totals.items()}
 
     def _save(self) -> None:
+        if self.rank:
+            return
         state = {
             "model": self.model.state_dict(),
             "heads": self.heads.state_dict(),
