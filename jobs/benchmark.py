@@ -12,6 +12,7 @@ from fractions import Fraction
 from functools import partial
 from pathlib import Path
 
+from trio.config import Pruning
 from trio.demo import MODEL
 from trio.errors import UserError
 from trio.pipeline.cli import WRONG, Parser, fail
@@ -58,6 +59,61 @@ def quality(options: argparse.Namespace) -> int:
     return 0
 
 
+def speed(options: argparse.Namespace) -> int:
+    """Seconds, throughput and memory of generate, engine and pruning, side by side."""
+    import torch
+
+    from trio.benchmark.ceilings import measure as measure_ceilings
+    from trio.benchmark.conditions import machine
+    from trio.benchmark.shapes import build
+    from trio.benchmark.speed import Workload, measure, subjects_for, summary, table, work_of
+
+    workload = Workload(
+        batch=options.batch,
+        prompt_tokens=options.prompt_tokens,
+        output_tokens=options.output_tokens,
+        seed=options.seed,
+    )
+    if options.encoder != "none":
+        raise UserError(
+            f"--encoder {options.encoder} is not available in this version; there is: none"
+        )
+    retention = options.retention
+    if retention is None and options.schedule is None:
+        retention = 1 / 9
+    pruning = Pruning(retention=retention, schedule=options.schedule)
+    _check_file(options.json)
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = options.dtype or ("float32" if device.type == "cpu" else "bfloat16")
+    conditions = {
+        "shape": options.shape,
+        "batch": options.batch,
+        "prompt_tokens": options.prompt_tokens,
+        "output_tokens": options.output_tokens,
+        "retention": retention,
+        "schedule": options.schedule,
+        "rounds": options.rounds,
+        "seed": options.seed,
+        "dtype": dtype,
+        **machine(device),
+    }
+    print(", ".join(f"{name} {value}" for name, value in conditions.items()), flush=True)
+    if options.dry_run:
+        return 0
+    model, processor = build(options.shape, device, getattr(torch, dtype))
+    subjects = subjects_for(model, processor, workload, pruning)
+    ceilings = measure_ceilings(device, getattr(torch, dtype))
+    rounds = []
+    for runs in measure(subjects, options.rounds):
+        rounds.append(runs)
+        print(f"round {len(rounds)}/{options.rounds}", file=sys.stderr, flush=True)
+    result = summary(rounds, work_of(model, pruning, workload), ceilings, options.batch)
+    print(table(result))
+    if options.json:
+        options.json.write_text(json.dumps({"conditions": conditions, **result}, indent=1) + "\n")
+    return 0
+
+
 def _check_file(path: Path | None) -> None:
     """A measurement takes long, and is written at its end."""
     if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
@@ -67,10 +123,15 @@ def _check_file(path: Path | None) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    one = commands.add_parser("quality", help=quality.__doc__, description=quality.__doc__)
-    one.set_defaults(run=quality)
-    add = partial(one.add_argument, default=argparse.SUPPRESS)
-    one.set_defaults(
+    _add_quality(commands.add_parser("quality", help=quality.__doc__, description=quality.__doc__))
+    _add_speed(commands.add_parser("speed", help=speed.__doc__, description=speed.__doc__))
+    return parser
+
+
+def _add_quality(parser: argparse.ArgumentParser) -> None:
+    add = partial(parser.add_argument, default=argparse.SUPPRESS)
+    parser.set_defaults(
+        run=quality,
         model=str(MODEL),
         methods=["none", "random", "gradient", "trio"],
         encoders=["none"],
@@ -94,7 +155,39 @@ def _parser() -> argparse.ArgumentParser:
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="(default: float32)")
     add("--json", type=Path, metavar="FILE", help="also write the rows as JSON")
     add("--dry-run", action="store_true", help="print what would be measured, then stop")
-    return parser
+
+
+def _add_speed(parser: argparse.ArgumentParser) -> None:
+    add = partial(parser.add_argument, default=argparse.SUPPRESS)
+    parser.set_defaults(
+        run=speed,
+        shape="small",
+        batch=16,
+        prompt_tokens=40,
+        output_tokens=(32, 32),
+        retention=None,
+        schedule=None,
+        encoder="none",
+        device=None,
+        dtype=None,
+        rounds=3,
+        seed=0,
+        json=None,
+        dry_run=False,
+    )
+    add("--shape", help="architecture with random weights: tiny, small, llava-1.5-7b (small)")
+    add("--batch", type=_positive, help="requests, one image each, all waiting at once (16)")
+    add("--prompt-tokens", type=_positive, help="text tokens of each prompt (40)")
+    add("--output-tokens", type=_range, help="of each answer: 32, or spread evenly: 8-128 (32)")
+    add("--retention", type=_fraction, help="layer-average share kept (1/9)")
+    add("--schedule", help="explicit stages instead: 1:92,10:54,15:22")
+    add("--encoder", help="only none in this version")
+    add("--device", help="cpu or cuda (the GPU if there is one)")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="(float32; bfloat16 on a GPU)")
+    add("--rounds", type=_positive, help="each with a run of every row; medians are shown (3)")
+    add("--seed", type=int, help="of words, pixels and the order of lengths (0)")
+    add("--json", type=Path, metavar="FILE", help="also write conditions, ratios and rows as JSON")
+    add("--dry-run", action="store_true", help="print the conditions, then stop")
 
 
 def _words(text: str) -> list[str]:
@@ -106,6 +199,27 @@ def _fractions(text: str) -> list[float]:
         return [float(Fraction(part)) for part in text.split(",")]
     except (ValueError, ZeroDivisionError):
         raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers or fractions") from None
+
+
+def _fraction(text: str) -> float:
+    (value,) = _fractions(text) if "," not in text else (None,)
+    if value is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is more than one number")
+    return value
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no integer of at least 1")
+    return int(text)
+
+
+def _range(text: str) -> tuple[int, int]:
+    low, _, high = text.partition("-")
+    bounds = _positive(low), _positive(high or low)
+    if bounds[0] > bounds[1]:
+        raise argparse.ArgumentTypeError(f"{text!r} goes down; write the shorter answer first")
+    return bounds
 
 
 if __name__ == "__main__":

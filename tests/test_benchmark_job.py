@@ -1,5 +1,6 @@
 """jobs/benchmark.py: what it says before it measures."""
 
+import json
 from pathlib import Path
 
 import benchmark
@@ -25,6 +26,51 @@ def test_mistakes_end_with_code_2_and_one_line(
     assert benchmark.main(["quality", *(flag.format(dir=tmp_path) for flag in flags)]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1 and error.startswith("benchmark.py: ")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--shape", "huge"], "--shape huge is not available"),
+        (["--encoder", "scan"], "not available in this version"),
+        (["--batch", "0"], "no integer of at least 1"),
+        (["--output-tokens", "9-3"], "goes down"),
+        (["--retention", "1/9,1/3"], "more than one number"),
+        (["--retention", "1/9", "--schedule", "1:9"], "not both"),
+        (["--shape", "tiny", "--retention", "0.01"], "out of reach"),
+        (["--json", "{dir}/nowhere/x.json"], "no file can be written there"),
+    ],
+)
+def test_mistakes_with_speed(
+    flags: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert benchmark.main(["speed", *(flag.format(dir=tmp_path) for flag in flags)]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and error.startswith("benchmark.py: ")
+
+
+def test_speed_compares_four_ways_on_the_same_requests(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "speed.json"
+    flags = ["--shape", "tiny", "--batch", "3", "--prompt-tokens", "8", "--output-tokens", "2-4"]
+    assert benchmark.main(["speed", *flags, "--rounds", "1", "--json", str(file)]) == 0
+    told = json.loads(file.read_text())
+    assert told["conditions"]["shape"] == "tiny" and "torch" in told["conditions"]
+    generate, engine, pruned, patched = told["rows"]
+    # 144 visual and 8 text tokens in 16 layers, 2 + 3 + 4 new ones; float32.
+    token = 16 * 2 * 128 * 4
+    assert engine["kv_bytes"] == token * (3 * 152 + 1 + 2 + 3)
+    assert generate["kv_bytes"] == token * (3 * 152 + 3 * 3)
+    assert pruned["flops"] == patched["flops"] < engine["flops"] == generate["flops"]
+    assert told["kv_ratio"] == engine["kv_bytes"] / pruned["kv_bytes"] > 3
+    assert 1 < told["flops_ratio_total"] < told["flops_ratio"]
+    assert 0 < told["prune_share"] < 1
+    assert engine["prune_share"] == 0 and generate["prune_share"] is None
+    keys = ("prefill_speedup", "throughput_speedup", "engine_vs_generate", "pruned_vs_generate")
+    assert all(told[key] > 0 for key in keys)
+    printed = capsys.readouterr().out
+    assert "patch + generate" in printed and "flops_ratio_total" in printed
 
 
 def test_a_dry_run_lists_what_would_be_measured(capsys: pytest.CaptureFixture[str]) -> None:

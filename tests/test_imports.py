@@ -18,15 +18,17 @@ SETTINGS = {"errors", "config"}
 MAY_IMPORT = {
     "errors": set[str](),
     "_beside": set[str](),
+    "tables": set[str](),
     "config": {"errors", "pruning"},
     "pruning": SETTINGS,
     "models": SETTINGS | {"pruning"},
     "engine": SETTINGS | {"pruning", "models"},
     "patching": SETTINGS | {"pruning", "models"},
     "conformance": SETTINGS | {"pruning", "models"},
-    "pipeline": SETTINGS | {"pruning", "models", "engine"},
+    "pipeline": SETTINGS | {"pruning", "models", "engine", "tables"},
     "demo": SETTINGS | {"pruning", "models", "engine"},
-    "benchmark": SETTINGS | {"pruning", "models", "engine", "pipeline", "demo"},
+    "benchmark": SETTINGS
+    | {"pruning", "models", "engine", "patching", "pipeline", "demo", "tables"},
 }
 LIGHT = [
     "trio",

@@ -22,6 +22,7 @@ from trio.engine.engine import Engine
 from trio.engine.request import Request, Result, Sampling
 from trio.errors import UserError
 from trio.pipeline.scoring import exact_match, object_share
+from trio.tables import aligned
 
 QUESTIONS_PER_SCENE = 3
 MAX_NEW_TOKENS = 32
@@ -216,11 +217,4 @@ def table(summaries: Sequence[dict[str, Any]]) -> str:
                 f"{one['caption_objects']:.3f}",
             ]
         )
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    )
+    return aligned(lines)

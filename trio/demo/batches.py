@@ -29,8 +29,8 @@ from trio.demo.scenes import (
 )
 
 QUESTIONS_PER_SCENE = 9
-_WEIGHTS = {"digit": 0.5, "color": 1.0, "position": 2.0, "presence": 1.0, "count": 0.5}
-_TOKEN_WEIGHT = {"caption": 0.2, "position": 1.5}
+_WEIGHTS = {"digit": 0.5, "color": 1.0, "position": 1.5, "presence": 0.7, "count": 0.3}
+_TOKEN_WEIGHT = {"caption": 0.2}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,11 +74,15 @@ def make_batch(
     size: int,
     grid: int,
     plain: bool = False,
+    crowded: bool = False,
 ) -> Batch:
     """Draw `size` scenes of `grid` x `grid` cells, all at one place of the full grid. The digits
     of plain scenes have no colour to be learnt: -100 in `patch_color`."""
     origin = (int(rng.integers(GRID - grid + 1)), int(rng.integers(GRID - grid + 1)))
-    scenes = [make_scene(rng, split, grid=grid, origin=origin, plain=plain) for _ in range(size)]
+    scenes = [
+        make_scene(rng, split, grid=grid, origin=origin, plain=plain, crowded=crowded)
+        for _ in range(size)
+    ]
     digit, color, strokes = (np.stack(part) for part in zip(*map(_labels, scenes), strict=True))
     shown_colors = _shown(color, len(COLOURS))
     if plain:

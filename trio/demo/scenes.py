@@ -95,14 +95,17 @@ def make_scene(
     grid: int = GRID,
     origin: tuple[int, int] = (0, 0),
     plain: bool = False,
+    crowded: bool = False,
 ) -> Scene:
     """Draw a scene of `grid` x `grid` cells whose first cell is `origin` (row, column) of the full
     grid; training uses parts of the full grid because they cost less. A plain scene, for the first
-    steps of training, shows all digits in white on an even ground."""
+    steps of training, shows all digits in white on an even ground; a crowded one always shows as
+    many digits as there may be."""
     canvas = _ground(rng, grid * CELL)
     if not plain:
         canvas += _texture(rng, grid * CELL)
-    count = int(rng.integers(1, min(MAX_OBJECTS, grid * grid) + 1))
+    most = min(MAX_OBJECTS, grid * grid)
+    count = most if crowded else int(rng.integers(1, most + 1))
     digits = rng.permutation(10)[:count]
     colors = sorted(rng.permutation(len(COLOURS))[:count])
     cells = rng.permutation(grid * grid)[:count]

@@ -1,10 +1,10 @@
 """Train the demo model: `python -m trio.demo.train --work DIR`.
 
-Each stage starts from the last one's weights: the vision tower learns digit, colour and cell of
+Each stage starts from the last one's weights. The vision tower learns digit, colour and cell of
 every patch on small scenes; a decoder of `BASE_LAYERS` layers learns to answer from the frozen
-tower's features, averaged over 2 x 2 patches, and then from 576 visual tokens; at last both train on
-together, the decoder grown to its full depth by stacking layers whose output
-projections start at zero. A checkpoint is written every few minutes and the run goes on from it.
+tower's features, averaged over 2 x 2 patches, and then from 576 visual tokens; at last both train
+on together, the decoder grown to its full depth by stacking layers whose output projections start
+at zero. A checkpoint is written every few minutes and the run goes on from it.
 
 Several processes share each step's scenes: `torchrun --nproc-per-node 2 -m trio.demo.train …` with
 one thread each is faster on two cores than one process with two threads.
@@ -47,6 +47,9 @@ class Stage:
     learning_rate: float
     plain: bool = False
     """White digits on an even ground."""
+    crowded: bool = False
+    """As many digits as there may be: to know which places hold one then says nothing about where a
+    given one is."""
     layers: int = 0
     """Decoder layers; 0 trains the vision tower alone."""
     pool: int = 1
@@ -61,10 +64,31 @@ STAGES = (
     Stage(name="see", steps=400, batch=32, grid=2, learning_rate=1e-3),
     Stage(
         name="answer",
-        steps=1200,
+        steps=2200,
         batch=32,
         grid=2,
         learning_rate=2e-3,
+        layers=BASE_LAYERS,
+        pool=2,
+        vision=0,
+    ),
+    Stage(
+        name="place",
+        steps=400,
+        batch=32,
+        grid=2,
+        learning_rate=2e-3,
+        layers=BASE_LAYERS,
+        pool=2,
+        vision=0,
+        crowded=True,
+    ),
+    Stage(
+        name="answer-again",
+        steps=300,
+        batch=32,
+        grid=2,
+        learning_rate=1e-3,
         layers=BASE_LAYERS,
         pool=2,
         vision=0,
@@ -79,7 +103,7 @@ STAGES = (
         vision=0,
     ),
     Stage(
-        name="deepen", steps=800, batch=32, grid=3, learning_rate=1e-3, layers=LAYERS, vision=0.2
+        name="deepen", steps=880, batch=16, grid=3, learning_rate=7e-4, layers=LAYERS, vision=0.3
     ),
 )
 
@@ -122,7 +146,7 @@ def question_attention(
 def _attend(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, hidden: torch.Tensor
 ) -> torch.Tensor:
-    """Softmax attention [N, H, Q, D] without the entries where `hidden` [1 or N, 1, Q, K] is set."""
+    """Softmax attention [N, H, Q, D]; no weight where `hidden` [1 or N, 1, Q, K] is set."""
     bias = torch.zeros(hidden.shape, dtype=query.dtype).masked_fill_(hidden, -math.inf)
     bias = bias.expand(*query.shape[:2], -1, -1).flatten(0, 1)
     scores = torch.baddbmm(bias, query.flatten(0, 1), key.flatten(0, 1).transpose(1, 2))
@@ -303,7 +327,9 @@ class Trainer:
     def _train_step(self, stage: Stage) -> float:
         rng = np.random.default_rng((self.seed, self.stage, self.step, self.rank))
         size = stage.batch // self.processes
-        batch = make_batch(rng, self.tokenizer, "train", size, stage.grid, stage.plain)
+        batch = make_batch(
+            rng, self.tokenizer, "train", size, stage.grid, stage.plain, stage.crowded
+        )
         warm = min(1.0, (self.step + 1) / 50)
         decay = 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * self.step / stage.steps))
         for group in self.optimizer.param_groups:
@@ -319,9 +345,7 @@ class Trainer:
         return float(loss.detach())
 
     def _average_gradients(self) -> None:
-        gradients = [
-            torch.zeros_like(p) if p.grad is None else p.grad for p in self.trained
-        ]
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.trained]
         flat = nn.utils.parameters_to_vector(gradients)
         dist.all_reduce(flat)
         nn.utils.vector_to_parameters(flat / self.processes, gradients)

@@ -51,10 +51,21 @@ class Rows:
 
     rows: for each sequence the row indices in it, rising; queries come packed in this order.
     lengths: keys of each sequence.
+    projection: given where values come as the hidden states `[1, T, D]` before their projection.
+        Attention then sums up first and projects its few rows, not all tokens.
     """
 
     rows: tuple[tuple[int, ...], ...]
     lengths: tuple[int, ...]
+    projection: ValueProjection | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ValueProjection:
+    """weight_KED: value weights of each key head. bias_KE: their biases, if any."""
+
+    weight_KED: Tensor
+    bias_KE: Tensor | None
 
 
 @dataclass(slots=True, eq=False)
@@ -163,34 +174,33 @@ def _split(x: Tensor, count: int) -> Tensor:
 
 def _rows(query: Tensor, key: Tensor, value: Tensor, scale: float, layout: Rows) -> Tensor:
     """Written out, because its gradient is wanted in any precision and its size is small."""
-    index_BR, valid_BR = _pad_index([len(rows) for rows in layout.rows], query.device)
-    index_BS, valid_BS = _pad_index(layout.lengths, query.device)
-    widest = index_BR.shape[1]
-    limit_BR = torch.tensor(
-        [[*rows, *[0] * (widest - len(rows))] for rows in layout.rows], device=query.device
-    )
-    kv_heads = key.shape[1]
-    group = query.shape[1] // kv_heads
-    # [B, R, K, G, E] and [B, S, K, E]
-    query_B = query[0].transpose(0, 1)[index_BR].unflatten(2, (kv_heads, group))
-    key_B = key[0].transpose(0, 1)[index_BS]
-    value_B = value[0].transpose(0, 1)[index_BS]
-    scores = torch.einsum("brkge,bske->bkgrs", query_B * scale, key_B)
-    positions_S = torch.arange(index_BS.shape[1], device=query.device)
-    seen_BRS = (positions_S <= limit_BR[..., None]) & valid_BS[:, None]
-    scores = scores.masked_fill(~seen_BRS[:, None, None], float("-inf"))
-    out = torch.einsum("bkgrs,bske->brkge", scores.softmax(dim=-1), value_B)
-    return out.flatten(2, 3)[valid_BR][None]
-
-
-def _pad_index(lengths: tuple[int, ...] | list[int], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Packed index and validity of each place of a padded `[B, max(lengths)]` view."""
-    length_B = torch.tensor(lengths)
-    start_B = length_B.cumsum(0) - length_B
-    place = torch.arange(int(length_B.max()))
-    valid = place < length_B[:, None]
-    index = (start_B[:, None] + place).where(valid, start_B[:, None])
-    return index.to(device), valid.to(device)
+    kv_heads, heads = key.shape[1], query.shape[1]
+    query_RKGE = query[0].transpose(0, 1).unflatten(1, (kv_heads, heads // kv_heads)) * scale
+    pieces = []
+    row = token = 0
+    # Equal neighbours go together as views: a padded copy's gradient would be a slow scatter.
+    sizes = zip(layout.rows, layout.lengths, strict=True)
+    for (count, length), group in groupby(sizes, lambda size: (len(size[0]), size[1])):
+        limits = [rows for rows, _ in group]
+        next_row, next_token = row + count * len(limits), token + length * len(limits)
+        query_BRKGE = query_RKGE[row:next_row].unflatten(0, (len(limits), count))
+        key_KBSE = key[0, :, token:next_token].unflatten(1, (len(limits), length))
+        scores = torch.einsum("brkge,kbse->bkgrs", query_BRKGE, key_KBSE)
+        seen_BRS = torch.arange(length) <= torch.tensor(limits)[..., None]
+        hidden = ~seen_BRS[:, None, None].to(query.device)
+        share = scores.masked_fill(hidden, float("-inf")).softmax(dim=-1)
+        if layout.projection is None:
+            value_KBSE = value[0, :, token:next_token].unflatten(1, (len(limits), length))
+            out = torch.einsum("bkgrs,kbse->brkge", share, value_KBSE)
+        else:
+            value_BSD = value[0, token:next_token].unflatten(0, (len(limits), length))
+            summed = torch.einsum("bkgrs,bsd->bkgrd", share, value_BSD)
+            out = torch.einsum("bkgrd,ked->brkge", summed, layout.projection.weight_KED)
+            if layout.projection.bias_KE is not None:
+                out = out + layout.projection.bias_KE[:, None]
+        pieces.append(out.flatten(0, 1).flatten(1, 2))
+        row, token = next_row, next_token
+    return torch.cat(pieces)[None]
 
 
 def _padded(query: Tensor, key: Tensor, value: Tensor, scale: float, layout: Padded) -> Tensor:

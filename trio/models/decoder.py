@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from trio.errors import UserError
-from trio.models.attention import NAME, Layout, Rows
+from trio.models.attention import NAME, Layout, Rows, ValueProjection
 
 Rotary = tuple[Tensor, Tensor]
 """Cosines and sines, `[1, T, E]` each."""
@@ -162,7 +162,8 @@ class Proxy:
     ) -> Tensor:
         """Logits of a few rows of each sequence after one more layer, norm and head.
 
-        Only keys and values are computed for all tokens; everything else for the rows alone.
+        Only keys are computed for all tokens; everything else for the rows alone, values too:
+        they are projected after attention has summed them up.
 
         Args:
             hidden_TD: hidden states that enter the layer, packed, in `self.dtype`.
@@ -179,8 +180,9 @@ class Proxy:
             device=hidden_TD.device,
         )
         cos, sin = self._decoder.rotary(positions_T, self.dtype)
-        keys, values = self._keys_values(hidden_TD, (cos, sin))
-        layout = Rows(tuple(map(tuple, rows)), tuple(lengths))
+        normed_TD = self._call("input_layernorm", hidden_TD)
+        keys = self._keys(normed_TD, cos, sin)
+        layout = Rows(tuple(map(tuple, rows)), tuple(lengths), self._value_projection())
         with self._decoder.ragged():
             hidden = functional_call(
                 self._layer,
@@ -189,7 +191,7 @@ class Proxy:
                 {
                     "attention_mask": None,
                     "position_embeddings": (cos[:, index_R], sin[:, index_R]),
-                    "past_key_values": _Given(keys, values),
+                    "past_key_values": _Given(keys, normed_TD[None]),
                     "use_cache": True,
                     "layout": layout,
                 },
@@ -197,15 +199,19 @@ class Proxy:
         normed = functional_call(self._decoder.model.norm, self._norm, (hidden[0],))
         return functional_call(self._decoder.lm_head, self._head, (normed,))
 
-    def _keys_values(self, hidden_TD: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
-        """Keys and values `[1, K, T, E]` that the layer's attention would see."""
-        head_dim = self._decoder.head_dim
-        normed = self._call("input_layernorm", hidden_TD)
-        keys = self._call("self_attn.k_proj", normed).unflatten(-1, (-1, head_dim))
-        values = self._call("self_attn.v_proj", normed).unflatten(-1, (-1, head_dim))
-        cos, sin = (part[0, :, None] for part in rotary)
-        keys = keys * cos + _rotate_half(keys) * sin
-        return keys.transpose(0, 1)[None], values.transpose(0, 1)[None]
+    def _keys(self, normed_TD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Keys `[1, K, T, E]` that the layer's attention would see."""
+        keys = self._call("self_attn.k_proj", normed_TD).unflatten(-1, (-1, self._decoder.head_dim))
+        keys = keys * cos[0, :, None] + _rotate_half(keys) * sin[0, :, None]
+        return keys.transpose(0, 1)[None]
+
+    def _value_projection(self) -> ValueProjection:
+        bias = self._params.get("self_attn.v_proj.bias")
+        heads = (self._decoder.num_kv_heads, self._decoder.head_dim)
+        return ValueProjection(
+            self._params["self_attn.v_proj.weight"].unflatten(0, heads),
+            None if bias is None else bias.unflatten(0, heads),
+        )
 
     def _call(self, name: str, x: Tensor) -> Tensor:
         prefix = name + "."
@@ -216,7 +222,7 @@ class Proxy:
 
 
 class _Given:
-    """A cache that holds one layer's keys and values already, the rows' own among them."""
+    """A cache that holds one layer's keys and values already, those of the rows among them."""
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         self._pair = (keys, values)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib import metadata
 from typing import Any
 
 from trio.pipeline.totals import Totals
+from trio.tables import aligned
 
 PACKAGES = ("trio-vlm", "torch", "transformers", "ray", "pyarrow")
 Summary = Mapping[str, Any]
@@ -79,22 +81,20 @@ def summarise(
 def table(columns: Sequence[tuple[str, Summary]]) -> str:
     """Summaries side by side under their headings, as text."""
     lines = [["", *(heading for heading, _ in columns)]]
-    for label, show in _LINES:
+    for label, show in (*_ROWS, *_error_kinds(columns), *_FIGURES):
         cells = [show(summary) for _, summary in columns]
         if any(cell is not None for cell in cells):
             lines.append([label, *(cell if cell is not None else "-" for cell in cells)])
+    return aligned(lines)
+
+
+def _error_kinds(columns: Sequence[tuple[str, Summary]]) -> list[_Line]:
     found = sorted({kind for _, summary in columns for kind in summary["error_kinds"]})
-    lines[_ERRORS_END:_ERRORS_END] = [
-        [f"  {kind}", *(str(summary["error_kinds"].get(kind, 0)) for _, summary in columns)]
-        for kind in found
-    ]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return "\n".join(_line(line, widths) for line in lines)
+    return [(f"  {kind}", partial(_errors_of_kind, kind)) for kind in found]
 
 
-def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
-    first = cells[0].ljust(widths[0])
-    return "  ".join([first, *(c.rjust(w) for c, w in zip(cells[1:], widths[1:], strict=True))])
+def _errors_of_kind(kind: str, summary: Summary) -> str:
+    return str(summary["error_kinds"].get(kind, 0))
 
 
 def share(value: float | None) -> str | None:
@@ -123,11 +123,12 @@ def _retention(summary: Summary) -> str | None:
     return None if value is None else f"{value:.4f}"
 
 
-_ERRORS_END = 3
-"""The line of `_LINES`, under the headings, in front of which the kinds of error are listed."""
-_LINES = (
+_Line = tuple[str, Callable[[Summary], str | None]]
+_ROWS: tuple[_Line, ...] = (
     ("rows", lambda s: str(s["rows"])),
     ("rows in error", lambda s: str(s["errors"])),
+)
+_FIGURES: tuple[_Line, ...] = (
     ("right responses", _right),
     ("objects named rightly", lambda s: share(s["object_share"])),
     ("visual tokens kept, layer average", _retention),

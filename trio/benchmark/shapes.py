@@ -1,0 +1,150 @@
+"""Architectures with random weights to measure speed on, in the published sizes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+)
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from trio.demo.build import CHAT_TEMPLATE, tokenizer
+from trio.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shape:
+    """Sizes of a LLaVA: a CLIP tower with a class token, a projector and a LLaMA decoder."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    vocabulary: int
+    image: int
+    patch: int
+    vision_hidden: int
+    vision_layers: int
+    vision_heads: int
+
+    @property
+    def visual_tokens(self) -> int:
+        return (self.image // self.patch) ** 2
+
+
+SHAPES = {
+    "tiny": Shape(
+        hidden=128,
+        intermediate=384,
+        layers=16,
+        heads=4,
+        vocabulary=1000,
+        image=96,
+        patch=8,
+        vision_hidden=64,
+        vision_layers=2,
+        vision_heads=2,
+    ),
+    "small": Shape(
+        hidden=512,
+        intermediate=1376,
+        layers=16,
+        heads=8,
+        vocabulary=32000,
+        image=336,
+        patch=14,
+        vision_hidden=256,
+        vision_layers=6,
+        vision_heads=4,
+    ),
+    "llava-1.5-7b": Shape(
+        hidden=4096,
+        intermediate=11008,
+        layers=32,
+        heads=32,
+        vocabulary=32064,
+        image=336,
+        patch=14,
+        vision_hidden=1024,
+        vision_layers=24,
+        vision_heads=16,
+    ),
+}
+
+
+def build(name: str, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
+    """A random model of this shape, in eval mode on its device, and a processor that fits it.
+
+    Raises:
+        UserError: no such shape.
+    """
+    if name not in SHAPES:
+        raise UserError(f"--shape {name} is not available in this version; there are: {_names()}")
+    shape = SHAPES[name]
+    processor = _processor(shape)
+    words = processor.tokenizer
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(
+            hidden_size=shape.vision_hidden,
+            intermediate_size=4 * shape.vision_hidden,
+            num_hidden_layers=shape.vision_layers,
+            num_attention_heads=shape.vision_heads,
+            image_size=shape.image,
+            patch_size=shape.patch,
+            projection_dim=shape.vision_hidden,
+        ),
+        text_config=LlamaConfig(
+            hidden_size=shape.hidden,
+            intermediate_size=shape.intermediate,
+            num_hidden_layers=shape.layers,
+            num_attention_heads=shape.heads,
+            num_key_value_heads=shape.heads,
+            vocab_size=shape.vocabulary,
+            max_position_embeddings=4096,
+            bos_token_id=words.bos_token_id,
+            eos_token_id=words.eos_token_id,
+            pad_token_id=words.pad_token_id,
+            tie_word_embeddings=False,
+        ),
+        image_token_index=words.convert_tokens_to_ids("<image>"),
+        image_seq_length=shape.visual_tokens,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+        tie_word_embeddings=False,
+    )
+    with torch.device(device):
+        model = LlavaForConditionalGeneration(config).to(dtype)
+    _fill(model)
+    return model.eval(), processor
+
+
+@torch.no_grad()
+def _fill(model: torch.nn.Module) -> None:
+    """Weights that keep hidden states of unit size; norms as they start."""
+    generator = torch.Generator(next(model.parameters()).device).manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.normal_(std=parameter[0].numel() ** -0.5, generator=generator)
+
+
+def _processor(shape: Shape) -> LlavaProcessor:
+    side = {"height": shape.image, "width": shape.image}
+    return LlavaProcessor(
+        image_processor=CLIPImageProcessorPil(size={"shortest_edge": shape.image}, crop_size=side),
+        tokenizer=tokenizer(),
+        patch_size=shape.patch,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def _names() -> str:
+    return ", ".join(SHAPES)

@@ -1,0 +1,385 @@
+"""How fast, side by side in one run: transformers' `generate`, our engine, both with and without
+pruning.
+
+All subjects answer the same random requests on the same random weights, one after the other in
+every round, so that whatever slows the machine down meets all of them. Figures are medians over
+rounds, ratios are medians of the ratios within a round.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import torch
+
+from trio.benchmark.ceilings import Ceilings, PeakMemory, seconds
+from trio.config import Pruning
+from trio.engine.engine import Engine
+from trio.engine.request import Prepared, Result, Sampling
+from trio.patching import patch, unpatch
+from trio.pruning.cost import DecoderShape, VisionShape
+from trio.pruning.saliency import proxy_rows
+from trio.tables import aligned
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Workload:
+    """batch: requests, one image each, all waiting at once. prompt_tokens: text tokens of each.
+    output_tokens: shortest and longest answer; lengths are spread evenly between them."""
+
+    batch: int
+    prompt_tokens: int
+    output_tokens: tuple[int, int]
+    seed: int = 0
+
+    @property
+    def lengths(self) -> list[int]:
+        """Output tokens of each request, in an order that is mixed but always the same."""
+        low, high = self.output_tokens
+        span = max(1, self.batch - 1)
+        spread = torch.tensor([low + (high - low) * i // span for i in range(self.batch)])
+        order = torch.randperm(self.batch, generator=torch.Generator().manual_seed(self.seed))
+        return spread[order].tolist()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Run:
+    """What one subject did in one round.
+
+    prefill_s: encoding, prefill and pruning. flops: of the decoder's prefill, by the field's
+    convention, one per multiply-add. decode_bytes: weights, keys and values that decoding read.
+    """
+
+    total_s: float
+    prefill_s: float
+    prune_s: float | None
+    decode_s: float
+    output_tokens: int
+    kv_bytes: int
+    flops: float
+    decode_bytes: float | None
+    peak_bytes: int | None
+
+
+class Subject(Protocol):
+    name: str
+
+    def run(self) -> Run: ...
+
+
+class EngineSubject:
+    """Our engine."""
+
+    def __init__(
+        self, name: str, model: Any, processor: Any, pruning: Pruning, requests: list[Prepared]
+    ) -> None:
+        self.name = name
+        self._engine = Engine(model, processor, pruning=pruning, max_running=len(requests))
+        self._requests = requests
+        self._device = model.device
+        self._weights = decoder_bytes(model)
+        self._shape = DecoderShape.of_config(model.config.text_config)
+        self._element = model.dtype.itemsize
+
+    def run(self) -> Run:
+        self._engine.stats(reset=True)
+        peak = PeakMemory(self._device)
+        results: list[Result] = []
+        total = seconds(lambda: results.extend(self._engine.generate(self._requests)), self._device)
+        counted = self._engine.stats()
+        assert not counted["failed"], next(r.error for r in results if r.error)
+        read = self._weights * counted["decode_steps"] + sum(map(self._cache_reads, results))
+        return Run(
+            total_s=total,
+            prefill_s=counted["encode_s"] + counted["prefill_s"],
+            prune_s=counted["prune_s"],
+            decode_s=counted["decode_s"],
+            output_tokens=counted["output_tokens"],
+            kv_bytes=sum(result.kv_bytes or 0 for result in results),
+            flops=sum(result.prefill_flops or 0 for result in results),
+            decode_bytes=read,
+            peak_bytes=peak.read(),
+        )
+
+    def _cache_reads(self, result: Result) -> int:
+        """Bytes of keys and values read for one answer: each step reads all, and adds one token."""
+        steps = len(result.token_ids) - 1
+        token = self._shape.kv_bytes([1] * self._shape.num_layers, self._element)
+        return steps * (result.kv_bytes or 0) - token * steps * (steps - 1) // 2
+
+
+class GenerateSubject:
+    """`model.generate` on batches of one size, pruned by `trio.patch` where settings are given.
+
+    A batch goes on until its longest answer is complete, as it does for everybody.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        model: Any,
+        requests: Sequence[Prepared],
+        size: int,
+        pruning: Pruning | None,
+    ) -> None:
+        self.name = name
+        self.size = size
+        self._model = model
+        self._requests = requests
+        self._pruning = pruning
+        self._shape = DecoderShape.of_config(model.config.text_config)
+
+    def run(self) -> Run:
+        device = self._model.device
+        if self._pruning is not None:
+            patch(self._model, self._pruning)
+        try:
+            first = seconds(lambda: self._generate(one=True), device)
+            peak = PeakMemory(device)
+            total = seconds(lambda: self._generate(one=False), device)
+        finally:
+            if self._pruning is not None:
+                unpatch(self._model)
+        return Run(
+            total_s=total,
+            prefill_s=first,
+            prune_s=None,
+            decode_s=total - first,
+            output_tokens=sum(map(_asked, self._requests)),
+            kv_bytes=sum(map(self._kv_bytes, self._requests)),
+            flops=sum(self._shape.prefill_flops(self._layers(r)) for r in self._requests),
+            decode_bytes=None,
+            peak_bytes=peak.read(),
+        )
+
+    def _generate(self, *, one: bool) -> None:
+        for start in range(0, len(self._requests), self.size):
+            batch = self._requests[start : start + self.size]
+            ids = torch.tensor([request.input_ids for request in batch], device=self._model.device)
+            pixels = torch.cat([image["pixel_values"] for r in batch for image in r.image_inputs])
+            tokens = 1 if one else max(map(_asked, batch))
+            self._model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                pixel_values=pixels.to(self._model.device, self._model.dtype),
+                do_sample=False,
+                max_new_tokens=tokens,
+                min_new_tokens=tokens,
+            )
+
+    def _layers(self, request: Prepared) -> list[int]:
+        """Prompt tokens in each layer."""
+        pruning = self._pruning or Pruning()
+        return tokens_per_layer(
+            pruning, sum(request.image_tokens), len(request.input_ids), self._shape.num_layers
+        )
+
+    def _kv_bytes(self, request: Prepared) -> int:
+        added = max(map(_asked, self._requests)) - 1
+        stored = [tokens + added for tokens in self._layers(request)]
+        return self._shape.kv_bytes(stored, self._model.dtype.itemsize)
+
+
+def tokens_per_layer(
+    pruning: Pruning, visual_tokens: int, prompt_tokens: int, num_layers: int
+) -> list[int]:
+    """Tokens that each layer computes of a prompt with one image."""
+    kept = dict(pruning.stages(visual_tokens, num_layers))
+    tokens, left = [], visual_tokens
+    for layer in range(num_layers):
+        left = kept.get(layer, left)
+        tokens.append(prompt_tokens - visual_tokens + left)
+    return tokens
+
+
+def _asked(request: Prepared) -> int:
+    """Tokens of its answer."""
+    assert request.sampling is not None
+    return request.sampling.max_new_tokens
+
+
+def requests_for(model: Any, workload: Workload) -> list[Prepared]:
+    """Random pixels and random words, already prepared: preparing is measured by `pipeline`."""
+    generator = torch.Generator().manual_seed(workload.seed)
+    config = model.config
+    side = config.vision_config.image_size
+    image_token = config.image_token_id
+    visual = config.image_seq_length
+    requests = []
+    for number, length in enumerate(workload.lengths):
+        words = torch.randint(
+            image_token + 1,
+            config.text_config.vocab_size,
+            (workload.prompt_tokens,),
+            generator=generator,
+        ).tolist()
+        requests.append(
+            Prepared(
+                input_ids=(*words[:1], *[image_token] * visual, *words[1:]),
+                image_tokens=(visual,),
+                image_inputs=(
+                    {"pixel_values": torch.randn(1, 3, side, side, generator=generator)},
+                ),
+                id=number,
+                sampling=Sampling(max_new_tokens=length, ignore_eos=True),
+            )
+        )
+    return requests
+
+
+def best_batch_size(model: Any, requests: Sequence[Prepared]) -> int:
+    """The batch size at which plain `generate` answers fastest, of the whole, a quarter and one."""
+    sizes = sorted({len(requests), max(1, len(requests) // 4), 1})
+    times = {}
+    for size in sizes:
+        subject = GenerateSubject("", model, requests[:size], size, None)
+        times[size] = subject.run().total_s / size
+    return min(times, key=times.__getitem__)
+
+
+def measure(subjects: Sequence[Subject], rounds: int) -> Iterator[dict[str, Run]]:
+    """One warm-up, then the rounds, each with a run of every subject."""
+    for number in range(rounds + 1):
+        runs = {subject.name: subject.run() for subject in subjects}
+        if number:
+            yield runs
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Work:
+    """Multiply-adds of the prefill of all requests, pruned: what comes on top of the decoder's."""
+
+    encoder: float
+    proxy: float
+
+
+def work_of(model: Any, pruning: Pruning, workload: Workload) -> Work:
+    """FLOPs of the vision tower and of scoring and choosing."""
+    shape = DecoderShape.of_config(model.config.text_config)
+    visual = model.config.image_seq_length
+    proxy, left = 0, visual
+    for _, keep in pruning.stages(visual, shape.num_layers):
+        tokens = left + workload.prompt_tokens
+        proxy += shape.proxy_flops(tokens, len(proxy_rows(tokens, pruning.proxy_positions)))
+        proxy += shape.nms_flops(left, keep)
+        left = keep
+    encoder = VisionShape.of_llava_config(model.config).flops()
+    return Work(encoder=encoder * workload.batch, proxy=proxy * workload.batch)
+
+
+def decoder_bytes(model: Any) -> int:
+    """Weights that one decode step reads."""
+    parts = [*model.model.language_model.layers, model.model.language_model.norm, model.lm_head]
+    return sum(p.nbytes for part in parts for p in part.parameters())
+
+
+def subjects_for(model: Any, processor: Any, workload: Workload, pruning: Pruning) -> list[Subject]:
+    """The four rows of the table."""
+    requests = requests_for(model, workload)
+    size = best_batch_size(model, requests)
+    return [
+        GenerateSubject(GENERATE, model, requests, size, None),
+        EngineSubject(ENGINE, model, processor, Pruning(), requests),
+        EngineSubject(PRUNED, model, processor, pruning, requests),
+        GenerateSubject(PATCHED, model, requests, size, pruning),
+    ]
+
+
+GENERATE, ENGINE, PRUNED, PATCHED = "generate", "engine", "engine trio", "patch + generate"
+
+
+def summary(
+    rounds: Sequence[dict[str, Run]], work: Work, ceilings: Ceilings, images: int
+) -> dict[str, Any]:
+    """Medians, ratios and utilisation; the keys of the JSON file."""
+
+    def ratio(of: Callable[[dict[str, Run]], float]) -> float:
+        return statistics.median(of(runs) for runs in rounds)
+
+    plain, pruned = rounds[0][ENGINE], rounds[0][PRUNED]
+    total = pruned.flops + work.encoder + work.proxy
+    return {
+        "prefill_speedup": ratio(lambda r: r[ENGINE].prefill_s / r[PRUNED].prefill_s),
+        "flops_ratio": plain.flops / pruned.flops,
+        "flops_ratio_total": (plain.flops + work.encoder) / total,
+        "prune_share": ratio(lambda r: (r[PRUNED].prune_s or 0.0) / r[PRUNED].prefill_s),
+        "throughput_speedup": ratio(lambda r: r[ENGINE].total_s / r[PRUNED].total_s),
+        "engine_vs_generate": ratio(lambda r: r[GENERATE].total_s / r[ENGINE].total_s),
+        "pruned_vs_generate": ratio(lambda r: r[GENERATE].total_s / r[PRUNED].total_s),
+        "kv_ratio": plain.kv_bytes / pruned.kv_bytes,
+        "ceilings": asdict(ceilings),
+        "rows": [
+            _row(name, [r[name] for r in rounds], work, ceilings, images) for name in rounds[0]
+        ],
+    }
+
+
+def _row(
+    name: str, runs: Sequence[Run], work: Work, ceilings: Ceilings, images: int
+) -> dict[str, Any]:
+    def middle(of: Callable[[Run], float]) -> float:
+        return statistics.median(map(of, runs))
+
+    one = runs[0]
+    flops_total = one.flops + work.encoder + (work.proxy if name in (PRUNED, PATCHED) else 0.0)
+    read = one.decode_bytes
+    return {
+        "name": name,
+        "total_s": middle(lambda run: run.total_s),
+        "total_s_range": (min(r.total_s for r in runs), max(r.total_s for r in runs)),
+        "prefill_s": middle(lambda run: run.prefill_s),
+        "prefill_s_range": (min(r.prefill_s for r in runs), max(r.prefill_s for r in runs)),
+        "prune_share": None
+        if one.prune_s is None
+        else middle(lambda run: (run.prune_s or 0.0) / run.prefill_s),
+        "decode_s": middle(lambda run: run.decode_s),
+        "images_per_s": images / middle(lambda run: run.total_s),
+        "tokens_per_s": middle(lambda run: run.output_tokens / run.total_s),
+        "peak_bytes": None if one.peak_bytes is None else max(run.peak_bytes or 0 for run in runs),
+        "kv_bytes": one.kv_bytes,
+        "flops": one.flops,
+        "flops_total": flops_total,
+        "prefill_utilisation": middle(lambda r: 2 * flops_total / r.prefill_s) / ceilings.flops,
+        "decode_utilisation": None
+        if read is None
+        else middle(lambda r: (r.decode_bytes or 0.0) / r.decode_s) / ceilings.bytes,
+    }
+
+
+def table(summary: dict[str, Any]) -> str:
+    """The rows as aligned text, then the ratios."""
+    head = ["", "prefill s", "prune", "decode s", "total s", "(range)", "images/s", "tokens/s"]
+    head += ["peak MB", "KV MB", "GFLOPs", "with all", "FLOPs of limit", "bytes of limit"]
+    lines = [head]
+    for row in summary["rows"]:
+        low, high = row["total_s_range"]
+        lines.append(
+            [
+                row["name"],
+                f"{row['prefill_s']:.3f}",
+                _percent(row["prune_share"]),
+                f"{row['decode_s']:.3f}",
+                f"{row['total_s']:.3f}",
+                f"{low:.3f}-{high:.3f}",
+                f"{row['images_per_s']:.2f}",
+                f"{row['tokens_per_s']:.1f}",
+                "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:.0f}",
+                f"{row['kv_bytes'] / 1e6:.1f}",
+                f"{row['flops'] / 1e9:.1f}",
+                f"{row['flops_total'] / 1e9:.1f}",
+                _percent(row["prefill_utilisation"]),
+                _percent(row["decode_utilisation"]),
+            ]
+        )
+    text = [aligned(lines)]
+    for key, value in summary.items():
+        if isinstance(value, float):
+            text.append(f"{key} {value:.3f}")
+    return "\n".join(text)
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{share:.0%}"
