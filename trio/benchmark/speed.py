@@ -22,6 +22,7 @@ from trio.engine.request import Prepared, Result, Sampling
 from trio.patching import patch, unpatch
 from trio.pruning.cost import DecoderShape, VisionShape
 from trio.pruning.saliency import proxy_rows
+from trio.pruning.schedule import tokens_per_layer
 from trio.tables import aligned
 
 
@@ -172,27 +173,15 @@ class GenerateSubject:
 
     def _layers(self, request: Prepared) -> list[int]:
         """Prompt tokens in each layer."""
-        pruning = self._pruning or Pruning()
-        return tokens_per_layer(
-            pruning, sum(request.image_tokens), len(request.input_ids), self._shape.num_layers
-        )
+        visual, layers = sum(request.image_tokens), self._shape.num_layers
+        stages = (self._pruning or Pruning()).stages(visual, layers)
+        text = len(request.input_ids) - visual
+        return [text + kept for kept in tokens_per_layer(visual, stages, layers)]
 
     def _kv_bytes(self, request: Prepared) -> int:
         added = max(map(_asked, self._requests)) - 1
         stored = [tokens + added for tokens in self._layers(request)]
         return self._shape.kv_bytes(stored, self._model.dtype.itemsize)
-
-
-def tokens_per_layer(
-    pruning: Pruning, visual_tokens: int, prompt_tokens: int, num_layers: int
-) -> list[int]:
-    """Tokens that each layer computes of a prompt with one image."""
-    kept = dict(pruning.stages(visual_tokens, num_layers))
-    tokens, left = [], visual_tokens
-    for layer in range(num_layers):
-        left = kept.get(layer, left)
-        tokens.append(prompt_tokens - visual_tokens + left)
-    return tokens
 
 
 def _asked(request: Prepared) -> int:

@@ -64,16 +64,17 @@ class DecoderShape:
     def proxy_flops(self, tokens: int, rows: int) -> int:
         """One stage's scoring of a sequence with `tokens` tokens and a loss at `rows` rows.
 
-        Forward: keys and values of all tokens; the rest of a layer and the head on the rows.
-        Backward: the same products once more, towards activations only; weights get no gradient.
+        Forward: keys of all tokens, attention that sums up hidden states and projects its sums to
+        values, the rest of a layer and the head on the rows. Backward: the same products once more,
+        towards activations only (weights get no gradient), two for a product of two activations.
         """
-        kv = 2 * tokens * self.hidden_size * self.kv_size
-        per_row = 2 * self.hidden_size * self.query_size
+        keys = tokens * self.hidden_size * self.kv_size
+        # Query, value and output projection.
+        per_row = 3 * self.hidden_size * self.query_size
         per_row += self.ffn_products * self.hidden_size * self.intermediate_size
         per_row += self.hidden_size * self.vocab_size
-        attention = 2 * rows * tokens * self.query_size
-        # The backward of a product of two activations is two products.
-        return 2 * kv + 2 * rows * per_row + 3 * attention
+        attention = rows * tokens * (self.query_size + self.num_heads * self.hidden_size)
+        return 2 * keys + 2 * rows * per_row + 3 * attention
 
     def nms_flops(self, visual_tokens: int, keep: int) -> int:
         """Cosines between kept tokens and the rest, at most."""
