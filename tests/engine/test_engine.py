@@ -333,14 +333,80 @@ def test_a_request_without_any_room_fails_and_smaller_ones_run(model: Any) -> No
 def test_failures_of_the_engine_are_raised(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     worker = engine(model)
 
-    def out_of_memory(*args: Any) -> Any:
-        raise torch.OutOfMemoryError("no memory left")
+    def broken(*args: Any) -> Any:
+        raise RuntimeError("the device is gone")
 
-    monkeypatch.setattr(worker._runner, "decode", out_of_memory)
-    with pytest.raises(torch.OutOfMemoryError):
+    monkeypatch.setattr(worker._runner, "decode", broken)
+    with pytest.raises(RuntimeError, match="the device is gone"):
         list(worker.generate(mixed_requests(3, max_new_tokens=5)))
     monkeypatch.undo()
     assert len(list(worker.generate(mixed_requests(3)))) == 3
+
+
+@pytest.mark.parametrize("part", ["encode", "prefill", "decode"])
+def test_out_of_memory_work_is_done_in_smaller_parts(
+    model: Any, part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = Sampling(max_new_tokens=5, temperature=1.0, seed=7)
+    requests = [
+        *mixed_requests(9, max_new_tokens=5),
+        *(replace(r, id=9 + r.id, sampling=drawn) for r in mixed_requests(3, seed=1)),
+    ]
+    expected = singles(engine(model, PRUNINGS["trio"]), requests)
+    worker = engine(model, PRUNINGS["trio"])
+    work, sizes = getattr(worker._runner, part), []
+
+    def scarce(tasks: Any, *rest: Any) -> Any:
+        sizes.append(len(tasks))
+        if len(tasks) > 3:
+            raise torch.OutOfMemoryError("no memory left")
+        return work(tasks, *rest)
+
+    monkeypatch.setattr(worker._runner, part, scarce)
+    results = by_id(worker.generate(requests))
+    assert max(sizes) > 3
+    assert {k: r.token_ids for k, r in results.items()} == {
+        k: r.token_ids for k, r in expected.items()
+    }
+    assert worker._cache.used_bytes == worker._cache.room.holders == 0
+
+
+@pytest.mark.parametrize("part", ["encode", "prefill", "decode"])
+def test_what_needs_more_memory_than_there_is_fails_alone(
+    model: Any, part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = engine(model)
+    work, tries = getattr(worker._runner, part), []
+
+    def scarce(tasks: Any, *rest: Any) -> Any:
+        if any(task.prepared.id == 4 for task in tasks):
+            tries.append(len(tasks))
+            raise torch.OutOfMemoryError("no memory left")
+        return work(tasks, *rest)
+
+    monkeypatch.setattr(worker._runner, part, scarce)
+    results = by_id(worker.generate(mixed_requests(8, max_new_tokens=5)))
+    assert [k for k, r in sorted(results.items()) if r.error] == [4]
+    assert results[4].error == "no_room: the device ran out of memory: no memory left"
+    assert tries[-2:] == [1, 1]
+
+
+def test_a_device_with_less_memory_than_the_budget(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = engine(model)
+    make = worker._cache._rectangle
+
+    def scarce(slots: int, capacity: int) -> torch.Tensor:
+        if slots * capacity > 256:
+            raise torch.OutOfMemoryError("no memory left")
+        return make(slots, capacity)
+
+    monkeypatch.setattr(worker._cache, "_rectangle", scarce)
+    big = Request(prompt="what", images=(picture(0),) * 5, id="big")
+    results = by_id(worker.generate([*mixed_requests(6, max_new_tokens=5), big]))
+    assert [k for k, r in results.items() if r.error] == ["big"]
+    assert (results["big"].error or "").startswith("no_room: the device ran out of memory")
 
 
 def test_settings_out_of_reach_are_refused_at_the_start(model: Any) -> None:

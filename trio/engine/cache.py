@@ -83,14 +83,21 @@ class Cache:
         return self.room.can_allocate(need)
 
     def allocate(self, key: int, need: Need) -> None:
-        """Give a request the next row, empty for now."""
+        """Give a request the next row, empty for now.
+
+        Raises:
+            MemoryError: the device has less memory than the budget; the budget is halved.
+        """
         shape = self.room.shape
         wanted = self.room.allocate(key, need)
         if wanted != shape:
             try:
                 self._reshape(wanted)
-            except BaseException:  # out of memory halfway: some layers have the new shape
+            except BaseException as error:  # halfway: some layers have the new shape
                 self.room.undo(key)
+                if isinstance(error, torch.OutOfMemoryError):
+                    self.room.budget //= 2
+                    raise MemoryError(str(error)) from error
                 raise
         self.order.append(key)
         for lengths in self._lengths:

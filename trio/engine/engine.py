@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Generator, Iterable, Sequence
+from typing import Any
 
+import torch
 from PIL import Image
 from torch import Tensor, cuda
 
@@ -16,16 +17,13 @@ from trio.engine.prepare import Preparer
 from trio.engine.report import report
 from trio.engine.request import Prepared, Request, Result, Sampling, failed
 from trio.engine.runner import Runner
-from trio.engine.sampling import choose
+from trio.engine.sampling import choose, stream
 from trio.engine.scheduler import Scheduler
 from trio.engine.stats import Counters
 from trio.engine.task import Task
 from trio.errors import UserError
 from trio.models.llava import LlavaAdapter
 from trio.models.registry import adapt
-
-if TYPE_CHECKING:
-    import torch
 
 
 class Engine:
@@ -148,13 +146,16 @@ class Engine:
     def step(self) -> list[Result]:
         """Take in what fits, give every running request one more token, return what is finished.
 
-        What goes wrong on the device is raised; `reset` then makes the engine usable again.
+        Where the device runs out of memory, what was under way is done again in smaller parts; a
+        request that does not fit even alone fails. What else goes wrong on the device is raised;
+        `reset` then makes the engine usable again.
         """
         self._count_idle()
-        if admitted := self._scheduler.admit():
-            self._prefill(admitted)
+        if admitted := self._admit():
+            self._sparing(self._prefill, admitted)
         if self._scheduler.running:
-            self._decode([self._scheduler.running[key] for key in self._cache.order])
+            tasks = [self._scheduler.running[key] for key in self._cache.order]
+            self._sparing(self._decode, tasks)
         self._idle_since = None if self._scheduler.has_work else time.perf_counter()
         done, self._done = self._done, []
         return done
@@ -183,6 +184,41 @@ class Engine:
         if self._idle_since is not None:
             since, self._idle_since = self._idle_since, time.perf_counter()
             self._counters.idle_s += self._idle_since - since
+
+    def _admit(self) -> list[Task]:
+        scheduler = self._scheduler
+        admitted = scheduler.admit()
+        if not admitted and not scheduler.running and scheduler.waiting:
+            task = scheduler.waiting[0]
+            if not self._cache.fits(task.need):
+                scheduler.waiting.popleft()
+                self._fail(_no_memory(task, "even alone, its keys and values do not fit"))
+        return admitted
+
+    def _sparing(self, work: Callable[[list[Task]], None], tasks: list[Task]) -> None:
+        """Do a step's work; out of memory, let its requests start over in smaller parts."""
+        try:
+            return work(tasks)
+        except torch.OutOfMemoryError as error:
+            caught = error.with_traceback(None)  # whose frames hold the step's tensors
+        tasks = [task for task in tasks if task.key in self._scheduler.running]
+        self._scheduler.put_back(tasks)
+        torch.cuda.empty_cache()
+        if work == self._decode:
+            self._cache.room.max_slots = max(1, len(tasks) // 2)
+        else:
+            self._scheduler.batch_tokens = max(1, sum(t.prompt_tokens for t in tasks) // 2)
+        for task in tasks:
+            task.restart(stream(task.sampling))
+        if len(tasks) == 1 and not self._scheduler.running:
+            self._give_up_or_retry(tasks[0], caught)
+
+    def _give_up_or_retry(self, task: Task, error: Exception) -> None:
+        """What ran out of memory with the device to itself gets one more try."""
+        if task.tried_alone:
+            self._scheduler.waiting.remove(task)
+            self._fail(_no_memory(task, str(error)))
+        task.tried_alone = True
 
     def _prefill(self, tasks: list[Task]) -> None:
         began = self._runner.now()
@@ -255,6 +291,10 @@ class Engine:
     def _fail(self, result: Result) -> None:
         self._counters.failed += 1
         self._done.append(result)
+
+
+def _no_memory(task: Task, message: str) -> Result:
+    return failed(task.prepared.id, "no_room", f"the device ran out of memory: {message}")
 
 
 def _check_fit(prepare: Preparer, adapter: LlavaAdapter) -> None:

@@ -20,7 +20,7 @@ FailureKind = Literal["prompt", "image", "mismatch", "too_long", "no_room"]
 `image`    an image cannot be read or has an impossible shape
 `mismatch` the image placeholders of a prompt do not fit its images
 `too_long` prompt and output together pass the model's context
-`no_room`  even alone, the request passes the KV cache
+`no_room`  even alone, the request passes the KV cache or the device's memory
 """
 
 

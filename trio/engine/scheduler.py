@@ -7,6 +7,7 @@ Room for the whole answer is reserved on admission; nothing that runs is ever ev
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from typing import Generic, Protocol, TypeVar
 
 from trio.engine.room import Need
@@ -68,7 +69,10 @@ class Scheduler(Generic[Item]):
                 break
             if not self._memory.can_allocate(item.need):
                 break
-            self._memory.allocate(item.key, item.need)
+            try:
+                self._memory.allocate(item.key, item.need)
+            except MemoryError:
+                break
             self.running[item.key] = self.waiting.popleft()
             budget -= item.prompt_tokens
             admitted.append(item)
@@ -78,6 +82,12 @@ class Scheduler(Generic[Item]):
         """Take a running request out and give its memory back."""
         del self.running[item.key]
         self._memory.free(item.key)
+
+    def put_back(self, items: Sequence[Item]) -> None:
+        """Let running requests wait again, first in the queue and in this order."""
+        for item in reversed(items):
+            self.finish(item)
+            self.waiting.appendleft(item)
 
     def clear(self) -> None:
         """Drop all that wait or run, and give their memory back."""

@@ -36,6 +36,8 @@ class Task:
     """Visual tokens left after each stage."""
     prefill_s: float = 0.0
     decode_s: float = 0.0
+    tried_alone: bool = False
+    """Whether the device ran out of memory over this request alone."""
 
     @property
     def prompt_tokens(self) -> int:
@@ -53,3 +55,9 @@ class Task:
         if len(self.token_ids) == self.sampling.max_new_tokens:
             return "length"
         return None
+
+    def restart(self, stream: random.Random) -> None:
+        """Forget the answer so far; `stream` is the request's random stream from its start."""
+        self.stream = stream
+        for grown in (self.token_ids, self.logprobs, self.layer_tokens, self.positions, self.kept):
+            grown.clear()
