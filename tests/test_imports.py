@@ -36,6 +36,7 @@ LIGHT = [
     "trio.errors",
     "trio.pruning.schedule",
     "trio.pruning.cost",
+    "trio.engine.plan",
     "trio.engine.request",
     "trio.engine.room",
     "trio.engine.scheduler",

@@ -25,6 +25,7 @@ from tests.engine.support import (
 from tests.models import tiny_processor
 from trio.config import Pruning
 from trio.engine.engine import Engine
+from trio.engine.plan import TEXT_TOKENS
 from trio.engine.request import Prepared, Request, Result, Sampling
 from trio.errors import UserError
 from trio.patching import patch
@@ -407,6 +408,19 @@ def test_a_device_with_less_memory_than_the_budget(
     results = by_id(worker.generate([*mixed_requests(6, max_new_tokens=5), big]))
     assert [k for k, r in results.items() if r.error] == ["big"]
     assert (results["big"].error or "").startswith("no_room: the device ran out of memory")
+
+
+@pytest.mark.parametrize("pruning", [Pruning(), Pruning(schedule="1:20,3:4")])
+def test_the_memory_plan_is_what_the_cache_holds(model: Any, pruning: Pruning) -> None:
+    sampling = Sampling(max_new_tokens=10)
+    worker = Engine(model, PROCESSOR, pruning=pruning, sampling=sampling, kv_bytes=1_000_000)
+    plan, cache = worker.memory_plan, worker._cache
+    need = worker._runner.need(64 + TEXT_TOKENS, [64], 10)
+    while cache.can_allocate(need):
+        cache.allocate(len(cache.order), need)
+    assert 3 < plan.requests == len(cache.order) < plan.max_running
+    assert (plan.requests > plan.requests_unpruned) == pruning.active
+    assert plan.as_dict()["requests"] == plan.requests
 
 
 def test_settings_out_of_reach_are_refused_at_the_start(model: Any) -> None:

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from trio.engine.plan import MemoryPlan
 from trio.engine.request import Prepared, Request, Result
 from trio.pipeline.actor import EngineSettings
 
@@ -31,6 +32,12 @@ class FakeEngine:
     @property
     def has_work(self) -> bool:
         return bool(self._running)
+
+    @property
+    def memory_plan(self) -> MemoryPlan:
+        return MemoryPlan(
+            kv_budget_bytes=10_000, max_running=64, request_bytes=500, request_bytes_unpruned=2000
+        )
 
     def prepare(self, request: Request) -> Prepared:
         if "explode" in request.prompt:

@@ -35,6 +35,15 @@ def test_a_log_gets_whole_lines() -> None:
         assert part in lines[-1]
 
 
+def test_what_is_said_gets_a_line_of_its_own() -> None:
+    stream = Terminal()
+    with Progress(10, Totals(), log_interval_s=99, label="trio", stream=stream) as progress:
+        progress.say("7 requests at once")
+        progress.add(UNIT, time.time() - 1.0)
+    said = stream.getvalue().split("\n")[0].split("\r")[-1]
+    assert said.rstrip() == "trio: 7 requests at once"
+
+
 def test_a_terminal_is_rewritten_in_place() -> None:
     stream = Terminal()
     with Progress(10, Totals(), log_interval_s=99, label="trio", stream=stream) as progress:

@@ -83,6 +83,8 @@ def test_every_row_once_in_order_with_two_actors(shards: Path, tmp_path: Path) -
         27,
     )
     assert summary["retention"] == 0.25 and summary["flops_ratio"] == 4.0
+    assert summary["memory_plan"]["requests"] == 20
+    assert summary["memory_plan"]["requests_unpruned"] == 5
     assert outdir.read_summary(locate(str(out))) == summary
 
 

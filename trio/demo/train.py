@@ -44,6 +44,8 @@ class Stage:
     """Scenes per step."""
     grid: int
     """Cells along a side of the scenes."""
+    small_grid: int = 0
+    """Cells along a side in every other step: objects then fill more of the image."""
     learning_rate: float
     plain: bool = False
     """White digits on an even ground."""
@@ -103,7 +105,17 @@ STAGES = (
         vision=0,
     ),
     Stage(
-        name="deepen", steps=880, batch=16, grid=3, learning_rate=7e-4, layers=LAYERS, vision=0.3
+        name="deepen", steps=400, batch=16, grid=3, learning_rate=7e-4, layers=LAYERS, vision=0.3
+    ),
+    Stage(
+        name="settle",
+        steps=720,
+        batch=16,
+        grid=3,
+        small_grid=2,
+        learning_rate=6e-4,
+        layers=LAYERS,
+        vision=0.3,
     ),
 )
 
@@ -327,9 +339,8 @@ class Trainer:
     def _train_step(self, stage: Stage) -> float:
         rng = np.random.default_rng((self.seed, self.stage, self.step, self.rank))
         size = stage.batch // self.processes
-        batch = make_batch(
-            rng, self.tokenizer, "train", size, stage.grid, stage.plain, stage.crowded
-        )
+        grid = stage.small_grid if stage.small_grid and self.step % 2 else stage.grid
+        batch = make_batch(rng, self.tokenizer, "train", size, grid, stage.plain, stage.crowded)
         warm = min(1.0, (self.step + 1) / 50)
         decay = 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * self.step / stage.steps))
         for group in self.optimizer.param_groups:

@@ -13,6 +13,7 @@ from torch import Tensor, cuda
 from trio.config import Pruning
 from trio.engine.admission import Admission
 from trio.engine.loading import default_kv_bytes, load
+from trio.engine.plan import TEXT_TOKENS, MemoryPlan
 from trio.engine.prepare import Preparer
 from trio.engine.report import report
 from trio.engine.request import Prepared, Request, Result, Sampling, failed
@@ -36,7 +37,8 @@ class Engine:
     `max_running`: most requests in the running batch.
     `kv_bytes`: memory for keys and values; None takes a share of what the device has free.
 
-    One thread submits and steps; `prepare` may be called from any.
+    `memory_plan` says how many requests the memory holds at once. One thread submits and steps;
+    `prepare` may be called from any.
 
     Raises:
         UserError: model, processor and pruning do not go together.
@@ -73,6 +75,7 @@ class Engine:
             sampling=sampling or Sampling(),
             eos=_end_of_sequence(model, processor),
         )
+        self.memory_plan = self._plan(sampling or Sampling())
         self._done: list[Result] = []
         self._counters = Counters()
         self._idle_since: float | None = time.perf_counter()
@@ -178,6 +181,17 @@ class Engine:
             if device.type == "cuda":
                 cuda.reset_peak_memory_stats(device)
         return counted
+
+    def _plan(self, sampling: Sampling) -> MemoryPlan:
+        room, visual = self._cache.room, self._runner.adapter.visual_tokens
+        need = self._runner.need(visual + TEXT_TOKENS, [visual], sampling.max_new_tokens)
+        longest = (visual + TEXT_TOKENS + sampling.max_new_tokens - 1,) * len(need)
+        return MemoryPlan(
+            kv_budget_bytes=room.budget,
+            max_running=room.max_slots,
+            request_bytes=room.bytes_alone(need),
+            request_bytes_unpruned=room.bytes_alone(longest),
+        )
 
     def _count_idle(self) -> None:
         """Idle time up to now belongs to the counters as they are."""

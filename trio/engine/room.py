@@ -51,9 +51,13 @@ class Room:
         per_slot = zip(shape.capacities, self.group_bytes, strict=True)
         return shape.slots * sum(capacity * size for capacity, size in per_slot)
 
+    def bytes_alone(self, need: Need) -> int:
+        """Bytes that a request takes with the cache all to itself."""
+        return self.bytes_of(self._tight([need]))
+
     def fits(self, need: Need) -> bool:
-        """Whether a request could ever be held, with the cache all to itself."""
-        return self.bytes_of(self._tight([need])) <= self.budget
+        """Whether a request could ever be held."""
+        return self.bytes_alone(need) <= self.budget
 
     def can_allocate(self, need: Need) -> bool:
         return self._grown(need) is not None

@@ -8,6 +8,7 @@ returns once its own unit is committed.
 from __future__ import annotations
 
 import datetime
+import json
 import os
 import threading
 import warnings
@@ -39,6 +40,7 @@ RECEIPT = pa.schema(
         pa.field("actor", pa.string()),
         pa.field("began_at", pa.float64(), metadata={"unit": "seconds since 1970"}),
         pa.field("totals", pa.string()),
+        pa.field("memory_plan", pa.string()),
     ]
 )
 SECONDS = ("preprocess_wait_s", "encode_s", "prefill_s", "prune_s", "decode_s", "idle_s")
@@ -162,6 +164,7 @@ class UnitActor:
             "actor": self._name,
             "began_at": began_at,
             "totals": totals.to_json(),
+            "memory_plan": json.dumps(self._engine.memory_plan.as_dict()),
         }
 
 

@@ -83,6 +83,13 @@ class Progress:
             since = self._working_since
             return max(self._updated - since, 1e-9) if since is not None else 0.0
 
+    def say(self, text: str) -> None:
+        """A line of its own, above the one that is rewritten."""
+        with self._lock:
+            start = "\r" if self._terminal else ""
+            self._stream.write(f"{start}{self._label}{text.ljust(len(self._shown))}\n")
+            self._stream.flush()
+
     def add(self, totals: Totals, began_at: float) -> None:
         """A unit is committed; ``began_at`` is when its engine took it [seconds since 1970]."""
         with self._lock:

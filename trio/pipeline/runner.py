@@ -5,6 +5,7 @@ INPUT a resolved ``JobConfig``; OUTPUT a finished output directory and its summa
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import ray
 from ray.data import ActorPoolStrategy
 from ray.data.context import DataContext
 
+from trio.engine.plan import describe
 from trio.engine.request import Sampling
 from trio.pipeline import outdir
 from trio.pipeline.actor import EngineFactory, EngineSettings, UnitActor, build_engine
@@ -107,9 +109,13 @@ def execute(
     done = committed(run.output).intersection(wanted)
     before = merge(totals_of(run.output, sorted(done)))
     todo = [unit for unit in wanted if unit not in done]
+    memory_plan: dict[str, Any] | None = None
     with Progress(run.rows, before, log_interval_s=config.log_interval, label=label) as progress:
         if todo:
             for receipt in _receipts(run, config, resources, run_id, todo, factory):
+                if memory_plan is None:
+                    memory_plan = json.loads(receipt["memory_plan"])
+                    progress.say(describe(memory_plan))
                 progress.add(Totals.from_json(receipt["totals"]), receipt["began_at"])
     _check_complete(run, wanted, progress.done)
     summary = summarise(
@@ -119,6 +125,7 @@ def execute(
         done_before=before,
         work_s=progress.work_s,
         resources=resources.describe(),
+        memory_plan=memory_plan,
     )
     outdir.close(run.output, summary)
     return summary

@@ -34,6 +34,7 @@ def summarise(
     done_before: Totals,
     work_s: float,
     resources: str,
+    memory_plan: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The object of ``summary.json``.
 
@@ -44,6 +45,7 @@ def summarise(
         done_before: what earlier attempts had committed.
         work_s: from the first unit that an engine took to the last row [s]: what rates refer to.
         resources: what it ran on, in words.
+        memory_plan: of the engine that answered first; None where no engine was needed.
     """
     per_s = 1.0 / work_s if work_s > 0 else 0.0
     return {
@@ -74,6 +76,7 @@ def summarise(
         "wall_s": wall_s,
         "work_s": work_s,
         "resources": resources,
+        "memory_plan": memory_plan,
         "versions": versions(),
     }
 

@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from trio.engine.plan import MemoryPlan
 from trio.engine.request import Prepared, Request, Result
 from trio.errors import UserError
 from trio.pipeline.images import RowError
@@ -30,6 +31,8 @@ class EngineLike(Protocol):
 
     @property
     def has_work(self) -> bool: ...
+    @property
+    def memory_plan(self) -> MemoryPlan: ...
     def prepare(self, request: Request) -> Prepared | Result: ...
     def submit(self, prepared: Prepared) -> None: ...
     def step(self) -> list[Result]: ...
@@ -123,6 +126,10 @@ class EngineThread:
             if self._slots.acquire(timeout=1.0):
                 return True
         return False
+
+    @property
+    def memory_plan(self) -> MemoryPlan:
+        return self._engine.memory_plan
 
     def counters(self) -> dict[str, Any]:
         """The engine's counters and the thread's waiting times [s], since the start."""
