@@ -29,8 +29,8 @@ from trio.demo.scenes import (
 )
 
 QUESTIONS_PER_SCENE = 9
-_WEIGHTS = {"digit": 0.5, "color": 1.0, "position": 1.5, "presence": 0.7, "count": 0.3}
-_TOKEN_WEIGHT = {"caption": 0.2}
+_WEIGHTS = {"digit": 0.7, "color": 1.0, "position": 1.2, "presence": 0.7, "count": 0.5}
+_TOKEN_WEIGHT = {"caption": 0.5}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
