@@ -120,9 +120,10 @@ def build(name: str, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any
         tie_word_embeddings=False,
     )
     with torch.device(device):
-        model = LlavaForConditionalGeneration(config).to(dtype)
+        model: Any = LlavaForConditionalGeneration(config)
+    model = model.to(dtype).eval()
     _fill(model)
-    return model.eval(), processor
+    return model, processor
 
 
 @torch.no_grad()

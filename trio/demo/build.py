@@ -113,7 +113,6 @@ def config(vocabulary: PreTrainedTokenizerFast, layers: int = LAYERS) -> LlavaCo
         tie_word_embeddings=False,
     )
     return LlavaConfig(
-        initializer_range=0.06,
         vision_config=vision,
         text_config=text,
         image_token_index=vocabulary.get_vocab()["<image>"],
