@@ -7,13 +7,13 @@ import _bootstrap  # noqa: F401  # isort: skip
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
 
 from trio.config import Pruning
-from trio.demo import MODEL
+from trio.demo import MODEL, SETTINGS
 from trio.errors import UserError
 from trio.pipeline.cli import WRONG, Parser, fail
 
@@ -31,12 +31,13 @@ def quality(options: argparse.Namespace) -> int:
     from trio.benchmark.quality import ask, describe, measure, settings, table
     from trio.engine.loading import load
 
+    default: Mapping[str, str] = SETTINGS if options.model == str(MODEL) else {}
     rows = settings(
         options.methods,
         options.retention,
         options.encoders,
-        options.proxy_positions,
-        options.position_ids,
+        options.proxy_positions or [default.get("proxy_positions")],
+        options.position_ids or [default.get("position_ids")],
         options.seed,
     )
     _check_file(options.json)
@@ -136,8 +137,8 @@ def _add_quality(parser: argparse.ArgumentParser) -> None:
         methods=["none", "random", "gradient", "trio"],
         encoders=["none"],
         retention=[1 / 3, 2 / 9, 1 / 9],
-        proxy_positions=[None],
-        position_ids=[None],
+        proxy_positions=None,
+        position_ids=None,
         scenes=300,
         seed=7,
         dtype="float32",
@@ -148,8 +149,12 @@ def _add_quality(parser: argparse.ArgumentParser) -> None:
     add("--methods", type=_words, help="none,random,gradient,trio (default: all of them)")
     add("--encoders", type=_words, help="only none in this version")
     add("--retention", type=_fractions, help="layer-average shares kept (default: 1/3,2/9,1/9)")
-    add("--proxy-positions", type=_words, help="reference,with_last,last (default: the package's)")
-    add("--position-ids", type=_words, help="renumber,keep (default: the model family's)")
+    add(
+        "--proxy-positions",
+        type=_words,
+        help="reference,with_last,last (default: as in jobs/caption.py)",
+    )
+    add("--position-ids", type=_words, help="renumber,keep (default: as in jobs/caption.py)")
     add("--scenes", type=int, help="held-out scenes, three questions each (default: 300)")
     add("--seed", type=int, help="of the scenes and of random pruning (default: 7)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="(default: float32)")

@@ -4,6 +4,7 @@ import _bootstrap
 
 ROOT = _bootstrap.ROOT
 
+from trio.demo import SETTINGS  # noqa: E402
 from trio.pipeline.job import Job, main  # noqa: E402
 
 JOB = Job(
@@ -18,7 +19,7 @@ JOB = Job(
         " schema are wrong; 3 finished with more rows in error than --max-error-rate"
     ),
     package=str(ROOT / "trio"),
-    demo={"position_ids": "keep"},
+    demo=SETTINGS,
 )
 
 if __name__ == "__main__":

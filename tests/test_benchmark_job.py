@@ -78,4 +78,4 @@ def test_a_dry_run_lists_what_would_be_measured(capsys: pytest.CaptureFixture[st
     assert benchmark.main(["quality", *flags, "--dry-run"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[1] == "none, retention 1" and len(lines) == 6
-    assert lines[-1] == "trio reference keep, retention 0.1111"
+    assert lines[-1] == "trio with_last keep, retention 0.1111"
