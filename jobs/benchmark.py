@@ -152,9 +152,9 @@ def _add_quality(parser: argparse.ArgumentParser) -> None:
     add(
         "--proxy-positions",
         type=_words,
-        help="reference,with_last,last (default: as in jobs/caption.py)",
+        help="reference,with_last,last (default: as caption.py)",
     )
-    add("--position-ids", type=_words, help="renumber,keep (default: as in jobs/caption.py)")
+    add("--position-ids", type=_words, help="renumber,keep (default: as caption.py)")
     add("--scenes", type=int, help="held-out scenes, three questions each (default: 300)")
     add("--seed", type=int, help="of the scenes and of random pruning (default: 7)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="(default: float32)")

@@ -9,5 +9,4 @@ SHARD = Path(__file__).parent / "data" / "heldout.parquet"
 CAPTION_PROMPT = "describe the image ."
 """The prompt that asks the bundled model for a caption."""
 SETTINGS = {"proxy_positions": "with_last", "position_ids": "renumber"}
-"""How the bundled model is pruned where nothing else is said: what keeps most of its answers, by the
-table in the README."""
+"""How the bundled model is pruned where nothing else is said: the README's table says why."""
