@@ -17,7 +17,7 @@ import math
 import os
 import time
 from collections import defaultdict
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -60,63 +60,29 @@ class Stage:
     """Weight of the patch loss; 0 freezes the tower."""
 
 
+_ANSWER = Stage(
+    name="answer",
+    steps=2200,
+    batch=32,
+    grid=2,
+    learning_rate=2e-3,
+    layers=BASE_LAYERS,
+    pool=2,
+    vision=0,
+)
+_DEEPEN = Stage(
+    name="deepen", steps=400, batch=16, grid=3, learning_rate=7e-4, layers=LAYERS, vision=0.3
+)
 STAGES = (
     Stage(name="see-plain", steps=350, batch=64, grid=1, learning_rate=1.5e-3, plain=True),
     Stage(name="see-one", steps=800, batch=64, grid=1, learning_rate=1.5e-3),
     Stage(name="see", steps=400, batch=32, grid=2, learning_rate=1e-3),
-    Stage(
-        name="answer",
-        steps=2200,
-        batch=32,
-        grid=2,
-        learning_rate=2e-3,
-        layers=BASE_LAYERS,
-        pool=2,
-        vision=0,
-    ),
-    Stage(
-        name="place",
-        steps=400,
-        batch=32,
-        grid=2,
-        learning_rate=2e-3,
-        layers=BASE_LAYERS,
-        pool=2,
-        vision=0,
-        crowded=True,
-    ),
-    Stage(
-        name="answer-again",
-        steps=300,
-        batch=32,
-        grid=2,
-        learning_rate=1e-3,
-        layers=BASE_LAYERS,
-        pool=2,
-        vision=0,
-    ),
-    Stage(
-        name="resolve",
-        steps=200,
-        batch=32,
-        grid=3,
-        learning_rate=1e-3,
-        layers=BASE_LAYERS,
-        vision=0,
-    ),
-    Stage(
-        name="deepen", steps=400, batch=16, grid=3, learning_rate=7e-4, layers=LAYERS, vision=0.3
-    ),
-    Stage(
-        name="settle",
-        steps=720,
-        batch=16,
-        grid=3,
-        small_grid=2,
-        learning_rate=6e-4,
-        layers=LAYERS,
-        vision=0.3,
-    ),
+    _ANSWER,
+    replace(_ANSWER, name="place", steps=400, crowded=True),
+    replace(_ANSWER, name="answer-again", steps=300, learning_rate=1e-3),
+    replace(_ANSWER, name="resolve", steps=200, learning_rate=1e-3, grid=3, pool=1),
+    _DEEPEN,
+    replace(_DEEPEN, name="settle", steps=720, learning_rate=6e-4, small_grid=2),
 )
 
 
