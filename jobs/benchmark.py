@@ -207,10 +207,10 @@ def _fractions(text: str) -> list[float]:
 
 
 def _fraction(text: str) -> float:
-    (value,) = _fractions(text) if "," not in text else (None,)
-    if value is None:
+    values = _fractions(text)
+    if len(values) > 1:
         raise argparse.ArgumentTypeError(f"{text!r} is more than one number")
-    return value
+    return values[0]
 
 
 def _positive(text: str) -> int:

@@ -8,7 +8,14 @@ from torch import Tensor, nn
 from torch.nn.attention import varlen
 
 from trio.models import attention
-from trio.models.attention import Layout, Packed, Padded, Rows, ragged_attention
+from trio.models.attention import (
+    Layout,
+    Packed,
+    Padded,
+    Rows,
+    ValueProjection,
+    ragged_attention,
+)
 
 HEADS = 4
 DIM = 8
@@ -54,11 +61,19 @@ def test_packed(kv_heads: int, lengths: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
-def test_rows(kv_heads: int) -> None:
+@pytest.mark.parametrize("biased", [False, True])
+def test_rows(kv_heads: int, biased: bool) -> None:
     lengths, rows = (7, 3, 12), ((2, 5), (0,), (0, 7, 10, 11))
-    _, key, value = make(kv_heads, sum(lengths))
+    _, key, _ = make(kv_heads, sum(lengths))
     query = make(kv_heads, sum(map(len, rows)))[0]
-    out, _ = ragged_attention(nn.Module(), query, key, value, None, layout=Rows(rows, lengths))
+    generator = torch.Generator().manual_seed(2)
+    hidden, weight, bias = (
+        torch.randn(*shape, generator=generator, dtype=torch.float64)
+        for shape in ((sum(lengths), 6), (kv_heads, DIM, 6), (kv_heads, DIM))
+    )
+    layout = Rows(rows, lengths, ValueProjection(weight, bias if biased else None))
+    out, _ = ragged_attention(nn.Module(), query, key, hidden[None], None, layout=layout)
+    value = (torch.einsum("td,ked->kte", hidden, weight) + bias[:, None] * biased)[None]
     start = first = 0
     for length, own in zip(lengths, rows, strict=True):
         part, mine = slice(start, start + length), slice(first, first + len(own))

@@ -51,13 +51,13 @@ class Rows:
 
     rows: for each sequence the row indices in it, rising; queries come packed in this order.
     lengths: keys of each sequence.
-    projection: given where values come as the hidden states `[1, T, D]` before their projection.
-        Attention then sums up first and projects its few rows, not all tokens.
+    projection: values come as the hidden states `[1, T, D]` before it: attention sums them up first
+        and projects its few rows, not all tokens.
     """
 
     rows: tuple[tuple[int, ...], ...]
     lengths: tuple[int, ...]
-    projection: ValueProjection | None = None
+    projection: ValueProjection
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -109,7 +109,7 @@ def ragged_attention(
 
     Args:
         query: `[1, H, T, E]`; for Rows T is the number of rows, for Padded the requests.
-        key, value: `[1, K, T, E]`; for Padded `[B, K, L, E]`.
+        key, value: `[1, K, T, E]`; for Padded `[B, K, L, E]`; values for Rows `[1, T, D]`.
         layout: how tokens belong together. None leaves the call to transformers' own `sdpa`, so
             that a model switched to this function still works as usual outside the engine.
 
@@ -189,15 +189,11 @@ def _rows(query: Tensor, key: Tensor, value: Tensor, scale: float, layout: Rows)
         seen_BRS = torch.arange(length) <= torch.tensor(limits)[..., None]
         hidden = ~seen_BRS[:, None, None].to(query.device)
         share = scores.masked_fill(hidden, float("-inf")).softmax(dim=-1)
-        if layout.projection is None:
-            value_KBSE = value[0, :, token:next_token].unflatten(1, (len(limits), length))
-            out = torch.einsum("bkgrs,kbse->brkge", share, value_KBSE)
-        else:
-            value_BSD = value[0, token:next_token].unflatten(0, (len(limits), length))
-            summed = torch.einsum("bkgrs,bsd->bkgrd", share, value_BSD)
-            out = torch.einsum("bkgrd,ked->brkge", summed, layout.projection.weight_KED)
-            if layout.projection.bias_KE is not None:
-                out = out + layout.projection.bias_KE[:, None]
+        value_BSD = value[0, token:next_token].unflatten(0, (len(limits), length))
+        summed = torch.einsum("bkgrs,bsd->bkgrd", share, value_BSD)
+        out = torch.einsum("bkgrd,ked->brkge", summed, layout.projection.weight_KED)
+        if layout.projection.bias_KE is not None:
+            out = out + layout.projection.bias_KE[:, None]
         pieces.append(out.flatten(0, 1).flatten(1, 2))
         row, token = next_row, next_token
     return torch.cat(pieces)[None]
