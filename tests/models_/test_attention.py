@@ -12,8 +12,6 @@ from trio.models.attention import (
     Layout,
     Packed,
     Padded,
-    Rows,
-    ValueProjection,
     ragged_attention,
 )
 
@@ -58,29 +56,6 @@ def test_packed(kv_heads: int, lengths: tuple[int, ...]) -> None:
         expected = dense(query[0, :, part], key[0, :, part], value[0, :, part], seen)
         torch.testing.assert_close(out[0, part], expected)
         start += length
-
-
-@pytest.mark.parametrize("kv_heads", [4, 2, 1])
-@pytest.mark.parametrize("biased", [False, True])
-def test_rows(kv_heads: int, biased: bool) -> None:
-    lengths, rows = (7, 3, 12), ((2, 5), (0,), (0, 7, 10, 11))
-    _, key, _ = make(kv_heads, sum(lengths))
-    query = make(kv_heads, sum(map(len, rows)))[0]
-    generator = torch.Generator().manual_seed(2)
-    hidden, weight, bias = (
-        torch.randn(*shape, generator=generator, dtype=torch.float64)
-        for shape in ((sum(lengths), 6), (kv_heads, DIM, 6), (kv_heads, DIM))
-    )
-    layout = Rows(rows, lengths, ValueProjection(weight, bias if biased else None))
-    out, _ = ragged_attention(nn.Module(), query, key, hidden[None], None, layout=layout)
-    value = (torch.einsum("td,ked->kte", hidden, weight) + bias[:, None] * biased)[None]
-    start = first = 0
-    for length, own in zip(lengths, rows, strict=True):
-        part, mine = slice(start, start + length), slice(first, first + len(own))
-        seen = torch.arange(length) <= torch.tensor(own)[:, None]
-        expected = dense(query[0, :, mine], key[0, :, part], value[0, :, part], seen)
-        torch.testing.assert_close(out[0, mine], expected)
-        start, first = start + length, first + len(own)
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])

@@ -7,7 +7,31 @@ import torch
 from torch import Tensor
 
 from tests import oracle
-from trio.pruning.nms import suppress
+from trio.pruning import nms
+from trio.pruning.walk import device_walk, launch
+
+
+def suppress(
+    features: Tensor,
+    starts: list[int],
+    counts: list[int],
+    orders: list[list[int]],
+    keeps: list[int],
+    threshold: float,
+) -> list[list[int]]:
+    width = max(counts)
+    order_NV = torch.tensor([[*order, *range(len(order), width)] for order in orders])
+    kept = nms.suppress(
+        features,
+        torch.tensor(starts),
+        torch.tensor(counts),
+        order_NV,
+        torch.tensor(keeps),
+        max(keeps),
+        threshold,
+    )
+    assert all(set(own[n:]) <= {width} for own, n in zip(kept.tolist(), keeps, strict=True))
+    return [own[:n] for own, n in zip(kept.tolist(), keeps, strict=True)]
 
 
 def clustered(count: int, clusters: int, noise: float, seed: int) -> Tensor:
@@ -59,3 +83,38 @@ def test_half_precision_features_are_compared_in_float32() -> None:
     order = list(range(80))
     (got,) = suppress(features, [0], [80], [order], [20], 0.8)
     assert got == oracle.walk(features.float(), order, 20, 0.8)
+
+
+def rounds(images: int, candidates: int) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(candidates)
+    near = torch.rand(images, candidates, candidates, generator=generator) < 0.05
+    near = near | near.transpose(1, 2) | torch.eye(candidates, dtype=torch.bool)
+    blocked = torch.rand(images, candidates, generator=generator) < 0.2
+    return near, blocked, torch.randint(0, candidates + 1, (images,), generator=generator)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("candidates", [1, 5, 64, 100, 128])
+def test_the_kernel_walks_as_the_host_does(candidates: int) -> None:
+    near, blocked, room = rounds(7, candidates)
+    expected = nms._walk_on_host(near, blocked, room)
+    assert device_walk(torch.device("cuda")) is launch
+    assert torch.equal(launch(near.cuda(), blocked.cuda(), room.cuda()).cpu(), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_chooses_as_the_sequential_walk() -> None:
+    features = clustered(900, 60, 0.35, 1)
+    order = torch.randperm(900, generator=torch.Generator().manual_seed(2))
+    kept = nms.suppress(
+        features.cuda(),
+        torch.tensor([0]).cuda(),
+        torch.tensor([900]).cuda(),
+        order[None].cuda(),
+        torch.tensor([200]).cuda(),
+        200,
+        0.8,
+    )
+    assert kept[0].tolist() == oracle.walk(features, order.tolist(), 200, 0.8)

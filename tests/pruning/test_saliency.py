@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tests import oracle
 from tests.models import Family, tiny_llava
+from trio.models import proxy
 from trio.models.decoder import Decoder
 from trio.pruning.saliency import Saliency, proxy_rows, saliency
 
@@ -17,11 +18,15 @@ LAYER = 2
 
 
 def score(
-    model: Any, hidden_TD: Tensor, lengths: tuple[int, ...], rows: str = "reference"
+    model: Any,
+    hidden_TD: Tensor,
+    lengths: tuple[int, ...],
+    rows: str = "reference",
+    wanted: list[tuple[int, int]] | None = None,
 ) -> Saliency:
     decoder = Decoder(model.model.language_model, model.lm_head)
     positions = torch.cat([torch.arange(n) for n in lengths])
-    return saliency(decoder.proxy(LAYER), hidden_TD, positions, lengths, rows)
+    return saliency(decoder.proxy(LAYER), hidden_TD, positions, lengths, rows, wanted)
 
 
 def by_the_book(
@@ -72,6 +77,35 @@ def test_short_prompts_have_fewer_rows(length: int, rows: str) -> None:
     expected, _ = by_the_book(model, hidden, lengths, rows)
     for mine, book in zip(got.true_scores(lengths).split(list(lengths)), expected, strict=True):
         torch.testing.assert_close(mine.double(), book, rtol=2e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("tile_tokens", [1, 7, 16, 64, 1000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tiles_of_any_size_give_the_same(
+    tile_tokens: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sequences cut into several tiles, and several of equal and different lengths in one."""
+    monkeypatch.setattr(proxy, "_TILE", tile_tokens * 32)
+    lengths = (40, 7, 7, 7, 3, 40, 23, 1)
+    model = tiny_llava(layers=4, dtype=dtype)
+    hidden = hidden_for(lengths).to(dtype)
+    got = score(model, hidden, lengths, "with_last")
+    expected, _ = by_the_book(model, hidden, lengths, "with_last")
+    for mine, book in zip(got.true_scores(lengths).split(list(lengths)), expected, strict=True):
+        torch.testing.assert_close(mine.double(), book, rtol=5e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("tile_tokens", [5, 1000])
+def test_only_what_is_wanted_is_scored(tile_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(proxy, "_TILE", tile_tokens * 32)
+    lengths = (40, 9, 40, 23)
+    wanted = [(3, 30), (0, 9), (36, 40), (8, 21)]  # without rows, with all, with some
+    model = tiny_llava(layers=4)
+    hidden = hidden_for(lengths)
+    whole = score(model, hidden, lengths).scores_T.split(list(lengths))
+    part = score(model, hidden, lengths, wanted=wanted).scores_T.split(list(lengths))
+    for all_S, some_S, (start, stop) in zip(whole, part, wanted, strict=True):
+        torch.testing.assert_close(some_S[start:stop], all_S[start:stop], rtol=1e-5, atol=1e-9)
 
 
 def test_rows_are_clamped_and_merged() -> None:

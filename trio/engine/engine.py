@@ -51,7 +51,7 @@ class Engine:
         *,
         pruning: Pruning | None = None,
         sampling: Sampling | None = None,
-        batch_tokens: int = 8192,
+        batch_tokens: int = 16384,
         max_running: int = 64,
         kv_bytes: int | None = None,
     ) -> None:

@@ -3,8 +3,8 @@
 One call serves many prompts of different lengths without padding and without a mask of the
 batch's size. The keyword argument `layout` says how the tokens of a call belong together.
 
-Shapes: T packed tokens, R packed query rows, B requests, S or L keys of one request, H query
-heads, K key/value heads, G = H / K, E head dimension.
+Shapes: T packed tokens, B requests, S or L keys of one request, H query heads, K key/value heads,
+E head dimension.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import accumulate, groupby
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -37,35 +37,16 @@ class Packed:
     lengths: tuple[int, ...]
     _offsets: dict[torch.device, Tensor] = field(default_factory=dict, repr=False)
 
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """`query [1, H, T, E]`, `key` and `value [1, K, T, E]` to `[1, T, H, E]`."""
+        return _packed(query, key, value, scale, self)
+
     def offsets_on(self, device: torch.device) -> Tensor:
         """Cumulative lengths, int32 `[B + 1]`."""
         if device not in self._offsets:
             bounds = [0, *accumulate(self.lengths)]
             self._offsets[device] = torch.tensor(bounds, dtype=torch.int32, device=device)
         return self._offsets[device]
-
-
-@dataclass(slots=True, eq=False)
-class Rows:
-    """A few query rows of each sequence against all its keys, causal by row index.
-
-    rows: for each sequence the row indices in it, rising; queries come packed in this order.
-    lengths: keys of each sequence.
-    projection: values come as the hidden states `[1, T, D]` before it: attention sums them up first
-        and projects its few rows, not all tokens.
-    """
-
-    rows: tuple[tuple[int, ...], ...]
-    lengths: tuple[int, ...]
-    projection: ValueProjection
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class ValueProjection:
-    """weight_KED: value weights of each key head. bias_KE: their biases, if any."""
-
-    weight_KED: Tensor
-    bias_KE: Tensor | None
 
 
 @dataclass(slots=True, eq=False)
@@ -77,6 +58,10 @@ class Padded:
 
     key_lengths_B: Tensor
     _masks: dict[int, Tensor] = field(default_factory=dict, repr=False)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """`query [1, H, B, E]`, `key` and `value [B, K, L, E]` to `[1, B, H, E]`."""
+        return _padded(query, key, value, scale, self)
 
     @classmethod
     def of(cls, key_lengths: tuple[int, ...] | list[int], device: torch.device | str) -> Padded:
@@ -90,7 +75,12 @@ class Padded:
         return self._masks[width]
 
 
-Layout = Packed | Rows | Padded
+class Layout(Protocol):
+    """How the tokens of a call belong together: what an attention layer is to compute."""
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """`[1, H, ., E]` and what the cache gave of keys and values to `[1, ., H, E]`."""
+        ...
 
 
 def ragged_attention(
@@ -108,8 +98,8 @@ def ragged_attention(
     """Attention of a packed batch.
 
     Args:
-        query: `[1, H, T, E]`; for Rows T is the number of rows, for Padded the requests.
-        key, value: `[1, K, T, E]`; for Padded `[B, K, L, E]`; values for Rows `[1, T, D]`.
+        query: `[1, H, T, E]`; for Padded T is the number of requests.
+        key, value: `[1, K, T, E]`; for Padded `[B, K, L, E]`.
         layout: how tokens belong together. None leaves the call to transformers' own `sdpa`, so
             that a model switched to this function still works as usual outside the engine.
 
@@ -121,11 +111,7 @@ def ragged_attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if isinstance(layout, Packed):
-        return _packed(query, key, value, scale, layout), None
-    if isinstance(layout, Rows):
-        return _rows(query, key, value, scale, layout), None
-    return _padded(query, key, value, scale, layout), None
+    return layout.attend(query, key, value, scale), None
 
 
 def _packed(query: Tensor, key: Tensor, value: Tensor, scale: float, layout: Packed) -> Tensor:
@@ -170,33 +156,6 @@ def _split(x: Tensor, count: int) -> Tensor:
     """`[1, H, count * S, E]` to `[count, H, S, E]`, a view."""
     _, heads, tokens, dim = x.shape
     return x.view(heads, count, tokens // count, dim).transpose(0, 1) if count > 1 else x
-
-
-def _rows(query: Tensor, key: Tensor, value: Tensor, scale: float, layout: Rows) -> Tensor:
-    """Written out, because its gradient is wanted in any precision and its size is small."""
-    kv_heads, heads = key.shape[1], query.shape[1]
-    query_RKGE = query[0].transpose(0, 1).unflatten(1, (kv_heads, heads // kv_heads)) * scale
-    pieces = []
-    row = token = 0
-    # Equal neighbours go together as views: a padded copy's gradient would be a slow scatter.
-    sizes = zip(layout.rows, layout.lengths, strict=True)
-    for (count, length), group in groupby(sizes, lambda size: (len(size[0]), size[1])):
-        limits = [rows for rows, _ in group]
-        next_row, next_token = row + count * len(limits), token + length * len(limits)
-        query_BRKGE = query_RKGE[row:next_row].unflatten(0, (len(limits), count))
-        key_KBSE = key[0, :, token:next_token].unflatten(1, (len(limits), length))
-        scores = torch.einsum("brkge,kbse->bkgrs", query_BRKGE, key_KBSE)
-        seen_BRS = torch.arange(length) <= torch.tensor(limits)[..., None]
-        hidden = ~seen_BRS[:, None, None].to(query.device)
-        share = scores.masked_fill(hidden, float("-inf")).softmax(dim=-1)
-        value_BSD = value[0, token:next_token].unflatten(0, (len(limits), length))
-        summed = torch.einsum("bkgrs,bsd->bkgrd", share, value_BSD)
-        out = torch.einsum("bkgrd,ked->brkge", summed, layout.projection.weight_KED)
-        if layout.projection.bias_KE is not None:
-            out = out + layout.projection.bias_KE[:, None]
-        pieces.append(out.flatten(0, 1).flatten(1, 2))
-        row, token = next_row, next_token
-    return torch.cat(pieces)[None]
 
 
 def _padded(query: Tensor, key: Tensor, value: Tensor, scale: float, layout: Padded) -> Tensor:

@@ -1,22 +1,21 @@
 """The one seam to a text decoder of transformers.
 
-Shapes: T packed tokens, R proxy rows, D hidden size, K key/value heads, E head dimension,
-V vocabulary.
+Shapes: T packed tokens, D hidden size, K key/value heads, E head dimension, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import accumulate
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from trio.errors import UserError
-from trio.models.attention import NAME, Layout, Rows, ValueProjection
+from trio.models.attention import NAME, Layout
+from trio.models.products import linear
+from trio.models.proxy import Proxy
 
 Rotary = tuple[Tensor, Tensor]
 """Cosines and sines, `[1, T, E]` each."""
@@ -116,12 +115,21 @@ class Decoder:
         return hidden[0]
 
     def head(self, hidden: Tensor) -> Tensor:
-        """Logits `[..., V]` of hidden states `[..., D]`: final norm, then output head."""
-        return self.lm_head(self.model.norm(hidden))
+        """Logits `[N, V]` of hidden states `[N, D]`: final norm, then output head."""
+        return self.project(self.model.norm(hidden))
 
-    def proxy(self, layer: int) -> Proxy:
-        """One layer, the final norm and the head in float32, for the saliency."""
-        return Proxy(self, layer)
+    def project(self, normed: Tensor) -> Tensor:
+        """Logits `[N, V]` of hidden states `[N, D]` that are normed already."""
+        if type(self.lm_head) is not nn.Linear:
+            return self.lm_head(normed)
+        return linear(normed, self.lm_head.weight, self.lm_head.bias)
+
+    def proxy(self, layer: int, batch_tokens: int = 0) -> Proxy:
+        """One layer, the final norm and the head in float32, for the saliency.
+
+        batch_tokens: tokens of the batch before any pruning.
+        """
+        return Proxy(self, layer, batch_tokens)
 
     @contextmanager
     def ragged(self) -> Iterator[None]:
@@ -135,111 +143,6 @@ class Decoder:
             yield
         finally:
             self.config._attn_implementation = before
-
-
-class Proxy:
-    """The stand-in for the decoder's result at one layer, in float32 whatever the model's dtype.
-
-    Half-precision weights are copied to float32 when the proxy is made and go with it; float32
-    and float64 weights are used as they are. Gradients flow to hidden states, never to weights.
-    """
-
-    def __init__(self, decoder: Decoder, layer: int) -> None:
-        self._decoder = decoder
-        self._layer: Any = decoder.model.layers[layer]
-        wide = torch.float64 if decoder.dtype == torch.float64 else torch.float32
-        self.dtype = wide
-        self._params = _lift(self._layer, wide)
-        self._norm = _lift(decoder.model.norm, wide)
-        self._head = _lift(decoder.lm_head, wide)
-
-    def logits(
-        self,
-        hidden_TD: Tensor,
-        positions_T: Tensor,
-        rows: Sequence[Sequence[int]],
-        lengths: Sequence[int],
-    ) -> Tensor:
-        """Logits of a few rows of each sequence after one more layer, norm and head.
-
-        Only keys are computed for all tokens; everything else for the rows alone, values too:
-        they are projected after attention has summed them up.
-
-        Args:
-            hidden_TD: hidden states that enter the layer, packed, in `self.dtype`.
-            positions_T: their positions.
-            rows: for each sequence the indices of its rows, rising.
-            lengths: tokens of each sequence.
-
-        Returns:
-            `[R, V]`, rows of all sequences in order.
-        """
-        starts = [0, *accumulate(lengths)]
-        index_R = torch.tensor(
-            [start + row for start, own in zip(starts, rows, strict=False) for row in own],
-            device=hidden_TD.device,
-        )
-        cos, sin = self._decoder.rotary(positions_T, self.dtype)
-        normed_TD = self._call("input_layernorm", hidden_TD)
-        keys = self._keys(normed_TD, cos, sin)
-        layout = Rows(tuple(map(tuple, rows)), tuple(lengths), self._value_projection())
-        with self._decoder.ragged():
-            hidden = functional_call(
-                self._layer,
-                self._params,
-                (hidden_TD[None, index_R],),
-                {
-                    "attention_mask": None,
-                    "position_embeddings": (cos[:, index_R], sin[:, index_R]),
-                    "past_key_values": _Given(keys, normed_TD[None]),
-                    "use_cache": True,
-                    "layout": layout,
-                },
-            )
-        normed = functional_call(self._decoder.model.norm, self._norm, (hidden[0],))
-        return functional_call(self._decoder.lm_head, self._head, (normed,))
-
-    def _keys(self, normed_TD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Keys `[1, K, T, E]` that the layer's attention would see."""
-        keys = self._call("self_attn.k_proj", normed_TD).unflatten(-1, (-1, self._decoder.head_dim))
-        keys = keys * cos[0, :, None] + _rotate_half(keys) * sin[0, :, None]
-        return keys.transpose(0, 1)[None]
-
-    def _value_projection(self) -> ValueProjection:
-        bias = self._params.get("self_attn.v_proj.bias")
-        heads = (self._decoder.num_kv_heads, self._decoder.head_dim)
-        return ValueProjection(
-            self._params["self_attn.v_proj.weight"].unflatten(0, heads),
-            None if bias is None else bias.unflatten(0, heads),
-        )
-
-    def _call(self, name: str, x: Tensor) -> Tensor:
-        prefix = name + "."
-        params = {
-            k.removeprefix(prefix): v for k, v in self._params.items() if k.startswith(prefix)
-        }
-        return functional_call(self._layer.get_submodule(name), params, (x,))
-
-
-class _Given:
-    """A cache that holds one layer's keys and values already, those of the rows among them."""
-
-    def __init__(self, keys: Tensor, values: Tensor) -> None:
-        self._pair = (keys, values)
-
-    def update(
-        self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        return self._pair
-
-
-def _lift(module: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
-    return {name: param.detach().to(dtype) for name, param in module.named_parameters()}
-
-
-def _rotate_half(x: Tensor) -> Tensor:
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((-second, first), dim=-1)
 
 
 def _max_positions(model: Any) -> int:

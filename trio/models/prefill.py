@@ -145,6 +145,7 @@ class _Prefill:
         self.trace = trace
         self.salts = prompts.salts or (0,) * len(prompts.lengths)
         self.hidden_TD = prompts.embeds_TD
+        self.batch_tokens = len(prompts.embeds_TD)
         self.ragged = Ragged.of_spans(prompts.lengths, prompts.images)
         if prompts.positions_T is None:
             self.positions_T = contiguous_positions(prompts.lengths, decoder.device)
@@ -207,7 +208,7 @@ class _Prefill:
         hidden_in, positions_in, before = self.hidden_TD, self.positions_T, self.ragged
         choice = choose(
             self.pruning,
-            lambda: self.decoder.proxy(layer),
+            lambda: self.decoder.proxy(layer, self.batch_tokens),
             hidden_in,
             positions_in,
             before,

@@ -29,6 +29,10 @@ class Image:
     def count(self) -> int:
         return len(self.tokens)
 
+    @property
+    def span(self) -> tuple[int, int]:
+        return self.start, self.start + self.count
+
 
 @dataclass(frozen=True, slots=True)
 class Ragged:

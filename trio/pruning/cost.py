@@ -64,17 +64,19 @@ class DecoderShape:
     def proxy_flops(self, tokens: int, rows: int) -> int:
         """One stage's scoring of a sequence with `tokens` tokens and a loss at `rows` rows.
 
-        Forward: keys of all tokens, attention that sums up hidden states and projects its sums to
-        values, the rest of a layer and the head on the rows. Backward: the same products once more,
-        towards activations only (weights get no gradient), two for a product of two activations.
+        Keys of all tokens, forwards and backwards. Attention of the rows: scores by keys in two
+        products, for the rotation's cosines and sines, and their gradients; sums of hidden states,
+        and two products for their gradients. For the rows the rest of a layer and the head,
+        forwards and backwards (weights get no gradient).
         """
-        keys = tokens * self.hidden_size * self.kv_size
+        keys = 2 * tokens * self.hidden_size * self.kv_size
         # Query, value and output projection.
         per_row = 3 * self.hidden_size * self.query_size
         per_row += self.ffn_products * self.hidden_size * self.intermediate_size
         per_row += self.hidden_size * self.vocab_size
-        attention = rows * tokens * (self.query_size + self.num_heads * self.hidden_size)
-        return 2 * keys + 2 * rows * per_row + 3 * attention
+        queries = rows * self.num_heads
+        attention = queries * tokens * (4 * self.head_dim + 3 * self.hidden_size)
+        return keys + attention + 2 * rows * per_row
 
     def nms_flops(self, visual_tokens: int, keep: int) -> int:
         """Cosines between kept tokens and the rest, at most."""

@@ -9,111 +9,102 @@ in one round, T packed tokens, D hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_ROUND = 64
+from trio.pruning.walk import device_walk
+
+# On a CPU a round more costs little, and most walks end early; a GPU is not asked whether they did.
+_ROUND = {"cpu": 64}
+_ROUND_ON_DEVICE = 128
+
+Walk = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Near `[N, C, C]`, blocked `[N, C]`, room `[N]` to the candidates taken `[N, C]`."""
 
 
 def suppress(
     features_TD: Tensor,
-    starts: Sequence[int],
-    counts: Sequence[int],
-    orders: Sequence[Sequence[int]],
-    keeps: Sequence[int],
+    start_N: Tensor,
+    count_N: Tensor,
+    order_NV: Tensor,
+    keep_N: Tensor,
+    most_kept: int,
     threshold: float,
-) -> list[list[int]]:
+) -> Tensor:
     """Choose tokens of several images at once.
 
-    The walk goes in rounds of a few candidates of every image: cosines between them and what is
-    kept are one product on the device, the decisions are made on the host.
+    The walk goes in rounds of some candidates of every image, whose cosines with each other and
+    with what is kept are two products: no V x V matrix and no copy of all features is made. All
+    tensors lie on one device; on a GPU nothing is read back before the end.
 
     Args:
         features_TD: packed features.
-        starts: packed index of each image's first token.
-        counts: visual tokens of each image.
-        orders: for each image its local indices, most salient first.
-        keeps: tokens to keep of each, at most `counts`.
+        start_N: packed index of each image's first token.
+        count_N: visual tokens of each image.
+        order_NV: for each image its local indices, most salient first; past its count anything in
+            `0 … V-1`.
+        keep_N: tokens to keep of each, at most its count.
+        most_kept: the largest of `keep_N`, on the host.
         threshold: cosine from which a token is suppressed.
 
     Returns:
-        For each image the kept local indices, rising.
+        `[N, K]`, for each image the kept local indices, rising; past its own number V.
     """
-    walks = [_Walk(order, keep) for order, keep in zip(orders, keeps, strict=True)]
-    assert all(keep <= count for keep, count in zip(keeps, counts, strict=True))
+    images, most = order_NV.shape
+    device = features_TD.device
+    walk = device_walk(device) or _walk_on_host
+    step = _ROUND.get(device.type, _ROUND_ON_DEVICE)
     dtype = torch.promote_types(features_TD.dtype, torch.float32)
-    kept_NKD = features_TD.new_zeros(
-        (len(walks), max(keeps, default=0), features_TD.shape[1]), dtype=dtype
-    )
-    while any(not walk.done for walk in walks):
-        local = [walk.candidates() for walk in walks]
-        index_NC = _pad([[s + i for i in own] for s, own in zip(starts, local, strict=True)])
-        index_NC = index_NC.to(features_TD.device)
+    # One row more, into which candidates that are not kept are written.
+    kept_NKD = features_TD.new_zeros((images, most_kept + 1, features_TD.shape[1]), dtype=dtype)
+    slot_K = torch.arange(most_kept, device=device)
+    room_N = keep_N.clone()
+    taken_NV = torch.zeros_like(order_NV, dtype=torch.bool)
+    for first in range(0, most, step):
+        if device.type == "cpu" and not ((room_N > 0) & (count_N > first)).any():
+            break
+        local_NC = order_NV[:, first : first + step]
+        there_NC = torch.arange(first, first + local_NC.shape[1], device=device) < count_N[:, None]
+        index_NC = start_N[:, None] + local_NC.where(there_NC, 0)
         block_NCD = F.normalize(features_TD[index_NC].to(dtype), dim=-1)
-        near_kept = torch.bmm(block_NCD, kept_NKD.transpose(1, 2)) >= threshold
-        near_block = torch.bmm(block_NCD, block_NCD.transpose(1, 2)) >= threshold
-        near = torch.cat((near_kept, near_block), dim=2).cpu().numpy()
-        width = kept_NKD.shape[1]
-        places, rows = [], []
-        for number, walk in enumerate(walks):
-            before = len(walk.kept)
-            new = walk.decide(near[number, :, :before], near[number, :, width:])
-            places += [(number, before + i) for i in range(len(new))]
-            rows += [(number, row) for row in new]
-        if places:
-            kept_NKD[_split(places, kept_NKD)] = block_NCD[_split(rows, kept_NKD)]
-    return [sorted(walk.result()) for walk in walks]
+        is_kept_NK = slot_K < (keep_N - room_N)[:, None]
+        near_kept = torch.bmm(block_NCD, kept_NKD[:, :-1].transpose(1, 2)) >= threshold
+        blocked_NC = (near_kept & is_kept_NK[:, None]).any(dim=2) | ~there_NC
+        near_NCC = torch.bmm(block_NCD, block_NCD.transpose(1, 2)) >= threshold
+        taken_NC = walk(near_NCC, blocked_NC, room_N)
+        place_NC = (keep_N - room_N)[:, None] + taken_NC.cumsum(dim=1) - 1
+        place_NC = place_NC.where(taken_NC, most_kept)
+        kept_NKD.scatter_(1, place_NC[..., None].expand_as(block_NCD), block_NCD)
+        taken_NV[:, first : first + step] = taken_NC
+        room_N -= taken_NC.sum(dim=1)
+    return _filled_up(order_NV, taken_NV, count_N, keep_N, most_kept)
 
 
-class _Walk:
-    """One image's way down its order."""
-
-    def __init__(self, order: Sequence[int], keep: int) -> None:
-        self.order = order
-        self.keep = keep
-        self.kept: list[int] = []
-        self._seen = 0
-
-    @property
-    def done(self) -> bool:
-        return len(self.kept) == self.keep or self._seen == len(self.order)
-
-    def candidates(self) -> Sequence[int]:
-        return () if self.done else self.order[self._seen : self._seen + _ROUND]
-
-    def decide(self, near_kept: np.ndarray, near_block: np.ndarray) -> list[int]:
-        """Walk one round; the rows of it that were kept."""
-        round_ = self.candidates()
-        blocked: np.ndarray = np.any(near_kept, axis=1)
-        new: list[int] = []
-        for row, token in enumerate(round_):
-            if len(self.kept) == self.keep:
-                break
-            if blocked[row]:
-                continue
-            new.append(row)
-            self.kept.append(token)
-            blocked |= near_block[:, row]
-        self._seen += len(round_)
-        return new
-
-    def result(self) -> list[int]:
-        taken = set(self.kept)
-        missing = self.keep - len(self.kept)
-        fill = (token for token in self.order if token not in taken)
-        return self.kept + [token for _, token in zip(range(missing), fill, strict=False)]
+def _filled_up(
+    order_NV: Tensor, taken_NV: Tensor, count_N: Tensor, keep_N: Tensor, most_kept: int
+) -> Tensor:
+    """What was taken, and the first of the others up to the number to keep."""
+    most = order_NV.shape[1]
+    there_NV = torch.arange(most, device=order_NV.device) < count_N[:, None]
+    rank_NV = 2 - 2 * taken_NV.int() - (there_NV & ~taken_NV).int()
+    first_NK = rank_NV.argsort(dim=1, stable=True)[:, :most_kept]
+    wanted_NK = torch.arange(most_kept, device=order_NV.device) < keep_N[:, None]
+    return order_NV.gather(1, first_NK).where(wanted_NK, most).sort(dim=1).values
 
 
-def _pad(rows: Sequence[Sequence[int]]) -> Tensor:
-    """Rows of one width; a padding place repeats a packed index and is never read."""
-    width = max(map(len, rows))
-    return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows])
-
-
-def _split(pairs: Sequence[tuple[int, int]], like: Tensor) -> tuple[Tensor, Tensor]:
-    first, second = torch.tensor(pairs, device=like.device).unbind(dim=1)
-    return first, second
+def _walk_on_host(near_NCC: Tensor, blocked_NC: Tensor, room_N: Tensor) -> Tensor:
+    """One round's decisions, candidate by candidate, for all images together."""
+    near, blocked = near_NCC.cpu().numpy(), blocked_NC.cpu().numpy().copy()
+    room = room_N.cpu().numpy().copy()
+    taken = np.zeros_like(blocked)
+    for candidate in range(blocked.shape[1]):
+        takes = ~blocked[:, candidate] & (room > 0)
+        if takes.any():
+            taken[:, candidate] = takes
+            room -= takes
+            blocked |= near[:, candidate] & takes[:, None]
+    return torch.from_numpy(taken).to(near_NCC.device)

@@ -10,7 +10,7 @@ Shapes: T packed tokens, R proxy rows of all sequences, B sequences, D hidden si
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -24,24 +24,27 @@ _ROWS_FROM_END = {"reference": (5, 4, 3, 2), "with_last": (4, 3, 2, 1), "last": 
 class Proxy(Protocol):
     """One decoder layer, final norm and head, at float32 or better."""
 
-    dtype: torch.dtype
-
-    def logits(
+    def gradient_norms(
         self,
         hidden_TD: Tensor,
         positions_T: Tensor,
         rows: Sequence[Sequence[int]],
         lengths: Sequence[int],
+        wanted: Sequence[tuple[int, int]],
+        gradient: Callable[[Tensor], tuple[Tensor, Tensor]],
     ) -> Tensor:
-        """Logits `[R, V]` of the given rows of each sequence, differentiable in `hidden_TD`."""
+        """Norms `[T]` of the gradient by each hidden state of a function of the logits `[R, V]` at
+        the given rows. `gradient` tells its own by them, as `[R, V]` and a factor `[R]`; it may
+        overwrite the logits."""
         ...
 
 
 @dataclass(slots=True)
 class Saliency:
-    """Scores of every token, scaled per sequence so that none of them vanishes.
+    """Scores of tokens, scaled per sequence so that none of them vanishes.
 
-    scores_T: norm of the gradient of each sequence's own loss, times `exp(-log_scale)`.
+    scores_T: norm of the gradient of each sequence's own loss, times `exp(-log_scale)`; NaN at
+        tokens that were not wanted.
     log_scale_B: natural logarithm of what the scores were divided by.
     loss_B: mean cross-entropy of each sequence against its own pseudo-labels.
     rows: the rows that each loss was read at.
@@ -72,8 +75,9 @@ def saliency(
     positions_T: Tensor,
     lengths: Sequence[int],
     proxy_positions: str,
+    wanted: Sequence[tuple[int, int]] | None = None,
 ) -> Saliency:
-    """Score all tokens of a packed batch.
+    """Score the tokens of a packed batch.
 
     Args:
         proxy: stand-in for the decoder's result.
@@ -81,30 +85,31 @@ def saliency(
         positions_T: their positions.
         lengths: tokens of each sequence.
         proxy_positions: `reference`, `with_last` or `last`.
+        wanted: for each sequence the tokens `(start, stop)` to score; None scores all.
     """
     rows = [proxy_rows(length, proxy_positions) for length in lengths]
-    # Inference tensors cannot take part in autograd, a copy made outside of that mode can.
-    with torch.inference_mode(False), torch.enable_grad():
-        leaf_TD = hidden_TD.detach().to(proxy.dtype, copy=True).requires_grad_()
-        logits_RV = proxy.logits(leaf_TD, positions_T.clone(), rows, lengths)
-        with torch.no_grad():
-            sequence_R = torch.tensor(
-                [number for number, own in enumerate(rows) for _ in own], device=leaf_TD.device
-            )
-            loss = _loss_gradient(logits_RV, sequence_R, len(rows))
-        (grad_TD,) = torch.autograd.grad(logits_RV, leaf_TD, loss.gradient_RV)
-    return Saliency(
-        torch.linalg.vector_norm(grad_TD, dim=-1),
-        loss.log_scale_B,
-        loss.loss_B,
-        rows,
-        loss.labels_R,
+    if wanted is None:
+        wanted = [(0, length) for length in lengths]
+    sequence_R = torch.tensor(
+        [number for number, own in enumerate(rows) for _ in own], device=hidden_TD.device
     )
+    found: list[_LossGradient] = []
+
+    def gradient(logits_RV: Tensor) -> tuple[Tensor, Tensor]:
+        found.append(_loss_gradient(logits_RV, sequence_R, len(rows)))
+        return found[0].gradient_RV, found[0].factor_R
+
+    scores_T = proxy.gradient_norms(hidden_TD, positions_T, rows, lengths, wanted, gradient)
+    (loss,) = found
+    return Saliency(scores_T, loss.log_scale_B, loss.loss_B, rows, loss.labels_R)
 
 
 @dataclass(slots=True)
 class _LossGradient:
+    """The gradient is `gradient_RV * factor_R[:, None]`, times `exp(log_scale)` of its sequence."""
+
     gradient_RV: Tensor
+    factor_R: Tensor
     log_scale_B: Tensor
     loss_B: Tensor
     labels_R: Tensor
@@ -114,17 +119,22 @@ def _loss_gradient(logits_RV: Tensor, sequence_R: Tensor, sequences: int) -> _Lo
     """Gradient of each sequence's mean cross-entropy by its logits, largest entry scaled to 1.
 
     The gradient is probability minus one-hot. With a confident label the probabilities of all
-    others underflow and that of the label cancels against 1, so both are taken from logarithms:
-    the others relative to the largest of their sequence, the label as minus the sum of the others.
+    others underflow and that of the label cancels against 1, so both are taken relative to the
+    largest of the others in their sequence: the label as minus the sum of the others. The logits
+    are overwritten: at their size each pass over them counts.
     """
-    labels_R = logits_RV.argmax(dim=-1)
-    log_p_RV = logits_RV.log_softmax(dim=-1)
-    loss_R = -log_p_RV.gather(1, labels_R[:, None])[:, 0]
-    log_p_RV = log_p_RV.scatter(1, labels_R[:, None], -math.inf)
-    peak_B = logits_RV.new_full((sequences,), -math.inf)
-    peak_B = peak_B.scatter_reduce(0, sequence_R, log_p_RV.amax(dim=-1), "amax")
-    gradient_RV = (log_p_RV - peak_B[sequence_R][:, None]).exp()
-    gradient_RV = gradient_RV.scatter(1, labels_R[:, None], -gradient_RV.sum(-1, keepdim=True))
-    rows_B = torch.bincount(sequence_R, minlength=sequences)
+    top_R1, label_R1 = logits_RV.max(dim=-1, keepdim=True)
+    logits_RV.scatter_(1, label_R1, -math.inf)
+    second_R1 = logits_RV.amax(dim=-1, keepdim=True)
+    others_RV = logits_RV.sub_(second_R1).exp_()
+    sum_R1 = others_RV.sum(dim=-1, keepdim=True)
+    gradient_RV = others_RV.scatter_(1, label_R1, -sum_R1)
+    gap_R = (second_R1 - top_R1)[:, 0]
+    loss_R = torch.log1p(sum_R1[:, 0] * gap_R.exp())
+    log_peak_R = gap_R - loss_R
+    peak_B = loss_R.new_full((sequences,), -math.inf)
+    peak_B = peak_B.scatter_reduce(0, sequence_R, log_peak_R, "amax")
+    rows_B = torch.zeros_like(peak_B).index_add_(0, sequence_R, torch.ones_like(loss_R))
     loss_B = torch.zeros_like(peak_B).index_add_(0, sequence_R, loss_R) / rows_B
-    return _LossGradient(gradient_RV, peak_B - rows_B.log(), loss_B, labels_R)
+    factor_R = (log_peak_R - peak_B[sequence_R]).exp()
+    return _LossGradient(gradient_RV, factor_R, peak_B - rows_B.log(), loss_B, label_R1[:, 0])

@@ -31,7 +31,7 @@ class StageChoice:
     kept: Kept
     scored: list[int]
     saliency: Saliency | None
-    orders: dict[tuple[int, int], list[int]]
+    orders: dict[tuple[int, int], Tensor]
 
 
 def choose(
@@ -101,34 +101,49 @@ def _by_saliency(
             [torch.arange(n) + ragged.starts[r] for r, n in zip(scored, lengths, strict=True)]
         ).to(hidden_TD.device)
         hidden_TD, positions_T = hidden_TD[index], positions_T[index]
-    result = saliency(proxy, hidden_TD, positions_T, lengths, pruning.proxy_positions)
+    spans = [[ragged.images[r][i].span for r, i in goals if r == request] for request in scored]
+    wanted = [(min(own)[0], max(own)[1]) for own in spans]
+    result = saliency(proxy, hidden_TD, positions_T, lengths, pruning.proxy_positions, wanted)
     first = dict(zip(scored, Ragged(tuple(lengths), ()).starts, strict=True))
     images = [ragged.images[r][i] for r, i in goals]
     starts = [first[r] + image.start for (r, _), image in zip(goals, images, strict=True)]
     counts = [image.count for image in images]
-    orders = rank(result.scores_T, starts, counts)
-    goal = list(goals.values())
-    if pruning.method == "gradient":
-        picks = [sorted(order[:keep]) for order, keep in zip(orders, goal, strict=True)]
-    else:
-        picks = suppress(hidden_TD, starts, counts, orders, goal, pruning.similarity_threshold)
-    return StageChoice(
-        _by_request(ragged, dict(zip(goals, picks, strict=True))),
-        scored,
-        result,
-        dict(zip(goals, orders, strict=True)),
+    most_kept = max(goals.values())
+    start_N, count_N, keep_N = torch.tensor(
+        [starts, counts, list(goals.values())], device=hidden_TD.device
     )
+    order_NV = rank(result.scores_T, start_N, count_N, max(counts))
+    if pruning.method == "gradient":
+        kept_NK = order_NV[:, :most_kept]
+    else:
+        threshold = pruning.similarity_threshold
+        kept_NK = suppress(hidden_TD, start_N, count_N, order_NV, keep_N, most_kept, threshold)
+    rows = zip(goals.items(), kept_NK.tolist(), strict=True)
+    picks = {place: sorted(row[:keep]) for (place, keep), row in rows}
+    orders = {
+        place: order[:count]
+        for place, order, count in zip(goals, order_NV.unbind(), counts, strict=True)
+    }
+    return StageChoice(_by_request(ragged, picks), scored, result, orders)
 
 
-def rank(scores_T: Tensor, starts: Sequence[int], counts: Sequence[int]) -> list[list[int]]:
-    """Local indices of each image by falling score; of equal scores the lower index first."""
-    start_N = torch.tensor(starts)[:, None]
-    place_V = torch.arange(max(counts))
-    valid_NV = place_V < torch.tensor(counts)[:, None]
-    index_NV = (start_N + place_V).where(valid_NV, start_N).to(scores_T.device)
-    scores_NV = scores_T[index_NV].masked_fill(~valid_NV.to(scores_T.device), -torch.inf)
-    order_NV = scores_NV.sort(dim=1, descending=True, stable=True).indices.tolist()
-    return [order[:count] for order, count in zip(order_NV, counts, strict=True)]
+def rank(scores_T: Tensor, start_N: Tensor, count_N: Tensor, most: int) -> Tensor:
+    """Local indices of each image by falling score; of equal scores the lower index first.
+
+    Args:
+        scores_T: packed scores.
+        start_N: packed index of each image's first token.
+        count_N: tokens of each.
+        most: the largest of `count_N`, V.
+
+    Returns:
+        `[N, V]`; past an image's count the indices that it does not have.
+    """
+    place_V = torch.arange(most, device=scores_T.device)
+    valid_NV = place_V < count_N[:, None]
+    index_NV = (start_N[:, None] + place_V).where(valid_NV, start_N[:, None])
+    scores_NV = scores_T[index_NV].masked_fill(~valid_NV, -torch.inf)
+    return scores_NV.sort(dim=1, descending=True, stable=True).indices
 
 
 def _random(image: Image, keep: int, seed: int, salt: int, layer: int, number: int) -> list[int]:

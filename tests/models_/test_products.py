@@ -1,0 +1,61 @@
+"""Products in slices and in a wider precision, against plain ones."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from trio.models.products import linear, times, wide_linears
+
+
+@pytest.mark.parametrize("rows", [1, 3, 300])
+@pytest.mark.parametrize("shape", [(8, 640), (640, 8), (8, 97), (16, 16)])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_head_in_slices(rows: int, shape: tuple[int, int], transposed: bool) -> None:
+    x = torch.randn(rows, shape[0], dtype=torch.float64)
+    weight = torch.randn(shape, dtype=torch.float64)
+    if transposed:
+        weight = weight.T.contiguous().T
+    torch.testing.assert_close(times(x, weight), torch.einsum("ni,io->no", x, weight))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("batched", [False, True])
+def test_narrow_weights_are_multiplied_in_float32(dtype: torch.dtype, batched: bool) -> None:
+    lead = (3,) if batched else ()
+    x = torch.randn(*lead, 5, 700)
+    weight = torch.randn(*lead, 700, 900).to(dtype)
+    out = times(x, weight)
+    assert out.dtype == torch.float32
+    torch.testing.assert_close(out, x @ weight.float(), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("lead", [(), (3,)])
+def test_a_gpu_keeps_sixteen_bits_of_the_activations(
+    dtype: torch.dtype, lead: tuple[int, ...]
+) -> None:
+    x = torch.randn(*lead, 5, 704, device="cuda")
+    weight = torch.randn(*lead, 896, 704, device="cuda").to(dtype)
+    exact = x.double() @ weight.double().transpose(-1, -2)
+    error = (linear(x, weight).double() - exact).abs().max() / exact.abs().max()
+    assert error < 2**-15
+
+
+def test_wide_inputs_pass_through_a_narrow_layer_and_so_do_gradients() -> None:
+    layer = nn.Linear(12, 7).bfloat16()
+    x = torch.randn(2, 3, 12, requires_grad=True)
+    with wide_linears():
+        out = layer(x)
+    expected = F.linear(x, layer.weight.float(), layer.bias.float())
+    torch.testing.assert_close(out, expected)
+    upstream = torch.randn_like(out)
+    (got,) = torch.autograd.grad(out, x, upstream)
+    (plain,) = torch.autograd.grad(expected, x, upstream)
+    torch.testing.assert_close(got, plain)
+    with pytest.raises(RuntimeError):
+        layer(x)

@@ -1,0 +1,127 @@
+"""What a prune step holds at a time, at the size of LLaVA-NeXT-7B: no weights, shapes alone."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from trio.models.decoder import Decoder
+from trio.pruning.nms import suppress
+from trio.pruning.saliency import saliency
+
+VISUAL, TEXT, KEPT = 2880, 60, 436
+TOKENS = VISUAL + TEXT
+
+
+class Allocations(TorchDispatchMode):
+    """Counts the bytes of storages that operations make: most at a time, and the largest."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive = self.peak = self.largest = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self._count(tensor)
+        return out
+
+    def watch(self, tensor: Tensor) -> None:
+        """Not an allocation of what is measured."""
+        self._known.add(tensor.untyped_storage()._cdata)
+
+    def _count(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._known or not size:
+            return
+        self._known.add(key)
+        self.alive += size
+        self.peak = max(self.peak, self.alive)
+        self.largest = max(self.largest, size)
+        weakref.finalize(storage, self._free, key, size)
+
+    def _free(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.alive -= size
+
+
+def decoder() -> Decoder:
+    config = LlamaConfig(
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_hidden_layers=2,
+        num_attention_heads=32,
+        num_key_value_heads=32,
+        vocab_size=32064,
+        max_position_embeddings=4096,
+    )
+    with torch.device("meta"):
+        model: Any = LlamaForCausalLM(config)
+    model = model.to(torch.bfloat16).eval()
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    return Decoder(model.model, model.lm_head)
+
+
+def watched(decoder: Decoder) -> Allocations:
+    counted = Allocations()
+    for module in (decoder.model, decoder.lm_head):
+        for tensor in (*module.parameters(), *module.buffers()):
+            counted.watch(tensor)
+    return counted
+
+
+def layer_activations(decoder: Decoder) -> int:
+    """Bytes that a layer's products and its attention read and write, counted sparingly: two normed
+    inputs, queries, keys, values, attended, projected and the FFN's output; its gate before and
+    after the activation, its other half and their product."""
+    own = 8 * decoder.hidden_size + 4 * decoder.intermediate_size
+    return TOKENS * own * decoder.dtype.itemsize
+
+
+def test_scoring_takes_less_than_a_twentieth_of_one_layers_activations() -> None:
+    own = decoder()
+    hidden_TD = torch.empty(TOKENS, own.hidden_size, dtype=torch.bfloat16, device="meta")
+    limit = layer_activations(own) / 20
+    positions_T = torch.arange(TOKENS, device="meta")
+    counted = watched(own)
+    counted.watch(hidden_TD)
+    with counted:
+        result = saliency(
+            own.proxy(1, TOKENS), hidden_TD, positions_T, [TOKENS], "reference", [(5, 5 + VISUAL)]
+        )
+    assert result.scores_T.shape == (TOKENS,)
+    assert counted.peak < limit
+    # Nothing of the size visual x visual, let alone tokens x vocabulary.
+    assert counted.largest < min(VISUAL * VISUAL, TOKENS * own.vocab_size)
+
+
+def test_choosing_takes_less_than_a_twentieth_of_one_layers_activations() -> None:
+    own = decoder()
+    shape = (TOKENS, own.hidden_size)
+    limit = layer_activations(own) / 20
+    generator = torch.Generator().manual_seed(0)
+    hidden_TD = torch.randn(shape, generator=generator).bfloat16()
+    counted = Allocations()
+    counted.watch(hidden_TD)
+    with counted:
+        kept_NK = suppress(
+            hidden_TD,
+            torch.tensor([5]),
+            torch.tensor([VISUAL]),
+            torch.randperm(VISUAL, generator=generator)[None],
+            torch.tensor([KEPT]),
+            KEPT,
+            0.8,
+        )
+    assert len(set(kept_NK[0].tolist())) == KEPT
+    assert counted.peak < limit
+    assert counted.largest < VISUAL * VISUAL
