@@ -20,6 +20,7 @@ from trio.engine.task import Task
 from trio.models.attention import Padded
 from trio.models.llava import LlavaAdapter
 from trio.models.prefill import PackedPrompts, prefill
+from trio.models.products import few_row_linears
 from trio.pruning.select import salt_of
 
 
@@ -105,7 +106,7 @@ class Runner:
         hidden_BD = self.decoder.embed(
             torch.tensor([t.token_ids[-1] for t in tasks], device=device)
         )
-        with self.decoder.ragged():
+        with self.decoder.ragged(), few_row_linears():
             for group, (start, stop) in enumerate(self.cache.spans):
                 positions_B = torch.tensor([task.positions[group] for task in tasks], device=device)
                 rotary = self.decoder.rotary(positions_B)

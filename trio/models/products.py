@@ -16,10 +16,12 @@ from torch.overrides import TorchFunctionMode
 
 # Elements of a weight that are widened at a time.
 _BLOCK = 1 << 18
-# Measured on CPUs: with up to this many rows, a product with an output head (one side of the weight
-# many times the other) is up to twice as fast as a batch of products with its slices.
-_FEW_ROWS = 256
-_SLICES = (16, 8, 4, 2)
+# Measured on CPUs, in float32: with few rows, a batch of products with slices of the weight is 1.3
+# to 2 times as fast as one product. Rows up to which that holds, and slices; heads (one side of the
+# weight many times the other) take more of both.
+_FEW_ROWS, _SLICES = 64, 4
+_FEW_ROWS_OF_HEAD, _SLICES_OF_HEAD = 256, 16
+_SMALL = 1 << 16
 
 
 def times(x: Tensor, weight: Tensor) -> Tensor:
@@ -33,7 +35,7 @@ def times(x: Tensor, weight: Tensor) -> Tensor:
         `[..., N, O]` in the dtype of `x`.
     """
     if weight.dtype == x.dtype:
-        return _sliced_times(x, weight) if _is_head(x, weight) else x @ weight
+        return _sliced_times(x, weight)
     if x.is_cuda and weight.dtype == torch.bfloat16 and x.dtype == torch.float32:
         return _split_times(x, weight)
     outputs = weight.shape[-1]
@@ -45,24 +47,20 @@ def times(x: Tensor, weight: Tensor) -> Tensor:
     return out
 
 
-def _is_head(x: Tensor, weight: Tensor) -> bool:
-    if x.dim() != 2 or weight.dim() != 2 or x.device.type != "cpu" or len(x) > _FEW_ROWS:
-        return False
-    return max(weight.shape) >= 8 * min(weight.shape)
-
-
 def _sliced_times(x: Tensor, weight: Tensor) -> Tensor:
-    inputs, outputs = weight.shape
-    slices = next((n for n in _SLICES if max(inputs, outputs) % n == 0), 1)
-    if outputs > inputs:
-        parts = torch.bmm(
-            x.expand(slices, *x.shape), weight.unflatten(1, (slices, -1)).transpose(0, 1)
-        )
-        return parts.transpose(0, 1).flatten(1)
-    parts = torch.bmm(
-        x.unflatten(1, (slices, -1)).transpose(0, 1), weight.unflatten(0, (slices, -1))
-    )
-    return parts.sum(dim=0)
+    inputs, outputs = weight.shape[-2:]
+    is_head = max(inputs, outputs) >= 8 * min(inputs, outputs)
+    most_rows = _FEW_ROWS_OF_HEAD if is_head else _FEW_ROWS
+    slices = _SLICES_OF_HEAD if is_head else _SLICES
+    deep = is_head and inputs > outputs
+    plain = x.device.type != "cpu" or x.dtype != torch.float32 or weight.numel() < _SMALL
+    if plain or x.dim() != 2 or len(x) > most_rows or (inputs if deep else outputs) % slices:
+        return x @ weight
+    if deep:
+        parts = x.unflatten(1, (slices, -1)).transpose(0, 1)
+        return torch.bmm(parts, weight.unflatten(0, (slices, -1))).sum(dim=0)
+    parts = weight.unflatten(1, (slices, -1)).transpose(0, 1)
+    return torch.bmm(x.expand(slices, *x.shape), parts).transpose(0, 1).flatten(1)
 
 
 def _split_times(x: Tensor, weight: Tensor) -> Tensor:
@@ -99,17 +97,19 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return out if bias is None else out + bias.detach()
 
 
-class _WideLinears(TorchFunctionMode):
+class _FewRowLinears(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.linear and args[0].dtype != args[1].dtype:
-            return linear(args[0].flatten(0, -2), *args[1:], **(kwargs or {})).unflatten(
-                0, args[0].shape[:-1]
-            )
+        if func is F.linear and len(args) > 1:
+            x, weight = args[:2]
+            if x.device.type == "cpu" or x.dtype != weight.dtype:
+                rest = (*args[2:], *(kwargs or {}).values())
+                return linear(x.flatten(0, -2), weight, *rest).unflatten(0, x.shape[:-1])
         return func(*args, **(kwargs or {}))
 
 
 @contextmanager
-def wide_linears() -> Iterator[None]:
-    """Inside, linear layers take inputs of a wider dtype than their weights have."""
-    with _WideLinears():
+def few_row_linears() -> Iterator[None]:
+    """Inside, linear layers use `linear`: few rows are fast, inputs may be of a wider dtype than
+    weights, and no gradient goes to weights."""
+    with _FewRowLinears():
         yield

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from trio.models.products import linear, times, wide_linears
+from trio.models.products import few_row_linears, linear, times
 
 if TYPE_CHECKING:
     from trio.models.decoder import Decoder
@@ -80,7 +80,7 @@ class Proxy:
             `[T]` in `self.dtype`; NaN at tokens that are not wanted.
         """
         # Inference tensors cannot take part in autograd, a copy made outside of that mode can.
-        with torch.inference_mode(False), torch.enable_grad(), wide_linears():
+        with torch.inference_mode(False), torch.enable_grad(), few_row_linears():
             device = hidden_TD.device
             starts = [0, *accumulate(lengths)]
             index_R = torch.tensor(
