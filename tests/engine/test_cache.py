@@ -54,8 +54,12 @@ class Story:
                 for key, piece in zip(lengths, keys[0].split(here, dim=1), strict=True):
                     self.truth[key].append(piece)
 
+        nothing = [0] * len(self.store.spans)
+        self.store.start(list(lengths), [0] * len(lengths), [nothing] * len(lengths))
+
     def decode(self) -> None:
-        step = self.store.extend()
+        self.store.extend()
+        step = self.store.writer()
         self.salt += 1
         for layer in range(LAYERS):
             new = packed(len(self.store.order), layer, self.salt)
@@ -83,8 +87,7 @@ def test_each_layer_group_keeps_its_own_length() -> None:
 def test_bytes_are_those_of_the_stored_tensors() -> None:
     story = Story(cache())
     story.admit({1: (9, 4, 2)})
-    assert story.store.bytes_of(1) == 2 * sum(piece.nbytes for piece in story.truth[1])
-    assert story.store.used_bytes == story.store.bytes_of(1)
+    assert story.store.used_bytes == 2 * sum(piece.nbytes for piece in story.truth[1])
 
 
 def test_layers_after_a_stage_take_less_memory() -> None:
@@ -155,7 +158,8 @@ def test_random_coming_and_going_keeps_every_request_whole(seed: int) -> None:
 def test_what_is_not_filled_is_finite() -> None:
     story = Story(cache())
     story.admit({1: (3, 2, 1), 2: (90, 80, 70)})
-    step = story.store.extend()
+    story.store.extend()
+    step = story.store.writer()
     keys, _ = step.update(*(packed(2, 0, 9),) * 2, 0)
     assert keys.shape == (2, HEADS, 91, DIM)
     assert torch.isfinite(keys).all()

@@ -112,6 +112,38 @@ def test_pruned_batches_equal_singles(model: Any, pruning: Pruning) -> None:
             assert result.visual_tokens_stages == alone[key].visual_tokens_stages
 
 
+def as_on_a_gpu(engine: Engine) -> Engine:
+    """Steps over padded rows that go on before the outcome of the last one is known."""
+    runner = engine._runner
+    runner.replay = lambda rows, generation: runner._step(rows)
+    runner.lag = 1
+    return engine
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.8}, {"ignore_eos": True}])
+@pytest.mark.parametrize("pruning", [None, PRUNINGS["trio"]], ids=["unpruned", "trio"])
+def test_the_way_a_gpu_goes_leads_to_the_same_answers(
+    model: Any, pruning: Pruning | None, sampling: dict[str, Any]
+) -> None:
+    requests = [
+        replace(request, sampling=replace(request.sampling or Sampling(), seed=5))
+        for request in mixed_requests(24, seed=6, **sampling)
+    ]
+    expected = by_id(engine(model, pruning).generate(requests))
+    for options in ({}, {"max_running": 5, "batch_tokens": 150}):
+        other = as_on_a_gpu(engine(model, pruning, **options))
+        got = by_id(other.generate(requests))
+        assert got.keys() == expected.keys()
+        for key, result in got.items():
+            assert result.token_ids == expected[key].token_ids
+            assert result.finish_reason == expected[key].finish_reason
+            assert result.kv_bytes == expected[key].kv_bytes
+            assert result.logprobs == pytest.approx(expected[key].logprobs, abs=1e-4)
+        assert other._cache.room.holders == other._cache.used_bytes == 0
+        assert not other._under_way
+        assert other.stats()["output_tokens"] == sum(len(r.token_ids) for r in got.values())
+
+
 @pytest.mark.parametrize("pruning", PRUNINGS.values(), ids=PRUNINGS)
 def test_pruned_equals_patch_and_generate(model: Any, pruning: Pruning) -> None:
     requests = mixed_requests(16, seed=12)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from trio.engine.room import Need, Room, Shape
+from trio.engine.rows import Rows
 
 
 class Cache:
@@ -43,6 +44,9 @@ class Cache:
         stops = [*group_starts[1:], num_layers]
         self.spans = tuple(zip(group_starts, stops, strict=True))
         self.order: list[int] = []
+        self.rows = Rows(groups=len(self.spans), most=max_slots, device=device)
+        self.generation = 0
+        """Counts up whenever keys and values have moved to other tensors."""
         self._group_of = [bisect_right(group_starts, layer) - 1 for layer in range(num_layers)]
         self._lengths: list[list[int]] = [[] for _ in self.spans]
         token_bytes = 2 * num_kv_heads * head_dim * dtype.itemsize
@@ -65,11 +69,6 @@ class Cache:
     def used_bytes(self) -> int:
         pairs = zip(self._lengths, self.room.group_bytes, strict=True)
         return sum(sum(lengths) * size for lengths, size in pairs)
-
-    def bytes_of(self, key: int) -> int:
-        """Bytes of the keys and values stored for a request, over all layers."""
-        pairs = zip(self.lengths_of(key), self.room.group_bytes, strict=True)
-        return sum(length * size for length, size in pairs)
 
     def lengths_of(self, key: int) -> tuple[int, ...]:
         """Tokens stored for a request in each group."""
@@ -100,6 +99,7 @@ class Cache:
                     raise MemoryError(str(error)) from error
                 raise
         self.order.append(key)
+        self.rows.add()
         for lengths in self._lengths:
             lengths.append(0)
 
@@ -113,6 +113,7 @@ class Cache:
                 filled = self._lengths[group][last]
                 for tensor in (self._keys[layer], self._values[layer]):
                     tensor[slot, :, :filled] = tensor[last, :, :filled]
+        self.rows.remove(slot)
         for row in (self.order, *self._lengths):
             row[slot] = row[last]
             row.pop()
@@ -121,13 +122,32 @@ class Cache:
         """Takes in the prompts of freshly allocated requests, packed in this order."""
         return PrefillWriter(self, [self.order.index(key) for key in keys])
 
-    def extend(self) -> DecodeWriter:
-        """Make room for one more token of every request, in `order`."""
+    def start(
+        self, keys: Sequence[int], tokens: Sequence[int], positions: Sequence[Sequence[int]]
+    ) -> None:
+        """Tell the rows of requests whose prompts are in what to go on with."""
+        slots = [self.order.index(key) for key in keys]
+        lengths = [[own[slot] for own in self._lengths] for slot in slots]
+        self.rows.set(slots, tokens, positions, lengths)
+
+    def extend(self) -> None:
+        """Make room for one more token of every request."""
         for lengths in self._lengths:
             lengths[:] = [length + 1 for length in lengths]
-        return DecodeWriter(self, [tuple(lengths) for lengths in self._lengths])
+        self.rows.length_GB[:, : len(self.order)] += 1
+
+    def writer(self, rows: int | None = None) -> DecodeWriter:
+        """Takes in the tokens that `extend` made room for, in `order`.
+
+        `rows`: how many rows the step runs over, at least the requests and at most the slots; it
+        then reads all that could be stored, so that its shapes stay the same for some time.
+        """
+        if rows is None:
+            return DecodeWriter(self, len(self.order), [max(own) for own in self._lengths])
+        return DecodeWriter(self, rows, list(self.room.shape.capacities))
 
     def _reshape(self, shape: Shape) -> None:
+        self.generation += 1
         for layer, group in enumerate(self._group_of):
             rows, filled = len(self.order), max(self._lengths[group], default=0)
             for tensors in (self._keys, self._values):
@@ -173,19 +193,17 @@ class PrefillWriter:
 
 
 class DecodeWriter:
-    """The cache as one decode step sees it: one token of each request, all of them in order.
+    """The cache as one decode step sees it: one token of each of its first `rows` rows.
 
-    `lengths`: per group, the tokens of each request with the new one counted in.
+    `widths`: per group, how many places of each row are read; what a row does not fill is masked.
     """
 
-    def __init__(self, cache: Cache, lengths: list[tuple[int, ...]]) -> None:
-        self.lengths = lengths
+    def __init__(self, cache: Cache, rows: int, widths: list[int]) -> None:
         self._cache = cache
-        device = cache._device
-        self.lengths_B = [torch.tensor(row, device=device) for row in lengths]
-        self._rows_B = torch.arange(len(cache.order), device=device)
-        self._last_B = [lengths_B - 1 for lengths_B in self.lengths_B]
-        self._widths = [max(row) for row in lengths]
+        self._widths = widths
+        self._rows_B = torch.arange(rows, device=cache._device)
+        self.length_GB = cache.rows.length_GB[:, :rows]
+        self._last_GB = self.length_GB - 1
 
     def update(
         self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -197,6 +215,6 @@ class DecodeWriter:
             (self._cache._keys[layer_idx], key),
             (self._cache._values[layer_idx], value),
         ):
-            tensor[self._rows_B, :, self._last_B[group]] = new[0].transpose(0, 1)
+            tensor[self._rows_B, :, self._last_GB[group]] = new[0].transpose(0, 1)
             stored.append(tensor[: len(self._rows_B), :, : self._widths[group]])
         return stored[0], stored[1]

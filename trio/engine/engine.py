@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ from trio.engine.prepare import Preparer
 from trio.engine.report import report
 from trio.engine.request import Prepared, Request, Result, Sampling, failed
 from trio.engine.runner import Runner
-from trio.engine.sampling import choose, stream
+from trio.engine.sampling import Chosen, choose, stream
 from trio.engine.scheduler import Scheduler
 from trio.engine.stats import Counters
 from trio.engine.task import Task
@@ -77,6 +78,8 @@ class Engine:
         )
         self.memory_plan = self._plan(sampling or Sampling())
         self._done: list[Result] = []
+        self._under_way: deque[tuple[list[Task], Chosen]] = deque()
+        """Decode steps whose outcome has not been looked at."""
         self._counters = Counters()
         self._idle_since: float | None = time.perf_counter()
 
@@ -159,12 +162,15 @@ class Engine:
         if self._scheduler.running:
             tasks = [self._scheduler.running[key] for key in self._cache.order]
             self._sparing(self._decode, tasks)
+        if not self._scheduler.running:
+            self._under_way.clear()
         self._idle_since = None if self._scheduler.has_work else time.perf_counter()
         done, self._done = self._done, []
         return done
 
     def reset(self) -> None:
         """Drop all that waits or runs."""
+        self._under_way.clear()
         self._scheduler.clear()
         self._done.clear()
         if self._idle_since is None:
@@ -215,6 +221,7 @@ class Engine:
             return work(tasks)
         except torch.OutOfMemoryError as error:
             caught = error.with_traceback(None)  # whose frames hold the step's tensors
+        self._finish(self._look_at_steps(but=0))
         tasks = [task for task in tasks if task.key in self._scheduler.running]
         self._scheduler.put_back(tasks)
         torch.cuda.empty_cache()
@@ -235,12 +242,17 @@ class Engine:
         task.tried_alone = True
 
     def _prefill(self, tasks: list[Task]) -> None:
+        waited = time.perf_counter()
         began = self._runner.now()
+        self._counters.decode_s += began - waited  # for a step that was under way
+        complete: list[Task] = []
         tasks, features = self._encode(tasks)
         encoded = self._runner.now()
         if tasks:
             logits_BV, prune_s = self._runner.prefill(tasks, features)
-            self._append(tasks, logits_BV)
+            chosen = choose(logits_BV, [t.sampling for t in tasks], [t.stream for t in tasks])
+            complete = self._append(tasks, chosen)
+            self._runner.start(tasks)
             self._counters.prune_s += prune_s
         ended = self._runner.now()
         self._counters.encode_s += encoded - began
@@ -250,7 +262,7 @@ class Engine:
             task.prefill_s = (ended - began) * task.prompt_tokens / tokens
             self._counters.images += len(task.spans)
             self._counters.prompt_tokens += task.prompt_tokens
-        self._collect(tasks)
+        self._finish(complete)
 
     def _encode(self, tasks: list[Task]) -> tuple[list[Task], list[list[Tensor]]]:
         """Visual features of the tasks; those whose placeholders do not fit them are failed."""
@@ -266,38 +278,55 @@ class Engine:
         return [task for task, _ in fitting], [features for _, features in fitting]
 
     def _decode(self, tasks: list[Task]) -> None:
-        began = self._runner.now()
-        self._append(tasks, self._runner.decode(tasks))
-        seconds = self._runner.now() - began
+        began = time.perf_counter()
+        logits_BV = self._runner.decode()
+        chosen = choose(logits_BV, [t.sampling for t in tasks], [t.stream for t in tasks])
+        self._cache.rows.token_B[: len(tasks)] = chosen.tokens_B
+        self._under_way.append((tasks, chosen))
+        finished = self._look_at_steps(but=self._runner.lag)
+        seconds = time.perf_counter() - began
         self._counters.decode_s += seconds
         self._counters.decode_steps += 1
         self._counters.decode_rows += len(tasks)
         for task in tasks:
             task.decode_s += seconds / len(tasks)
-        self._collect(tasks)
+        self._finish(finished)
 
-    def _append(self, tasks: Sequence[Task], logits_BV: Tensor) -> None:
-        chosen = choose(logits_BV, [t.sampling for t in tasks], [t.stream for t in tasks])
+    def _look_at_steps(self, *, but: int) -> list[Task]:
+        """Give tasks the tokens of decode steps, up to the newest `but`; returns those complete."""
+        complete: list[Task] = []
+        while len(self._under_way) > but:
+            tasks, chosen = self._under_way.popleft()
+            complete += self._append(tasks, chosen)
+        return complete
+
+    def _append(self, tasks: Sequence[Task], chosen: Chosen) -> list[Task]:
+        """One token each, but none to those complete without it; returns those now complete."""
+        complete = []
+        counters = self._counters
+        counters.kv_used_bytes_peak = max(counters.kv_used_bytes_peak, self._cache.used_bytes)
         for task, token, logprob in zip(tasks, chosen.token_ids, chosen.logprobs, strict=True):
+            before = task.finish_reason
+            if before is not None:
+                continue
             task.token_ids.append(token)
             task.logprobs.append(logprob)
-
-    def _collect(self, tasks: Sequence[Task]) -> None:
-        """Turn what is complete into results and give its memory back."""
-        counters = self._counters
-        counters.output_tokens += len(tasks)
-        counters.kv_used_bytes_peak = max(counters.kv_used_bytes_peak, self._cache.used_bytes)
-        for task in tasks:
+            counters.output_tokens += 1
             if task.finish_reason is not None:
-                self._done.append(self._report(task))
-                self._scheduler.finish(task)
-                counters.requests += 1
+                complete.append(task)
+        return complete
+
+    def _finish(self, tasks: Sequence[Task]) -> None:
+        """Turn what is complete into results and give its memory back."""
+        for task in tasks:
+            self._done.append(self._report(task))
+            self._scheduler.finish(task)
+            self._counters.requests += 1
 
     def _report(self, task: Task) -> Result:
         return report(
             task,
             shape=self._shape,
-            kv_bytes=self._cache.bytes_of(task.key),
             bytes_per_element=self._runner.decoder.dtype.itemsize,
             decode=self.prepare.decode,
         )

@@ -14,21 +14,20 @@ def report(
     task: Task,
     *,
     shape: DecoderShape,
-    kv_bytes: int,
     bytes_per_element: int,
     decode: Callable[[Sequence[int]], str],
 ) -> Result:
     """The result of a task whose answer is complete.
 
-    `kv_bytes`: what the cache holds for it now. `decode`: token ids to text.
+    `decode`: token ids to text.
     """
     reason = task.finish_reason
     assert reason is not None
     visual = task.visual_tokens
     text = task.prompt_tokens - visual
-    # The last token of the answer was never fed back, so an unpruned cache would not hold it.
+    # An answer's last token need not be stored: it is never fed back.
+    added = len(task.token_ids) - 1
     unpruned = [task.prompt_tokens] * shape.num_layers
-    stored_unpruned = [tokens + len(task.token_ids) - 1 for tokens in unpruned]
     present = [tokens - text for tokens in task.layer_tokens]
     return Result(
         id=task.prepared.id,
@@ -45,8 +44,8 @@ def report(
         retention=layer_average(visual, present) if visual else None,
         prefill_flops=shape.prefill_flops(task.layer_tokens),
         prefill_flops_unpruned=shape.prefill_flops(unpruned),
-        kv_bytes=kv_bytes,
-        kv_bytes_unpruned=shape.kv_bytes(stored_unpruned, bytes_per_element),
+        kv_bytes=shape.kv_bytes([n + added for n in task.layer_tokens], bytes_per_element),
+        kv_bytes_unpruned=shape.kv_bytes([n + added for n in unpruned], bytes_per_element),
         prefill_s=task.prefill_s,
         decode_s=task.decode_s,
         latency_s=time.perf_counter() - task.submitted,

@@ -6,7 +6,7 @@ Shapes: T packed tokens, B requests, D hidden size, V vocabulary, N visual token
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import chain
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from trio.config import Pruning
 from trio.engine.cache import Cache
+from trio.engine.graphs import StepGraphs, rounded_up
 from trio.engine.room import Need
 from trio.engine.task import Task
 from trio.models.attention import Padded
@@ -51,6 +52,11 @@ class Runner:
             budget=kv_bytes,
             max_slots=max_running,
         )
+        gpu = self.decoder.device.type == "cuda"
+        self.replay: Callable[[int, int], Tensor] | None = StepGraphs(self._step) if gpu else None
+        """Runs `_step` on a padded number of rows, where that is faster."""
+        self.lag = 1 if gpu else 0
+        """Decode steps that may be under way while the outcome of an earlier one is unknown."""
 
     def need(self, prompt_tokens: int, image_tokens: Sequence[int], new_tokens: int) -> Need:
         """Tokens a request may come to store, per layer group."""
@@ -61,8 +67,10 @@ class Runner:
             for group, (start, _) in enumerate(self.cache.spans):
                 left = kept.get(start, left)
                 removed[group] += count - left
-        # The last token of an answer is never fed back, so it is never stored.
-        return tuple(prompt_tokens - gone + new_tokens - 1 for gone in removed)
+        # The last token of an answer is never fed back, so it is never stored, unless a step runs
+        # before it is known to be the last.
+        stored = new_tokens - 1 + self.lag
+        return tuple(prompt_tokens - gone + stored for gone in removed)
 
     def encode(self, tasks: Sequence[Task]) -> list[list[Tensor]]:
         """Visual features of each task's images, `[N, D]` each, in one pass of the encoder."""
@@ -97,24 +105,42 @@ class Runner:
             task.kept = done.kept[row]
         return done.logits_BV, done.prune_seconds
 
-    @torch.no_grad()
-    def decode(self, tasks: Sequence[Task]) -> Tensor:
-        """One more token of every running task, in the cache's order; returns logits [B, V]."""
-        assert [task.key for task in tasks] == self.cache.order
-        device = self.decoder.device
-        step = self.cache.extend()
-        hidden_BD = self.decoder.embed(
-            torch.tensor([t.token_ids[-1] for t in tasks], device=device)
+    def start(self, tasks: Sequence[Task]) -> None:
+        """Let tasks whose prompts and first tokens are there take part in decoding."""
+        self.cache.start(
+            [task.key for task in tasks],
+            [task.token_ids[-1] for task in tasks],
+            [task.positions for task in tasks],
         )
+
+    def decode(self) -> Tensor:
+        """One more token of every running task, in the cache's order; returns logits [B, V].
+
+        The tokens to feed lie in `cache.rows`; the caller puts the next ones there.
+        """
+        rows, count = self.cache.rows, self.cache.rows.count
+        self.cache.extend()
+        if self.replay is None:
+            logits_BV = self._step(None)
+        else:
+            padded = rounded_up(count, self.cache.room.shape.slots)
+            logits_BV = self.replay(padded, self.cache.generation)[:count]
+        rows.position_GB[:, :count] += 1
+        return logits_BV
+
+    @torch.no_grad()
+    def _step(self, padded: int | None) -> Tensor:
+        """Logits of the first `padded` rows, or of just those of running tasks."""
+        rows = self.cache.rows
+        count = rows.count if padded is None else padded
+        writer = self.cache.writer(padded)
+        hidden_BD = self.decoder.embed(rows.token_B[:count])
         with self.decoder.ragged(), few_row_linears():
             for group, (start, stop) in enumerate(self.cache.spans):
-                positions_B = torch.tensor([task.positions[group] for task in tasks], device=device)
-                rotary = self.decoder.rotary(positions_B)
-                layout = Padded(step.lengths_B[group])
-                hidden_BD = self.decoder.run_layers(start, stop, hidden_BD, rotary, layout, step)
-        for task in tasks:
-            task.positions = [position + 1 for position in task.positions]
-        return self.decoder.head(hidden_BD)
+                rotary = self.decoder.rotary(rows.position_GB[group, :count])
+                layout = Padded(writer.length_GB[group])
+                hidden_BD = self.decoder.run_layers(start, stop, hidden_BD, rotary, layout, writer)
+            return self.decoder.head(hidden_BD)
 
     def now(self) -> float:
         """Seconds by a clock that has waited for the device."""

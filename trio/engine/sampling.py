@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,12 +19,38 @@ from torch import Tensor
 from trio.engine.request import Sampling
 
 
-@dataclass(frozen=True, slots=True)
 class Chosen:
-    """The next token of each row and the natural log of its probability under the model."""
+    """The next token of each row and the natural log of its probability under the model.
 
-    token_ids: list[int]
-    logprobs: list[float]
+    On their way to the host from the moment they are chosen; only reading them there waits.
+    """
+
+    def __init__(self, tokens_B: Tensor, logprobs_B: Tensor) -> None:
+        self.tokens_B = tokens_B
+        self._host = tuple(map(_start_copy, (tokens_B, logprobs_B)))
+        self._arrived = None
+        if tokens_B.is_cuda:
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    @property
+    def token_ids(self) -> list[int]:
+        return self._read(0)
+
+    @property
+    def logprobs(self) -> list[float]:
+        return self._read(1)
+
+    def _read(self, which: int) -> list[Any]:
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._host[which].tolist()
+
+
+def _start_copy(x_B: Tensor) -> Tensor:
+    if not x_B.is_cuda:
+        return x_B.clone()
+    return torch.empty(x_B.shape, dtype=x_B.dtype, pin_memory=True).copy_(x_B, non_blocking=True)
 
 
 def stream(sampling: Sampling) -> random.Random:
@@ -46,7 +72,7 @@ def choose(
         tokens_B[rows] = _invert(probabilities, uniforms)
     log_norm_B = logits_BV.logsumexp(dim=-1)
     logprobs_B = logits_BV.gather(1, tokens_B[:, None])[:, 0] - log_norm_B
-    return Chosen(tokens_B.tolist(), logprobs_B.tolist())
+    return Chosen(tokens_B, logprobs_B)
 
 
 def distribution(logits_BV: Tensor, samplings: Sequence[Sampling]) -> Tensor:
