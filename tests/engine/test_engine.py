@@ -434,7 +434,10 @@ def test_settings_out_of_reach_are_refused_at_the_start(model: Any) -> None:
 
 @pytest.mark.parametrize(
     ("image_size", "patch_size", "message"),
-    [(32, 8, "writes 16 placeholder tokens .* gives 64"), (16, 4, "image size")],
+    [
+        (32, 8, "writes 16 placeholder tokens .* gives 64"),
+        (16, 4, r"shape \[1, 3, 16, 16\], and the model takes \[1, 3, 32, 32\]"),
+    ],
 )
 def test_a_processor_of_another_model_is_refused_at_the_start(
     model: Any, image_size: int, patch_size: int, message: str

@@ -40,7 +40,7 @@ def llava_7b() -> LlavaForConditionalGeneration:
 def test_the_published_setting_on_a_7b_shape() -> None:
     adapter = adapt(llava_7b())
     shape = adapter.shape()
-    assert adapter.visual_tokens == 576
+    assert adapter.max_visual_tokens == 576
     stages = Schedule.for_retention(1 / 9, shape.num_layers, 576).counts(576)
     assert stages == [(1, 92), (10, 54), (15, 22)]
     visual = tokens_per_layer(576, stages, shape.num_layers)
@@ -111,7 +111,7 @@ def test_the_proxy_costs_what_its_operations_add_up_to() -> None:
 def test_vision_tower_and_projector_cost_what_their_operations_add_up_to() -> None:
     model = tiny_llava(layers=1)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        adapt(model).encode_images(torch.zeros(1, 3, 32, 32))
+        adapt(model).encode_images([{"pixel_values": torch.zeros(1, 3, 32, 32)}])
     shape = VisionShape.of_llava_config(model.config)
     attention = shape.layers_run * 2 * shape.tokens**2 * shape.hidden_size
     assert counter.get_total_flops() == 2 * (shape.flops() - attention)

@@ -23,7 +23,7 @@ from trio.engine.scheduler import Scheduler
 from trio.engine.stats import Counters
 from trio.engine.task import Task
 from trio.errors import UserError
-from trio.models.llava import LlavaAdapter
+from trio.models.adapter import Adapter
 from trio.models.registry import adapt
 
 
@@ -183,7 +183,7 @@ class Engine:
         return counted
 
     def _plan(self, sampling: Sampling) -> MemoryPlan:
-        room, visual = self._cache.room, self._runner.adapter.visual_tokens
+        room, visual = self._cache.room, self._runner.adapter.max_visual_tokens
         need = self._runner.need(visual + TEXT_TOKENS, [visual], sampling.max_new_tokens)
         longest = (visual + TEXT_TOKENS + sampling.max_new_tokens - 1,) * len(need)
         return MemoryPlan(
@@ -311,15 +311,16 @@ def _no_memory(task: Task, message: str) -> Result:
     return failed(task.prepared.id, "no_room", f"the device ran out of memory: {message}")
 
 
-def _check_fit(prepare: Preparer, adapter: LlavaAdapter) -> None:
+def _check_fit(prepare: Preparer, adapter: Adapter) -> None:
     """Serve the encoder one image: a processor of another model would spoil every request."""
     sample = prepare(Request(prompt="", images=(Image.new("RGB", (64, 64)),)))
     if isinstance(sample, Result):
         raise UserError(f"the processor cannot prepare an image: {sample.error}")
     try:
-        (features,) = adapter.encode_images(sample.image_inputs[0]["pixel_values"])
-    except ValueError as error:
+        adapter.check_inputs(sample.image_inputs[0])
+    except UserError as error:
         raise UserError(f"the processor does not fit the model: {error}") from error
+    (features,) = adapter.encode_images(sample.image_inputs)
     if len(features) != sample.image_tokens[0]:
         raise UserError(
             f"the processor does not fit the model: it writes {sample.image_tokens[0]} placeholder "
