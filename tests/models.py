@@ -42,8 +42,10 @@ CHAT_TEMPLATE = (
 Family = Literal["llama", "mistral", "qwen2"]
 Pinpoints = tuple[tuple[int, int], ...]
 """Heights and widths to which LLaVA-NeXT resizes images before it cuts them into tiles."""
-# Those of the hub's checkpoints, for tiles of 32 pixels instead of 336.
+HUB_PINPOINTS: Pinpoints = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
+"""Of the checkpoints of 7B, whose tiles have 336 pixels an edge."""
 PINPOINTS: Pinpoints = ((32, 64), (64, 32), (64, 64), (96, 32), (32, 96))
+"""The same for tiles of 32 pixels."""
 LLAVA_NEXT: dict[str, Any] = {"pinpoints": PINPOINTS, "patch_size": 8, "max_positions": 1024}
 """Makes `tiny_llava` a LLaVA-NeXT: 16 visual tokens a tile, and 88 of the largest image."""
 _TEXT_CONFIGS: dict[str, type[Any]] = {
@@ -110,13 +112,7 @@ def tiny_llava(
     }
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model: Any
-        if pinpoints is None:
-            model = LlavaForConditionalGeneration(LlavaConfig(**common)).eval()
-        else:
-            grids = [list(size) for size in pinpoints]
-            config = LlavaNextConfig(**common, image_grid_pinpoints=grids)
-            model = LlavaNextForConditionalGeneration(config).eval()
+        model = _model(common, pinpoints).eval()
         with torch.no_grad():
             for name, param in model.named_parameters():
                 if param.ndim > 1:
@@ -127,6 +123,32 @@ def tiny_llava(
     model.generation_config.pad_token_id = SPECIAL.index("<pad>")
     model.generation_config.eos_token_id = SPECIAL.index("</s>")
     return model.to(dtype)
+
+
+def meta_7b(pinpoints: Pinpoints | None = None) -> Any:
+    """LLaVA-1.5-7B's shape, with `pinpoints` that of LLaVA-NeXT-7B, without weights."""
+    common: dict[str, Any] = {
+        "vision_config": CLIPVisionConfig(
+            hidden_size=1024,
+            intermediate_size=4096,
+            num_hidden_layers=24,
+            num_attention_heads=16,
+            image_size=336,
+            patch_size=14,
+            projection_dim=768,
+        ),
+        "text_config": LlamaConfig(vocab_size=32064, max_position_embeddings=4096),
+        "image_token_index": 32000,
+    }
+    with torch.device("meta"):
+        return _model(common, pinpoints)
+
+
+def _model(common: dict[str, Any], pinpoints: Pinpoints | None) -> Any:
+    if pinpoints is None:
+        return LlavaForConditionalGeneration(LlavaConfig(**common))
+    config = LlavaNextConfig(**common, image_grid_pinpoints=[list(size) for size in pinpoints])
+    return LlavaNextForConditionalGeneration(config)
 
 
 def _level_embeddings(model: Any, image_size: int) -> None:

@@ -9,37 +9,22 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaNextConfig
-from transformers import LlavaNextForConditionalGeneration as LlavaNext
 
 from tests.engine.support import MANY_SIZES, picture
-from tests.models import IMAGE_TOKEN_ID, LLAVA_NEXT, PINPOINTS, tiny_llava, tiny_processor
+from tests.models import (
+    HUB_PINPOINTS,
+    IMAGE_TOKEN_ID,
+    LLAVA_NEXT,
+    PINPOINTS,
+    meta_7b,
+    tiny_llava,
+    tiny_processor,
+)
 from trio.errors import UserError
 from trio.models.adapter import Adapter
 from trio.models.registry import adapt
 
 PROCESSOR = tiny_processor(patch_size=8, pinpoints=PINPOINTS)
-HUB_PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
-
-
-def llava_next_7b() -> LlavaNext:
-    """The shape of LLaVA-NeXT over Vicuna 7B, without its weights."""
-    config = LlavaNextConfig(
-        vision_config=CLIPVisionConfig(
-            hidden_size=1024,
-            intermediate_size=4096,
-            num_hidden_layers=24,
-            num_attention_heads=16,
-            image_size=336,
-            patch_size=14,
-            projection_dim=768,
-        ),
-        text_config=LlamaConfig(vocab_size=32064, max_position_embeddings=4096),
-        image_token_index=32000,
-        image_grid_pinpoints=[list(size) for size in HUB_PINPOINTS],
-    )
-    with torch.device("meta"):
-        return LlavaNext(config)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +47,7 @@ def singles() -> list[dict[str, torch.Tensor]]:
 
 
 def test_counts_of_a_7b_shape() -> None:
-    adapter = adapt(llava_next_7b())
+    adapter = adapt(meta_7b(HUB_PINPOINTS))
     assert adapter.largest_image == (672, 672)
     assert adapter.max_visual_tokens == 5 * 576 + 48 == 2928
 
