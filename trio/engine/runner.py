@@ -38,7 +38,8 @@ class Runner:
         self.decoder = adapter.decoder
         self.pruning = replace(pruning, position_ids=position_ids)
         self.num_layers = self.decoder.num_layers
-        # Stages lie at the same layers for images of any size.
+        # Stages lie at the same layers for images of any size, and a retention in reach for the
+        # largest is in reach for all.
         stages = self.pruning.stages(adapter.max_visual_tokens, self.num_layers)
         self.cache = Cache(
             group_starts=sorted({0, *(layer for layer, _ in stages)}),
