@@ -16,7 +16,7 @@ from trio.config import Pruning
 from trio.engine.engine import Engine
 from trio.engine.request import Request, Sampling
 
-WARM, TRACED, REQUESTS = 400, 1600, 2000
+WARM, TRACED, REQUESTS = 400, 1750, 2000
 """Tensors are counted after the first of them and at the end; from the second on, which takes
 longer, also what Python allocates. What is kept once for all requests is there by then."""
 PICTURES = [picture(number, size) for number, size in enumerate(MANY_SIZES)]
@@ -60,12 +60,12 @@ def mixed(numbers: range) -> Iterator[Request]:
 
 
 def test_two_thousand_requests_leave_nothing_behind() -> None:
-    model = tiny_llava(layers=3, spread=0.4, **LLAVA_NEXT)
+    model = tiny_llava(layers=2, spread=0.4, **LLAVA_NEXT)
     engine = Engine(
         model,
         tiny_processor(patch_size=8, pinpoints=PINPOINTS),
-        pruning=Pruning(schedule="1:0.4,2:0.2"),
-        kv_bytes=30_000_000,
+        pruning=Pruning(schedule="1:0.3"),
+        kv_bytes=20_000_000,
         batch_tokens=4096,
         max_running=128,
     )
@@ -95,15 +95,15 @@ def test_two_thousand_requests_leave_nothing_behind() -> None:
     assert failed == set(filter(is_broken, range(REQUESTS)))
     cache = engine._cache
     assert cache.room.holders == cache.used_bytes == 0 and not cache.order
-    assert cache.allocated_bytes <= 30_000_000
+    assert cache.allocated_bytes <= 20_000_000
     stats = engine.stats()
     assert stats["requests"] + stats["failed"] == REQUESTS
     assert stats["running_mean"] > 20
-    # For each request less than half a tensor, 100 bytes of tensors, 1,000 bytes of other objects.
+    # For each request less than half a tensor, 100 bytes of tensors, 1,500 bytes of other objects.
     # Some 200 kB of these are there at any time.
     assert after.tensors - before.tensors < (REQUESTS - WARM) / 2
     assert after.bytes - before.bytes < 100 * (REQUESTS - WARM)
-    assert kept < 1000 * (REQUESTS - TRACED)
+    assert kept < 1500 * (REQUESTS - TRACED)
     for key, tokens in some.items():
         (alone,) = engine.generate(mixed(range(key, key + 1)))
         assert alone.token_ids == tokens
