@@ -67,7 +67,15 @@ def speed(options: argparse.Namespace) -> int:
     from trio.benchmark.ceilings import measure as measure_ceilings
     from trio.benchmark.conditions import machine
     from trio.benchmark.shapes import build
-    from trio.benchmark.speed import Workload, measure, subjects_for, summary, table, work_of
+    from trio.benchmark.speed import (
+        Workload,
+        measure,
+        requests_for,
+        subjects_for,
+        summary,
+        table,
+        work_of,
+    )
 
     workload = Workload(
         batch=options.batch,
@@ -102,13 +110,14 @@ def speed(options: argparse.Namespace) -> int:
     if options.dry_run:
         return 0
     model, processor = build(options.shape, device, getattr(torch, dtype))
-    subjects = subjects_for(model, processor, workload, pruning)
+    requests = requests_for(model, processor, workload)
+    subjects = subjects_for(model, processor, requests, pruning)
     ceilings = measure_ceilings(device, getattr(torch, dtype))
     rounds = []
     for runs in measure(subjects, options.rounds):
         rounds.append(runs)
         print(f"round {len(rounds)}/{options.rounds}", file=sys.stderr, flush=True)
-    result = summary(rounds, work_of(model, pruning, workload), ceilings, options.batch)
+    result = summary(rounds, work_of(model, pruning, requests), ceilings, options.batch)
     print(table(result))
     if options.json:
         options.json.write_text(json.dumps({"conditions": conditions, **result}, indent=1) + "\n")
@@ -180,7 +189,7 @@ def _add_speed(parser: argparse.ArgumentParser) -> None:
         json=None,
         dry_run=False,
     )
-    add("--shape", help="architecture with random weights: tiny, small, llava-1.5-7b (small)")
+    add("--shape", help="random weights: tiny, small, llava-1.5-7b, llava-next-7b (small)")
     add("--batch", type=_positive, help="requests, one image each, all waiting at once (16)")
     add("--prompt-tokens", type=_positive, help="text tokens of each prompt (40)")
     add("--output-tokens", type=_range, help="of each answer: 32, or spread evenly: 8-128 (32)")

@@ -1,4 +1,4 @@
-"""Tiny random models for tests: a LLaVA over any LLaMA-type decoder, and its processor."""
+"""Tiny random models for tests: LLaVA, LLaVA-NeXT over any LLaMA-type decoder; processors."""
 
 from __future__ import annotations
 
@@ -12,12 +12,18 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaNextProcessor,
     LlavaProcessor,
     MistralConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.llava_next.image_processing_pil_llava_next import (
+    LlavaNextImageProcessorPil,
+)
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
 _WORDS = """
@@ -34,6 +40,14 @@ CHAT_TEMPLATE = (
     "{% endfor %}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
 Family = Literal["llama", "mistral", "qwen2"]
+Pinpoints = tuple[tuple[int, int], ...]
+"""Heights and widths to which LLaVA-NeXT resizes images before it cuts them into tiles."""
+HUB_PINPOINTS: Pinpoints = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
+"""Of the checkpoints of 7B, whose tiles have 336 pixels an edge."""
+PINPOINTS: Pinpoints = ((32, 64), (64, 32), (64, 64), (96, 32), (32, 96))
+"""The same for tiles of 32 pixels."""
+LLAVA_NEXT: dict[str, Any] = {"pinpoints": PINPOINTS, "patch_size": 8, "max_positions": 1024}
+"""Makes `tiny_llava` a LLaVA-NeXT: 16 visual tokens a tile, and 88 of the largest image."""
 _TEXT_CONFIGS: dict[str, type[Any]] = {
     "llama": LlamaConfig,
     "mistral": MistralConfig,
@@ -55,12 +69,14 @@ def tiny_llava(
     max_positions: int = 512,
     dtype: torch.dtype = torch.float32,
     spread: float = 0.15,
+    pinpoints: Pinpoints | None = None,
     **text_options: Any,
 ) -> Any:
     """A random LLaVA with `(image_size / patch_size) ** 2` visual tokens, in eval mode.
 
-    Visual features are as large as text embeddings; `spread` is the standard deviation of the
-    decoder's weights, large enough that attention is not flat.
+    With `pinpoints` a LLaVA-NeXT, that many tokens for each tile. Visual features are as large as
+    text embeddings; `spread` is the standard deviation of the decoder's weights, large enough
+    that attention is not flat.
     """
     text = _TEXT_CONFIGS[family](
         hidden_size=hidden,
@@ -86,17 +102,17 @@ def tiny_llava(
         projection_dim=24,
         initializer_range=spread,
     )
-    config = LlavaConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_index=IMAGE_TOKEN_ID,
-        vision_feature_layer=-2,
-        vision_feature_select_strategy="default",
-        image_seq_length=(image_size // patch_size) ** 2,
-    )
+    common: dict[str, Any] = {
+        "vision_config": vision,
+        "text_config": text,
+        "image_token_index": IMAGE_TOKEN_ID,
+        "vision_feature_layer": -2,
+        "vision_feature_select_strategy": "default",
+        "image_seq_length": (image_size // patch_size) ** 2,
+    }
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = LlavaForConditionalGeneration(config).eval()
+        model = _model(common, pinpoints).eval()
         with torch.no_grad():
             for name, param in model.named_parameters():
                 if param.ndim > 1:
@@ -109,21 +125,49 @@ def tiny_llava(
     return model.to(dtype)
 
 
+def meta_7b(pinpoints: Pinpoints | None = None) -> Any:
+    """LLaVA-1.5-7B's shape, with `pinpoints` that of LLaVA-NeXT-7B, without weights."""
+    common: dict[str, Any] = {
+        "vision_config": CLIPVisionConfig(
+            hidden_size=1024,
+            intermediate_size=4096,
+            num_hidden_layers=24,
+            num_attention_heads=16,
+            image_size=336,
+            patch_size=14,
+            projection_dim=768,
+        ),
+        "text_config": LlamaConfig(vocab_size=32064, max_position_embeddings=4096),
+        "image_token_index": 32000,
+    }
+    with torch.device("meta"):
+        return _model(common, pinpoints)
+
+
+def _model(common: dict[str, Any], pinpoints: Pinpoints | None) -> Any:
+    if pinpoints is None:
+        return LlavaForConditionalGeneration(LlavaConfig(**common))
+    config = LlavaNextConfig(**common, image_grid_pinpoints=[list(size) for size in pinpoints])
+    return LlavaNextForConditionalGeneration(config)
+
+
 def _level_embeddings(model: Any, image_size: int) -> None:
     """Text embeddings and visual features of unit size, so that tokens differ in the result."""
     model.get_input_embeddings().weight.normal_()
-    features = torch.cat(
-        model.get_image_features(
-            torch.randn(4, 3, image_size, image_size), return_dict=True
-        ).pooler_output
-    )
+    pixels = torch.randn(4, 3, image_size, image_size)
+    tower = model.model.vision_tower(pixels, output_hidden_states=True)
+    features = model.model.multi_modal_projector(tower.hidden_states[-2][:, 1:])
     projector = model.model.multi_modal_projector.linear_2
     projector.weight.div_(features.std())
     projector.bias.zero_()
+    if hasattr(model.model, "image_newline"):
+        model.model.image_newline.normal_()
 
 
-def tiny_processor(*, image_size: int = 32, patch_size: int = 4) -> LlavaProcessor:
-    """A word-level tokenizer, CLIP's image processor on PIL, and a chat template."""
+def tiny_processor(
+    *, image_size: int = 32, patch_size: int = 4, pinpoints: Pinpoints | None = None
+) -> Any:
+    """A word-level tokenizer, the model's image processor on PIL, and a chat template."""
     words = [*SPECIAL, *dict.fromkeys(WORDS)]
     tokenizer = Tokenizer(
         models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>")
@@ -138,17 +182,23 @@ def tiny_processor(*, image_size: int = 32, patch_size: int = 4) -> LlavaProcess
         additional_special_tokens=["<image>"],
         padding_side="left",
     )
-    images = CLIPImageProcessorPil(
-        size={"shortest_edge": image_size}, crop_size={"height": image_size, "width": image_size}
+    side = {"height": image_size, "width": image_size}
+    common: dict[str, Any] = {
+        "tokenizer": fast,
+        "patch_size": patch_size,
+        "vision_feature_select_strategy": "default",
+        "num_additional_image_tokens": 1,
+        "chat_template": CHAT_TEMPLATE,
+    }
+    if pinpoints is None:
+        images = CLIPImageProcessorPil(size={"shortest_edge": image_size}, crop_size=side)
+        return LlavaProcessor(image_processor=images, **common)
+    tiles = LlavaNextImageProcessorPil(
+        size={"shortest_edge": image_size},
+        crop_size=side,
+        image_grid_pinpoints=[list(size) for size in pinpoints],
     )
-    return LlavaProcessor(
-        image_processor=images,
-        tokenizer=fast,
-        patch_size=patch_size,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=CHAT_TEMPLATE,
-    )
+    return LlavaNextProcessor(image_processor=tiles, **common)
 
 
 def save_tiny_checkpoint(directory: Path, **options: Any) -> Path:
@@ -156,7 +206,10 @@ def save_tiny_checkpoint(directory: Path, **options: Any) -> Path:
     model = tiny_llava(**options)
     model.save_pretrained(directory)
     vision = model.config.vision_config
-    tiny_processor(image_size=vision.image_size, patch_size=vision.patch_size).save_pretrained(
-        directory
+    processor = tiny_processor(
+        image_size=vision.image_size,
+        patch_size=vision.patch_size,
+        pinpoints=options.get("pinpoints"),
     )
+    processor.save_pretrained(directory)
     return directory

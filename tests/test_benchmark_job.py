@@ -1,10 +1,17 @@
 """jobs/benchmark.py: what it says before it measures."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import benchmark
 import pytest
+import torch
+
+from tests.models import HUB_PINPOINTS, meta_7b
+from trio.benchmark import shapes
+from trio.demo.build import tokenizer
+from trio.models.registry import adapt
 
 
 @pytest.mark.parametrize(
@@ -71,6 +78,38 @@ def test_speed_compares_four_ways_on_the_same_requests(
     assert all(told[key] > 0 for key in keys)
     printed = capsys.readouterr().out
     assert "patch + generate" in printed and "flops_ratio_total" in printed
+
+
+def test_speed_of_llava_next_counts_tiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The shape `tiny` with images of 5 tiles, 144 visual tokens each, and 24 newlines."""
+    tiny = shapes.SHAPES["tiny"]
+    grids = ((96, 192), (192, 96), (192, 192))
+    monkeypatch.setitem(shapes.SHAPES, "next-tiny", replace(tiny, pinpoints=grids))
+    told = {}
+    for shape in ("tiny", "next-tiny"):
+        file = tmp_path / f"{shape}.json"
+        flags = ["--shape", shape, "--batch", "2", "--prompt-tokens", "8", "--output-tokens", "2"]
+        assert benchmark.main(["speed", *flags, "--rounds", "1", "--json", str(file)]) == 0
+        told[shape] = json.loads(file.read_text())
+    generate, engine, pruned, patched = told["next-tiny"]["rows"]
+    token = 16 * 2 * 128 * 4
+    assert engine["kv_bytes"] == token * 2 * (5 * 144 + 24 + 8 + 1) == generate["kv_bytes"]
+    assert pruned["flops"] == patched["flops"] < engine["flops"] == generate["flops"]
+    assert pruned["kv_bytes"] == patched["kv_bytes"]
+    encoder = [row["flops_total"] - row["flops"] for row in (engine, told["tiny"]["rows"][1])]
+    assert encoder[0] == 5 * encoder[1] > 0
+
+
+def test_the_7b_shape_of_llava_next_is_the_published_one() -> None:
+    shape = shapes.SHAPES["llava-next-7b"]
+    with torch.device("meta"):
+        adapter = adapt(shapes._model(shape, tokenizer()))
+    published = adapt(meta_7b(HUB_PINPOINTS))
+    assert adapter.shape() == published.shape()
+    assert adapter.vision_flops(1) == published.vision_flops(1)
+    assert adapter.largest_image == (672, 672)
+    assert adapter.max_visual_tokens == published.max_visual_tokens == 2928
+    assert adapter.model.config.image_grid_pinpoints == published.model.config.image_grid_pinpoints
 
 
 def test_a_dry_run_lists_what_would_be_measured(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -18,18 +20,38 @@ def lively_llava(**options: Any) -> Any:
     return tiny_llava(**{"spread": 0.4, **options})
 
 
-def picture(seed: int) -> Image.Image:
+Size = tuple[int, int]
+"""Width and height."""
+MANY_SIZES: tuple[Size, ...] = (
+    (64, 64),
+    (30, 45),
+    (200, 3),
+    (33, 97),
+    (128, 96),
+    (7, 5),
+    (2, 150),
+    (96, 33),
+    (1, 1),
+)
+
+
+def picture(seed: int, size: Size = (36, 40)) -> Image.Image:
     rng = np.random.default_rng(seed)
-    return Image.fromarray(rng.integers(0, 256, (40, 36, 3), dtype=np.uint8))
+    return Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
 
 
-def mixed_requests(count: int, *, seed: int = 0, **sampling: Any) -> list[Request]:
+def mixed_requests(
+    count: int, *, seed: int = 0, sizes: Sequence[Size] = ((36, 40),), **sampling: Any
+) -> list[Request]:
     """Prompts of many lengths, with no, one or several images, and answers of many lengths."""
     chance = random.Random(seed)
+    size = itertools.cycle(sizes)
     return [
         Request(
             prompt=" ".join(chance.choices(WORDS, k=chance.randint(1, 30))),
-            images=tuple(picture(100 * number + i) for i in range(chance.choice((0, 1, 1, 1, 2)))),
+            images=tuple(
+                picture(100 * number + i, next(size)) for i in range(chance.choice((0, 1, 1, 1, 2)))
+            ),
             id=number,
             sampling=Sampling(**{"max_new_tokens": chance.randint(1, 14), **sampling}),
         )
@@ -48,6 +70,18 @@ def model_inputs(processor: Any, request: Request) -> dict[str, Any]:
         return_dict=True,
         return_tensors="pt",
     )
+
+
+def batch_inputs(processor: Any, requests: Sequence[Request]) -> dict[str, Any]:
+    """Many requests as one padded batch, as transformers itself would prepare it."""
+    texts = []
+    for request in requests:
+        content: list[dict[str, Any]] = [{"type": "image"} for _ in request.images]
+        content.append({"type": "text", "text": request.prompt})
+        message = [{"role": "user", "content": content}]
+        texts.append(processor.apply_chat_template(message, add_generation_prompt=True))
+    images = [image for request in requests for image in request.images]
+    return processor(images=images or None, text=texts, padding=True, return_tensors="pt")
 
 
 def generate(model: Any, processor: Any, request: Request, **options: Any) -> Any:

@@ -22,6 +22,11 @@ def prompt(*parts: int | list[int]) -> list[int]:
     return ids
 
 
+def inputs(pixels: torch.Tensor) -> list[dict[str, torch.Tensor]]:
+    """One mapping an image, as the engine hands them over."""
+    return [{"pixel_values": image[None]} for image in pixels]
+
+
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
 def test_packed_prompts_give_the_models_own_logits(family: Family) -> None:
     model = tiny_llava(family=family, layers=3)
@@ -29,12 +34,12 @@ def test_packed_prompts_give_the_models_own_logits(family: Family) -> None:
     prompts = [prompt([5, 7], 1, [9, 10, 11]), [5, 9, 30], prompt([5], 2, [12], 1, [13, 14])]
     images = [1, 0, 3]
     pixels = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    features = adapter.encode_images(pixels)
+    features = adapter.encode_images(inputs(pixels))
     assert [tuple(image.shape) for image in features] == [(VISUAL, 32)] * 4
     packed = PackedPrompts(
         embeds_TD=adapter.embed(torch.tensor([i for ids in prompts for i in ids]), features),
         lengths=tuple(map(len, prompts)),
-        images=[adapter.spans(ids) for ids in prompts],
+        images=[adapter.spans(ids, [VISUAL] * n) for ids, n in zip(prompts, images, strict=True)],
     )
     got = prefill(adapter.decoder, packed, None, None)
     used = 0
@@ -49,32 +54,32 @@ def test_packed_prompts_give_the_models_own_logits(family: Family) -> None:
 def test_features_do_not_depend_on_the_batch() -> None:
     adapter = adapt(tiny_llava(layers=2))
     pixels = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-    together = adapter.encode_images(pixels)
+    together = adapter.encode_images(inputs(pixels))
     for number in range(3):
-        (alone,) = adapter.encode_images(pixels[number : number + 1])
+        (alone,) = adapter.encode_images(inputs(pixels[number : number + 1]))
         torch.testing.assert_close(together[number], alone, atol=1e-5, rtol=1e-5)
 
 
 def test_spans_of_several_images() -> None:
     adapter = adapt(tiny_llava(layers=2))
-    assert adapter.visual_tokens == VISUAL
-    assert adapter.spans([5, 6, 7]) == []
-    assert adapter.spans(prompt([5], 1, [6])) == [(1, 65)]
-    ids = prompt([5], 2, [6], 1)
-    assert adapter.spans(ids) == [(1, 65), (65, 129), (130, 194)]
-    assert adapter.spans(torch.tensor(ids)) == adapter.spans(ids)
+    assert adapter.max_visual_tokens == VISUAL
+    assert adapter.spans([5, 6, 7], []) == []
+    assert adapter.spans(prompt([5], 1, [6]), [VISUAL]) == [(1, 65)]
+    ids, counts = prompt([5], 2, [6], 1), [VISUAL] * 3
+    assert adapter.spans(ids, counts) == [(1, 65), (65, 129), (130, 194)]
+    assert adapter.spans(torch.tensor(ids), counts) == adapter.spans(ids, counts)
     assert adapter.spans(prompt([5], 1), [24, 40]) == [(1, 25), (25, 65)]
 
 
 def test_mismatches_stop_with_both_numbers() -> None:
     adapter = adapt(tiny_llava(layers=2))
     with pytest.raises(UserError, match=r"65 image placeholder tokens .* 64 features"):
-        adapter.spans([*prompt(1), IMAGE_TOKEN_ID])
+        adapter.spans([*prompt(1), IMAGE_TOKEN_ID], [VISUAL])
     with pytest.raises(UserError, match=r"64 image placeholder tokens .* 128 features"):
         adapter.spans(prompt(1), [VISUAL, VISUAL])
     with pytest.raises(UserError, match="not side by side"):
-        adapter.spans([IMAGE_TOKEN_ID] * 32 + [5] + [IMAGE_TOKEN_ID] * 32)
-    features = adapter.encode_images(torch.zeros(1, 3, 32, 32))
+        adapter.spans([IMAGE_TOKEN_ID] * 32 + [5] + [IMAGE_TOKEN_ID] * 32, [VISUAL])
+    features = adapter.encode_images(inputs(torch.zeros(1, 3, 32, 32)))
     with pytest.raises(UserError, match=r"128 image placeholder tokens .* 64 features"):
         adapter.embed(torch.tensor(prompt(2)), features)
 

@@ -47,15 +47,15 @@ def cached_tokens(cache: Any) -> list[list[int]]:
 def present(model: Any, batch: Batch, pruning: trio.Pruning) -> tuple[Tensor, list[list[int]]]:
     """Decoder input of a single prompt, and which of its tokens each layer sees."""
     adapter = adapt(model)
-    features = adapter.encode_images(batch["pixel_values"])
+    features = adapter.encode_images([{"pixel_values": p[None]} for p in batch["pixel_values"]])
     embeds = adapter.embed(batch["input_ids"][0], features)
-    spans = tuple(adapter.spans(batch["input_ids"][0]))
+    spans = tuple(adapter.spans(batch["input_ids"][0], list(map(len, features))))
     packed = PackedPrompts(embeds_TD=embeds, lengths=(len(embeds),), images=(spans,))
     (kept,) = prefill(adapter.decoder, packed, pruning, None).kept
     visual = (batch["input_ids"][0] == IMAGE_TOKEN_ID).nonzero()[:, 0].tolist()
     text = sorted(set(range(len(embeds))) - set(visual))
     layers = [list(range(len(embeds)))] * LAYERS
-    stages = pruning.stages(adapter.visual_tokens, LAYERS)
+    stages = pruning.stages(adapter.max_visual_tokens, LAYERS)
     for (layer, _), tokens in zip(stages, kept, strict=True):
         layers[layer:] = [sorted([*text, *(visual[i] for i in tokens)])] * (LAYERS - layer)
     return embeds, layers

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,9 +11,16 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaNextProcessor,
     LlavaProcessor,
+    PreTrainedTokenizerFast,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.llava_next.image_processing_pil_llava_next import (
+    LlavaNextImageProcessorPil,
+)
 
 from trio.demo.build import CHAT_TEMPLATE, tokenizer
 from trio.errors import UserError
@@ -21,7 +28,11 @@ from trio.errors import UserError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shape:
-    """Sizes of a LLaVA: a CLIP tower with a class token, a projector and a LLaMA decoder."""
+    """Sizes of a LLaVA: a CLIP tower with a class token, a projector and a LLaMA decoder.
+
+    pinpoints: heights and widths to which images are resized before they are cut into tiles; not
+        empty makes it a LLaVA-NeXT.
+    """
 
     hidden: int
     intermediate: int
@@ -33,12 +44,21 @@ class Shape:
     vision_hidden: int
     vision_layers: int
     vision_heads: int
-
-    @property
-    def visual_tokens(self) -> int:
-        return (self.image // self.patch) ** 2
+    pinpoints: tuple[tuple[int, int], ...] = ()
 
 
+_LLAVA_7B = Shape(
+    hidden=4096,
+    intermediate=11008,
+    layers=32,
+    heads=32,
+    vocabulary=32064,
+    image=336,
+    patch=14,
+    vision_hidden=1024,
+    vision_layers=24,
+    vision_heads=16,
+)
 SHAPES = {
     "tiny": Shape(
         hidden=128,
@@ -64,17 +84,10 @@ SHAPES = {
         vision_layers=6,
         vision_heads=4,
     ),
-    "llava-1.5-7b": Shape(
-        hidden=4096,
-        intermediate=11008,
-        layers=32,
-        heads=32,
-        vocabulary=32064,
-        image=336,
-        patch=14,
-        vision_hidden=1024,
-        vision_layers=24,
-        vision_heads=16,
+    "llava-1.5-7b": _LLAVA_7B,
+    # Over Vicuna 7B, with the pinpoints of its configuration on the hub.
+    "llava-next-7b": replace(
+        _LLAVA_7B, pinpoints=((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
     ),
 }
 
@@ -89,9 +102,17 @@ def build(name: str, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any
         raise UserError(f"--shape {name} is not available in this version; there are: {_names()}")
     shape = SHAPES[name]
     processor = _processor(shape)
-    words = processor.tokenizer
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(
+    with torch.device(device):
+        model = _model(shape, processor.tokenizer)
+    model = model.to(dtype).eval()
+    _fill(model)
+    return model, processor
+
+
+def _model(shape: Shape, words: PreTrainedTokenizerFast) -> Any:
+    """With whatever weights a fresh model has, on the default device."""
+    common: dict[str, Any] = {
+        "vision_config": CLIPVisionConfig(
             hidden_size=shape.vision_hidden,
             intermediate_size=4 * shape.vision_hidden,
             num_hidden_layers=shape.vision_layers,
@@ -100,7 +121,7 @@ def build(name: str, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any
             patch_size=shape.patch,
             projection_dim=shape.vision_hidden,
         ),
-        text_config=LlamaConfig(
+        "text_config": LlamaConfig(
             hidden_size=shape.hidden,
             intermediate_size=shape.intermediate,
             num_hidden_layers=shape.layers,
@@ -113,17 +134,16 @@ def build(name: str, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any
             pad_token_id=words.pad_token_id,
             tie_word_embeddings=False,
         ),
-        image_token_index=words.convert_tokens_to_ids("<image>"),
-        image_seq_length=shape.visual_tokens,
-        vision_feature_layer=-2,
-        vision_feature_select_strategy="default",
-        tie_word_embeddings=False,
-    )
-    with torch.device(device):
-        model: Any = LlavaForConditionalGeneration(config)
-    model = model.to(dtype).eval()
-    _fill(model)
-    return model, processor
+        "image_token_index": words.convert_tokens_to_ids("<image>"),
+        "image_seq_length": (shape.image // shape.patch) ** 2,
+        "vision_feature_layer": -2,
+        "vision_feature_select_strategy": "default",
+        "tie_word_embeddings": False,
+    }
+    if shape.pinpoints:
+        config = LlavaNextConfig(**common, image_grid_pinpoints=_lists(shape.pinpoints))
+        return LlavaNextForConditionalGeneration(config)
+    return LlavaForConditionalGeneration(LlavaConfig(**common))
 
 
 @torch.no_grad()
@@ -135,16 +155,27 @@ def _fill(model: torch.nn.Module) -> None:
             parameter.normal_(std=parameter[0].numel() ** -0.5, generator=generator)
 
 
-def _processor(shape: Shape) -> LlavaProcessor:
-    side = {"height": shape.image, "width": shape.image}
-    return LlavaProcessor(
-        image_processor=CLIPImageProcessorPil(size={"shortest_edge": shape.image}, crop_size=side),
-        tokenizer=tokenizer(),
-        patch_size=shape.patch,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=CHAT_TEMPLATE,
-    )
+def _processor(shape: Shape) -> Any:
+    sizes: dict[str, Any] = {
+        "size": {"shortest_edge": shape.image},
+        "crop_size": {"height": shape.image, "width": shape.image},
+    }
+    common: dict[str, Any] = {
+        "tokenizer": tokenizer(),
+        "patch_size": shape.patch,
+        "vision_feature_select_strategy": "default",
+        "num_additional_image_tokens": 1,
+        "chat_template": CHAT_TEMPLATE,
+    }
+    if shape.pinpoints:
+        tiles = LlavaNextImageProcessorPil(**sizes, image_grid_pinpoints=_lists(shape.pinpoints))
+        return LlavaNextProcessor(image_processor=tiles, **common)
+    return LlavaProcessor(image_processor=CLIPImageProcessorPil(**sizes), **common)
+
+
+def _lists(pinpoints: tuple[tuple[int, int], ...]) -> list[list[int]]:
+    """As configurations hold them."""
+    return [list(size) for size in pinpoints]
 
 
 def _names() -> str:

@@ -10,17 +10,20 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
 import torch
+from PIL import Image
 
 from trio.benchmark.ceilings import Ceilings, PeakMemory, seconds
 from trio.config import Pruning
 from trio.engine.engine import Engine
-from trio.engine.request import Prepared, Result, Sampling
+from trio.engine.prepare import Preparer
+from trio.engine.request import Prepared, Request, Result, Sampling
+from trio.models.registry import adapt
 from trio.patching import patch, unpatch
-from trio.pruning.cost import DecoderShape, VisionShape
+from trio.pruning.cost import DecoderShape
 from trio.pruning.saliency import proxy_rows
 from trio.pruning.schedule import tokens_per_layer
 from trio.tables import aligned
@@ -160,12 +163,15 @@ class GenerateSubject:
         for start in range(0, len(self._requests), self.size):
             batch = self._requests[start : start + self.size]
             ids = torch.tensor([request.input_ids for request in batch], device=self._model.device)
-            pixels = torch.cat([image["pixel_values"] for r in batch for image in r.image_inputs])
+            images = [image for request in batch for image in request.image_inputs]
+            inputs = {name: torch.cat([image[name] for image in images]) for name in images[0]}
+            pixels = inputs.pop("pixel_values")
             tokens = 1 if one else max(map(_asked, batch))
             self._model.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
                 pixel_values=pixels.to(self._model.device, self._model.dtype),
+                **inputs,
                 do_sample=False,
                 max_new_tokens=tokens,
                 min_new_tokens=tokens,
@@ -190,13 +196,15 @@ def _asked(request: Prepared) -> int:
     return request.sampling.max_new_tokens
 
 
-def requests_for(model: Any, workload: Workload) -> list[Prepared]:
-    """Random pixels and random words, already prepared: preparing is measured by `pipeline`."""
+def requests_for(model: Any, processor: Any, workload: Workload) -> list[Prepared]:
+    """Random words and random pixels of the image that gives most visual tokens.
+
+    Already prepared: preparing is measured by `pipeline`.
+    """
     generator = torch.Generator().manual_seed(workload.seed)
-    config = model.config
-    side = config.vision_config.image_size
+    config, (width, height) = model.config, adapt(model).largest_image
     image_token = config.image_token_id
-    visual = config.image_seq_length
+    prepare = Preparer(processor)
     requests = []
     for number, length in enumerate(workload.lengths):
         words = torch.randint(
@@ -205,13 +213,14 @@ def requests_for(model: Any, workload: Workload) -> list[Prepared]:
             (workload.prompt_tokens,),
             generator=generator,
         ).tolist()
+        pixels = torch.randint(256, (height, width, 3), generator=generator, dtype=torch.uint8)
+        image = prepare(Request(prompt="", images=(Image.fromarray(pixels.numpy()),)))
+        assert isinstance(image, Prepared), image
+        (visual,) = image.image_tokens
         requests.append(
-            Prepared(
+            replace(
+                image,
                 input_ids=(*words[:1], *[image_token] * visual, *words[1:]),
-                image_tokens=(visual,),
-                image_inputs=(
-                    {"pixel_values": torch.randn(1, 3, side, side, generator=generator)},
-                ),
                 id=number,
                 sampling=Sampling(max_new_tokens=length, ignore_eos=True),
             )
@@ -245,18 +254,21 @@ class Work:
     proxy: float
 
 
-def work_of(model: Any, pruning: Pruning, workload: Workload) -> Work:
+def work_of(model: Any, pruning: Pruning, requests: Sequence[Prepared]) -> Work:
     """FLOPs of the vision tower and of scoring and choosing."""
-    shape = DecoderShape.of_config(model.config.text_config)
-    visual = model.config.image_seq_length
-    proxy, left = 0, visual
-    for _, keep in pruning.stages(visual, shape.num_layers):
-        tokens = left + workload.prompt_tokens
-        proxy += shape.proxy_flops(tokens, len(proxy_rows(tokens, pruning.proxy_positions)))
-        proxy += shape.nms_flops(left, keep)
-        left = keep
-    encoder = VisionShape.of_llava_config(model.config).flops()
-    return Work(encoder=encoder * workload.batch, proxy=proxy * workload.batch)
+    adapter = adapt(model)
+    shape = adapter.shape()
+    tiles = proxy = 0
+    for request in requests:
+        (image,), (left,) = request.image_inputs, request.image_tokens
+        tiles += sum(adapter.tiles(image))
+        text = len(request.input_ids) - left
+        for _, keep in pruning.stages(left, shape.num_layers):
+            tokens = left + text
+            proxy += shape.proxy_flops(tokens, len(proxy_rows(tokens, pruning.proxy_positions)))
+            proxy += shape.nms_flops(left, keep)
+            left = keep
+    return Work(encoder=adapter.vision_flops(tiles), proxy=proxy)
 
 
 def decoder_bytes(model: Any) -> int:
@@ -265,9 +277,10 @@ def decoder_bytes(model: Any) -> int:
     return sum(p.nbytes for part in parts for p in part.parameters())
 
 
-def subjects_for(model: Any, processor: Any, workload: Workload, pruning: Pruning) -> list[Subject]:
+def subjects_for(
+    model: Any, processor: Any, requests: list[Prepared], pruning: Pruning
+) -> list[Subject]:
     """The four rows of the table."""
-    requests = requests_for(model, workload)
     size = best_batch_size(model, requests)
     return [
         GenerateSubject(GENERATE, model, requests, size, None),

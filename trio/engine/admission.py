@@ -37,6 +37,8 @@ class Admission:
         if 0 in prepared.image_tokens:
             return failed(prepared.id, "mismatch", "an image without placeholder tokens")
         try:
+            for image in prepared.image_inputs:
+                runner.adapter.check_inputs(image)
             spans = runner.adapter.spans(prepared.input_ids, prepared.image_tokens)
         except UserError as error:
             return failed(prepared.id, "mismatch", str(error))

@@ -24,7 +24,7 @@ from trio.engine.scheduler import Scheduler
 from trio.engine.stats import Counters
 from trio.engine.task import Task
 from trio.errors import UserError
-from trio.models.llava import LlavaAdapter
+from trio.models.adapter import Adapter
 from trio.models.registry import adapt
 
 
@@ -189,7 +189,7 @@ class Engine:
         return counted
 
     def _plan(self, sampling: Sampling) -> MemoryPlan:
-        room, visual = self._cache.room, self._runner.adapter.visual_tokens
+        room, visual = self._cache.room, self._runner.adapter.max_visual_tokens
         need = self._runner.need(visual + TEXT_TOKENS, [visual], sampling.max_new_tokens)
         longest = (visual + TEXT_TOKENS + sampling.max_new_tokens - 1,) * len(need)
         return MemoryPlan(
@@ -244,7 +244,8 @@ class Engine:
     def _prefill(self, tasks: list[Task]) -> None:
         waited = time.perf_counter()
         began = self._runner.now()
-        self._counters.decode_s += began - waited  # for a step that was under way
+        if self._under_way:
+            self._counters.decode_s += began - waited
         complete: list[Task] = []
         tasks, features = self._encode(tasks)
         encoded = self._runner.now()
@@ -340,15 +341,16 @@ def _no_memory(task: Task, message: str) -> Result:
     return failed(task.prepared.id, "no_room", f"the device ran out of memory: {message}")
 
 
-def _check_fit(prepare: Preparer, adapter: LlavaAdapter) -> None:
+def _check_fit(prepare: Preparer, adapter: Adapter) -> None:
     """Serve the encoder one image: a processor of another model would spoil every request."""
     sample = prepare(Request(prompt="", images=(Image.new("RGB", (64, 64)),)))
     if isinstance(sample, Result):
         raise UserError(f"the processor cannot prepare an image: {sample.error}")
     try:
-        (features,) = adapter.encode_images(sample.image_inputs[0]["pixel_values"])
-    except ValueError as error:
+        adapter.check_inputs(sample.image_inputs[0])
+    except UserError as error:
         raise UserError(f"the processor does not fit the model: {error}") from error
+    (features,) = adapter.encode_images(sample.image_inputs)
     if len(features) != sample.image_tokens[0]:
         raise UserError(
             f"the processor does not fit the model: it writes {sample.image_tokens[0]} placeholder "

@@ -18,8 +18,8 @@ from trio.engine.cache import Cache
 from trio.engine.graphs import StepGraphs, rounded_up
 from trio.engine.room import Need
 from trio.engine.task import Task
+from trio.models.adapter import Adapter
 from trio.models.attention import Padded
-from trio.models.llava import LlavaAdapter
 from trio.models.prefill import PackedPrompts, prefill
 from trio.models.products import few_row_linears
 from trio.pruning.select import salt_of
@@ -33,15 +33,16 @@ class Runner:
     """
 
     def __init__(
-        self, adapter: LlavaAdapter, pruning: Pruning, *, kv_bytes: int, max_running: int
+        self, adapter: Adapter, pruning: Pruning, *, kv_bytes: int, max_running: int
     ) -> None:
         position_ids = pruning.position_ids or adapter.default_position_ids
         self.adapter = adapter
         self.decoder = adapter.decoder
         self.pruning = replace(pruning, position_ids=position_ids)
         self.num_layers = self.decoder.num_layers
-        # Stages lie at the same layers for images of any size.
-        stages = self.pruning.stages(adapter.visual_tokens, self.num_layers)
+        # Stages lie at the same layers for images of any size, and a retention in reach for the
+        # largest is in reach for all.
+        stages = self.pruning.stages(adapter.max_visual_tokens, self.num_layers)
         self.cache = Cache(
             group_starts=sorted({0, *(layer for layer, _ in stages)}),
             num_layers=self.num_layers,
@@ -77,9 +78,7 @@ class Runner:
         inputs = [image for task in tasks for image in task.prepared.image_inputs]
         if not inputs:
             return [[] for _ in tasks]
-        features = iter(
-            self.adapter.encode_images(torch.cat([image["pixel_values"] for image in inputs]))
-        )
+        features = iter(self.adapter.encode_images(inputs))
         return [[next(features) for _ in task.prepared.image_inputs] for task in tasks]
 
     def prefill(

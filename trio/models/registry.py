@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from trio.errors import UserError
+from trio.models.adapter import Adapter
 from trio.models.llava import LlavaAdapter
+from trio.models.llava_next import LlavaNextAdapter
 
-_ADAPTERS = {"llava": LlavaAdapter}
+_ADAPTERS: dict[str, type[Adapter]] = {"llava": LlavaAdapter, "llava_next": LlavaNextAdapter}
 
 
-def adapt(model: Any) -> LlavaAdapter:
+def adapt(model: Any) -> Adapter:
     """The adapter for a model.
 
     Raises:
@@ -35,5 +37,5 @@ def check_supported(config: Any) -> None:
 def _unsupported(kind: str) -> UserError:
     return UserError(
         f"models of type {kind} are not supported; supported: LlavaForConditionalGeneration "
-        "(LLaVA-1.5 family)"
+        "(LLaVA-1.5) and LlavaNextForConditionalGeneration (LLaVA-NeXT)"
     )

@@ -42,7 +42,8 @@ def patch(model: Model, pruning: Pruning) -> Model:
     `torch.compile` a patched model runs eagerly. One thread at a time.
 
     Args:
-        model: a `LlavaForConditionalGeneration` over a LLaMA-type decoder.
+        model: a `LlavaForConditionalGeneration` or `LlavaNextForConditionalGeneration` over a
+            LLaMA-type decoder.
         pruning: how much to keep and how to choose.
 
     Returns:
@@ -55,7 +56,7 @@ def patch(model: Model, pruning: Pruning) -> Model:
         raise UserError(f"pruning must be a trio.Pruning, got {pruning!r:.100}")
     adapter = adapt(model)
     decoder = adapter.decoder
-    pruning.stages(adapter.visual_tokens, decoder.num_layers)
+    pruning.stages(adapter.max_visual_tokens, decoder.num_layers)
     if pruning.position_ids is None:
         pruning = replace(pruning, position_ids=adapter.default_position_ids)
     if PatchedForward.of(model) is not None:

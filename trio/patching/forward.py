@@ -7,7 +7,7 @@ D hidden size.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -20,8 +20,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from trio.config import Pruning
 from trio.errors import UserError
+from trio.models.adapter import Adapter
 from trio.models.attention import Padded
-from trio.models.llava import LlavaAdapter
 from trio.models.prefill import PackedPrompts, prefill
 from trio.patching.cache import RaggedLayer, make_plain, make_ragged, ragged_layers
 from trio.patching.override import Override
@@ -51,7 +51,7 @@ class PatchedForward(Override):
 
     name = "forward"
 
-    def __init__(self, model: nn.Module, pruning: Pruning, adapter: LlavaAdapter) -> None:
+    def __init__(self, model: nn.Module, pruning: Pruning, adapter: Adapter) -> None:
         super().__init__(model)
         self.pruning = pruning
         self.adapter = adapter
@@ -113,9 +113,31 @@ class PatchedForward(Override):
         return Prompts(
             real_BS=real_BS,
             lengths=lengths,
-            images=tuple(tuple(self.adapter.spans(row)) for row in tokens),
+            images=tuple(self._spans(call, tokens)),
             salts=tuple(salt_of(row) for row in tokens),
         )
+
+    def _spans(
+        self, call: dict[str, Any], tokens: Sequence[Sequence[int]]
+    ) -> Iterator[tuple[tuple[int, int], ...]]:
+        """Visual spans of each row. Images come in the order of rows, so many for each as its
+        placeholders need."""
+        counts = iter(self._visual_tokens(call))
+        for row in tokens:
+            needed = row.count(self.adapter.image_token_id)
+            own: list[int] = []
+            while sum(own) < needed and (count := next(counts, None)) is not None:
+                own.append(count)
+            yield tuple(self.adapter.spans(row, own))
+
+    def _visual_tokens(self, call: dict[str, Any]) -> list[int]:
+        """Of each image of the batch."""
+        encoded = (call.get("mm_encoder_outputs") or {}).get("image")
+        if encoded is not None:
+            return [len(image) for image in encoded.pooler_output]
+        if call.get("pixel_values") is None:
+            return []
+        return self.adapter.visual_tokens(call)
 
 
 class PatchedDecoder(Override):
@@ -123,7 +145,7 @@ class PatchedDecoder(Override):
 
     name = "forward"
 
-    def __init__(self, text_model: nn.Module, pruning: Pruning, adapter: LlavaAdapter) -> None:
+    def __init__(self, text_model: nn.Module, pruning: Pruning, adapter: Adapter) -> None:
         super().__init__(text_model)
         self.pruning = pruning
         self.adapter = adapter
@@ -237,11 +259,10 @@ class PatchedGenerate(Override):
 
     name = "generate"
 
-    def __init__(self, model: nn.Module, pruning: Pruning, adapter: LlavaAdapter) -> None:
+    def __init__(self, model: nn.Module, pruning: Pruning, adapter: Adapter) -> None:
         super().__init__(model)
         self.pruning = pruning
         self.image_token_id = adapter.image_token_id
-        self.visual_tokens = adapter.visual_tokens
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         call = _by_name(self.original, args, kwargs)
@@ -270,10 +291,10 @@ class PatchedGenerate(Override):
             return
         ids_BS = call.get("input_ids", call.get("inputs"))
         copies = [self._given(call, name) or 1 for name in ("num_beams", "num_return_sequences")]
-        if ids_BS is None or max(copies) == 1 or call["pixel_values"].shape[0] == 1:
+        if ids_BS is None or max(copies) == 1:
             return
-        visual_B = (ids_BS == self.image_token_id).sum(dim=1)
-        if bool((visual_B > self.visual_tokens).any()):
+        prompts = int((ids_BS == self.image_token_id).any(dim=1).sum())
+        if call["pixel_values"].shape[0] > prompts:
             raise UserError(
                 f"transformers {transformers.__version__} mixes up the images of a prompt that has "
                 "several under num_beams or num_return_sequences: upgrade it, or generate one "

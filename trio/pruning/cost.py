@@ -90,7 +90,7 @@ class DecoderShape:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VisionShape:
-    """Sizes of a CLIP-like tower and a two-layer projector, for one image.
+    """Sizes of a CLIP-like tower and a two-layer projector, for one picture that the tower takes.
 
     layers_run: tower layers. tokens: patches and CLS. features: tokens the projector gets.
     """
@@ -105,7 +105,7 @@ class VisionShape:
 
     @classmethod
     def of_llava_config(cls, config: Any) -> VisionShape:
-        """From a LlavaConfig."""
+        """From a LlavaConfig or a LlavaNextConfig."""
         vision = config.vision_config
         patches = (vision.image_size // vision.patch_size) ** 2
         full = config.vision_feature_select_strategy == "full"
