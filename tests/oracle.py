@@ -30,7 +30,7 @@ def text_parts(model: Any, dtype: torch.dtype) -> tuple[Any, Any]:
 def run_layer(text: Any, layer: int, hidden_SD: Tensor, positions_S: Tensor) -> Tensor:
     size = hidden_SD.shape[0]
     mask = torch.full((size, size), -torch.inf, dtype=hidden_SD.dtype).triu(1)[None, None]
-    rotary = text.rotary_emb(hidden_SD, positions_S[None])
+    rotary = text.rotary_emb(hidden_SD, positions_S[..., None, :])
     return text.layers[layer](hidden_SD[None], attention_mask=mask, position_embeddings=rotary)[0]
 
 
@@ -98,10 +98,16 @@ def prefill(
     position_ids: str = "renumber",
     threshold: float = 0.8,
     suppress: bool = True,
+    positions: Tensor | None = None,
 ) -> Outcome:
-    """One prompt with `stages[image]` of each of its images, through all layers."""
+    """One prompt with `stages[image]` of each of its images, through all layers.
+
+    positions: `[S]`, or `[A, S]` on several axes; None is 0, 1, 2, ...
+    """
     hidden = embeds_SD.detach()
-    positions = torch.arange(hidden.shape[0])
+    if positions is None:
+        positions = torch.arange(hidden.shape[0])
+    behind = int(positions.max()) + 1
     image_of = torch.full((hidden.shape[0],), -1)
     token_of = torch.full((hidden.shape[0],), -1)
     count = 0
@@ -124,14 +130,14 @@ def prefill(
                 picks = walk(features, ranked, goal, threshold) if suppress else ranked[:goal]
                 stays[places] = False
                 stays[places[picks]] = True
-            hidden, positions = hidden[stays], positions[stays]
+            hidden, positions = hidden[stays], positions[..., stays]
             image_of, token_of = image_of[stays], token_of[stays]
             if position_ids == "renumber":
-                positions = torch.arange(hidden.shape[0])
+                positions = torch.arange(hidden.shape[0]).expand_as(positions)
+                behind = hidden.shape[0]
             out.kept.append(token_of[token_of >= 0].tolist())
         out.lengths.append(hidden.shape[0])
-        renumbered = position_ids == "renumber"
-        out.next_positions.append(hidden.shape[0] if renumbered else embeds_SD.shape[0])
+        out.next_positions.append(behind)
         with torch.no_grad():
             hidden = run_layer(text, layer, hidden, positions)
     with torch.no_grad():

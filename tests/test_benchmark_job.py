@@ -106,7 +106,8 @@ def test_the_7b_shape_of_llava_next_is_the_published_one() -> None:
         adapter = adapt(shapes._model(shape, tokenizer()))
     published = adapt(meta_7b(HUB_PINPOINTS))
     assert adapter.shape() == published.shape()
-    assert adapter.vision_flops(1) == published.vision_flops(1)
+    image = {"image_sizes": torch.tensor([[672, 672]])}
+    assert adapter.vision_flops(image) == published.vision_flops(image)
     assert adapter.largest_image == (672, 672)
     assert adapter.max_visual_tokens == published.max_visual_tokens == 2928
     assert adapter.model.config.image_grid_pinpoints == published.model.config.image_grid_pinpoints

@@ -23,8 +23,8 @@ class Pruning:
         or `none`.
     proxy_positions: which rows of the proxy give the loss, for a sequence of n tokens:
         `reference` n-5..n-2, `with_last` n-4..n-1, `last` n-1.
-    position_ids: `renumber` (0, 1, 2, ... after each stage) or `keep` (each token keeps its own);
-        None takes the model family's default.
+    position_ids: `renumber` (0, 1, 2, ... after each stage, on all axes that a position has) or
+        `keep` (each token keeps its own); None takes the model family's default.
     similarity_threshold: cosine from which the NMS calls two tokens the same.
     seed: for `random`.
     """

@@ -21,15 +21,21 @@ from tests.models import (
     tiny_processor,
 )
 from trio.errors import UserError
-from trio.models.adapter import Adapter
 from trio.models.registry import adapt
+from trio.models.tiles import TiledAdapter
 
 PROCESSOR = tiny_processor(patch_size=8, pinpoints=PINPOINTS)
 
 
 @pytest.fixture(scope="module")
-def adapter() -> Adapter:
-    return adapt(tiny_llava(layers=2, **LLAVA_NEXT))
+def adapter() -> TiledAdapter:
+    return tiled(tiny_llava(layers=2, **LLAVA_NEXT))
+
+
+def tiled(model: Any) -> TiledAdapter:
+    adapter = adapt(model)
+    assert isinstance(adapter, TiledAdapter)
+    return adapter
 
 
 PICTURES = [picture(number, size) for number, size in enumerate(MANY_SIZES)]
@@ -47,7 +53,7 @@ def singles() -> list[dict[str, torch.Tensor]]:
 
 
 def test_counts_of_a_7b_shape() -> None:
-    adapter = adapt(meta_7b(HUB_PINPOINTS))
+    adapter = tiled(meta_7b(HUB_PINPOINTS))
     assert adapter.largest_image == (672, 672)
     assert adapter.max_visual_tokens == 5 * 576 + 48 == 2928
 
@@ -68,7 +74,7 @@ def test_counts_of_a_7b_shape() -> None:
     assert max(counts(*sizes)[0]) <= adapter.max_visual_tokens
 
 
-def test_features_are_the_models_own_in_one_pass_without_padding(adapter: Adapter) -> None:
+def test_features_are_the_models_own_in_one_pass_without_padding(adapter: TiledAdapter) -> None:
     inputs = singles()
     passes: list[Any] = []
     tower = adapter.model.model.vision_tower
@@ -90,21 +96,21 @@ def test_features_are_the_models_own_in_one_pass_without_padding(adapter: Adapte
     assert len(set(counts)) > 5 and max(counts) == adapter.max_visual_tokens == 88
 
 
-def test_placeholders_are_as_many_as_features(adapter: Adapter) -> None:
+def test_placeholders_are_as_many_as_features(adapter: TiledAdapter) -> None:
     texts = ["<image>"] * len(PICTURES)
     ids = PROCESSOR(images=PICTURES, text=texts, padding=True, return_tensors="pt")["input_ids"]
     features = adapter.encode_images(singles())
     assert (ids == IMAGE_TOKEN_ID).sum(dim=1).tolist() == list(map(len, features))
 
 
-def test_features_do_not_depend_on_the_batch(adapter: Adapter) -> None:
+def test_features_do_not_depend_on_the_batch(adapter: TiledAdapter) -> None:
     inputs = singles()
     for image, together in zip(inputs, adapter.encode_images(inputs), strict=True):
         (alone,) = adapter.encode_images([image])
         torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
 
 
-def test_inputs_of_another_processor_are_refused(adapter: Adapter) -> None:
+def test_inputs_of_another_processor_are_refused(adapter: TiledAdapter) -> None:
     good = singles()[0]
     adapter.check_inputs(good)
 
@@ -121,5 +127,9 @@ def test_inputs_of_another_processor_are_refused(adapter: Adapter) -> None:
     assert "[1, 10, 3, 32, 32], and the model takes [1, 5," in fault(padded)
 
 
-def test_vision_cost_counts_tiles(adapter: Adapter) -> None:
-    assert adapter.vision_flops(5) == 5 * adapter.vision_flops(1) > 0
+def test_vision_cost_counts_tiles(adapter: TiledAdapter) -> None:
+    of: dict[int, int] = {}
+    for image in singles():
+        (tiles,) = adapter.tiles(image)
+        of[tiles] = adapter.vision_flops(image)
+    assert 3 * of[5] == 5 * of[3] > 0

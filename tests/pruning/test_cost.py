@@ -14,6 +14,7 @@ from transformers import LlamaConfig
 from tests.models import HUB_PINPOINTS, LLAVA_NEXT, meta_7b, tiny_llava, tiny_processor
 from trio.models.attention import Packed
 from trio.models.registry import adapt
+from trio.models.tiles import TiledAdapter
 from trio.pruning.cost import DecoderShape, VisionShape, layer_average
 from trio.pruning.schedule import Schedule, tokens_per_layer
 
@@ -52,7 +53,7 @@ def test_the_published_setting_on_a_7b_shape() -> None:
     for counted, expected in ((two, (5.244, 4.944, 4.026)), (shape, (5.219, 4.977, 4.209))):
         before, after = counted.prefill_flops(full), counted.prefill_flops(pruned)
         proxy = sum(counted.proxy_flops(count + TEXT_TOKENS, rows=4) for count in scored)
-        vision = adapter.vision_flops(1)
+        vision = adapter.vision_flops({"pixel_values": torch.empty(1, 3, 336, 336)})
         ratios = (
             before / after,
             before / (after + proxy),
@@ -77,7 +78,7 @@ def test_retention_of_a_ninth_on_the_7b_shape_of_llava_next() -> None:
         before, after = shape.prefill_flops([scored[0]] * 32), shape.prefill_flops(pruned)
         forwards = sum(map(shape.layer_flops, scored))
         own = sum(shape.proxy_flops(count, rows=4) for count in scored)
-        vision = adapter.vision_flops(5)
+        vision = adapter.vision_flops({"image_sizes": torch.tensor([[672, 672]])})
         return (
             before / after,
             before / (after + forwards),
@@ -144,11 +145,13 @@ def test_vision_tower_and_projector_cost_what_their_operations_add_up_to(options
     ]
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         adapter.encode_images(images)
+    assert isinstance(adapter, TiledAdapter)
     tiles = sum(adapter.tiles(image)[0] for image in images)
     assert tiles == (5 + 3 if options else 2)
     shape = VisionShape.of_llava_config(adapter.model.config)
     attention = tiles * shape.layers_run * 2 * shape.tokens**2 * shape.hidden_size
-    assert counter.get_total_flops() == 2 * (adapter.vision_flops(tiles) - attention)
+    counted = sum(adapter.vision_flops(image) for image in images)
+    assert counter.get_total_flops() == 2 * (counted - attention)
 
 
 def test_kv_bytes_are_those_of_the_tensors() -> None:

@@ -8,6 +8,7 @@ rounds, ratios are medians of the ratios within a round.
 
 from __future__ import annotations
 
+import inspect
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -166,6 +167,9 @@ class GenerateSubject:
             images = [image for request in batch for image in request.image_inputs]
             inputs = {name: torch.cat([image[name] for image in images]) for name in images[0]}
             pixels = inputs.pop("pixel_values")
+            if "mm_token_type_ids" in inspect.signature(self._model.forward).parameters:
+                # Without them a model whose positions depend on images takes these for text.
+                inputs["mm_token_type_ids"] = (ids == self._model.config.image_token_id).long()
             tokens = 1 if one else max(map(_asked, batch))
             self._model.generate(
                 input_ids=ids,
@@ -258,17 +262,17 @@ def work_of(model: Any, pruning: Pruning, requests: Sequence[Prepared]) -> Work:
     """FLOPs of the vision tower and of scoring and choosing."""
     adapter = adapt(model)
     shape = adapter.shape()
-    tiles = proxy = 0
+    encoder = proxy = 0
     for request in requests:
         (image,), (left,) = request.image_inputs, request.image_tokens
-        tiles += sum(adapter.tiles(image))
+        encoder += adapter.vision_flops(image)
         text = len(request.input_ids) - left
         for _, keep in pruning.stages(left, shape.num_layers):
             tokens = left + text
             proxy += shape.proxy_flops(tokens, len(proxy_rows(tokens, pruning.proxy_positions)))
             proxy += shape.nms_flops(left, keep)
             left = keep
-    return Work(encoder=adapter.vision_flops(tiles), proxy=proxy)
+    return Work(encoder=encoder, proxy=proxy)
 
 
 def decoder_bytes(model: Any) -> int:

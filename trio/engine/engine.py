@@ -189,7 +189,7 @@ class Engine:
         return counted
 
     def _plan(self, sampling: Sampling) -> MemoryPlan:
-        room, visual = self._cache.room, self._runner.adapter.max_visual_tokens
+        room, visual = self._cache.room, self._runner.adapter.planned_visual_tokens
         need = self._runner.need(visual + TEXT_TOKENS, [visual], sampling.max_new_tokens)
         longest = (visual + TEXT_TOKENS + sampling.max_new_tokens - 1,) * len(need)
         return MemoryPlan(

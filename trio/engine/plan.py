@@ -11,8 +11,8 @@ TEXT_TOKENS = 64
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MemoryPlan:
-    """For requests of one image with as many visual tokens as one can give, `TEXT_TOKENS` of text
-    and the longest answer asked for.
+    """For requests of one image with as many visual tokens as one can give (where the model sets
+    no bound, of a usual size), `TEXT_TOKENS` of text and the longest answer asked for.
 
     kv_budget_bytes: memory set aside for keys and values.
     request_bytes: what such a request may come to take of it, pruned as set.

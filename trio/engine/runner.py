@@ -86,13 +86,16 @@ class Runner:
     ) -> tuple[Tensor, float]:
         """Run the prompts of fresh tasks; returns logits [B, V] and the seconds of pruning."""
         ids_T = torch.tensor([token for task in tasks for token in task.prepared.input_ids])
+        lengths, spans = tuple(t.prompt_tokens for t in tasks), tuple(t.spans for t in tasks)
+        images = [image for task in tasks for image in task.prepared.image_inputs]
         salted = self.pruning.method == "random"
         done = prefill(
             self.decoder,
             PackedPrompts(
                 embeds_TD=self.adapter.embed(ids_T, list(chain.from_iterable(features))),
-                lengths=tuple(task.prompt_tokens for task in tasks),
-                images=tuple(task.spans for task in tasks),
+                lengths=lengths,
+                images=spans,
+                positions_T=self.adapter.positions(lengths, spans, images),
                 salts=tuple(salt_of(t.prepared.input_ids) for t in tasks) if salted else (),
             ),
             self.pruning,

@@ -1,6 +1,7 @@
 """What engine and patch need of a vision-language model, whatever its family.
 
-Shapes: I images, N visual tokens of one image, D hidden size of the decoder.
+Shapes: N visual tokens of one image, D hidden size of the decoder, T packed tokens, A axes of its
+positions.
 """
 
 from __future__ import annotations
@@ -11,65 +12,62 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import AutoProcessor
 
 from trio.errors import UserError
 from trio.models.decoder import Decoder
-from trio.pruning.cost import DecoderShape, VisionShape
+from trio.pruning.cost import DecoderShape
 
-_TEXT_MODELS = ("llama", "mistral", "qwen2")
 Inputs = Mapping[str, Any]
-"""What an image processor made of some images, as the model takes it: tensors `[I, ...]`."""
+"""What an image processor made of some images, as the model takes it."""
+Span = tuple[int, int]
 
 
 class Adapter(ABC):
-    """A vision tower, a projector and a LLaMA-type decoder; changes nothing of the model.
+    """A vision tower, a projector and a LLaMA-type decoder; changes nothing of the model."""
 
-    A *tile* is one picture as the tower takes it. An image is one of them or several.
-    """
-
+    text_models: tuple[str, ...]
+    """Types of text decoder that the family comes with."""
     default_position_ids = "renumber"
+    processor_class: Any = AutoProcessor
+    """Whose `from_pretrained` loads the model's processor."""
     largest_image: tuple[int, int]
-    """Width and height, in pixels, of an image that gives as many visual tokens as any can."""
+    """Width and height, in pixels, of an image that gives as many visual tokens as any can; where
+    the model itself sets no bound, of one of a usual size."""
     max_visual_tokens: int
-    """Visual tokens of that image."""
+    """No image gives more."""
 
     def __init__(self, model: Any) -> None:
-        text_config = model.config.text_config
-        if text_config.model_type not in _TEXT_MODELS:
+        text = model.config.text_config.model_type
+        if text not in self.text_models:
             raise UserError(
-                f"LLaVA over a {text_config.model_type!r} text decoder is not supported; "
-                f"supported are {', '.join(_TEXT_MODELS)}"
+                f"{type(model).__name__} over a {text!r} text decoder is not supported; supported "
+                f"are {', '.join(self.text_models)}"
             )
         self.model = model
         self.decoder = Decoder(model.model.language_model, model.lm_head)
         self.image_token_id: int = model.config.image_token_id
 
-    @abstractmethod
-    def tiles(self, inputs: Inputs) -> list[int]:
-        """Tiles of each image."""
+    @property
+    def planned_visual_tokens(self) -> int:
+        """Of `largest_image`."""
+        return self.max_visual_tokens
 
     @abstractmethod
     def visual_tokens(self, inputs: Inputs) -> list[int]:
         """Visual tokens that the model will make of each image, told without running it."""
 
     @abstractmethod
-    def _tile_dimensions(self, inputs: Inputs) -> list[int]:
-        """Of one image's `pixel_values`, between those of images and of colours."""
-
-    @abstractmethod
-    def _features(self, inputs: Sequence[Inputs], **settings: Any) -> Sequence[Tensor]:
-        """The model's features of images `[1, ...]` each, in one pass of the tower."""
-
     def check_inputs(self, inputs: Inputs) -> None:
         """Raise UserError unless the model can take these, of one image."""
-        side = self.model.config.vision_config.image_size
-        given = list(tensor_of(inputs, "pixel_values").shape)
-        wanted = [1, *self._tile_dimensions(inputs), 3, side, side]
-        if given != wanted:
-            raise UserError(
-                f"pixel_values of an image have shape {given}, and the model takes {wanted}; use "
-                "the model's own processor"
-            )
+
+    @abstractmethod
+    def vision_flops(self, inputs: Inputs) -> int:
+        """FLOPs of tower and projector for these images."""
+
+    @abstractmethod
+    def _features(self, inputs: Sequence[Inputs]) -> Sequence[Tensor]:
+        """The model's features `[N, D]` of images, one in each of `inputs`, in one pass."""
 
     def encode_images(self, inputs: Sequence[Inputs]) -> list[Tensor]:
         """Visual features, all images in one pass of the tower.
@@ -80,23 +78,26 @@ class Adapter(ABC):
         Returns:
             For each image `[N, D]` in the decoder's dtype and on its device.
         """
-        config = self.model.config
         with torch.no_grad():
-            features = self._features(
-                inputs,
-                vision_feature_layer=config.vision_feature_layer,
-                vision_feature_select_strategy=config.vision_feature_select_strategy,
-                return_dict=True,
-            )
+            features = self._features(inputs)
         return [image.to(self.decoder.device, self.decoder.dtype) for image in features]
 
-    def _to_tower(self, pixels: Tensor) -> Tensor:
-        parameter = next(self.model.model.vision_tower.parameters())
-        return pixels.to(parameter.device, parameter.dtype)
+    def positions(
+        self, lengths: Sequence[int], spans: Sequence[Sequence[Span]], inputs: Sequence[Inputs]
+    ) -> Tensor | None:
+        """Where the tokens of packed prompts stand.
 
-    def spans(
-        self, input_ids: Sequence[int] | Tensor, features: Sequence[int]
-    ) -> list[tuple[int, int]]:
+        Args:
+            lengths: tokens of each prompt.
+            spans: visual spans of each, in its own coordinates.
+            inputs: what the processor made of their images, in order.
+
+        Returns:
+            `[A, T]`, on the CPU; None where they are just 0, 1, 2, ... in each prompt.
+        """
+        return None
+
+    def spans(self, input_ids: Sequence[int] | Tensor, features: Sequence[int]) -> list[Span]:
         """Where each image's placeholder tokens stand in a prompt.
 
         Args:
@@ -160,10 +161,6 @@ class Adapter(ABC):
         """The decoder's size, for counting its cost."""
         return DecoderShape.of_config(self.model.config.text_config)
 
-    def vision_flops(self, tiles: int) -> int:
-        """FLOPs of tower and projector for this many tiles."""
-        return tiles * VisionShape.of_llava_config(self.model.config).flops()
-
 
 def tensor_of(inputs: Inputs, name: str) -> Tensor:
     """One of the tensors; a UserError if it is not there."""
@@ -173,14 +170,3 @@ def tensor_of(inputs: Inputs, name: str) -> Tensor:
             f"images without {name}; pass on all that the model's own processor returns"
         )
     return tensor
-
-
-def patches_per_edge(config: Any) -> int:
-    """Of one tile."""
-    return config.vision_config.image_size // config.vision_config.patch_size
-
-
-def tokens_per_tile(config: Any) -> int:
-    """Features that the projector makes of one tile."""
-    class_token = config.vision_feature_select_strategy == "full"
-    return patches_per_edge(config) ** 2 + class_token

@@ -1,6 +1,7 @@
 """The one seam to a text decoder of transformers.
 
-Shapes: T packed tokens, D hidden size, K key/value heads, E head dimension, V vocabulary.
+Shapes: T packed tokens, A axes of positions, D hidden size, K key/value heads, E head dimension,
+V vocabulary.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ class Decoder:
     function in its config while `ragged()` is entered.
 
     Args:
-        text_model: `LlamaModel`, `MistralModel`, `Qwen2Model`: embeddings, layers, norm, rotary.
+        text_model: `LlamaModel`, `MistralModel`, `Qwen2Model`, `Qwen2_5_VLTextModel`: embeddings,
+            layers, norm, rotary.
         lm_head: hidden state to logits.
     """
 
@@ -67,6 +69,8 @@ class Decoder:
         self.gated = hasattr(model.layers[0].mlp, "gate_proj")
         self.vocab_size: int = config.vocab_size
         self.max_positions = _max_positions(model)
+        self.position_axes = 3 if hasattr(model.rotary_emb, "mrope_section") else 1
+        """Numbers that a position consists of: one, or with M-RoPE time, row and column."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -81,9 +85,14 @@ class Decoder:
         return self.model.embed_tokens(ids)
 
     def rotary(self, positions_T: Tensor, dtype: torch.dtype | None = None) -> Rotary:
-        """Rotation for these positions, in the model's dtype unless another is given."""
+        """Rotation for these positions, in the model's dtype unless another is given.
+
+        positions_T: `[T]`, the same on all axes, or `[A, T]`.
+        """
         like = torch.empty(0, dtype=dtype or self.dtype, device=positions_T.device)
-        return self.model.rotary_emb(like, positions_T[None])
+        if self.position_axes > 1:
+            positions_T = positions_T.expand(self.position_axes, -1)
+        return self.model.rotary_emb(like, positions_T[..., None, :])
 
     def run_layers(
         self,

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trio.models.adapter import Adapter, Inputs, tokens_per_tile
+from trio.models.adapter import Inputs
+from trio.models.tiles import TiledAdapter, tokens_per_tile
 
 
-class LlavaAdapter(Adapter):
+class LlavaAdapter(TiledAdapter):
     """Of a `LlavaForConditionalGeneration`: `pixel_values [I, 3, height, width]`."""
 
     def __init__(self, model: Any) -> None:
@@ -29,6 +30,6 @@ class LlavaAdapter(Adapter):
     def _tile_dimensions(self, inputs: Inputs) -> list[int]:
         return []
 
-    def _features(self, inputs: Sequence[Inputs], **settings: Any) -> Sequence[Tensor]:
+    def _pool(self, inputs: Sequence[Inputs], **settings: Any) -> Sequence[Tensor]:
         pixels = torch.cat([image["pixel_values"] for image in inputs])
         return self.model.model.get_image_features(self._to_tower(pixels), **settings).pooler_output

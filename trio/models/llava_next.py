@@ -16,10 +16,11 @@ from transformers.models.llava_next.modeling_llava_next import (
     unpad_image,
 )
 
-from trio.models.adapter import Adapter, Inputs, patches_per_edge, tensor_of, tokens_per_tile
+from trio.models.adapter import Inputs, tensor_of
+from trio.models.tiles import TiledAdapter, patches_per_edge, tokens_per_tile
 
 
-class LlavaNextAdapter(Adapter):
+class LlavaNextAdapter(TiledAdapter):
     """Of a `LlavaNextForConditionalGeneration`.
 
     It takes `pixel_values [I, tiles, 3, height, width]`, where images of fewer tiles are filled
@@ -44,7 +45,7 @@ class LlavaNextAdapter(Adapter):
     def _tile_dimensions(self, inputs: Inputs) -> list[int]:
         return self.tiles(inputs)
 
-    def _features(self, inputs: Sequence[Inputs], **settings: Any) -> Sequence[Tensor]:
+    def _pool(self, inputs: Sequence[Inputs], **settings: Any) -> Sequence[Tensor]:
         return self.model.model.get_image_features(
             self._to_tower(torch.cat([image["pixel_values"][0] for image in inputs])),
             torch.cat([image["image_sizes"] for image in inputs]),

@@ -1,7 +1,7 @@
 """Packed prefill: prompts of different lengths back to back, visual tokens pruned on the way.
 
-Shapes: T packed tokens, T' what is left of them after a stage, B requests, D hidden size,
-V vocabulary.
+Shapes: T packed tokens, T' what is left of them after a stage, A axes of positions, B requests,
+D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ class PackedPrompts:
     lengths: tokens of each request.
     images: for each request the visual spans `(start, stop)` in its own coordinates; one span is
         one image, with its own budget.
-    positions_T: positions; None is 0, 1, 2, ... in each request.
+    positions_T: positions `[T]`, or `[A, T]` where they differ by axis; None is 0, 1, 2, ... in
+        each request. A request goes on behind the largest of its own.
     salts: for method `random`, a number per request that depends on that request alone
         (`trio.pruning.select.salt_of(token_ids)`); empty means 0 for all.
     """
@@ -52,6 +53,7 @@ class PackedPrompts:
     def __post_init__(self) -> None:
         assert sum(self.lengths) == self.embeds_TD.shape[0]
         assert len(self.images) == len(self.lengths) and all(n > 0 for n in self.lengths)
+        assert self.positions_T is None or self.positions_T.shape[-1] == len(self.embeds_TD)
         assert not self.salts or len(self.salts) == len(self.lengths)
         for length, spans in zip(self.lengths, self.images, strict=True):
             edges = [edge for span in spans for edge in span]
@@ -151,7 +153,7 @@ class _Prefill:
             self.positions_T = contiguous_positions(prompts.lengths, decoder.device)
             self.next_positions = list(prompts.lengths)
         else:
-            self.positions_T = prompts.positions_T
+            self.positions_T = prompts.positions_T.to(decoder.device)
             self.next_positions = _next_positions(prompts.positions_T, prompts.lengths)
         self.kept: list[list[list[int]]] = [[] for _ in prompts.lengths]
         self.prune_seconds = 0.0
@@ -220,7 +222,7 @@ class _Prefill:
             self.ragged, index = compact(before, choice.kept)
             index = index.to(hidden_in.device, non_blocking=True)
             self.hidden_TD = hidden_in[index]
-            self.positions_T = positions_in[index]
+            self.positions_T = positions_in[..., index]
         self._renumber(keeps)
         for request, keep in enumerate(keeps):
             if keep is not None:
@@ -261,5 +263,5 @@ class _Prefill:
 
 
 def _next_positions(positions_T: Tensor, lengths: Sequence[int]) -> list[int]:
-    ends = torch.tensor([end - 1 for end in accumulate(lengths)], device=positions_T.device)
-    return [position + 1 for position in positions_T[ends].tolist()]
+    largest = [own.amax() for own in positions_T.split(list(lengths), dim=-1)]
+    return [position + 1 for position in torch.stack(largest).tolist()]

@@ -69,7 +69,7 @@ class Proxy:
 
         Args:
             hidden_TD: hidden states that enter the layer, packed, any floating dtype.
-            positions_T: their positions.
+            positions_T: their positions, `[T]` or, on several axes, `[A, T]`.
             rows: for each sequence the indices of its rows, rising.
             lengths: tokens of each sequence.
             wanted: for each sequence the tokens `(start, stop)` whose norms are wanted.

@@ -1,7 +1,7 @@
 """What a patched model runs: pruned prefill, then decoding on caches of different lengths.
 
-Shapes: B rows, S padded prompt, T real tokens of all rows back to back, Q new tokens of a row,
-D hidden size.
+Shapes: B rows, S padded prompt, T real tokens of all rows back to back, A axes of positions,
+Q new tokens of a row, D hidden size.
 """
 
 from __future__ import annotations
@@ -37,12 +37,14 @@ class Prompts:
     real_BS: True at tokens, False at padding.
     lengths: real tokens of each row.
     images: visual spans (start, stop) of each row, counted in its real tokens.
+    positions_T: positions, [T] or [A, T]; None is 0, 1, 2, ... in each row.
     salts: a number of each row's tokens, for method `random`.
     """
 
     real_BS: Tensor
     lengths: tuple[int, ...]
     images: tuple[tuple[tuple[int, int], ...], ...]
+    positions_T: Tensor | None
     salts: tuple[int, ...]
 
 
@@ -72,8 +74,10 @@ class PatchedForward(Override):
 
     def _visual(self, call: dict[str, Any]) -> Tensor | None:
         """Which token ids stand for image features [B, S], None if the call brings no image."""
-        encoded = (call.get("mm_encoder_outputs") or {}).get("image")
-        if call.get("pixel_values") is None and encoded is None:
+        encoded = call.get("mm_encoder_outputs") or {}
+        if call.get("pixel_values_videos") is not None or encoded.get("video") is not None:
+            raise UserError(f"videos are not pruned: generate from images and text, {UNPATCH}")
+        if call.get("pixel_values") is None and encoded.get("image") is None:
             return None
         if call.get("input_ids") is None:
             raise UserError(
@@ -108,14 +112,30 @@ class PatchedForward(Override):
         lengths = tuple(int(n) for n in real_BS.sum(dim=1).tolist())
         if min(lengths) == 0:
             raise UserError(f"row {lengths.index(0)} of the batch is all padding: leave it out")
-        _check_positions(call.get("position_ids"), real_BS)
         tokens = [ids[real].tolist() for ids, real in zip(ids_BS, real_BS, strict=True)]
+        images = tuple(self._spans(call, tokens))
         return Prompts(
             real_BS=real_BS,
             lengths=lengths,
-            images=tuple(self._spans(call, tokens)),
+            images=images,
+            positions_T=self._positions(call, real_BS, lengths, images),
             salts=tuple(salt_of(row) for row in tokens),
         )
+
+    def _positions(
+        self,
+        call: dict[str, Any],
+        real_BS: Tensor,
+        lengths: Sequence[int],
+        images: Sequence[Sequence[tuple[int, int]]],
+    ) -> Tensor | None:
+        given, axes = call.get("position_ids"), self.adapter.decoder.position_axes
+        if axes > 1 and given is not None:
+            # `generate` has worked them out, and put those that a text would have before them.
+            own = given[-axes:] if given.ndim == 3 else given
+            return own.to(real_BS.device).expand(*own.shape[:-2], *real_BS.shape)[..., real_BS]
+        _check_positions(given, real_BS)
+        return self.adapter.positions(lengths, images, [call])
 
     def _spans(
         self, call: dict[str, Any], tokens: Sequence[Sequence[int]]
@@ -194,6 +214,7 @@ class PatchedDecoder(Override):
             embeds_TD=embeds_BSD[prompts.real_BS.to(embeds_BSD.device)],
             lengths=prompts.lengths,
             images=prompts.images,
+            positions_T=prompts.positions_T,
             salts=prompts.salts,
         )
         store = _Store(layers)
@@ -289,6 +310,8 @@ class PatchedGenerate(Override):
         prompt by itself for beams and return sequences, so a prompt got its first image twice."""
         if "mm_encoder_outputs" in inspect.signature(self.module.forward).parameters:
             return
+        if "_expand_inputs_for_generation" in vars(type(self.module)):
+            return  # its own way of repeating images, which knows the prompt of each
         ids_BS = call.get("input_ids", call.get("inputs"))
         copies = [self._given(call, name) or 1 for name in ("num_beams", "num_return_sequences")]
         if ids_BS is None or max(copies) == 1:

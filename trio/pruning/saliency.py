@@ -82,7 +82,7 @@ def saliency(
     Args:
         proxy: stand-in for the decoder's result.
         hidden_TD: hidden states that enter the proxy's layer, packed, any floating dtype.
-        positions_T: their positions.
+        positions_T: their positions, `[T]` or, on several axes, `[A, T]`.
         lengths: tokens of each sequence.
         proxy_positions: `reference`, `with_last` or `last`.
         wanted: for each sequence the tokens `(start, stop)` to score; None scores all.

@@ -51,7 +51,7 @@ def choose(
         pruning: method and settings.
         proxy: makes the stage's proxy, called only if scores are needed.
         hidden_TD: packed hidden states that leave the layer before the stage.
-        positions_T: their positions.
+        positions_T: their positions, `[T]` or, on several axes, `[A, T]`.
         ragged: lengths and images at present.
         keeps: for each request the tokens to keep of each image; None has no stage here.
         salts: per request, for `random`.
@@ -100,7 +100,7 @@ def _by_saliency(
         index = torch.cat(
             [torch.arange(n) + ragged.starts[r] for r, n in zip(scored, lengths, strict=True)]
         ).to(hidden_TD.device)
-        hidden_TD, positions_T = hidden_TD[index], positions_T[index]
+        hidden_TD, positions_T = hidden_TD[index], positions_T[..., index]
     spans = [[ragged.images[r][i].span for r, i in goals if r == request] for request in scored]
     wanted = [(min(own)[0], max(own)[1]) for own in spans]
     result = saliency(proxy, hidden_TD, positions_T, lengths, pruning.proxy_positions, wanted)
