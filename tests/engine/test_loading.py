@@ -100,7 +100,7 @@ def test_a_directory_without_a_processor_is_incomplete(checkpoint: Path, tmp_pat
 
 
 @pytest.mark.parametrize(
-    "config", [{"model_type": "llama"}, {"model_type": "qwen2_5_vl"}, {"model_type": "unheard-of"}]
+    "config", [{"model_type": "llama"}, {"model_type": "qwen2_vl"}, {"model_type": "unheard-of"}]
 )
 def test_other_architectures_are_refused_before_their_weights_are_read(
     checkpoint: Path, tmp_path: Path, config: dict[str, str]

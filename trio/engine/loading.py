@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 from trio.errors import UserError
-from trio.models.registry import check_supported
+from trio.models.registry import check_supported, processor_class
 
 
 def load(
@@ -45,7 +45,10 @@ def load_processor(model: str) -> Any:
     Images go through PIL wherever it runs: torchvision resizes differently, and a result must not
     depend on whether it happens to be installed.
     """
-    return AutoProcessor.from_pretrained(_expanded(model), backend="pil", trust_remote_code=False)
+    model = _expanded(model)
+    config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+    kind = processor_class(config)
+    return kind.from_pretrained(model, backend="pil", trust_remote_code=False)
 
 
 def default_kv_bytes(device: torch.device) -> int:

@@ -8,8 +8,13 @@ from trio.errors import UserError
 from trio.models.adapter import Adapter
 from trio.models.llava import LlavaAdapter
 from trio.models.llava_next import LlavaNextAdapter
+from trio.models.qwen2_5_vl import Qwen25VLAdapter
 
-_ADAPTERS: dict[str, type[Adapter]] = {"llava": LlavaAdapter, "llava_next": LlavaNextAdapter}
+_ADAPTERS: dict[str, type[Adapter]] = {
+    "llava": LlavaAdapter,
+    "llava_next": LlavaNextAdapter,
+    "qwen2_5_vl": Qwen25VLAdapter,
+}
 
 
 def adapt(model: Any) -> Adapter:
@@ -34,8 +39,19 @@ def check_supported(config: Any) -> None:
         raise _unsupported(repr(config.model_type))
 
 
+def processor_class(config: Any) -> Any:
+    """Whose `from_pretrained` loads the processor of a model with this config.
+
+    Raises:
+        UserError: the family is not supported.
+    """
+    check_supported(config)
+    return _ADAPTERS[config.model_type].processor_class
+
+
 def _unsupported(kind: str) -> UserError:
     return UserError(
         f"models of type {kind} are not supported; supported: LlavaForConditionalGeneration "
-        "(LLaVA-1.5) and LlavaNextForConditionalGeneration (LLaVA-NeXT)"
+        "(LLaVA-1.5), LlavaNextForConditionalGeneration (LLaVA-NeXT) and "
+        "Qwen2_5_VLForConditionalGeneration (Qwen2.5-VL)"
     )

@@ -127,6 +127,60 @@ class VisionShape:
         return tower + patches + self.features * (d * out + out * out)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WindowedVisionShape:
+    """Sizes of a Qwen2.5-VL tower, in which few blocks attend to a whole image and the others
+    within windows, and of the merger behind it.
+
+    window: patches along a window's edge. merge: those along the edge of what becomes one token.
+    """
+
+    blocks: int
+    whole_blocks: int
+    hidden_size: int
+    intermediate_size: int
+    window: int
+    merge: int
+    patch_inputs: int
+    decoder_hidden_size: int
+
+    @classmethod
+    def of_config(cls, vision: Any) -> WindowedVisionShape:
+        """From a Qwen2_5_VLVisionConfig."""
+        merge = vision.spatial_merge_size
+        return cls(
+            blocks=vision.depth,
+            whole_blocks=len({*vision.fullatt_block_indexes} & {*range(vision.depth)}),
+            hidden_size=vision.hidden_size,
+            intermediate_size=vision.intermediate_size,
+            window=vision.window_size // vision.patch_size // merge * merge,
+            merge=merge,
+            patch_inputs=vision.in_channels * vision.temporal_patch_size * vision.patch_size**2,
+            decoder_hidden_size=vision.out_hidden_size,
+        )
+
+    def flops(self, rows: int, columns: int) -> int:
+        """One image of this many patches; the FFN of a block has three products."""
+        n, d, m = rows * columns, self.hidden_size, self.intermediate_size
+        merged = d * self.merge**2
+        blocks = self.blocks * n * (4 * d * d + 3 * d * m)
+        merger = n // self.merge**2 * (merged * merged + merged * self.decoder_hidden_size)
+        attention = self.attention_flops(rows, columns)
+        return n * self.patch_inputs * d + blocks + attention + merger
+
+    def attention_flops(self, rows: int, columns: int) -> int:
+        """Of them those of scores and of sums of values."""
+        # The windows are all pairs of a piece of the rows and a piece of the columns.
+        pairs = self._pairs(rows) * self._pairs(columns)
+        in_windows = (self.blocks - self.whole_blocks) * pairs
+        return 2 * self.hidden_size * (in_windows + self.whole_blocks * (rows * columns) ** 2)
+
+    def _pairs(self, edge: int) -> int:
+        """Pairs of places along an edge that lie in the same window."""
+        whole, rest = divmod(edge, self.window)
+        return whole * self.window**2 + rest**2
+
+
 def layer_average(visual_tokens: int, present: Sequence[int]) -> float:
     """Layer-average retention: mean visual tokens of a layer over those the encoder gave."""
     return sum(present) / len(present) / visual_tokens

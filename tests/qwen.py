@@ -1,0 +1,166 @@
+"""Tiny random Qwen2.5-VL models for tests, and processors that fit them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+)
+from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import (
+    Qwen2_5_VLTextConfig,
+    Qwen2_5_VLVisionConfig,
+)
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from tests.models import WORDS
+from trio.models.qwen2_5_vl import ImageProcessor
+
+SPECIAL = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<unk>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+IMAGE_TOKEN_ID = SPECIAL.index("<|image_pad|>")
+CHAT_TEMPLATE = (
+    "<|im_start|> describe the picture <|im_end|> "
+    "{% for message in messages %}<|im_start|> {{ message['role'].upper() }}: "
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% else %}{{ part['text'] }} {% endif %}{% endfor %}<|im_end|> {% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|> ASSISTANT:{% endif %}"
+)
+PATCH = 4
+SECTIONS = [2, 3, 3]
+"""Of the halves of a head of 16, turned by time, row and column."""
+LARGEST = 80
+"""Visual tokens that an image is scaled down to."""
+
+
+def tiny_qwen(
+    *, seed: int = 0, layers: int = 6, spread: float = 0.15, dtype: torch.dtype = torch.float32
+) -> Any:
+    """A random Qwen2.5-VL in eval mode: visual tokens of 8 x 8 pixels, windows of 4 x 4 of them.
+
+    Visual features are as large as text embeddings; `spread` is the standard deviation of weights.
+    """
+    text = Qwen2_5_VLTextConfig(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=80,
+        max_position_embeddings=1024,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": SECTIONS},
+        bos_token_id=None,
+        pad_token_id=SPECIAL.index("<|endoftext|>"),
+        eos_token_id=SPECIAL.index("<|im_end|>"),
+    )
+    vision = Qwen2_5_VLVisionConfig(
+        depth=4,
+        hidden_size=24,
+        intermediate_size=40,
+        num_heads=2,
+        patch_size=PATCH,
+        window_size=32,
+        fullatt_block_indexes=[1, 3],
+        out_hidden_size=64,
+    )
+    config = Qwen2_5_VLConfig(
+        text_config=text,
+        vision_config=vision,
+        image_token_id=IMAGE_TOKEN_ID,
+        video_token_id=SPECIAL.index("<|video_pad|>"),
+        vision_start_token_id=SPECIAL.index("<|vision_start|>"),
+        vision_end_token_id=SPECIAL.index("<|vision_end|>"),
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = Qwen2_5_VLForConditionalGeneration(config).eval()
+        with torch.no_grad():
+            for name, param in model.named_parameters():
+                if param.ndim > 1:
+                    param.normal_(0.0, spread)
+                elif name.endswith("bias"):
+                    param.normal_(0.0, 0.2)
+            model.get_input_embeddings().weight.normal_()
+            pixels = torch.randn(256, 3 * 2 * PATCH**2)
+            merger = model.model.visual.merger.mlp[2]
+            (features,) = model.get_image_features(
+                pixels, torch.tensor([[1, 16, 16]]), return_dict=True
+            ).pooler_output
+            merger.weight.div_(features.std())
+            merger.bias.zero_()
+    model.generation_config.pad_token_id = text.pad_token_id
+    model.generation_config.eos_token_id = text.eos_token_id
+    return model.to(dtype)
+
+
+def tiny_qwen_processor() -> ImageProcessor:
+    """A word-level tokenizer without a first token, image processor on PIL and chat template."""
+    words = [*SPECIAL, *dict.fromkeys(WORDS)]
+    tokenizer = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>")
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<|endoftext|>",
+        eos_token="<|im_end|>",
+        unk_token="<unk>",
+        additional_special_tokens=[*SPECIAL[1:2], *SPECIAL[4:]],
+        padding_side="left",
+    )
+    images = Qwen2VLImageProcessorPil(
+        patch_size=PATCH,
+        size={"shortest_edge": 4 * (2 * PATCH) ** 2, "longest_edge": LARGEST * (2 * PATCH) ** 2},
+    )
+    return ImageProcessor(image_processor=images, tokenizer=fast, chat_template=CHAT_TEMPLATE)
+
+
+def save_tiny_qwen(directory: Path, **options: Any) -> Path:
+    """Write model and processor with the files, and the names in them, that the hub has."""
+    tiny_qwen(**options).save_pretrained(directory)
+    processor: Any = tiny_qwen_processor()
+    processor.image_processor.save_pretrained(directory)
+    processor.tokenizer.save_pretrained(directory)
+    (directory / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    return directory
+
+
+def meta_qwen_7b() -> Any:
+    """Qwen2.5-VL-7B's shape without weights."""
+    text = Qwen2_5_VLTextConfig(
+        hidden_size=3584,
+        intermediate_size=18944,
+        num_hidden_layers=28,
+        num_attention_heads=28,
+        num_key_value_heads=4,
+        vocab_size=152064,
+        max_position_embeddings=128000,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+    )
+    vision = Qwen2_5_VLVisionConfig(
+        depth=32,
+        hidden_size=1280,
+        intermediate_size=3420,
+        num_heads=16,
+        patch_size=14,
+        window_size=112,
+        fullatt_block_indexes=[7, 15, 23, 31],
+        out_hidden_size=3584,
+    )
+    with torch.device("meta"):
+        config = Qwen2_5_VLConfig(text_config=text, vision_config=vision)
+        return Qwen2_5_VLForConditionalGeneration(config)
