@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -133,10 +134,28 @@ def save_tiny_qwen(directory: Path, **options: Any) -> Path:
     """Write model and processor with the files, and the names in them, that the hub has."""
     tiny_qwen(**options).save_pretrained(directory)
     processor: Any = tiny_qwen_processor()
-    processor.image_processor.save_pretrained(directory)
+    images = processor.image_processor.to_dict()
+    size = images.pop("size")
+    images["min_pixels"], images["max_pixels"] = size["shortest_edge"], size["longest_edge"]
+    images["image_processor_type"] = "Qwen2VLImageProcessor"
+    images["processor_class"] = "Qwen2_5_VLProcessor"
+    (directory / "preprocessor_config.json").write_text(json.dumps(images))
+    _flatten(directory / "config.json")
     processor.tokenizer.save_pretrained(directory)
     (directory / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     return directory
+
+
+def _flatten(file: Path) -> None:
+    """As the hub's configs are: the decoder's settings beside the tower's, and older names."""
+    config = json.loads(file.read_text())
+    text = config.pop("text_config")
+    rope = text.pop("rope_parameters")
+    text["rope_theta"] = rope["rope_theta"]
+    text["rope_scaling"] = {"type": "mrope", "mrope_section": rope["mrope_section"]}
+    text.pop("layer_types")
+    config["vision_config"]["model_type"] = "qwen2_5_vl"
+    file.write_text(json.dumps({**text, **config}))
 
 
 def meta_qwen_7b() -> Any:

@@ -1,10 +1,11 @@
-"""The engine with LLaVA-NeXT, whose images give a number of visual tokens of their own each."""
+"""The engine with models whose images give a number of visual tokens of their own each."""
 
 from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from tests.engine.support import (
     tokens,
 )
 from tests.models import LLAVA_NEXT, PINPOINTS, save_tiny_checkpoint, tiny_processor
+from tests.qwen import save_tiny_qwen, tiny_qwen, tiny_qwen_processor
 from trio.config import Pruning
 from trio.engine.engine import Engine
 from trio.engine.plan import TEXT_TOKENS
@@ -45,13 +47,56 @@ PRUNINGS = {
 }
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Family:
+    """model: lively. planned: visual tokens of the image that the memory plan is for.
+    save: writes the same model as a checkpoint. images: class of its image processor."""
+
+    model: Any
+    processor: Any
+    planned: int
+    save: Callable[[Path], Path]
+    images: str
+
+
+def llava_next() -> Family:
+    return Family(
+        model=lively_llava(**LLAVA_NEXT),
+        processor=PROCESSOR,
+        planned=88,
+        save=lambda path: save_tiny_checkpoint(path, spread=0.4, **LLAVA_NEXT),
+        images="LlavaNextImageProcessorPil",
+    )
+
+
+def qwen2_5_vl() -> Family:
+    return Family(
+        model=tiny_qwen(spread=0.4),
+        processor=tiny_qwen_processor(),
+        planned=32 * 32,
+        save=lambda path: save_tiny_qwen(path, spread=0.4),
+        images="Qwen2VLImageProcessorPil",
+    )
+
+
+@pytest.fixture(scope="module", params=[llava_next, qwen2_5_vl], ids=lambda make: make.__name__)
+def family(request: Any) -> Family:
+    return request.param()
+
+
 @pytest.fixture(scope="module")
 def model() -> Any:
     return lively_llava(**LLAVA_NEXT)
 
 
-def engine(model: Any, pruning: Pruning | None = None, **options: Any) -> Engine:
-    return Engine(model, PROCESSOR, pruning=pruning, kv_bytes=1 << 26, **options)
+def engine(
+    model: Any, pruning: Pruning | None = None, processor: Any = PROCESSOR, **options: Any
+) -> Engine:
+    return Engine(model, processor, pruning=pruning, kv_bytes=1 << 26, **options)
+
+
+def engine_of(family: Family, pruning: Pruning | None = None, **options: Any) -> Engine:
+    return engine(family.model, pruning, family.processor, **options)
 
 
 def requests_of_many_sizes(count: int, *, seed: int = 0, **sampling: Any) -> list[Request]:
@@ -62,9 +107,11 @@ def requests_of_many_sizes(count: int, *, seed: int = 0, **sampling: Any) -> lis
     return [*requests, Request(prompt="how many", images=album, id=count, sampling=last)]
 
 
-def of_one_batch(model: Any, requests: Sequence[Request], new: int) -> dict[Any, list[int]]:
-    """What `generate` answers to all of them as one padded batch."""
-    inputs = batch_inputs(PROCESSOR, requests)
+def of_one_batch(
+    model: Any, processor: Any, requests: Sequence[Request], new: int
+) -> dict[Any, list[int]]:
+    """What `generate` answers to all of them as one batch, padded on the left."""
+    inputs = batch_inputs(processor, requests)
     out = model.generate(**inputs, max_new_tokens=new, do_sample=False)
     end = model.generation_config.eos_token_id
     answers = {}
@@ -84,34 +131,47 @@ def test_unpruned_equals_generate(options: Any) -> None:
     assert tokens(engine(model).generate(requests)) == expected
 
 
-def test_unpruned_equals_generate_on_the_padded_batch(model: Any) -> None:
+@pytest.mark.parametrize("seed", [0, 5])
+def test_unpruned_qwen_equals_generate(seed: int) -> None:
+    family = qwen2_5_vl()
+    requests = requests_of_many_sizes(16, seed=seed)
+    expected = expected_tokens(family.model, family.processor, requests)
+    assert_lively(expected)
+    late = engine_of(family, max_running=5, batch_tokens=250)
+    assert tokens(late.generate(requests)) == expected
+    assert tokens(engine_of(family).generate(requests)) == expected
+
+
+def test_unpruned_equals_generate_on_the_padded_batch(family: Family) -> None:
     requests = requests_of_many_sizes(12, seed=1, max_new_tokens=12)
-    answers = of_one_batch(model, requests, 12)
+    answers = of_one_batch(family.model, family.processor, requests, 12)
     assert_lively(answers)
-    assert tokens(engine(model).generate(requests)) == answers
+    assert tokens(engine_of(family).generate(requests)) == answers
 
 
 @pytest.mark.parametrize("pruning", PRUNINGS.values(), ids=PRUNINGS)
 def test_pruned_equals_patch_and_generate_alone_and_in_batches(
-    model: Any, pruning: Pruning
+    family: Family, pruning: Pruning
 ) -> None:
+    processor = family.processor
     requests = requests_of_many_sizes(12, seed=2, max_new_tokens=10)
-    patched = patch(copy.deepcopy(model), pruning)
-    expected = expected_tokens(patched, PROCESSOR, requests)
+    patched = patch(copy.deepcopy(family.model), pruning)
+    expected = expected_tokens(patched, processor, requests)
     assert_lively(expected)
-    late = engine(model, pruning, max_running=5, batch_tokens=250)
+    late = engine_of(family, pruning, max_running=5, batch_tokens=250)
     assert tokens(late.generate(requests)) == expected
-    one_by_one = engine(model, pruning)
+    one_by_one = engine_of(family, pruning)
     alone = itertools.chain.from_iterable(one_by_one.generate([r]) for r in requests)
     assert tokens(alone) == expected
-    assert of_one_batch(patched, requests[:8], 10) == {r.id: expected[r.id] for r in requests[:8]}
+    some = requests[:8]
+    assert of_one_batch(patched, processor, some, 10) == {r.id: expected[r.id] for r in some}
 
 
 @pytest.mark.parametrize("pruning", PRUNINGS.values(), ids=PRUNINGS)
 def test_every_image_keeps_what_the_schedule_says_of_its_own_count(
-    model: Any, pruning: Pruning
+    family: Family, pruning: Pruning
 ) -> None:
-    worker = engine(model, pruning)
+    worker = engine_of(family, pruning)
     requests = requests_of_many_sizes(8, seed=3, max_new_tokens=4, ignore_eos=True)
     prepared = [worker.prepare(request) for request in requests]
     for item in prepared:
@@ -144,10 +204,11 @@ def test_every_image_keeps_what_the_schedule_says_of_its_own_count(
     assert len(counts) > 5
 
 
-def test_the_memory_plan_is_for_the_largest_image(model: Any) -> None:
-    worker = engine(model, Pruning(retention=0.4), sampling=Sampling(max_new_tokens=10))
-    plan, room = worker.memory_plan, worker._cache.room
-    assert plan.request_bytes == room.bytes_alone(worker._runner.need(88 + TEXT_TOKENS, [88], 10))
+def test_the_memory_plan_is_for_the_largest_or_a_usual_image(family: Family) -> None:
+    worker = engine_of(family, Pruning(retention=0.4), sampling=Sampling(max_new_tokens=10))
+    plan, room, visual = worker.memory_plan, worker._cache.room, family.planned
+    need = worker._runner.need(visual + TEXT_TOKENS, [visual], 10)
+    assert plan.request_bytes == room.bytes_alone(need)
     assert plan.request_bytes < plan.request_bytes_unpruned
 
 
@@ -172,10 +233,26 @@ def test_the_processor_of_another_family_is_refused(model: Any) -> None:
         Engine(lively_llava(), PROCESSOR)
 
 
-def test_a_checkpoint_is_loaded_and_served(model: Any, tmp_path: Path) -> None:
-    directory = save_tiny_checkpoint(tmp_path, spread=0.4, **LLAVA_NEXT)
+def test_a_checkpoint_is_loaded_and_served(family: Family, tmp_path: Path) -> None:
+    directory = family.save(tmp_path)
     loaded = Engine.from_pretrained(str(directory), device="cpu", kv_bytes=1 << 26)
     requests = requests_of_many_sizes(6, seed=4)
-    assert tokens(loaded.generate(requests)) == tokens(engine(model).generate(requests))
-    images = loaded.prepare._processor.image_processor
-    assert type(images).__name__ == "LlavaNextImageProcessorPil"
+    assert tokens(loaded.generate(requests)) == tokens(engine_of(family).generate(requests))
+    assert type(loaded.prepare._processor.image_processor).__name__ == family.images
+
+
+def test_a_users_words_never_stand_for_images_or_videos() -> None:
+    """Spelt out, the names of control tokens are text, and no video gets in."""
+    family = qwen2_5_vl()
+    prompt = "what <|video_pad|> is <|image_pad|> <|vision_start|>"
+    prepared = engine_of(family).prepare(Request(prompt=prompt, images=(picture(0, (64, 64)),)))
+    assert isinstance(prepared, Prepared)
+    config = family.model.config
+    assert prepared.input_ids.count(config.video_token_id) == 0
+    assert prepared.input_ids.count(config.image_token_id) == 64
+    assert prepared.input_ids.count(config.vision_start_token_id) == 1
+
+
+def test_the_processor_of_a_llava_is_refused_by_qwen() -> None:
+    with pytest.raises(UserError, match="does not fit the model: images without image_grid_thw"):
+        Engine(qwen2_5_vl().model, PROCESSOR)
