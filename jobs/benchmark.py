@@ -189,7 +189,11 @@ def _add_speed(parser: argparse.ArgumentParser) -> None:
         json=None,
         dry_run=False,
     )
-    add("--shape", help="random weights: tiny, small, llava-1.5-7b, llava-next-7b (small)")
+    add(
+        "--shape",
+        help="random weights: tiny, small, llava-1.5-7b, llava-next-7b; qwen2.5-vl-7b, with images "
+        "of 1008 x 1008 pixels (small)",
+    )
     add("--batch", type=_positive, help="requests, one image each, all waiting at once (16)")
     add("--prompt-tokens", type=_positive, help="text tokens of each prompt (40)")
     add("--output-tokens", type=_range, help="of each answer: 32, or spread evenly: 8-128 (32)")

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from tests.models import HUB_PINPOINTS, meta_7b
+from tests.qwen import meta_qwen_7b
 from trio.benchmark import shapes
+from trio.benchmark.qwen import QWEN_7B
 from trio.demo.build import tokenizer
 from trio.models.registry import adapt
 
@@ -83,6 +85,7 @@ def test_speed_compares_four_ways_on_the_same_requests(
 def test_speed_of_llava_next_counts_tiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The shape `tiny` with images of 5 tiles, 144 visual tokens each, and 24 newlines."""
     tiny = shapes.SHAPES["tiny"]
+    assert isinstance(tiny, shapes.Shape)
     grids = ((96, 192), (192, 96), (192, 192))
     monkeypatch.setitem(shapes.SHAPES, "next-tiny", replace(tiny, pinpoints=grids))
     told = {}
@@ -111,6 +114,59 @@ def test_the_7b_shape_of_llava_next_is_the_published_one() -> None:
     assert adapter.largest_image == (672, 672)
     assert adapter.max_visual_tokens == published.max_visual_tokens == 2928
     assert adapter.model.config.image_grid_pinpoints == published.model.config.image_grid_pinpoints
+
+
+def test_speed_of_qwen2_5_vl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In miniature; its images of 288 x 288 pixels are scaled down to 12 x 12 visual tokens."""
+    shape = replace(
+        QWEN_7B,
+        hidden=64,
+        intermediate=128,
+        layers=12,
+        heads=4,
+        kv_heads=2,
+        vocabulary=1000,
+        positions=2048,
+        sections=(2, 3, 3),
+        patch=4,
+        vision_hidden=24,
+        vision_intermediate=40,
+        vision_layers=4,
+        vision_heads=2,
+        window=32,
+        whole=(1, 3),
+        max_pixels=144 * 8**2,
+    )
+    monkeypatch.setitem(shapes.SHAPES, "qwen-tiny", shape)
+    file = tmp_path / "speed.json"
+    flags = ["--shape", "qwen-tiny", "--batch", "2", "--prompt-tokens", "8", "--output-tokens", "2"]
+    assert benchmark.main(["speed", *flags, "--rounds", "1", "--json", str(file)]) == 0
+    generate, engine, pruned, patched = json.loads(file.read_text())["rows"]
+    # Keys and values of 2 heads of 16 in 12 layers, float32; one of two new tokens is stored.
+    token = 12 * 2 * 2 * 16 * 4
+    assert engine["kv_bytes"] == token * 2 * (144 + 8 + 1) == generate["kv_bytes"]
+    assert pruned["flops"] == patched["flops"] < engine["flops"] == generate["flops"]
+    assert pruned["kv_bytes"] == patched["kv_bytes"] < engine["kv_bytes"] / 3
+    with torch.device("meta"):
+        adapter = adapt(shapes._model(shape, tokenizer()))
+    encoder = adapter.vision_flops({"image_grid_thw": torch.tensor([[1, 24, 24]])})
+    assert engine["flops_total"] - engine["flops"] == 2 * encoder
+
+
+def test_the_7b_shape_of_qwen2_5_vl_is_the_published_one() -> None:
+    with torch.device("meta"):
+        model = shapes._model(shapes.SHAPES["qwen2.5-vl-7b"], tokenizer())
+    adapter, published = adapt(model), adapt(meta_qwen_7b())
+    assert adapter.shape() == published.shape()
+    image = {"image_grid_thw": torch.tensor([[1, 72, 72]])}
+    assert adapter.vision_flops(image) == published.vision_flops(image)
+    assert adapter.visual_tokens(image) == [1296] == [adapter.planned_visual_tokens]
+    assert adapter.largest_image == (1008, 1008)
+    # 8.29 billion parameters: of the checkpoint's index on the hub, 16.58 GB in half precision.
+    assert sum(parameter.numel() for parameter in model.parameters()) == 8_292_166_656
+    sizes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    wanted = {name: tuple(p.shape) for name, p in published.model.named_parameters()}
+    assert sizes == wanted
 
 
 def test_a_dry_run_lists_what_would_be_measured(capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,6 +21,7 @@ from PIL import Image
 from tests.engine.support import MANY_SIZES
 from tests.models import LLAVA_NEXT, save_tiny_checkpoint
 from tests.pipeline.fakes import encoded, png, write_shard
+from tests.qwen import save_tiny_qwen
 from trio.config import Pruning
 from trio.engine.engine import Engine
 from trio.engine.request import Request, Result, Sampling
@@ -211,9 +212,13 @@ def test_paths_a_config_fed_back_and_a_comparison(
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_local")
-def test_llava_next_from_parquet_to_parquet(tmp_path: Path) -> None:
-    """Images of many shapes, each with its own number of visual tokens; several in one row."""
-    next_model = str(save_tiny_checkpoint(tmp_path / "model", **LLAVA_NEXT))
+@pytest.mark.parametrize("family", ["llava-next", "qwen2.5-vl"])
+def test_images_of_many_shapes_from_parquet_to_parquet(tmp_path: Path, family: str) -> None:
+    """Each has its own number of visual tokens; several in one row."""
+    if family == "llava-next":
+        model, largest = str(save_tiny_checkpoint(tmp_path / "model", **LLAVA_NEXT)), 88
+    else:
+        model, largest = str(save_tiny_qwen(tmp_path / "model")), 64
     images = [
         [{"bytes": encoded(picture(n, size)), "path": None}] for n, size in enumerate(MANY_SIZES)
     ]
@@ -221,17 +226,17 @@ def test_llava_next_from_parquet_to_parquet(tmp_path: Path) -> None:
     rows = [{"id": str(n), "image": image, "prompt": PROMPT} for n, image in enumerate(images)]
     shard = write_shard(tmp_path / "in.parquet", rows, SCHEMA)
     out = tmp_path / "out"
-    flags = ["--input", str(shard), "--output", str(out), "--model", next_model]
+    flags = ["--input", str(shard), "--output", str(out), "--model", model]
     assert run(*flags, "--retention", "0.4", "--max-new-tokens", "6", "--save-kept") == 0
     got = answers(out)
     options = {"pruning": Pruning(retention=0.4), "sampling": Sampling(max_new_tokens=6)}
-    for key, result in said(next_model, rows, **options).items():
+    for key, result in said(model, rows, **options).items():
         row = got[key]
         assert row["error"] is None and row["response"] == result.response
         assert row["visual_tokens"] == result.visual_tokens
         assert row["visual_tokens_stages"] == list(map(len, row["kept_tokens"]))
         assert abs(row["retention"] - 0.4) * row["visual_tokens"] <= row["num_images"]
-    assert got["0"]["visual_tokens"] == 88
+    assert got["0"]["visual_tokens"] == largest
     assert got["9"]["visual_tokens"] == sum(got[str(n)]["visual_tokens"] for n in range(3))
     assert len({row["visual_tokens"] for row in got.values()}) > 5
 

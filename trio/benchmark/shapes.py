@@ -22,6 +22,7 @@ from transformers.models.llava_next.image_processing_pil_llava_next import (
     LlavaNextImageProcessorPil,
 )
 
+from trio.benchmark.qwen import QWEN_7B, QwenShape, qwen_model, qwen_processor
 from trio.demo.build import CHAT_TEMPLATE, tokenizer
 from trio.errors import UserError
 
@@ -59,7 +60,7 @@ _LLAVA_7B = Shape(
     vision_layers=24,
     vision_heads=16,
 )
-SHAPES = {
+SHAPES: dict[str, Shape | QwenShape] = {
     "tiny": Shape(
         hidden=128,
         intermediate=384,
@@ -89,6 +90,8 @@ SHAPES = {
     "llava-next-7b": replace(
         _LLAVA_7B, pinpoints=((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
     ),
+    # Measured with images of 1008 x 1008 pixels, 1296 visual tokens.
+    "qwen2.5-vl-7b": QWEN_7B,
 }
 
 
@@ -109,8 +112,10 @@ def build(name: str, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any
     return model, processor
 
 
-def _model(shape: Shape, words: PreTrainedTokenizerFast) -> Any:
+def _model(shape: Shape | QwenShape, words: PreTrainedTokenizerFast) -> Any:
     """With whatever weights a fresh model has, on the default device."""
+    if isinstance(shape, QwenShape):
+        return qwen_model(shape, words)
     common: dict[str, Any] = {
         "vision_config": CLIPVisionConfig(
             hidden_size=shape.vision_hidden,
@@ -155,7 +160,9 @@ def _fill(model: torch.nn.Module) -> None:
             parameter.normal_(std=parameter[0].numel() ** -0.5, generator=generator)
 
 
-def _processor(shape: Shape) -> Any:
+def _processor(shape: Shape | QwenShape) -> Any:
+    if isinstance(shape, QwenShape):
+        return qwen_processor(shape, tokenizer())
     sizes: dict[str, Any] = {
         "size": {"shortest_edge": shape.image},
         "crop_size": {"height": shape.image, "width": shape.image},
