@@ -94,6 +94,15 @@ def test_beams_keep_the_images_of_their_prompt(model: Any) -> None:
         assert torch.equal(out[2 * index : 2 * index + 2, :length], alone)
 
 
+def test_inference_mode(model: Any) -> None:
+    trio.patch(model, PRUNING)
+    wanted = run(model, batch(model, requests()))
+    with torch.inference_mode():
+        got = run(model, batch(model, requests()))
+    assert torch.equal(got[0], wanted[0])
+    torch.testing.assert_close(got[1], wanted[1])
+
+
 def test_unpatching_gives_the_model_back(model: Any) -> None:
     wanted = run(model, batch(model, requests()))[1]
     trio.patch(model, PRUNING)

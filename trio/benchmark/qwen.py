@@ -66,7 +66,7 @@ QWEN_7B = QwenShape(
     whole=(7, 15, 23, 31),
     max_pixels=16384 * 28**2,
 )
-MIN_TOKENS = 4
+_MIN_TOKENS = 4
 """Visual tokens that smaller images are scaled up to."""
 _THETA = 1e6
 
@@ -115,7 +115,7 @@ def qwen_model(shape: QwenShape, words: PreTrainedTokenizerFast) -> Any:
 
 
 def qwen_processor(shape: QwenShape, words: PreTrainedTokenizerFast) -> ImageProcessor:
-    smallest = MIN_TOKENS * (2 * shape.patch) ** 2
+    smallest = _MIN_TOKENS * (2 * shape.patch) ** 2
     images = Qwen2VLImageProcessorPil(
         patch_size=shape.patch,
         size={"shortest_edge": smallest, "longest_edge": shape.max_pixels},
