@@ -22,6 +22,7 @@ from trio.engine.engine import Engine
 from trio.engine.prepare import Preparer
 from trio.engine.request import Prepared, Request, Result, Sampling
 from trio.models.registry import adapt
+from trio.errors import UserError
 from trio.patching import patch, unpatch
 from trio.pruning.cost import DecoderShape
 from trio.pruning.saliency import proxy_rows
@@ -81,7 +82,13 @@ class EngineSubject:
         self, name: str, model: Any, processor: Any, pruning: Pruning, requests: list[Prepared]
     ) -> None:
         self.name = name
-        self._engine = Engine(model, processor, pruning=pruning, max_running=len(requests))
+        self._engine = Engine(
+            model,
+            processor,
+            pruning=pruning,
+            max_running=len(requests),
+            kv_bytes=_kv_bytes(model.device),
+        )
         self._requests = requests
         self._device = model.device
         self._weights = decoder_bytes(model)
@@ -190,6 +197,14 @@ class GenerateSubject:
         return self._shape.kv_bytes(stored, self._model.dtype.itemsize)
 
 
+def _kv_bytes(device: torch.device) -> int | None:
+    """A GPU's memory is shared by all that is compared: a good third for each engine."""
+    if device.type != "cuda":
+        return None
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(free * 0.35)
+
+
 def _asked(request: Prepared) -> int:
     """Tokens of its answer."""
     assert request.sampling is not None
@@ -229,12 +244,22 @@ def requests_for(model: Any, processor: Any, workload: Workload) -> list[Prepare
 
 
 def best_batch_size(model: Any, requests: Sequence[Prepared]) -> int:
-    """The batch size at which plain `generate` answers fastest, of the whole, a quarter and one."""
-    sizes = sorted({len(requests), max(1, len(requests) // 4), 1})
+    """The batch size at which plain `generate` answers fastest, of those that fit into memory: one,
+    the whole, a quarter of it, a sixteenth.
+
+    Raises:
+        UserError: not even one fits.
+    """
     times = {}
-    for size in sizes:
+    for size in sorted({max(1, len(requests) // part) for part in (1, 4, 16, len(requests))}):
         subject = GenerateSubject("", model, requests[:size], size, None)
-        times[size] = subject.run().total_s / size
+        try:
+            times[size] = subject.run().total_s / size
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            break
+    if not times:
+        raise UserError("not one request fits into the device's memory; take a smaller --shape")
     return min(times, key=times.__getitem__)
 
 
