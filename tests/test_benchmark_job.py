@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.models import HUB_PINPOINTS, meta_7b
-from trio.benchmark import shapes
+from trio.benchmark import shapes, targets
 from trio.demo.build import tokenizer
 from trio.models.registry import adapt
 
@@ -45,6 +45,7 @@ def test_mistakes_end_with_code_2_and_one_line(
         (["--retention", "1/9,1/3"], "more than one number"),
         (["--retention", "1/9", "--schedule", "1:9"], "not both"),
         (["--shape", "tiny", "--retention", "0.01"], "out of reach"),
+        (["--device", "abacus"], "--device abacus is not to be had here; there is: cpu"),
         (["--json", "{dir}/nowhere/x.json"], "no file can be written there"),
     ],
 )
@@ -118,3 +119,35 @@ def test_a_dry_run_lists_what_would_be_measured(capsys: pytest.CaptureFixture[st
     lines = capsys.readouterr().out.splitlines()
     assert lines[1] == "none, retention 1" and len(lines) == 6
     assert lines[-1] == "trio with_last keep, retention 0.1111"
+
+
+def test_targets_are_read_off_their_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert benchmark.main(["targets", "--dry-run"]) == 0
+    assert "small, batch 16, 8 to 128 output tokens" in capsys.readouterr().out
+    never = targets.Target(name="kv_ratio", figure=lambda found: found["kv_ratio"], goal=1e9)
+    runs = [
+        replace(run, shape="tiny", batch=2, output_tokens=(2, 3), targets=(*run.targets, never))
+        for run in targets.RUNS["cuda"][:1]
+    ]
+    monkeypatch.setitem(targets.RUNS, "cpu", tuple(runs))
+    file = tmp_path / "x.json"
+    command = ["targets", "--device", "cpu", "--rounds", "1", "--json", str(file)]
+    assert benchmark.main(command) == 0
+    found = json.loads(file.read_text())
+    (name,) = found["runs"]
+    result = found["runs"][name]
+    by_figure = {row["figure"]: row for row in found["targets"]}
+    assert by_figure["prefill_speedup"]["value"] == result["prefill_speedup"]
+    (engine,) = (row for row in result["rows"] if row["name"] == "engine")
+    own = by_figure["prefill_utilisation, engine"]
+    assert own["value"] == engine["prefill_utilisation"]
+    assert own["met"] == (own["value"] >= 0.55)
+    assert by_figure["kv_ratio"]["met"] is False
+    assert "missed" in capsys.readouterr().out
+
+
+def test_a_target_may_be_an_upper_bound() -> None:
+    share = targets.Target(name="x", figure=lambda found: found["x"], goal=0.1, at_most=True)
+    assert share.row("a", {"x": 0.1})["met"] and not share.row("a", {"x": 0.11})["met"]

@@ -17,12 +17,14 @@ import torch
 from PIL import Image
 
 from trio.benchmark.ceilings import Ceilings, PeakMemory, seconds
+from trio.benchmark.ceilings import measure as measure_ceilings
+from trio.benchmark.shapes import build
 from trio.config import Pruning
 from trio.engine.engine import Engine
 from trio.engine.prepare import Preparer
 from trio.engine.request import Prepared, Request, Result, Sampling
-from trio.models.registry import adapt
 from trio.errors import UserError
+from trio.models.registry import adapt
 from trio.patching import patch, unpatch
 from trio.pruning.cost import DecoderShape
 from trio.pruning.saliency import proxy_rows
@@ -410,3 +412,37 @@ def table(summary: dict[str, Any]) -> str:
 
 def _percent(share: float | None) -> str:
     return "" if share is None else f"{share:.0%}"
+
+
+def compare(
+    shape: str,
+    workload: Workload,
+    pruning: Pruning,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    rounds: int,
+    tell: Callable[[str], None],
+) -> dict[str, Any]:
+    """Build a model and measure all four subjects on it.
+
+    Args:
+        shape: name in `trio.benchmark.shapes`.
+        rounds: with a run of every subject each.
+        tell: is told of every round that is done.
+
+    Returns:
+        Ratios, ceilings and rows, as in the JSON file.
+
+    Raises:
+        UserError: no such shape, or it does not fit into memory.
+    """
+    model, processor = build(shape, device, dtype)
+    requests = requests_for(model, processor, workload)
+    subjects = subjects_for(model, processor, requests, pruning)
+    ceilings = measure_ceilings(device, dtype)
+    done = []
+    for runs in measure(subjects, rounds):
+        done.append(runs)
+        tell(f"round {len(done)}/{rounds}")
+    return summary(done, work_of(model, pruning, requests), ceilings, workload.batch)
