@@ -75,6 +75,10 @@ EngineFactory = Callable[[EngineSettings], EngineLike]
 
 def build_engine(settings: EngineSettings) -> EngineLike:
     """The engine on this process's device."""
+    if not settings.gpu:
+        # Threads that wait for each other sleep, from when torch loads: spinning, the one that
+        # waits keeps its core from preparation, which the other may be waiting for.
+        os.environ.setdefault("GOMP_SPINCOUNT", "0")
     import torch
 
     from trio.engine.engine import Engine
@@ -100,9 +104,11 @@ def cpus() -> int:
 def engine_threads(settings: EngineSettings) -> int:
     """Threads that compute where an engine is on a CPU.
 
-    One core is left to preparation and Ray: a parallel region waits for its last thread.
+    Of many cores one is left to preparation and Ray, since a parallel region waits for its last
+    thread; of two that would be half of them for a twentieth of the work.
     """
-    return max(1, cpus() // settings.actors_per_node - 1)
+    share = cpus() // settings.actors_per_node
+    return max(1, share if share <= 2 else share - 1)
 
 
 def prepare_threads(settings: EngineSettings) -> int:
