@@ -122,8 +122,15 @@ def pipeline(options: argparse.Namespace) -> int:
     import torch
 
     from trio.benchmark.conditions import machine
-    from trio.benchmark.pipeline import Workload, measure, summary, table, versions
-    from trio.pipeline.job import check_model, user_message
+    from trio.benchmark.pipeline import (
+        Workload,
+        check,
+        measure,
+        summary,
+        surroundings,
+        table,
+    )
+    from trio.pipeline.job import user_message
 
     workload = Workload(
         model=options.model,
@@ -133,14 +140,14 @@ def pipeline(options: argparse.Namespace) -> int:
         image_size=options.image_size,
         seed=options.seed,
     )
-    check_model(options.model)
+    check(workload)
     _check_file(options.json)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     conditions = {
         **dataclasses.asdict(workload),
         "rounds": options.rounds,
         **machine(device),
-        **versions(),
+        **surroundings(),
     }
     print(", ".join(f"{name} {value}" for name, value in conditions.items()), flush=True)
     if options.dry_run:
@@ -247,7 +254,7 @@ def _add_pipeline(parser: argparse.ArgumentParser) -> None:
         model=DEMO,
         retention=1 / 9,
         rows=240,
-        instant_rows=16384,
+        instant_rows=32768,
         image_size=64,
         rounds=3,
         seed=0,
@@ -257,7 +264,7 @@ def _add_pipeline(parser: argparse.ArgumentParser) -> None:
     add("--model", help="of the real engine: hub id, directory, or 'demo' (demo)")
     add("--retention", type=_fraction, help="layer-average share that it keeps (1/9)")
     add("--rows", type=_positive, help="that the real engine answers, in the job and alone (240)")
-    add("--instant-rows", type=_positive, help="of the job whose engine answers at once (16384)")
+    add("--instant-rows", type=_positive, help="of the job whose engine answers at once (32768)")
     add("--image-size", type=_positive, help="pixels a side of the latter's JPEG images (64)")
     add("--rounds", type=_positive, help="each with a run of every row; medians are shown (3)")
     add("--seed", type=int, help="of the scenes (0)")
