@@ -9,10 +9,11 @@ A job's time goes from the first unit that an engine took to the last receipt, a
 summary.json: starting Ray and loading the model are shown beside it. What was read while the engine
 loaded is therefore not in it, so a run must be long against that; all else is. The engine alone is
 `Engine.generate` on requests whose images are decoded already: preparing them is in its time,
-reading and decoding are not. It runs in a Ray worker of its own, so that its priority is that of
-the job's, after a warm-up that the job does not get, and its threads wait as PyTorch's do by
-default. On a CPU it is timed with the threads that the job gives its engine, with half as many as
-there are CPUs and with as many; the fastest counts, whatever the job chose.
+reading and decoding are not. It runs in a Ray worker of its own, whose priority and environment are
+those of the job's, after a warm-up that the job does not get. On a CPU it is timed with the threads
+that the job gives its engine, with half as many as there are CPUs and with as many; the fastest
+counts, whatever the job chose. Threads that wait for each other suffer more than others from what
+else the machine does: read the ranges, and `load` among the conditions, before a median.
 
 `job_vs_prepared` is the ratio to an engine whose requests were prepared in advance: how busy the
 job keeps its device. On a CPU it cannot reach 1, since the same cores prepare.

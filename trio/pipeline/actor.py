@@ -75,10 +75,6 @@ EngineFactory = Callable[[EngineSettings], EngineLike]
 
 def build_engine(settings: EngineSettings) -> EngineLike:
     """The engine on this process's device."""
-    if not settings.gpu:
-        # Threads that wait for each other sleep, from when torch loads: spinning, the one that
-        # waits keeps its core from preparation, which the other may be waiting for.
-        os.environ.setdefault("GOMP_SPINCOUNT", "0")
     import torch
 
     from trio.engine.engine import Engine
