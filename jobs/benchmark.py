@@ -5,6 +5,7 @@ from __future__ import annotations
 import _bootstrap  # noqa: F401  # isort: skip
 
 import argparse
+import dataclasses
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,7 @@ from trio.config import Pruning
 from trio.demo import MODEL, SETTINGS
 from trio.errors import UserError
 from trio.pipeline.cli import WRONG, Parser, fail
+from trio.pipeline.config import DEMO
 
 if TYPE_CHECKING:
     import torch
@@ -179,6 +181,52 @@ def _write(path: Path | None, result: object) -> None:
         path.write_text(json.dumps(result, indent=1) + "\n")
 
 
+def pipeline(options: argparse.Namespace) -> int:
+    """The whole Ray job beside its engine alone, and the job's own ceiling in rows per second."""
+    import torch
+
+    from trio.benchmark.conditions import machine
+    from trio.benchmark.pipeline import (
+        Workload,
+        check,
+        measure,
+        summary,
+        surroundings,
+        table,
+    )
+    from trio.pipeline.job import user_message
+
+    workload = Workload(
+        model=options.model,
+        retention=options.retention,
+        rows=options.rows,
+        instant_rows=options.instant_rows,
+        image_size=options.image_size,
+        seed=options.seed,
+    )
+    check(workload)
+    _check_file(options.json)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    conditions = {
+        **dataclasses.asdict(workload),
+        "rounds": options.rounds,
+        **machine(device),
+        **surroundings(),
+    }
+    print(_line(conditions), flush=True)
+    if options.dry_run:
+        return 0
+    try:
+        result = summary(list(measure(workload, options.rounds)))
+    except Exception as error:
+        if (message := user_message(error)) is not None:
+            raise UserError(message) from error
+        raise
+    print(table(result))
+    _write(options.json, {"conditions": conditions, **result})
+    return 0
+
+
 def _check_file(path: Path | None) -> None:
     """A measurement takes long, and is written at its end."""
     if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
@@ -188,9 +236,13 @@ def _check_file(path: Path | None) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    _add_quality(commands.add_parser("quality", help=quality.__doc__, description=quality.__doc__))
-    _add_speed(commands.add_parser("speed", help=speed.__doc__, description=speed.__doc__))
-    _add_targets(commands.add_parser("targets", help=targets.__doc__, description=targets.__doc__))
+    for run, add in (
+        (quality, _add_quality),
+        (speed, _add_speed),
+        (targets, _add_targets),
+        (pipeline, _add_pipeline),
+    ):
+        add(commands.add_parser(run.__name__, help=run.__doc__, description=run.__doc__))
     return parser
 
 
@@ -268,6 +320,31 @@ def _add_targets(parser: argparse.ArgumentParser) -> None:
     add("--rounds", type=_positive, help="each with a run of every row; medians are shown (3)")
     add("--json", type=Path, metavar="FILE", help="also write conditions, targets and all rows")
     add("--dry-run", action="store_true", help="print what would be measured, then stop")
+
+
+def _add_pipeline(parser: argparse.ArgumentParser) -> None:
+    add = partial(parser.add_argument, default=argparse.SUPPRESS)
+    parser.set_defaults(
+        run=pipeline,
+        model=DEMO,
+        retention=1 / 9,
+        rows=240,
+        instant_rows=32768,
+        image_size=64,
+        rounds=3,
+        seed=0,
+        json=None,
+        dry_run=False,
+    )
+    add("--model", help="of the real engine: hub id, directory, or 'demo' (demo)")
+    add("--retention", type=_fraction, help="layer-average share that it keeps (1/9)")
+    add("--rows", type=_positive, help="that the real engine answers, in the job and alone (240)")
+    add("--instant-rows", type=_positive, help="of the job whose engine answers at once (32768)")
+    add("--image-size", type=_positive, help="pixels a side of the latter's JPEG images (64)")
+    add("--rounds", type=_positive, help="each with a run of every row; medians are shown (3)")
+    add("--seed", type=int, help="of the scenes (0)")
+    add("--json", type=Path, metavar="FILE", help="also write conditions, figures and rows as JSON")
+    add("--dry-run", action="store_true", help="print the conditions, then stop")
 
 
 def _words(text: str) -> list[str]:
