@@ -5,17 +5,23 @@ from __future__ import annotations
 import _bootstrap  # noqa: F401  # isort: skip
 
 import argparse
+import dataclasses
 import json
 import sys
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from trio.config import Pruning
 from trio.demo import MODEL, SETTINGS
 from trio.errors import UserError
 from trio.pipeline.cli import WRONG, Parser, fail
+from trio.pipeline.config import DEMO
+
+if TYPE_CHECKING:
+    import torch
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -53,10 +59,9 @@ def quality(options: argparse.Namespace) -> int:
     summaries = []
     for summary in measure(model, processor, asked, rows):
         summaries.append(summary)
-        print(f"{len(summaries)}/{len(rows)} {summary['label']}", file=sys.stderr, flush=True)
+        _tell(f"{len(summaries)}/{len(rows)} {summary['label']}")
     print(table(summaries))
-    if options.json:
-        options.json.write_text(json.dumps(summaries, indent=1) + "\n")
+    _write(options.json, summaries)
     return 0
 
 
@@ -64,18 +69,8 @@ def speed(options: argparse.Namespace) -> int:
     """Seconds, throughput and memory of generate, engine and pruning, side by side."""
     import torch
 
-    from trio.benchmark.ceilings import measure as measure_ceilings
     from trio.benchmark.conditions import machine
-    from trio.benchmark.shapes import build
-    from trio.benchmark.speed import (
-        Workload,
-        measure,
-        requests_for,
-        subjects_for,
-        summary,
-        table,
-        work_of,
-    )
+    from trio.benchmark.speed import Workload, compare, table
 
     workload = Workload(
         batch=options.batch,
@@ -92,8 +87,7 @@ def speed(options: argparse.Namespace) -> int:
         retention = 1 / 9
     pruning = Pruning(retention=retention, schedule=options.schedule)
     _check_file(options.json)
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dtype = options.dtype or ("float32" if device.type == "cpu" else "bfloat16")
+    device, dtype = _device(options)
     conditions = {
         "shape": options.shape,
         "batch": options.batch,
@@ -106,21 +100,130 @@ def speed(options: argparse.Namespace) -> int:
         "dtype": dtype,
         **machine(device),
     }
-    print(", ".join(f"{name} {value}" for name, value in conditions.items()), flush=True)
+    print(_line(conditions), flush=True)
     if options.dry_run:
         return 0
-    model, processor = build(options.shape, device, getattr(torch, dtype))
-    requests = requests_for(model, processor, workload)
-    subjects = subjects_for(model, processor, requests, pruning)
-    ceilings = measure_ceilings(device, getattr(torch, dtype))
-    rounds = []
-    for runs in measure(subjects, options.rounds):
-        rounds.append(runs)
-        print(f"round {len(rounds)}/{options.rounds}", file=sys.stderr, flush=True)
-    result = summary(rounds, work_of(model, pruning, requests), ceilings, options.batch)
+    result = compare(
+        options.shape,
+        workload,
+        pruning,
+        device=device,
+        dtype=getattr(torch, dtype),
+        rounds=options.rounds,
+        tell=_tell,
+    )
     print(table(result))
-    if options.json:
-        options.json.write_text(json.dumps({"conditions": conditions, **result}, indent=1) + "\n")
+    _write(options.json, {"conditions": conditions, **result})
+    return 0
+
+
+def targets(options: argparse.Namespace) -> int:
+    """The speed figures that this project aims at, all of this device in one go."""
+    import torch
+
+    from trio.benchmark.conditions import machine
+    from trio.benchmark.speed import Workload, compare
+    from trio.benchmark.speed import table as speed_table
+    from trio.benchmark.targets import RUNS, table
+
+    _check_file(options.json)
+    device, dtype = _device(options)
+    runs = RUNS[device.type]
+    conditions = {"rounds": options.rounds, "dtype": dtype, **machine(device)}
+    print(_line(conditions), flush=True)
+    if options.dry_run:
+        print("\n".join(run.name for run in runs))
+        return 0
+    rows, results = [], {}
+    for run in runs:
+        _tell(run.name)
+        workload = Workload(batch=run.batch, prompt_tokens=40, output_tokens=run.output_tokens)
+        result = compare(
+            run.shape,
+            workload,
+            Pruning(retention=1 / 9),
+            device=device,
+            dtype=getattr(torch, dtype),
+            rounds=options.rounds,
+            tell=_tell,
+        )
+        print(f"{run.name}\n{speed_table(result)}\n", flush=True)
+        results[run.name] = result
+        rows += [target.row(run.name, result) for target in run.targets]
+    print(table(rows))
+    _write(options.json, {"conditions": conditions, "targets": rows, "runs": results})
+    return 0
+
+
+def _device(options: argparse.Namespace) -> tuple[torch.device, str]:
+    """Where to measure, and in which dtype."""
+    import torch
+
+    there = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    if (options.device or "cpu").partition(":")[0] not in there:
+        raise UserError(
+            f"--device {options.device} is not to be had here; there is: {', '.join(there)}"
+        )
+    device = torch.device(options.device or there[-1])
+    return device, options.dtype or ("float32" if device.type == "cpu" else "bfloat16")
+
+
+def _line(conditions: Mapping[str, object]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in conditions.items())
+
+
+def _tell(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _write(path: Path | None, result: object) -> None:
+    if path is not None:
+        path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def pipeline(options: argparse.Namespace) -> int:
+    """The whole Ray job beside its engine alone, and the job's own ceiling in rows per second."""
+    import torch
+
+    from trio.benchmark.conditions import machine
+    from trio.benchmark.pipeline import (
+        Workload,
+        check,
+        measure,
+        summary,
+        surroundings,
+        table,
+    )
+    from trio.pipeline.job import user_message
+
+    workload = Workload(
+        model=options.model,
+        retention=options.retention,
+        rows=options.rows,
+        instant_rows=options.instant_rows,
+        image_size=options.image_size,
+        seed=options.seed,
+    )
+    check(workload)
+    _check_file(options.json)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    conditions = {
+        **dataclasses.asdict(workload),
+        "rounds": options.rounds,
+        **machine(device),
+        **surroundings(),
+    }
+    print(_line(conditions), flush=True)
+    if options.dry_run:
+        return 0
+    try:
+        result = summary(list(measure(workload, options.rounds)))
+    except Exception as error:
+        if (message := user_message(error)) is not None:
+            raise UserError(message) from error
+        raise
+    print(table(result))
+    _write(options.json, {"conditions": conditions, **result})
     return 0
 
 
@@ -133,8 +236,13 @@ def _check_file(path: Path | None) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    _add_quality(commands.add_parser("quality", help=quality.__doc__, description=quality.__doc__))
-    _add_speed(commands.add_parser("speed", help=speed.__doc__, description=speed.__doc__))
+    for run, add in (
+        (quality, _add_quality),
+        (speed, _add_speed),
+        (targets, _add_targets),
+        (pipeline, _add_pipeline),
+    ):
+        add(commands.add_parser(run.__name__, help=run.__doc__, description=run.__doc__))
     return parser
 
 
@@ -205,6 +313,41 @@ def _add_speed(parser: argparse.ArgumentParser) -> None:
     add("--rounds", type=_positive, help="each with a run of every row; medians are shown (3)")
     add("--seed", type=int, help="of words, pixels and the order of lengths (0)")
     add("--json", type=Path, metavar="FILE", help="also write conditions, ratios and rows as JSON")
+    add("--dry-run", action="store_true", help="print the conditions, then stop")
+
+
+def _add_targets(parser: argparse.ArgumentParser) -> None:
+    add = partial(parser.add_argument, default=argparse.SUPPRESS)
+    parser.set_defaults(run=targets, device=None, dtype=None, rounds=3, json=None, dry_run=False)
+    add("--device", help="cpu or cuda (the GPU if there is one)")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="(float32; bfloat16 on a GPU)")
+    add("--rounds", type=_positive, help="each with a run of every row; medians are shown (3)")
+    add("--json", type=Path, metavar="FILE", help="also write conditions, targets and all rows")
+    add("--dry-run", action="store_true", help="print what would be measured, then stop")
+
+
+def _add_pipeline(parser: argparse.ArgumentParser) -> None:
+    add = partial(parser.add_argument, default=argparse.SUPPRESS)
+    parser.set_defaults(
+        run=pipeline,
+        model=DEMO,
+        retention=1 / 9,
+        rows=240,
+        instant_rows=32768,
+        image_size=64,
+        rounds=3,
+        seed=0,
+        json=None,
+        dry_run=False,
+    )
+    add("--model", help="of the real engine: hub id, directory, or 'demo' (demo)")
+    add("--retention", type=_fraction, help="layer-average share that it keeps (1/9)")
+    add("--rows", type=_positive, help="that the real engine answers, in the job and alone (240)")
+    add("--instant-rows", type=_positive, help="of the job whose engine answers at once (32768)")
+    add("--image-size", type=_positive, help="pixels a side of the latter's JPEG images (64)")
+    add("--rounds", type=_positive, help="each with a run of every row; medians are shown (3)")
+    add("--seed", type=int, help="of the scenes (0)")
+    add("--json", type=Path, metavar="FILE", help="also write conditions, figures and rows as JSON")
     add("--dry-run", action="store_true", help="print the conditions, then stop")
 
 

@@ -10,7 +10,7 @@ import torch
 
 from tests.models import HUB_PINPOINTS, meta_7b
 from tests.qwen import meta_qwen_7b
-from trio.benchmark import shapes
+from trio.benchmark import shapes, targets
 from trio.benchmark.qwen import QWEN_7B
 from trio.demo.build import tokenizer
 from trio.models.registry import adapt
@@ -47,6 +47,7 @@ def test_mistakes_end_with_code_2_and_one_line(
         (["--retention", "1/9,1/3"], "more than one number"),
         (["--retention", "1/9", "--schedule", "1:9"], "not both"),
         (["--shape", "tiny", "--retention", "0.01"], "out of reach"),
+        (["--device", "abacus"], "--device abacus is not to be had here; there is: cpu"),
         (["--json", "{dir}/nowhere/x.json"], "no file can be written there"),
     ],
 )
@@ -169,9 +170,107 @@ def test_the_7b_shape_of_qwen2_5_vl_is_the_published_one() -> None:
     assert sizes == wanted
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--rows", "0"], "no integer of at least 1"),
+        (["--instant-rows", "many"], "no integer of at least 1"),
+        (["--retention", "3/2"], "retention"),
+        (["--seed", "-1"], "at least 0"),
+        (["--model", "./nowhere"], "no model there"),
+        (["--json", "{dir}/nowhere/x.json"], "no file can be written there"),
+    ],
+)
+def test_mistakes_with_pipeline(
+    flags: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert benchmark.main(["pipeline", *(flag.format(dir=tmp_path) for flag in flags)]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and error.startswith("benchmark.py: ")
+
+
+def test_a_dry_run_of_pipeline_starts_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert benchmark.main(["pipeline", "--rows", "7", "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert "rows 7" in printed and "image_size 64" in printed and printed.count("\n") == 1
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_local")
+def test_pipeline_runs_job_engine_and_instant_engine(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "pipeline.json"
+    flags = ["--rows", "3", "--instant-rows", "41", "--image-size", "16", "--rounds", "1"]
+    assert benchmark.main(["pipeline", *flags, "--json", str(file)]) == 0
+    told = json.loads(file.read_text())
+    assert told["conditions"]["image_size"] == 16 and "ray" in told["conditions"]
+    job, *alone, prepared, instant = told["rows"]
+    assert (job["name"], instant["name"]) == ("job", "job, instant engine")
+    assert [row["rows"] for row in (job, *alone, prepared)] == [3] * (len(alone) + 2)
+    assert instant["rows"] == 41
+    assert told["pipeline_rows_per_s"] == instant["rows_per_s"]
+    fastest = max(row["rows_per_s"] for row in alone)
+    assert told["job_vs_engine"] == pytest.approx(job["rows_per_s"] / fastest)
+    assert told["job_vs_engine_range"] == [told["job_vs_engine"]] * 2
+    assert "pipeline_rows_per_s" in capsys.readouterr().out
+
+
+def test_pipeline_takes_medians_of_ratios_within_rounds() -> None:
+    """A round in which the whole machine is slow has the same ratio as the others."""
+    from trio.benchmark.pipeline import INSTANT, JOB, PREPARED, Run, engine_name, summary
+
+    def runs(slow: float, second_thread: float) -> dict[str, Run]:
+        return {
+            JOB: Run(rows=80, work_s=4.0 * slow, start_s=1.0),
+            engine_name(1): Run(rows=80, work_s=8.0 * slow),
+            engine_name(2): Run(rows=80, work_s=8.0 * slow / second_thread),
+            PREPARED: Run(rows=80, work_s=2.0 * slow),
+            INSTANT: Run(rows=300, work_s=slow, start_s=2.0),
+        }
+
+    told = summary([runs(1, 4), runs(3, 4), runs(5, 0.5)])
+    assert told["job_vs_engine"] == 0.5 and told["job_vs_engine_range"] == (0.5, 2.0)
+    assert told["job_vs_prepared"] == 0.5
+    assert told["pipeline_rows_per_s"] == 100 and told["pipeline_rows_per_s_range"] == (60, 300)
+    assert told["rows"][0]["start_s"] == 1.0 and told["rows"][1]["start_s"] is None
+
+
 def test_a_dry_run_lists_what_would_be_measured(capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--methods", "none,random,trio", "--retention", "1/3,1/9", "--position-ids", "keep"]
     assert benchmark.main(["quality", *flags, "--dry-run"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[1] == "none, retention 1" and len(lines) == 6
     assert lines[-1] == "trio with_last keep, retention 0.1111"
+
+
+def test_targets_are_read_off_their_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert benchmark.main(["targets", "--dry-run"]) == 0
+    assert "small, batch 16, 8 to 128 output tokens" in capsys.readouterr().out
+    never = targets.Target(name="kv_ratio", figure=lambda found: found["kv_ratio"], goal=1e9)
+    runs = [
+        replace(run, shape="tiny", batch=2, output_tokens=(2, 3), targets=(*run.targets, never))
+        for run in targets.RUNS["cuda"][:1]
+    ]
+    monkeypatch.setitem(targets.RUNS, "cpu", tuple(runs))
+    file = tmp_path / "x.json"
+    command = ["targets", "--device", "cpu", "--rounds", "1", "--json", str(file)]
+    assert benchmark.main(command) == 0
+    found = json.loads(file.read_text())
+    (name,) = found["runs"]
+    result = found["runs"][name]
+    by_figure = {row["figure"]: row for row in found["targets"]}
+    assert by_figure["prefill_speedup"]["value"] == result["prefill_speedup"]
+    (engine,) = (row for row in result["rows"] if row["name"] == "engine")
+    own = by_figure["prefill_utilisation, engine"]
+    assert own["value"] == engine["prefill_utilisation"]
+    assert own["met"] == (own["value"] >= 0.55)
+    assert by_figure["kv_ratio"]["met"] is False
+    assert "missed" in capsys.readouterr().out
+
+
+def test_a_target_may_be_an_upper_bound() -> None:
+    share = targets.Target(name="x", figure=lambda found: found["x"], goal=0.1, at_most=True)
+    assert share.row("a", {"x": 0.1})["met"] and not share.row("a", {"x": 0.11})["met"]

@@ -22,14 +22,16 @@ def test_few_rows_in_slices(rows: int, shape: tuple[int, int], transposed: bool)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("batched", [False, True])
-def test_narrow_weights_are_multiplied_in_float32(dtype: torch.dtype, batched: bool) -> None:
-    lead = (3,) if batched else ()
-    x = torch.randn(*lead, 5, 700)
-    weight = torch.randn(*lead, 700, 900).to(dtype)
+@pytest.mark.parametrize("lead", [(), (3,)])
+@pytest.mark.parametrize("shape", [(700, 900), (900, 700), (64, 20000), (20000, 64)])
+def test_narrow_weights_are_multiplied_in_float32(
+    dtype: torch.dtype, lead: tuple[int, ...], shape: tuple[int, int]
+) -> None:
+    x = torch.randn(*lead, 5, shape[0])
+    weight = torch.randn(*lead, *shape).to(dtype)
     out = times(x, weight)
     assert out.dtype == torch.float32
-    torch.testing.assert_close(out, x @ weight.float(), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(out, x @ weight.float(), rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.gpu

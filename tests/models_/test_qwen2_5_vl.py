@@ -165,7 +165,7 @@ def test_saliency_equals_the_textbook(proxy_positions: str) -> None:
     ).true_scores(lengths)
     text, head = oracle.text_parts(model, torch.float64)
     places = positions.split(lengths, dim=1)
-    flat = [torch.arange(length) for length in lengths]
+    flat = [torch.arange(length).expand(3, -1) for length in lengths]
     for own, hidden, place, plain in zip(
         got.split(lengths), packed.embeds_TD.split(lengths), places, flat, strict=True
     ):
@@ -174,7 +174,7 @@ def test_saliency_equals_the_textbook(proxy_positions: str) -> None:
         torch.testing.assert_close(own, book, atol=1e-9, rtol=2e-5)
         other, _ = oracle.saliency(text, head, 2, hidden, plain, proxy_positions)
         same = torch.allclose(own, other, rtol=1e-3)
-        assert same == torch.equal(place, plain.expand(3, -1))
+        assert same == torch.equal(place, plain)
 
 
 SETTINGS = [

@@ -123,7 +123,7 @@ def test_qwen_that_keeps_all_answers_as_unpatched_and_goes_on(side: str) -> None
         inputs = batch(model, requests(), "right")
     got = run(model, inputs)
     assert torch.equal(got[0], wanted[0])
-    torch.testing.assert_close(got[1], wanted[1], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(got[1], wanted[1], atol=1e-3, rtol=1e-3)
 
     def follow_up(answer: Any, inputs: dict[str, Any], cache: Any) -> Any:
         ids = torch.cat([inputs["input_ids"], answer, torch.full((len(answer), 3), 20)], dim=1)
@@ -136,7 +136,7 @@ def test_qwen_that_keeps_all_answers_as_unpatched_and_goes_on(side: str) -> None
     new, _, cache = run(model, inputs)
     book = follow_up(new, inputs, cache)
     assert torch.equal(second[0], book[0])
-    torch.testing.assert_close(second[1], book[1], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(second[1], book[1], atol=1e-3, rtol=1e-3)
 
 
 def test_videos_are_refused() -> None:

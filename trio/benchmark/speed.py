@@ -18,10 +18,13 @@ import torch
 from PIL import Image
 
 from trio.benchmark.ceilings import Ceilings, PeakMemory, seconds
+from trio.benchmark.ceilings import measure as measure_ceilings
+from trio.benchmark.shapes import build
 from trio.config import Pruning
 from trio.engine.engine import Engine
 from trio.engine.prepare import Preparer
 from trio.engine.request import Prepared, Request, Result, Sampling
+from trio.errors import UserError
 from trio.models.registry import adapt
 from trio.patching import patch, unpatch
 from trio.pruning.cost import DecoderShape
@@ -82,7 +85,13 @@ class EngineSubject:
         self, name: str, model: Any, processor: Any, pruning: Pruning, requests: list[Prepared]
     ) -> None:
         self.name = name
-        self._engine = Engine(model, processor, pruning=pruning, max_running=len(requests))
+        self._engine = Engine(
+            model,
+            processor,
+            pruning=pruning,
+            max_running=len(requests),
+            kv_bytes=_kv_bytes(model.device),
+        )
         self._requests = requests
         self._device = model.device
         self._weights = decoder_bytes(model)
@@ -165,7 +174,10 @@ class GenerateSubject:
             batch = self._requests[start : start + self.size]
             ids = torch.tensor([request.input_ids for request in batch], device=self._model.device)
             images = [image for request in batch for image in request.image_inputs]
-            inputs = {name: torch.cat([image[name] for image in images]) for name in images[0]}
+            inputs = {
+                name: torch.cat([image[name] for image in images]).to(self._model.device)
+                for name in images[0]
+            }
             pixels = inputs.pop("pixel_values")
             if "mm_token_type_ids" in inspect.signature(self._model.forward).parameters:
                 # Without them a model whose positions depend on images takes these for text.
@@ -174,7 +186,7 @@ class GenerateSubject:
             self._model.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
-                pixel_values=pixels.to(self._model.device, self._model.dtype),
+                pixel_values=pixels.to(self._model.dtype),
                 **inputs,
                 do_sample=False,
                 max_new_tokens=tokens,
@@ -192,6 +204,14 @@ class GenerateSubject:
         added = max(map(_asked, self._requests)) - 1
         stored = [tokens + added for tokens in self._layers(request)]
         return self._shape.kv_bytes(stored, self._model.dtype.itemsize)
+
+
+def _kv_bytes(device: torch.device) -> int | None:
+    """A GPU's memory is shared by all that is compared: a good third for each engine."""
+    if device.type != "cuda":
+        return None
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(free * 0.35)
 
 
 def _asked(request: Prepared) -> int:
@@ -233,12 +253,22 @@ def requests_for(model: Any, processor: Any, workload: Workload) -> list[Prepare
 
 
 def best_batch_size(model: Any, requests: Sequence[Prepared]) -> int:
-    """The batch size at which plain `generate` answers fastest, of the whole, a quarter and one."""
-    sizes = sorted({len(requests), max(1, len(requests) // 4), 1})
+    """The batch size at which plain `generate` answers fastest, of those that fit into memory: one,
+    the whole, a quarter of it, a sixteenth.
+
+    Raises:
+        UserError: not even one fits.
+    """
     times = {}
-    for size in sizes:
+    for size in sorted({max(1, len(requests) // part) for part in (1, 4, 16, len(requests))}):
         subject = GenerateSubject("", model, requests[:size], size, None)
-        times[size] = subject.run().total_s / size
+        try:
+            times[size] = subject.run().total_s / size
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            break
+    if not times:
+        raise UserError("not one request fits into the device's memory; take a smaller --shape")
     return min(times, key=times.__getitem__)
 
 
@@ -389,3 +419,37 @@ def table(summary: dict[str, Any]) -> str:
 
 def _percent(share: float | None) -> str:
     return "" if share is None else f"{share:.0%}"
+
+
+def compare(
+    shape: str,
+    workload: Workload,
+    pruning: Pruning,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    rounds: int,
+    tell: Callable[[str], None],
+) -> dict[str, Any]:
+    """Build a model and measure all four subjects on it.
+
+    Args:
+        shape: name in `trio.benchmark.shapes`.
+        rounds: with a run of every subject each.
+        tell: is told of every round that is done.
+
+    Returns:
+        Ratios, ceilings and rows, as in the JSON file.
+
+    Raises:
+        UserError: no such shape, or it does not fit into memory.
+    """
+    model, processor = build(shape, device, dtype)
+    requests = requests_for(model, processor, workload)
+    subjects = subjects_for(model, processor, requests, pruning)
+    ceilings = measure_ceilings(device, dtype)
+    done = []
+    for runs in measure(subjects, rounds):
+        done.append(runs)
+        tell(f"round {len(done)}/{rounds}")
+    return summary(done, work_of(model, pruning, requests), ceilings, workload.batch)

@@ -57,7 +57,8 @@ class StepGraphs:
             self._forward(rows)  # kernels that are loaded or tuned on first use
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # Other threads may go on with their own work on the device meanwhile.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             out = self._forward(rows)
         return graph, out
 

@@ -6,7 +6,6 @@ D hidden size, V vocabulary.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -18,6 +17,7 @@ from torch import Tensor
 from trio.config import Pruning
 from trio.models.attention import Packed
 from trio.models.decoder import Decoder, LayerCache
+from trio.models.stopwatch import Stopwatch
 from trio.pruning.compaction import Ragged, compact, contiguous_positions
 from trio.pruning.select import StageChoice, choose
 
@@ -156,7 +156,7 @@ class _Prefill:
             self.positions_T = prompts.positions_T.to(decoder.device)
             self.next_positions = _next_positions(prompts.positions_T, prompts.lengths)
         self.kept: list[list[list[int]]] = [[] for _ in prompts.lengths]
-        self.prune_seconds = 0.0
+        self.pruning_time = Stopwatch(decoder.device)
 
     def result(self) -> Prefilled:
         lengths, positions = [], []
@@ -180,7 +180,7 @@ class _Prefill:
             next_positions=positions,
             kept=self.kept,
             visual_tokens_stages=[[len(stage) for stage in stages] for stages in self.kept],
-            prune_seconds=self.prune_seconds,
+            prune_seconds=self.pruning_time.seconds(),
         )
 
     def _plan(self) -> dict[int, list[list[int] | None]]:
@@ -206,28 +206,27 @@ class _Prefill:
         )
 
     def _prune(self, layer: int, keeps: list[list[int] | None]) -> None:
-        began = self._now()
         hidden_in, positions_in, before = self.hidden_TD, self.positions_T, self.ragged
-        choice = choose(
-            self.pruning,
-            lambda: self.decoder.proxy(layer, self.batch_tokens),
-            hidden_in,
-            positions_in,
-            before,
-            keeps,
-            salts=self.salts,
-            layer=layer,
-        )
-        if choice is not None:
-            self.ragged, index = compact(before, choice.kept)
-            index = index.to(hidden_in.device, non_blocking=True)
-            self.hidden_TD = hidden_in[index]
-            self.positions_T = positions_in[..., index]
-        self._renumber(keeps)
-        for request, keep in enumerate(keeps):
-            if keep is not None:
-                self.kept[request].append(self.ragged.kept(request))
-        self.prune_seconds += self._now() - began
+        with self.pruning_time.running():
+            choice = choose(
+                self.pruning,
+                lambda: self.decoder.proxy(layer, self.batch_tokens),
+                hidden_in,
+                positions_in,
+                before,
+                keeps,
+                salts=self.salts,
+                layer=layer,
+            )
+            if choice is not None:
+                self.ragged, index = compact(before, choice.kept)
+                index = index.to(hidden_in.device, non_blocking=True)
+                self.hidden_TD = hidden_in[index]
+                self.positions_T = positions_in[..., index]
+            self._renumber(keeps)
+            for request, keep in enumerate(keeps):
+                if keep is not None:
+                    self.kept[request].append(self.ragged.kept(request))
         if self.trace is not None:
             self.trace.stages.append(
                 StageTrace(
@@ -255,11 +254,6 @@ class _Prefill:
             length if keep is not None else position
             for length, keep, position in zip(lengths, keeps, self.next_positions, strict=True)
         ]
-
-    def _now(self) -> float:
-        if self.decoder.device.type == "cuda":
-            torch.cuda.synchronize(self.decoder.device)
-        return time.perf_counter()
 
 
 def _next_positions(positions_T: Tensor, lengths: Sequence[int]) -> list[int]:

@@ -80,8 +80,7 @@ def build_engine(settings: EngineSettings) -> EngineLike:
     from trio.engine.engine import Engine
 
     if not settings.gpu:
-        # One core is left to preparation and Ray: a parallel region waits for its last thread.
-        torch.set_num_threads(max(1, cpus() // settings.actors_per_node - 1))
+        torch.set_num_threads(engine_threads(settings))
     optional = {"batch_tokens": settings.batch_tokens, "max_running": settings.max_running}
     return Engine.from_pretrained(
         model_directory(settings.model),
@@ -96,6 +95,16 @@ def build_engine(settings: EngineSettings) -> EngineLike:
 def cpus() -> int:
     """CPUs that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def engine_threads(settings: EngineSettings) -> int:
+    """Threads that compute where an engine is on a CPU.
+
+    Of many cores one is left to preparation and Ray, since a parallel region waits for its last
+    thread; of two that would be half of them for a twentieth of the work.
+    """
+    share = cpus() // settings.actors_per_node
+    return max(1, share if share <= 2 else share - 1)
 
 
 def prepare_threads(settings: EngineSettings) -> int:

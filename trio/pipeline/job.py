@@ -77,11 +77,11 @@ def resolve(job: Job, config: JobConfig, given: frozenset[str]) -> JobConfig:
         changes["compare_unpruned"] = config.input == (DEMO,) and config.pruning_asked
     if config.output is None:
         changes["output"] = outdir.fresh_directory(job.name)
-    _check_model(config.model)
+    check_model(config.model)
     return config.replace(**changes)
 
 
-def _check_model(model: str) -> None:
+def check_model(model: str) -> None:
     """A directory that is none would else be taken for a hub id, and fail late and elsewhere."""
     if model == DEMO:
         return

@@ -34,7 +34,7 @@ from trio.pipeline.storage import Location, locate
 from trio.pipeline.summary import summarise
 from trio.pipeline.totals import Totals, merge
 
-AHEAD = {False: 48, True: 256}
+AHEAD = {False: 96, True: 256}
 # rows prepared or in the engine at a time, on a CPU and on a GPU, when --max-running is not given
 MAX_CALLS = 16
 # units that one actor answers at a time
