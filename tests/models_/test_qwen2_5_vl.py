@@ -91,17 +91,17 @@ def test_placeholders_are_as_many_as_features(adapter: Adapter) -> None:
 
 
 def prompts(adapter: Adapter) -> tuple[list[int], list[list[Span]], list[dict[str, torch.Tensor]]]:
-    """Lengths and spans of prompts with 1, 0, 3 and 2 images, and these images."""
+    """Lengths and spans of prompts with 1, 0, 3 and 2 images, which end the last; these images."""
     inputs = singles()[1:7]
     counts = iter([adapter.visual_tokens(image)[0] for image in inputs])
     lengths, spans = [], []
-    for before, after, images in ((3, 9, 1), (12, 0, 0), (0, 7, 3), (5, 5, 2)):
+    for before, after, images in ((3, 9, 1), (12, 0, 0), (0, 7, 3), (5, 0, 2)):
         own, place = [], before
         for _ in range(images):
             count = next(counts)
             own.append((place, place + count))
             place += count + 1
-        lengths.append(place + after)
+        lengths.append((own[-1][1] if own else place) + after)
         spans.append(own)
     return lengths, spans, inputs
 
