@@ -88,7 +88,7 @@ class Proxy:
                 device=device,
             )
             rows_RD = hidden_TD[index_R].to(self.dtype).requires_grad_()
-            cos, sin = self._decoder.rotary(positions_T.clone(), self.dtype)
+            cos, sin = self._decoder.rotary(positions_T, self.dtype)
             others = _Others(self._layer, hidden_TD, cos[0], sin[0], self.dtype, self._tile_tokens)
             groups = _group(rows, lengths, wanted, self._tile_tokens)
             with self._decoder.ragged():
@@ -132,18 +132,21 @@ class _Group:
         return max(map(len, self.rows))
 
     @property
+    def is_even(self) -> bool:
+        """Whether all sequences are of one length, so that their tokens lie in a rectangle."""
+        return len(set(self.lengths)) == 1
+
+    @property
     def has_wanted_rows(self) -> bool:
         """Whether rows are wanted tokens too: then their queries carry gradient to themselves."""
         start, stop = self.wanted
         return any(start <= row < stop for own in self.rows for row in own)
 
-    def tokens(self, start: int, stop: int) -> Tensor | None:
-        """Packed indices `[N, C]` of tokens `start … stop-1` of each; None if side by side.
+    def tokens(self, start: int, stop: int) -> Tensor:
+        """Packed indices `[N, C]` of tokens `start … stop-1` of each.
 
         Past the end of a shorter sequence its last token is repeated.
         """
-        if len(set(self.lengths)) == 1:
-            return None
         length_N1 = torch.tensor(self.lengths)[:, None]
         first_N1 = self.start + length_N1.cumsum(0) - length_N1
         return first_N1 + torch.arange(start, stop).minimum(length_N1 - 1)
@@ -165,18 +168,25 @@ class _Group:
             for row in own
         ]
 
-    def row_index(self) -> Tensor:
-        """Packed indices `[N, P]` of each sequence's rows; the last is repeated where one lacks."""
-        first, index = self.first_row, []
+    def padded_rows(self, x_R: Tensor) -> Tensor:
+        """`[R, ...]` of all sequences' rows to `[N, P, ...]` of this group's; where a sequence
+        lacks a row, its last is repeated."""
+        first, most = self.first_row, self.most_rows
+        if all(len(own) == most for own in self.rows):
+            return x_R[first : first + most * len(self.rows)].unflatten(0, (-1, most))
+        index = []
         for own in self.rows:
-            index.append([first + min(i, len(own) - 1) for i in range(self.most_rows)])
+            index.append([first + min(i, len(own) - 1) for i in range(most)])
             first += len(own)
-        return torch.tensor(index)
+        return x_R[torch.tensor(index, device=x_R.device)]
 
-    def true_rows(self) -> Tensor:
-        """Places in the flattened `[N * P]` that are no repetition."""
-        count_N1 = torch.tensor([len(own) for own in self.rows])[:, None]
-        return (torch.arange(self.most_rows) < count_N1).flatten().nonzero()[:, 0]
+    def true_rows(self, x_NP: Tensor) -> Tensor:
+        """`[N, P, ...]` to `[R, ...]` of this group's rows, without repetitions."""
+        counts = [len(own) for own in self.rows]
+        if min(counts) == self.most_rows:
+            return x_NP.flatten(0, 1)
+        there_NP = torch.arange(self.most_rows) < torch.tensor(counts)[:, None]
+        return x_NP.flatten(0, 1)[there_NP.flatten().nonzero()[:, 0].to(x_NP.device)]
 
     def hidden_from_rows(self) -> Tensor:
         """True where a key lies after a row, `[N, 1, P, 1, S]`."""
@@ -225,13 +235,13 @@ class _RowAttention:
         query_RKGE = (query[0].transpose(0, 1) * scale).unflatten(1, (others.kv_heads, -1))
         pieces = []
         for group in self._groups:
-            query_NPKGE = query_RKGE[group.row_index().to(query.device)]
+            query_NPKGE = group.padded_rows(query_RKGE)
             shape = query_NPKGE.shape
             query_NKQE = query_NPKGE.transpose(1, 2).flatten(2, 3)
             summed = _Summed.apply(others, group, query_NKQE, _turned(query_NKQE))
             assert isinstance(summed, Tensor)
             summed_NPKGD = summed.unflatten(2, (shape[1], shape[3])).transpose(1, 2)
-            pieces.append(summed_NPKGD.flatten(0, 1)[group.true_rows().to(query.device)])
+            pieces.append(group.true_rows(summed_NPKGD))
         out_RKGE = others.project_values(torch.cat(pieces))
         return out_RKGE.flatten(1, 2)[None]
 
@@ -366,8 +376,11 @@ class _Others:
         """`gradient_NCD`: of the tile's tokens, times their root mean square."""
         device = gradient_NCD.device
         norms_NC = torch.linalg.vector_norm(gradient_NCD, dim=-1) * tile.inverse[..., 0]
-        place, packed = group.present(tile.start, tile.stop)
-        self._norms_T[packed.to(device)] = norms_NC.flatten()[place.to(device)]
+        if group.is_even:
+            self._gather(self._norms_T, group, tile.start, tile.stop).copy_(norms_NC)
+        else:
+            place, packed = group.present(tile.start, tile.stop)
+            self._norms_T[packed.to(device)] = norms_NC.flatten()[place.to(device)]
         if not group.has_wanted_rows:
             return
         inside = [
@@ -410,9 +423,8 @@ class _Others:
         return cos[:, None], sin[:, None]
 
     def _gather(self, x_T: Tensor, group: _Group, start: int, stop: int) -> Tensor:
-        index = group.tokens(start, stop)
-        if index is not None:
-            return x_T[index.to(x_T.device)]
+        if not group.is_even:
+            return x_T[group.tokens(start, stop).to(x_T.device)]
         count, length = len(group.lengths), group.lengths[0]
         own = x_T[group.start : group.start + count * length]
         return own.unflatten(0, (count, length))[:, start:stop]

@@ -71,9 +71,11 @@ def suppress(
         there_NC = torch.arange(first, first + local_NC.shape[1], device=device) < count_N[:, None]
         index_NC = start_N[:, None] + local_NC.where(there_NC, 0)
         block_NCD = F.normalize(features_TD[index_NC].to(dtype), dim=-1)
-        is_kept_NK = slot_K < (keep_N - room_N)[:, None]
-        near_kept = torch.bmm(block_NCD, kept_NKD[:, :-1].transpose(1, 2)) >= threshold
-        blocked_NC = (near_kept & is_kept_NK[:, None]).any(dim=2) | ~there_NC
+        blocked_NC = ~there_NC
+        if first:
+            is_kept_NK = slot_K < (keep_N - room_N)[:, None]
+            near_kept = torch.bmm(block_NCD, kept_NKD[:, :-1].transpose(1, 2)) >= threshold
+            blocked_NC |= (near_kept & is_kept_NK[:, None]).any(dim=2)
         near_NCC = torch.bmm(block_NCD, block_NCD.transpose(1, 2)) >= threshold
         taken_NC = walk(near_NCC, blocked_NC, room_N)
         place_NC = (keep_N - room_N)[:, None] + taken_NC.cumsum(dim=1) - 1
