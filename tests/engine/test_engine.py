@@ -426,10 +426,11 @@ def test_what_needs_more_memory_than_there_is_fails_alone(
     assert tries[-2:] == [1, 1]
 
 
+@pytest.mark.parametrize("gpu_way", [False, True])
 def test_a_device_with_less_memory_than_the_budget(
-    model: Any, monkeypatch: pytest.MonkeyPatch
+    model: Any, gpu_way: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    worker = engine(model)
+    worker = as_on_a_gpu(engine(model)) if gpu_way else engine(model)
     make = worker._cache._rectangle
 
     def scarce(slots: int, capacity: int) -> torch.Tensor:

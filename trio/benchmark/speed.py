@@ -210,6 +210,7 @@ def _kv_bytes(device: torch.device) -> int | None:
     """A GPU's memory is shared by all that is compared: a good third for each engine."""
     if device.type != "cuda":
         return None
+    torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info(device)
     return int(free * 0.35)
 
@@ -265,7 +266,6 @@ def best_batch_size(model: Any, requests: Sequence[Prepared]) -> int:
         try:
             times[size] = subject.run().total_s / size
         except torch.OutOfMemoryError:
-            torch.cuda.empty_cache()
             break
     if not times:
         raise UserError("not one request fits into the device's memory; take a smaller --shape")

@@ -93,7 +93,7 @@ class Cache:
             try:
                 self._reshape(wanted)
             except BaseException as error:  # halfway: some layers have the new shape
-                self.room.undo(key)
+                self.room.undo(key, shape)
                 if isinstance(error, torch.OutOfMemoryError):
                     self.room.budget //= 2
                     raise MemoryError(str(error)) from error

@@ -157,6 +157,8 @@ class Engine:
         `reset` then makes the engine usable again.
         """
         self._count_idle()
+        if self._runner.decoder.device.type == "cuda":
+            cuda.set_device(self._runner.decoder.device)  # of this thread: streams, events, kernels
         if admitted := self._admit():
             self._sparing(self._prefill, admitted)
         if self._scheduler.running:
@@ -225,6 +227,8 @@ class Engine:
         tasks = [task for task in tasks if task.key in self._scheduler.running]
         self._scheduler.put_back(tasks)
         torch.cuda.empty_cache()
+        if not tasks:
+            return
         if work == self._decode:
             self._cache.room.max_slots = max(1, len(tasks) // 2)
         else:

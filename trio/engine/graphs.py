@@ -25,6 +25,7 @@ class StepGraphs:
         self._forward = forward
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._generation = -1
+        self._side: torch.cuda.Stream | None = None
         self._broken = False
 
     def __call__(self, rows: int, generation: int) -> Tensor:
@@ -51,7 +52,7 @@ class StepGraphs:
         return out
 
     def _capture(self, rows: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        side = torch.cuda.Stream()
+        side = self._side = self._side or torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             self._forward(rows)  # kernels that are loaded or tuned on first use

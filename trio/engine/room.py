@@ -75,10 +75,12 @@ class Room:
         """Give a request's room back. The shape stays until other requests want another."""
         del self._needs[key]
 
-    def undo(self, key: int) -> None:
-        """Take back an `allocate` whose shape the cache could not get as a whole."""
+    def undo(self, key: int, before: Shape) -> None:
+        """Take back an `allocate` whose shape only some layers got, the others still as `before`:
+        what is left is what all of them hold."""
         self.free(key)
-        self.shape = Shape(0, (0,) * len(self.group_bytes))
+        pairs = zip(before.capacities, self.shape.capacities, strict=True)
+        self.shape = Shape(min(before.slots, self.shape.slots), tuple(map(min, pairs)))
 
     def _grown(self, need: Need) -> Shape | None:
         """The shape that holds one more request: with slack where it fits, tight if it must be."""
