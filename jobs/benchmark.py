@@ -8,7 +8,7 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -308,20 +308,23 @@ def _add_speed(parser: argparse.ArgumentParser) -> None:
     add("--retention", type=_fraction, help="layer-average share kept (1/9)")
     add("--schedule", help="explicit stages instead: 1:92,10:54,15:22")
     add("--encoder", help="only none in this version")
-    add("--device", help="cpu or cuda (the GPU if there is one)")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), help="(float32; bfloat16 on a GPU)")
-    add("--rounds", type=_positive, help="each with a run of every row; medians are shown (3)")
+    _add_where(add)
     add("--seed", type=int, help="of words, pixels and the order of lengths (0)")
     add("--json", type=Path, metavar="FILE", help="also write conditions, ratios and rows as JSON")
     add("--dry-run", action="store_true", help="print the conditions, then stop")
 
 
-def _add_targets(parser: argparse.ArgumentParser) -> None:
-    add = partial(parser.add_argument, default=argparse.SUPPRESS)
-    parser.set_defaults(run=targets, device=None, dtype=None, rounds=3, json=None, dry_run=False)
+def _add_where(add: Callable[..., object]) -> None:
+    """Flags of what compares the four ways."""
     add("--device", help="cpu or cuda (the GPU if there is one)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="(float32; bfloat16 on a GPU)")
     add("--rounds", type=_positive, help="each with a run of every row; medians are shown (3)")
+
+
+def _add_targets(parser: argparse.ArgumentParser) -> None:
+    add = partial(parser.add_argument, default=argparse.SUPPRESS)
+    parser.set_defaults(run=targets, device=None, dtype=None, rounds=3, json=None, dry_run=False)
+    _add_where(add)
     add("--json", type=Path, metavar="FILE", help="also write conditions, targets and all rows")
     add("--dry-run", action="store_true", help="print what would be measured, then stop")
 

@@ -164,23 +164,28 @@ def _level_embeddings(model: Any, image_size: int) -> None:
         model.model.image_newline.normal_()
 
 
-def tiny_processor(
-    *, image_size: int = 32, patch_size: int = 4, pinpoints: Pinpoints | None = None
-) -> Any:
-    """A word-level tokenizer, the model's image processor on PIL, and a chat template."""
-    words = [*SPECIAL, *dict.fromkeys(WORDS)]
+def word_tokenizer(special: tuple[str, ...], **named: Any) -> PreTrainedTokenizerFast:
+    """Special tokens first, then `WORDS`, told apart by white space; pads on the left."""
+    words = [*special, *dict.fromkeys(WORDS)]
     tokenizer = Tokenizer(
         models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>")
     )
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", padding_side="left", **named
+    )
+
+
+def tiny_processor(
+    *, image_size: int = 32, patch_size: int = 4, pinpoints: Pinpoints | None = None
+) -> Any:
+    """A word-level tokenizer, the model's image processor on PIL, and a chat template."""
+    fast = word_tokenizer(
+        SPECIAL,
         pad_token="<pad>",
         bos_token="<s>",
         eos_token="</s>",
-        unk_token="<unk>",
         additional_special_tokens=["<image>"],
-        padding_side="left",
     )
     side = {"height": image_size, "width": image_size}
     common: dict[str, Any] = {

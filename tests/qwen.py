@@ -7,9 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
-    PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
 )
@@ -19,7 +17,7 @@ from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import (
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from tests.models import WORDS
+from tests.models import word_tokenizer
 from trio.models.qwen2_5_vl import ImageProcessor
 
 SPECIAL = (
@@ -110,18 +108,11 @@ def tiny_qwen(
 
 def tiny_qwen_processor() -> ImageProcessor:
     """A word-level tokenizer without a first token, image processor on PIL and chat template."""
-    words = [*SPECIAL, *dict.fromkeys(WORDS)]
-    tokenizer = Tokenizer(
-        models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>")
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
+    fast = word_tokenizer(
+        SPECIAL,
         pad_token="<|endoftext|>",
         eos_token="<|im_end|>",
-        unk_token="<unk>",
         additional_special_tokens=[*SPECIAL[1:2], *SPECIAL[4:]],
-        padding_side="left",
     )
     images = Qwen2VLImageProcessorPil(
         patch_size=PATCH,

@@ -33,7 +33,7 @@ def load(
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
             model, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False
         )
-        processor = load_processor(model)
+        processor = _processor(model, config)
     except OSError as error:
         raise UserError(f"{model!r} is incomplete: {_first_line(error)}") from error
     return loaded.to(where).eval(), processor
@@ -46,7 +46,10 @@ def load_processor(model: str) -> Any:
     depend on whether it happens to be installed.
     """
     model = _expanded(model)
-    config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+    return _processor(model, AutoConfig.from_pretrained(model, trust_remote_code=False))
+
+
+def _processor(model: str, config: Any) -> Any:
     kind = processor_class(config)
     return kind.from_pretrained(model, backend="pil", trust_remote_code=False)
 

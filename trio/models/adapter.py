@@ -162,6 +162,16 @@ class Adapter(ABC):
         return DecoderShape.of_config(self.model.config.text_config)
 
 
+def check_pixels(inputs: Inputs, shape: list[int]) -> None:
+    """Raise UserError unless an image's `pixel_values` are of the shape that the model takes."""
+    given = list(tensor_of(inputs, "pixel_values").shape)
+    if given != shape:
+        raise UserError(
+            f"pixel_values of an image have shape {given}, and the model takes {shape}; use the "
+            "model's own processor"
+        )
+
+
 def tensor_of(inputs: Inputs, name: str) -> Tensor:
     """One of the tensors; a UserError if it is not there."""
     tensor = inputs.get(name)

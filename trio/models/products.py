@@ -5,8 +5,6 @@ Shapes: N rows, I inputs, O outputs; leading dimensions may come before.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -109,7 +107,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return out if bias is None else out + bias.detach()
 
 
-class _FewRowLinears(TorchFunctionMode):
+class few_row_linears(TorchFunctionMode):
+    """Inside, linear layers use `linear`: few rows are fast, inputs may be of a wider dtype than
+    weights, and no gradient goes to weights."""
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.linear and len(args) > 1:
             x, weight = args[:2]
@@ -117,11 +118,3 @@ class _FewRowLinears(TorchFunctionMode):
                 rest = (*args[2:], *(kwargs or {}).values())
                 return linear(x.flatten(0, -2), weight, *rest).unflatten(0, x.shape[:-1])
         return func(*args, **(kwargs or {}))
-
-
-@contextmanager
-def few_row_linears() -> Iterator[None]:
-    """Inside, linear layers use `linear`: few rows are fast, inputs may be of a wider dtype than
-    weights, and no gradient goes to weights."""
-    with _FewRowLinears():
-        yield

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import Qwen2_5_VLProcessor
 
 from trio.errors import UserError
-from trio.models.adapter import Adapter, Inputs, Span, tensor_of
+from trio.models.adapter import Adapter, Inputs, Span, check_pixels, tensor_of
 from trio.pruning.cost import WindowedVisionShape
 
 _USUAL_EDGE = 36
@@ -72,12 +72,7 @@ class Qwen25VLAdapter(Adapter):
                 "model's own processor"
             )
         numbers = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-        given, wanted = list(tensor_of(inputs, "pixel_values").shape), [prod(grids[0]), numbers]
-        if given != wanted:
-            raise UserError(
-                f"pixel_values of an image have shape {given}, and the model takes {wanted}; use "
-                "the model's own processor"
-            )
+        check_pixels(inputs, [prod(grids[0]), numbers])
 
     def vision_flops(self, inputs: Inputs) -> int:
         shape = WindowedVisionShape.of_config(self.model.config.vision_config)

@@ -11,8 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from trio.errors import UserError
-from trio.models.adapter import Adapter, Inputs, tensor_of
+from trio.models.adapter import Adapter, Inputs, check_pixels
 from trio.pruning.cost import VisionShape
 
 
@@ -35,13 +34,7 @@ class TiledAdapter(Adapter):
 
     def check_inputs(self, inputs: Inputs) -> None:
         side = self.model.config.vision_config.image_size
-        given = list(tensor_of(inputs, "pixel_values").shape)
-        wanted = [1, *self._tile_dimensions(inputs), 3, side, side]
-        if given != wanted:
-            raise UserError(
-                f"pixel_values of an image have shape {given}, and the model takes {wanted}; use "
-                "the model's own processor"
-            )
+        check_pixels(inputs, [1, *self._tile_dimensions(inputs), 3, side, side])
 
     def vision_flops(self, inputs: Inputs) -> int:
         return sum(self.tiles(inputs)) * VisionShape.of_llava_config(self.model.config).flops()
