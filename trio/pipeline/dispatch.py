@@ -484,5 +484,6 @@ def _reason(error: BaseException) -> str:
         return f"{type(error).__name__}: {error}"[:300]
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     named = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b.*: ", line)]
-    dead = [line for line in lines if line.startswith("The actor is dead because")]
+    died = re.search(r"The actor is dead because (.*?)\.(?: Worker exit type: (\w+))?", str(error))
+    dead = [f"{died[1]} ({died[2]})" if died[2] else died[1]] if died else []
     return (*reversed(named), *dead, *lines, type(error).__name__)[0][:300]
