@@ -23,11 +23,9 @@ LOCAL_CPUS = 4
 READ_CPUS = 0.5
 # of one read task; unlike an engine's, so that Ray does not fuse the two
 QUIET = {
-    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DEDUP_LOGS": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_TQDM_PATCH_PRINT": "0",
     "RAY_BACKEND_LOG_LEVEL": "fatal",
 }
 
