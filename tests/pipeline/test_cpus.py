@@ -31,7 +31,10 @@ def group(root: Path, membership: str, files: dict[str, str]) -> tuple[Path, Pat
         ("0::/", {"cpu.max": "nonsense"}, None),
         (
             "4:memory:/a\n3:cpu,cpuacct:/a\n0::/",
-            {"cpu,cpuacct/a/cpu.cfs_quota_us": "250000", "cpu,cpuacct/a/cpu.cfs_period_us": "50000"},
+            {
+                "cpu,cpuacct/a/cpu.cfs_quota_us": "250000",
+                "cpu,cpuacct/a/cpu.cfs_period_us": "50000",
+            },
             5.0,
         ),
         (

@@ -1,8 +1,8 @@
 """How many CPUs this process may really use: its affinity, and the quota of its control groups.
 
 A container with a quota of two CPUs on a machine of 64 sees all 64; threads sized by what is seen
-would spend their time stopped. Both versions of Linux's control groups are read; elsewhere, or where
-nothing is set, there is no quota.
+would spend their time stopped. Both versions of Linux's control groups are read; elsewhere, or
+where nothing is set, there is no quota.
 """
 
 from __future__ import annotations
