@@ -19,14 +19,10 @@ from trio.errors import UserError
 from trio.pipeline import cpus
 from trio.pipeline.config import JobConfig
 from trio.pipeline.environment import cluster_runtime_env, export_path
-from trio.pipeline.placement import Need, Node, describe, place
+from trio.pipeline.placement import Node, place
 
 LOCAL_CPUS = 4
 # logical, also on a smaller machine
-PLACEMENT_S = 60.0
-# in which Ray gives an engine the place that it has for it, unless others hold that
-READ_CPUS = 0.5
-# of one read task; unlike an engine's, so that Ray does not fuse the two
 QUIET = {
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -52,8 +48,6 @@ class Resources:
     # False for a Ray of our own in this process
     per_node: int = 1
     # most engines on one of the nodes that are there
-    wait_s: float = 0.0
-    # for a node that holds an engine, before the job fails
     note: str = ""
     # what is to be said about the fit
 
@@ -156,7 +150,6 @@ def fit(config: JobConfig, *, attached: bool) -> Resources:
         cpus_per_actor=placement.need.cpus,
         attached=attached,
         per_node=placement.per_node,
-        wait_s=config.wait_for_nodes,
         note="; ".join(note for note in notes if note),
     )
 
@@ -193,25 +186,6 @@ def autoscales() -> bool | None:
         return any(kind != f"node_{node}" for node, kind in types.items()) if types else None
     except Exception:  # private to Ray, and only for a message
         return None
-
-
-def placement_limit(resources: Resources) -> float:
-    """Seconds after which a job without any placed engine fails."""
-    return max(PLACEMENT_S, resources.wait_s)
-
-
-def not_placed(resources: Resources, waited_s: float) -> str:
-    """Why a job without any engine gives up."""
-    need = Need(cpus=resources.cpus_per_actor, gpus=resources.gpus_per_actor)
-    there = nodes()
-    fit = sum(need.fits_on(node) for node in there)
-    now = f"room for {min(fit, resources.actors)}" if fit else "no room for any"
-    held = _held_by_others(there)
-    return (
-        f"none of {resources.actors} engines with {need.describe()} was placed within"
-        f" {waited_s:.0f} s: Ray has {describe(there)}, {now}{'; ' + held if held else ''};"
-        " start the nodes or free them, or raise --wait-for-nodes, and give the same command again"
-    )
 
 
 def data_context() -> DataContext:
