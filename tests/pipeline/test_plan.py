@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import pytest
 
 from trio.pipeline.manifest import Manifest, Shard
-from trio.pipeline.plan import Unit, group_of, reads, unit_rows, units
+from trio.pipeline.plan import Unit, group_of, runs, unit_rows, units
 
 
 def manifest(*groups: Sequence[int], row_bytes: int = 1000) -> Manifest:
@@ -45,38 +45,39 @@ def test_unit_size_follows_input_actors_and_bytes() -> None:
     assert unit_rows(manifest([240]), actors=1) == 15
     assert unit_rows(manifest([240]), actors=4) == 8
     assert unit_rows(manifest([100_000]), actors=1, limit=160) == 10
-    assert unit_rows(manifest([100_000], row_bytes=1 << 20), actors=1) == 64
+    assert unit_rows(manifest([100_000], row_bytes=1 << 20), actors=1) == 128
+    assert unit_rows(manifest([10**8], row_bytes=1000), actors=8) == 1000
+    assert unit_rows(manifest([10**9], row_bytes=1000), actors=8) == 4096
     assert unit_rows(manifest([10], row_bytes=1 << 30), actors=1) == 1
 
 
-def test_reads_hold_each_unit_once_and_stay_in_a_shard() -> None:
+def test_runs_hold_each_unit_once_and_stay_in_a_shard() -> None:
     plan = manifest([50] * 4, [30], row_bytes=1 << 20)
     todo = list(units(plan, 10))
-    parts = reads(plan, todo, parallel=8)
-    assert [unit for part in parts for unit in part.units] == todo
-    assert all({u.shard for u in part.units} == {part.shard.number} for part in parts)
+    parts = runs(plan, todo, parallel=8)
+    assert [unit for part in parts for unit in part] == todo
+    assert all(len({u.shard for u in part}) == 1 for part in parts)
 
 
-def test_reads_are_cut_where_row_groups_begin() -> None:
+def test_runs_are_cut_where_row_groups_begin() -> None:
     plan = manifest([50] * 4, row_bytes=1 << 20)
-    starts = [part.units[0].start for part in reads(plan, list(units(plan, 10)), parallel=100)]
+    starts = [part[0].start for part in runs(plan, list(units(plan, 10)), parallel=100)]
     assert starts == [0, 50, 100, 150]
 
 
-def test_small_inputs_are_one_read() -> None:
+def test_small_inputs_are_one_run() -> None:
     plan = manifest([50] * 4, row_bytes=1000)
-    assert len(reads(plan, list(units(plan, 10)), parallel=100)) == 1
+    assert len(runs(plan, list(units(plan, 10)), parallel=100)) == 1
 
 
-def test_done_units_are_not_read() -> None:
+def test_done_units_are_in_no_run() -> None:
     plan = manifest([10, 10], [10], row_bytes=1 << 20)
     todo = [u for u in units(plan, 5) if u.start == 5]
-    parts = reads(plan, todo, parallel=1)
-    assert [u for part in parts for u in part.units] == todo
-    assert reads(plan, [], parallel=4) == []
+    assert [u for part in runs(plan, todo, parallel=1) for u in part] == todo
+    assert runs(plan, [], parallel=4) == []
 
 
 def test_group_of() -> None:
-    assert [group_of([2, 0, 3], row) for row in range(5)] == [0, 0, 2, 2, 2]
+    assert [group_of([2, 0, 3], row) for row in range(5)] == [(0, 0), (0, 0), *[(2, 2)] * 3]
     with pytest.raises(AssertionError):
         group_of([2], 2)

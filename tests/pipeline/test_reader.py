@@ -1,16 +1,19 @@
 """Units out of shards: the right rows, the right columns, bytes untouched."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from tests.pipeline.fakes import write_shard
+from trio.errors import UserError
 from trio.pipeline.columns import Columns, resolve
 from trio.pipeline.manifest import Manifest, inspect
-from trio.pipeline.plan import Read, Unit, reads, units
-from trio.pipeline.reader import BLOCK, UnitSource, blocks, decode, encode, tables
+from trio.pipeline.plan import Unit, units
+from trio.pipeline.reader import ShardUnreadable, UnitReader
 
 SCHEMA = pa.schema(
     [
@@ -34,20 +37,38 @@ def shard(tmp_path: Path, rows: int, row_group: int) -> tuple[Manifest, Columns]
     return manifest, resolve(schemas, ["a"], mapping, prompt_given=False)
 
 
+@pytest.fixture
+def groups_read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Row groups from which rows were decoded, in order."""
+    touched: list[int] = []
+    original = pq.ParquetFile.iter_batches
+
+    def spy(self: Any, *args: Any, row_groups: list[int], **kwargs: Any) -> Any:
+        touched.extend(row_groups)
+        return original(self, *args, row_groups=row_groups, **kwargs)
+
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", spy)
+    return touched
+
+
 @pytest.mark.parametrize("row_group", [1, 7, 20, 300, 1000])
 @pytest.mark.parametrize("size", [3, 20, 150])
-def test_units_hold_their_rows(tmp_path: Path, row_group: int, size: int) -> None:
+def test_units_hold_their_rows_and_groups_are_read_once(
+    tmp_path: Path, row_group: int, size: int, groups_read: list[int]
+) -> None:
     manifest, columns = shard(tmp_path, 310, row_group)
     seen: list[int] = []
-    for read in reads(manifest, list(units(manifest, size)), parallel=4):
-        for unit, table in tables(read, columns):
-            keys = table.column("id").to_pylist()
-            assert keys == list(range(unit.start, unit.stop))
-            assert table.column("image").to_pylist() == [row(k)["jpg"] for k in keys]
-            assert table.column("prompt").to_pylist() == [row(k)["text"] for k in keys]
-            assert set(table.column_names) == {"id", "image", "prompt"}
-            seen += keys
+    reader = UnitReader(columns)
+    for turn, unit in enumerate(units(manifest, size)):
+        table = reader.read(manifest.shards[0], unit, turn)
+        keys = table.column("id").to_pylist()
+        assert keys == list(range(unit.start, unit.stop))
+        assert table.column("image").to_pylist() == [row(k)["jpg"] for k in keys]
+        assert table.column("prompt").to_pylist() == [row(k)["text"] for k in keys]
+        assert set(table.column_names) == {"id", "image", "prompt"}
+        seen += keys
     assert seen == list(range(310))
+    assert groups_read == list(range(-(-310 // row_group)))
 
 
 def test_one_column_may_serve_as_image_and_id(tmp_path: Path) -> None:
@@ -57,67 +78,80 @@ def test_one_column_may_serve_as_image_and_id(tmp_path: Path) -> None:
     manifest, schemas = inspect([str(tmp_path)])
     mapping = {"id": "path", "image": "path", "prompt": "text", "answers": "text"}
     columns = resolve(schemas, ["a"], mapping, prompt_given=False)
-    read = Read(manifest.shards[0], tuple(units(manifest, 10)))
-    ((_, table),) = tables(read, columns)
+    table = UnitReader(columns).read(manifest.shards[0], Unit(0, 0, 4))
     assert table.column("image").to_pylist() == [f"{i}.png" for i in range(4)]
     assert table.column("id") == table.column("image")
     assert table.column("prompt").to_pylist() == [f"t{i}" for i in range(4)]
     assert table.column("answers") == table.column("prompt")
 
 
-def test_gaps_are_left_out(tmp_path: Path) -> None:
-    manifest, columns = shard(tmp_path, 100, 30)
-    wanted = (Unit(0, 10, 20), Unit(0, 40, 45), Unit(0, 95, 100))
-    got = [
-        (unit, table.column("id").to_pylist())
-        for unit, table in tables(Read(manifest.shards[0], wanted), columns)
-    ]
-    assert got == [(u, list(range(u.start, u.stop))) for u in wanted]
-
-
-def test_row_groups_of_other_units_are_not_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import pyarrow.parquet as pq
-
+def test_gaps_and_steps_back(tmp_path: Path, groups_read: list[int]) -> None:
     manifest, columns = shard(tmp_path, 100, 10)
-    touched: list[int] = []
-    original = pq.ParquetFile.iter_batches
-
-    def spy(self: Any, *args: Any, row_groups: list[int], **kwargs: Any) -> Any:
-        touched.extend(row_groups)
-        return original(self, *args, row_groups=row_groups, **kwargs)
-
-    monkeypatch.setattr(pq.ParquetFile, "iter_batches", spy)
-    list(tables(Read(manifest.shards[0], (Unit(0, 25, 31), Unit(0, 80, 90))), columns))
-    assert touched == [2, 3, 8]
+    reader = UnitReader(columns)
+    for start, stop in [(25, 31), (33, 36), (80, 90), (36, 40), (2, 5), (0, 1)]:
+        table = reader.read(manifest.shards[0], Unit(0, start, stop))
+        assert table.column("id").to_pylist() == list(range(start, stop))
+    assert groups_read == [2, 3, 8, 0, 0]
 
 
-def test_a_block_is_one_row_and_gives_its_table_back(tmp_path: Path) -> None:
-    manifest, columns = shard(tmp_path, 25, 10)
-    read = Read(manifest.shards[0], tuple(units(manifest, 10)))
-    made = list(blocks(read, columns))
-    assert [b.num_rows for b in made] == [1, 1, 1] and made[0].schema == BLOCK
-    table = decode(made[1].column("payload")[0].as_buffer())
-    assert table.column("id").to_pylist() == list(range(10, 20))
-    assert made[1].column("start").to_pylist() == [10]
+def test_threads_read_in_the_order_of_their_turns(tmp_path: Path, groups_read: list[int]) -> None:
+    manifest, columns = shard(tmp_path, 400, 100)
+    wanted = list(units(manifest, 10))
+    reader = UnitReader(columns)
+
+    def read(turn: int) -> list[int]:
+        table = reader.read(manifest.shards[0], wanted[turn], turn)
+        return list(table.column("id").to_pylist())
+
+    with ThreadPoolExecutor(len(wanted)) as pool:
+        tables = list(pool.map(read, reversed(range(len(wanted)))))
+    assert [key for keys in reversed(tables) for key in keys] == list(range(400))
+    assert groups_read == [0, 1, 2, 3]
 
 
-def test_a_slice_is_encoded_without_its_neighbours() -> None:
-    table = pa.table({"x": pa.array([b"a" * 1000] * 100)})
-    assert encode(table.slice(50, 1)).size < 3000
+def test_a_large_row_group_is_not_held_whole(tmp_path: Path) -> None:
+    """One group of 128 MB; reading its first rows takes a small part of that."""
+    schema = pa.schema([("image", pa.binary()), ("prompt", pa.string())])
+    rows = [{"image": bytes([i]) * (1 << 20), "prompt": "x"} for i in range(128)]
+    pq.write_table(
+        pa.Table.from_pylist(rows, schema=schema),
+        tmp_path / "a.parquet",
+        compression=None,
+        use_dictionary=False,
+        write_batch_size=4,
+    )
+    manifest, schemas = inspect([str(tmp_path)])
+    columns = resolve(schemas, ["a"], {}, prompt_given=False)
+    reader, before = UnitReader(columns), pa.total_allocated_bytes()
+    for start in range(0, 32, 4):
+        table = reader.read(manifest.shards[0], Unit(0, start, start + 4))
+        assert table.column("image")[0].as_py() == bytes([start]) * (1 << 20)
+        del table
+        assert pa.total_allocated_bytes() - before < 48 << 20
 
 
-def test_a_shard_that_changed_is_noticed(tmp_path: Path) -> None:
+def test_a_shard_that_changed_or_went_is_the_users_to_mend(tmp_path: Path) -> None:
     manifest, columns = shard(tmp_path, 20, 10)
-    read = Read(manifest.shards[0], tuple(units(manifest, 10)))
     write_shard(tmp_path / "a.parquet", [row(i) for i in range(20)], SCHEMA, 7)
-    with pytest.raises(AssertionError, match="changed under the run"):
-        list(tables(read, columns))
+    reader = UnitReader(columns)
+    with pytest.raises(UserError, match="has changed since"):
+        reader.read(manifest.shards[0], Unit(0, 0, 5))
+    (tmp_path / "a.parquet").unlink()
+    with pytest.raises(UserError, match="is gone since"):
+        UnitReader(columns).read(manifest.shards[0], Unit(0, 0, 5))
 
 
-def test_one_task_for_each_read(tmp_path: Path) -> None:
+def test_a_broken_page_spoils_its_own_row_group_only(tmp_path: Path) -> None:
     manifest, columns = shard(tmp_path, 20, 10)
-    parts = [Read(manifest.shards[0], (u,)) for u in units(manifest, 10)]
-    tasks = UnitSource(parts, columns).get_read_tasks(1)
-    assert len(tasks) == 2 and [b.num_rows for b in tasks[0]()] == [1]
+    path = tmp_path / "a.parquet"
+    column = pq.ParquetFile(path).metadata.row_group(0).column(2)
+    at = column.dictionary_page_offset or column.data_page_offset
+    data = bytearray(path.read_bytes())
+    data[at : at + 60] = b"\xff" * 60
+    path.write_bytes(data)
+    reader = UnitReader(columns)
+    for turn in range(2):
+        with pytest.raises(ShardUnreadable, match=r"a\.parquet: "):
+            reader.read(manifest.shards[0], Unit(0, 0, 10), turn)
+    table = reader.read(manifest.shards[0], Unit(0, 10, 20), 2)
+    assert table.column("id").to_pylist() == list(range(10, 20))

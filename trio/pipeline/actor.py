@@ -1,18 +1,17 @@
-"""The Ray Data actor: units in, committed files and one receipt each out.
+"""The Ray actor: reads units of rows, answers them with its engine, commits them.
 
-INPUT one block with one unit (``reader.BLOCK``); OUTPUT one block with one receipt
-(``RECEIPT``). Calls overlap, so the engine always has the next unit's rows at hand; each call
-returns once its own unit is committed.
+INPUT a shard and a unit of it; OUTPUT one receipt once the unit's files are there. Calls overlap,
+so the engine always has the next unit's rows at hand.
 """
 
 from __future__ import annotations
 
 import datetime
-import json
 import os
 import threading
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,25 +23,27 @@ from PIL import Image
 from trio.config import Pruning
 from trio.engine.request import Sampling
 from trio.pipeline import totals as sums
+from trio.pipeline.columns import Columns
+from trio.pipeline.images import RowError
+from trio.pipeline.manifest import Shard
 from trio.pipeline.plan import Unit
-from trio.pipeline.reader import decode
-from trio.pipeline.rows import RowSettings, Source, answers_of, output_row, request_of, sources
+from trio.pipeline.reader import UnitReader
+from trio.pipeline.rows import (
+    RowSettings,
+    Source,
+    answers_of,
+    identify,
+    output_row,
+    request_of,
+    sources,
+)
 from trio.pipeline.sink import Sink
 from trio.pipeline.storage import Location, locate
 from trio.pipeline.totals import Totals
-from trio.pipeline.worker import EngineLike, EngineThread
+from trio.pipeline.worker import EngineLike, EngineThread, Outcome
 
-RECEIPT = pa.schema(
-    [
-        pa.field("shard", pa.int64()),
-        pa.field("start", pa.int64()),
-        pa.field("stop", pa.int64()),
-        pa.field("actor", pa.string()),
-        pa.field("began_at", pa.float64(), metadata={"unit": "seconds since 1970"}),
-        pa.field("totals", pa.string()),
-        pa.field("memory_plan", pa.string()),
-    ]
-)
+BEAT = "beat"
+# concurrency group of its own: answered while every other thread of the actor is busy
 SECONDS = ("preprocess_wait_s", "encode_s", "prefill_s", "prune_s", "decode_s", "idle_s")
 DECODING = ("decode_rows", "decode_steps")
 # sums over steps of the requests that ran together, and of the steps
@@ -123,58 +124,121 @@ def model_directory(model: str) -> str:
     return os.path.join(os.path.dirname(os.path.abspath(trio.__file__)), "demo", "model")
 
 
-class UnitActor:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Receipt:
+    """What a committed unit adds up to."""
+
+    unit: Unit
+    began_at: float
+    # when its actor took it [seconds since 1970]
+    totals: Totals
+
+
+class EngineActor:
     """An engine and the units it answers."""
 
     def __init__(
         self,
         engine: EngineSettings,
         rows: RowSettings,
+        columns: Columns,
         sink: Sink,
-        factory: EngineFactory = build_engine,
+        factory: EngineFactory,
     ) -> None:
         context = ray.get_runtime_context()
         self._name = context.get_actor_id() or f"process-{os.getpid()}"
         self._node = context.get_node_id()
-        self._rows, self._sink = rows, sink
+        self._settings, self._rows, self._sink, self._factory = engine, rows, sink, factory
+        self._reader = UnitReader(columns)
+        self._engine: EngineThread | None = None
+        self._table: tuple[Unit, pa.Table] | None = None
+
+    def place(self) -> str:
+        """The node on which Ray found room."""
+        return self._node
+
+    def start(self) -> dict[str, Any]:
+        """Build the engine; returns its memory plan.
+
+        Raises:
+            Exception: whatever the factory raises.
+        """
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        Image.MAX_IMAGE_PIXELS = rows.policy.max_pixels
+        Image.MAX_IMAGE_PIXELS = self._rows.policy.max_pixels
         self._engine = EngineThread(
-            partial(factory, engine), threads=prepare_threads(engine), ahead=engine.ahead
+            partial(self._factory, self._settings),
+            threads=prepare_threads(self._settings),
+            ahead=self._settings.ahead,
         )
         self._report = _Report(self._engine.counters)
+        return self._engine.memory_plan.as_dict()
 
-    def __call__(self, block: pa.Table) -> pa.Table:
-        receipts = [self._unit(block, index) for index in range(block.num_rows)]
-        return pa.Table.from_pylist(receipts, schema=RECEIPT)
+    @ray.method(concurrency_group=BEAT)
+    def beat(self) -> int:
+        """A number that grows as long as anything moves in here."""
+        return self._engine.activity if self._engine is not None else 0
 
-    def _unit(self, block: pa.Table, index: int) -> dict[str, Any]:
+    def answer(self, shard: Shard, unit: Unit, turn: int) -> Receipt:
+        """Answer and commit a unit; ``turn`` counts the calls that read.
+
+        Raises:
+            ShardUnreadable: the rows cannot be read.
+            EngineDied: the engine failed; this process is of no more use.
+            OSError: the output cannot be written.
+        """
         began_at = datetime.datetime.now(datetime.UTC).timestamp()
-        row = block.select(["shard", "start", "stop", "path"]).slice(index, 1).to_pylist()[0]
-        unit = Unit(row["shard"], row["start"], row["stop"])
-        table = decode(block.column("payload")[index].as_buffer())
-        read = sources(table, unit, row["path"])
-        base = parent(row["path"])
-        readers = [partial(request_of, source, base, self._rows) for source in read]
-        outcomes = self._engine.answer(readers)
-        done = [
-            output_row(
-                source, outcome, actor=self._name, node=self._node, save_kept=self._rows.save_kept
-            )
-            for source, outcome in zip(read, outcomes, strict=True)
-        ]
-        totals = sums.merge(map(_totals, done, read))
-        stats = self._report.interval(totals) | {"actor": self._name, "node": self._node}
-        self._sink.commit(unit, done, stats, totals)
-        return {
-            "shard": unit.shard,
-            "start": unit.start,
-            "stop": unit.stop,
-            "actor": self._name,
-            "began_at": began_at,
-            "totals": totals.to_json(),
-            "memory_plan": json.dumps(self._engine.memory_plan.as_dict()),
-        }
+        table = self._reader.read(shard, unit, turn)
+        read = sources(table, unit, shard.path)
+        rows = self._outcomes(read, shard)
+        totals = sums.merge(map(_totals, rows, read))
+        self._sink.commit(unit, rows, self._stats(totals), totals)
+        return Receipt(unit=unit, began_at=began_at, totals=totals)
+
+    def answer_row(
+        self, shard: Shard, unit: Unit, index: int, refusal: str | None
+    ) -> tuple[dict[str, Any], Totals]:
+        """One row of a unit and its totals, nothing written; ``refusal`` is the error of a row that
+        is not to be touched again."""
+        if self._table is None or self._table[0] != unit:
+            self._table = (unit, self._reader.read(shard, unit))
+        source = sources(self._table[1], unit, shard.path)[index]
+        if refusal is None:
+            (row,) = self._outcomes([source], shard)
+        else:
+            with suppress(RowError):
+                identify(source, self._rows)
+            row = self._row(source, RowError("quarantined", refusal))
+        return row, _totals(row, source)
+
+    def commit_rows(self, unit: Unit, rows: Sequence[dict[str, Any]], totals: Totals) -> Receipt:
+        """Commit a unit whose rows were answered one by one."""
+        began_at = datetime.datetime.now(datetime.UTC).timestamp()
+        self._sink.commit(unit, rows, self._stats(totals), totals)
+        return Receipt(unit=unit, began_at=began_at, totals=totals)
+
+    def refuse(self, shard: Shard, unit: Unit, message: str) -> Receipt:
+        """Commit a unit that cannot be read as so many errors."""
+        began_at = datetime.datetime.now(datetime.UTC).timestamp()
+        nothing = pa.table({"": pa.nulls(unit.stop - unit.start)})
+        read = sources(nothing, unit, shard.path)
+        rows = [self._row(source, RowError("shard_unreadable", message)) for source in read]
+        totals = sums.merge(map(_totals, rows, read))
+        self._sink.commit(unit, rows, self._stats(totals), totals)
+        return Receipt(unit=unit, began_at=began_at, totals=totals)
+
+    def _outcomes(self, read: Sequence[Source], shard: Shard) -> list[dict[str, Any]]:
+        assert self._engine is not None, "start() comes first"
+        base = parent(shard.path)
+        outcomes = self._engine.answer([partial(request_of, s, base, self._rows) for s in read])
+        return [self._row(source, outcome) for source, outcome in zip(read, outcomes, strict=True)]
+
+    def _row(self, source: Source, outcome: Outcome) -> dict[str, Any]:
+        return output_row(
+            source, outcome, actor=self._name, node=self._node, save_kept=self._rows.save_kept
+        )
+
+    def _stats(self, totals: Totals) -> dict[str, Any]:
+        return self._report.interval(totals) | {"actor": self._name, "node": self._node}
 
 
 def _totals(row: Mapping[str, Any], source: Source) -> Totals:

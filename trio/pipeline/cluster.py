@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.data.context import DataContext
 
 from trio.errors import UserError
 from trio.pipeline import cpus
@@ -118,8 +117,7 @@ def _cluster_here() -> bool:
 def _silence() -> None:
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
-    for name in ("ray", "ray.data"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("ray").setLevel(logging.ERROR)
 
 
 def fit(config: JobConfig, *, attached: bool) -> Resources:
@@ -186,21 +184,6 @@ def autoscales() -> bool | None:
         return any(kind != f"node_{node}" for node, kind in types.items()) if types else None
     except Exception:  # private to Ray, and only for a message
         return None
-
-
-def data_context() -> DataContext:
-    """Ray Data's settings for this job, on a copy.
-
-    One-byte blocks keep every unit, which is one row, in a block of its own.
-    """
-    context = DataContext.get_current().copy()
-    context.target_max_block_size = 1
-    context.target_min_block_size = 1
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    context.enable_operator_progress_bars = False
-    context.use_ray_tqdm = False
-    return context
 
 
 def stop(attached: bool) -> None:

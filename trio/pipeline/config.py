@@ -200,6 +200,14 @@ class JobConfig:
         "run the same rows without pruning as well, into DIR/unpruned, and put both side by side"
         " (default: only for the bundled shard)",
     )
+    stall_timeout: float = option(
+        600.0, parse.number(1.0), "an engine in which nothing moves for so long is started anew",
+        unit="seconds",
+    )  # fmt: skip
+    grace_period: float = option(
+        60.0, parse.number(0.0), "for rows under way when the job is told to stop (SIGTERM)",
+        unit="seconds",
+    )  # fmt: skip
     log_interval: float = option(
         10.0, parse.number(0.1), "between two progress lines where output is no terminal",
         unit="seconds",

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -128,10 +130,13 @@ def run(job: Job, config: JobConfig) -> int:
         )
         return _verdict(job, config, outdir.read_summary(output))
     from trio.pipeline import cluster, runner
+    from trio.pipeline.dispatch import JobFailed, Stop, Stopped
 
     plans = [(name, runner.plan(each, input_paths(job, each))) for name, each in runs(config)]
     attached = cluster.start()
+    stop = Stop()
     try:
+        _on_signals(stop)
         resources = cluster.fit(config, attached=attached)
         _announce(config, plans[-1][1], resources.describe())
         done = []
@@ -140,12 +145,30 @@ def run(job: Job, config: JobConfig) -> int:
                 done.append((name, outdir.read_summary(each.output)))
             else:
                 label = name if len(plans) > 1 else ""
-                done.append((name, runner.execute(each, resources, label=label)))
+                done.append((name, runner.execute(each, resources, label=label, stop=stop)))
+    except Stopped:
+        message = "stopped; the same command with the same --output goes on"
+        return cli.fail(job.prog, message, FAILED)
+    except JobFailed as error:
+        return cli.fail(job.prog, str(error), FAILED)
     finally:
         cluster.stop(attached)
     summary = done[-1][1]
     print(f"\n{table(list(reversed(done)))}\n\nrows: {output.join('rows').uri}", flush=True)
     return _verdict(job, config, summary)
+
+
+def _on_signals(stop: Callable[..., None]) -> None:
+    """Stop in good order on SIGTERM and Ctrl-C, at once on a second one. After Ray's own handlers,
+    which end the process."""
+
+    def first(number: int, frame: object) -> None:
+        signal.signal(number, signal.default_int_handler)
+        stop()
+
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, first)
 
 
 def _announce(config: JobConfig, plan: Any, resources: str) -> None:

@@ -1,137 +1,138 @@
-"""Ray Data source: work units of a shard, each as one row of one block, its cells still encoded.
+"""Rows of work units from their shards, in an actor: each row group is read once for a run.
 
-A unit travels as an Arrow stream in a single binary cell: Ray may cut or join blocks at rows, so a
-unit can be neither split nor merged, image bytes stay as they are, and a task that is run again
-gives the same unit again. INPUT reads of the plan; OUTPUT rows (shard, start, stop, path, payload).
+INPUT a shard as the manifest describes it and units of it; OUTPUT the units' rows as Arrow tables
+under the names of the roles, image cells still encoded. Columns are streamed in pieces, so neither
+a large row group nor one of many gigabytes is ever held whole.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Generator
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from ray.data import Datasource
-from ray.data.block import BlockMetadata
-from ray.data.context import DataContext
-from ray.data.datasource import ReadTask
 
+from trio.errors import UserError
 from trio.pipeline.columns import Columns
-from trio.pipeline.plan import Read, Unit
+from trio.pipeline.manifest import Shard
+from trio.pipeline.plan import Unit, group_of
 from trio.pipeline.storage import locate
 
-BATCH_ROWS = 128
-# rows decoded at a time while a row group streams past
-
-BLOCK = pa.schema(
-    [
-        pa.field("shard", pa.int64()),
-        pa.field("start", pa.int64()),
-        pa.field("stop", pa.int64()),
-        pa.field("path", pa.string()),
-        pa.field("payload", pa.large_binary()),
-    ]
-)
+BATCH_ROWS, BATCH_BYTES = 128, 16 << 20
+# decoded at a time while a row group streams past
+BUFFER_BYTES = 4 << 20
+# without one, Arrow fetches a column of a row group whole
+OPEN_CURSORS = 2
 
 
-class UnitSource(Datasource):
-    """One read task for each ``Read`` of the plan."""
+class ShardUnreadable(Exception):
+    """A shard, or the part of it that holds a unit, cannot be read now."""
 
-    def __init__(self, reads: Sequence[Read], columns: Columns) -> None:
-        self._reads = list(reads)
+
+class UnitReader:
+    """Reads units; goes on where it was if the next unit follows in the same row group.
+
+    Calls may come from several threads; each brings its turn (0, 1, 2, ...), and reads happen in
+    that order, since threads that start in order need not arrive in it.
+    """
+
+    def __init__(self, columns: Columns) -> None:
         self._columns = columns
+        self._cursors: list[_Cursor] = []
+        self._turn = 0
+        self._changed = threading.Condition()
 
-    def get_name(self) -> str:
-        return "Shards"
+    def read(self, shard: Shard, unit: Unit, turn: int | None = None) -> pa.Table:
+        """The unit's rows; without a turn, whenever nobody else reads.
 
-    def estimate_inmemory_data_size(self) -> int | None:
-        return None
+        Raises:
+            ShardUnreadable: no way to read it; another try may succeed.
+            UserError: the shard is not the one that the manifest describes.
+        """
+        with self._changed:
+            if turn is None:
+                return self._read(shard, unit)
+            self._changed.wait_for(lambda: self._turn == turn)
+            try:
+                return self._read(shard, unit)
+            finally:
+                self._turn += 1
+                self._changed.notify_all()
 
-    def get_read_tasks(
-        self,
-        parallelism: int,
-        per_task_row_limit: int | None = None,
-        data_context: DataContext | None = None,
-    ) -> list[ReadTask]:
-        return [_task(read, self._columns) for read in self._reads]
+    def close(self) -> None:
+        while self._cursors:
+            self._cursors.pop().close()
 
+    def _read(self, shard: Shard, unit: Unit) -> pa.Table:
+        cursor = None
+        try:
+            cursor = self._cursor_at(shard, unit)
+            return cursor.take(unit)
+        except FileNotFoundError as error:
+            raise UserError(f"{shard.path}: the shard is gone since the run was planned") from error
+        except (OSError, pa.ArrowException) as error:
+            if cursor is not None:
+                self._cursors.remove(cursor)
+                cursor.close()
+            first = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+            raise ShardUnreadable(f"{shard.path}: {first}") from error
 
-def _task(read: Read, columns: Columns) -> ReadTask:
-    meta = BlockMetadata(
-        num_rows=len(read.units), size_bytes=None, exec_stats=None, input_files=(read.shard.path,)
-    )
-    return ReadTask(lambda: blocks(read, columns), meta, schema=BLOCK)
-
-
-def blocks(read: Read, columns: Columns) -> Iterator[pa.Table]:
-    """One block for each unit of a read, in order."""
-    for unit, table in tables(read, columns):
-        yield pa.Table.from_pydict(
-            {
-                "shard": [unit.shard],
-                "start": [unit.start],
-                "stop": [unit.stop],
-                "path": [read.shard.path],
-                "payload": _cell(encode(table)),
-            },
-            schema=BLOCK,
-        )
-
-
-def tables(read: Read, columns: Columns) -> Iterator[tuple[Unit, pa.Table]]:
-    """Rows of each unit with the projected columns, under the names of their roles."""
-    pending = list(read.units)
-    parts: list[pa.RecordBatch] = []
-    for first, batch in _batches(read, columns):
-        while pending and pending[0].start < first + batch.num_rows:
-            unit = pending[0]
-            begin, end = max(unit.start - first, 0), min(unit.stop - first, batch.num_rows)
-            if begin < end:
-                parts.append(batch.slice(begin, end - begin))
-            if unit.stop > first + batch.num_rows:
+    def _cursor_at(self, shard: Shard, unit: Unit) -> _Cursor:
+        group, first = group_of(shard.row_groups, unit.start)
+        for cursor in self._cursors:
+            if cursor.path == shard.path and max(first, cursor.row) == cursor.row <= unit.start:
+                self._cursors.remove(cursor)
                 break
-            yield unit, pa.Table.from_batches(parts)
-            pending.pop(0)
-            parts = []
-    assert not pending, f"{read.shard.path}: rows from {pending[0].start} on are not there"
+        else:
+            cursor = _Cursor(shard, self._columns, group, first)
+        self._cursors.append(cursor)
+        while len(self._cursors) > OPEN_CURSORS:
+            self._cursors.pop(0).close()
+        return cursor
 
 
-def _batches(read: Read, columns: Columns) -> Iterator[tuple[int, pa.RecordBatch]]:
-    """(row number of its first row, rows), from the row groups that hold wanted rows."""
-    location = locate(read.shard.path)
-    with location.filesystem.open_input_file(location.path) as stream:
-        file = pq.ParquetFile(stream)
+class _Cursor:
+    """A place in a shard from which rows are taken going forward."""
+
+    def __init__(self, shard: Shard, columns: Columns, group: int, row: int) -> None:
+        self.path = shard.path
+        self.row = row
+        # the next one to come
+        location = locate(shard.path)
+        self._stream = location.filesystem.open_input_file(location.path)
+        self._batches = self._decoded(shard, columns, group)
+        self._rest: pa.RecordBatch | None = None
+
+    def take(self, unit: Unit) -> pa.Table:
+        """Rows [start, stop); those before are passed over."""
+        parts: list[pa.RecordBatch] = []
+        while self.row < unit.stop:
+            if self._rest is None:
+                self._rest = next(self._batches)
+            batch, until = self._rest, unit.start if self.row < unit.start else unit.stop
+            length = min(batch.num_rows, until - self.row)
+            if self.row >= unit.start:
+                parts.append(batch.slice(0, length))
+            self._rest = batch.slice(length) if length < batch.num_rows else None
+            self.row += length
+        return pa.Table.from_batches(parts)
+
+    def close(self) -> None:
+        self._batches.close()
+        self._stream.close()
+
+    def _decoded(self, shard: Shard, columns: Columns, group: int) -> Generator[pa.RecordBatch]:
+        file = pq.ParquetFile(self._stream, buffer_size=BUFFER_BYTES, pre_buffer=False)
+        groups = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
+        if tuple(groups) != shard.row_groups:
+            raise UserError(f"{shard.path}: the shard has changed since the run was planned")
         there = file.schema_arrow.names
         roles = {role: name for role, name in columns.roles.items() if name in there}
         names = sorted(set(roles.values()))
-        first = 0
-        for group, rows in enumerate(read.shard.row_groups):
-            wanted = any(u.start < first + rows and u.stop > first for u in read.units)
-            offset = first
-            group_batches = (
-                file.iter_batches(BATCH_ROWS, row_groups=[group], columns=names) if wanted else ()
-            )
-            for batch in group_batches:
-                yield offset, batch.select(list(roles.values())).rename_columns(list(roles))
-                offset += batch.num_rows
-            assert not wanted or offset == first + rows, f"{read.shard.path} changed under the run"
-            first += rows
-
-
-def _cell(data: pa.Buffer) -> pa.Array:
-    """One binary cell around a buffer, without a copy."""
-    offsets = pa.array([0, data.size], pa.int64()).buffers()[1]
-    return pa.Array.from_buffers(pa.large_binary(), 1, [None, offsets, data])
-
-
-def encode(table: pa.Table) -> pa.Buffer:
-    """A table as an Arrow stream; views and slices carry only their own rows."""
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, table.schema) as writer:
-        writer.write_table(table)
-    return sink.getvalue()
-
-
-def decode(payload: pa.Buffer) -> pa.Table:
-    """The table of ``encode``, without a copy."""
-    return pa.ipc.open_stream(payload).read_all()
+        rows = max(1, min(BATCH_ROWS, BATCH_BYTES * shard.rows // max(shard.size, 1)))
+        for number in range(group, len(groups)):
+            if groups[number]:
+                for batch in file.iter_batches(rows, row_groups=[number], columns=names):
+                    yield batch.select(list(roles.values())).rename_columns(list(roles))
+        raise UserError(f"{shard.path}: holds fewer rows than its footer says")

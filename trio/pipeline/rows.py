@@ -92,17 +92,27 @@ def request_of(source: Source, base: Location | None, settings: RowSettings) -> 
     Raises:
         RowError: the row cannot be asked.
     """
-    source.id = _identity(source)
-    source.prompt = _prompt(source, settings.prompt)
+    prompt = identify(source, settings)
     images = load_images(source.cell("image"), base, settings.policy)
     source.num_images = len(images)
     source.size = images[0].size
     return Request(
-        prompt=source.prompt,
+        prompt=prompt,
         images=tuple(images),
         id=source.key,
         sampling=_sampling(settings, source.key),
     )
+
+
+def identify(source: Source, settings: RowSettings) -> str:
+    """Note id and prompt on a source; returns the prompt.
+
+    Raises:
+        RowError: one of them cannot be read, or there is no prompt.
+    """
+    source.id = _identity(source)
+    source.prompt = prompt = _prompt(source, settings.prompt)
+    return prompt
 
 
 def _identity(source: Source) -> Any:

@@ -1,44 +1,44 @@
-"""A run from checked settings to _SUCCESS: plan on the driver, units through Ray Data, totals.
+"""A run from checked settings to _SUCCESS: plan on the driver, units to actors, totals.
 
 INPUT a resolved ``JobConfig``; OUTPUT a finished output directory and its summary.
 """
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
-import ray
-from ray.data import ActorPoolStrategy
-from ray.data.context import DataContext
 
 from trio.engine.plan import describe
 from trio.engine.request import Sampling
 from trio.pipeline import outdir
-from trio.pipeline.actor import EngineFactory, EngineSettings, UnitActor, build_engine
-from trio.pipeline.cluster import READ_CPUS, Resources, data_context
+from trio.pipeline.actor import EngineFactory, EngineSettings, Receipt, build_engine
+from trio.pipeline.cluster import Resources
 from trio.pipeline.columns import Columns, parse_mapping, resolve
 from trio.pipeline.config import JobConfig
+from trio.pipeline.dispatch import ActorOptions, Dispatcher, JobFailed, Limits, Stop
 from trio.pipeline.images import ImagePolicy
 from trio.pipeline.manifest import Manifest, inspect
-from trio.pipeline.plan import Unit, reads, unit_rows, units
+from trio.pipeline.plan import Unit, runs, unit_rows, units
 from trio.pipeline.progress import Progress
-from trio.pipeline.reader import UnitSource
 from trio.pipeline.rows import RowSettings
 from trio.pipeline.sink import Sink, committed, totals_of
 from trio.pipeline.storage import Location, locate
 from trio.pipeline.summary import summarise
 from trio.pipeline.totals import Totals, merge
+from trio.pipeline.work import WorkQueue
 
 AHEAD = {False: 96, True: 256}
 # rows prepared or in the engine at a time, on a CPU and on a GPU, when --max-running is not given
 MAX_CALLS = 16
 # units that one actor answers at a time
-READS_PER_CPU = 2
+RUNS_PER_ACTOR = 4
+ENOUGH_ROWS = 500
+# of this attempt, before a run may be ended for its errors
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,13 +91,18 @@ def resolve_resources(config: JobConfig, manifest: Manifest, resources: Resource
 
 
 def execute(
-    run: Plan, resources: Resources, *, factory: EngineFactory = build_engine, label: str = ""
+    run: Plan,
+    resources: Resources,
+    *,
+    factory: EngineFactory = build_engine,
+    label: str = "",
+    stop: Stop | None = None,
 ) -> dict[str, Any]:
     """Do what is left of a run and close it; returns its summary.
 
     Raises:
-        RuntimeError: rows are missing at the end.
-        Exception: whatever ended Ray Data's execution.
+        JobFailed: it cannot go on, or was asked to stop; what is committed stays.
+        UserError: what an engine says when it starts that the user can mend.
     """
     began = time.time()
     config = resolve_resources(run.config, run.manifest, resources)
@@ -111,12 +116,13 @@ def execute(
     todo = [unit for unit in wanted if unit not in done]
     memory_plan: dict[str, Any] | None = None
     with Progress(run.rows, before, log_interval_s=config.log_interval, label=label) as progress:
-        if todo:
-            for receipt in _receipts(run, config, resources, run_id, todo, factory):
-                if memory_plan is None:
-                    memory_plan = json.loads(receipt["memory_plan"])
-                    progress.say(describe(memory_plan))
-                progress.add(Totals.from_json(receipt["totals"]), receipt["began_at"])
+        for item in _receipts(run, config, resources, run_id, todo, factory, stop, progress.say):
+            if isinstance(item, Receipt):
+                progress.add(item.totals, item.began_at)
+                _check_errors(config, before, progress.done)
+            elif memory_plan is None:
+                memory_plan = item
+                progress.say(describe(memory_plan))
     _check_complete(run, wanted, progress.done)
     summary = summarise(
         progress.done,
@@ -129,6 +135,20 @@ def execute(
     )
     outdir.close(run.output, summary)
     return summary
+
+
+def _check_errors(config: JobConfig, before: Totals, totals: Totals) -> None:
+    """End a run early in which nearly everything fails: it would only fail more."""
+    rate = totals.error_rate
+    if totals.rows - before.rows < ENOUGH_ROWS or rate <= config.max_error_rate:
+        return
+    kinds = sorted(totals.error_kinds.items(), key=lambda item: -item[1])
+    counts = ", ".join(f"{kind} {count}" for kind, count in kinds)
+    raise JobFailed(
+        f"{totals.errors} of the first {totals.rows} rows are in error ({counts}), more than"
+        f" --max-error-rate {config.max_error_rate:g}: ended early. Mend the cause and give another"
+        " --output, or go on here with a higher --max-error-rate"
+    )
 
 
 def _check_complete(run: Plan, wanted: Sequence[Unit], totals: Totals) -> None:
@@ -147,9 +167,11 @@ def _receipts(
     run_id: str,
     todo: Sequence[Unit],
     factory: EngineFactory,
-) -> Iterator[dict[str, Any]]:
+    stop: Stop | None,
+    say: Callable[[str], None],
+) -> Iterator[Receipt | dict[str, Any]]:
     """Receipts of units as they are committed, in any order."""
-    assert config.rows_per_file is not None and config.output is not None
+    assert config.rows_per_file is not None
     engine = engine_settings(config, resources)
     rows = RowSettings(
         prompt=config.prompt,
@@ -166,28 +188,29 @@ def _receipts(
         id_type=run.columns.id_type,
         save_kept=config.save_kept,
     )
-    calls = max(2, min(MAX_CALLS, 1 + -(-engine.ahead // config.rows_per_file)))
-    parts = reads(run.manifest, todo, parallel=READS_PER_CPU * max(1, int(resources.cpus)))
-    with DataContext.current(data_context()):
-        dataset = ray.data.read_datasource(
-            UnitSource(parts, run.columns), num_cpus=READ_CPUS, override_num_blocks=len(parts)
-        ).map_batches(
-            UnitActor,
-            batch_size=None,
-            batch_format="pyarrow",
-            fn_constructor_args=(engine, rows, sink, factory),
+    dispatcher = Dispatcher(
+        WorkQueue(runs(run.manifest, todo, parallel=RUNS_PER_ACTOR * resources.actors)),
+        {shard.number: shard for shard in run.manifest.shards},
+        ActorOptions(
+            actors=resources.actors,
             num_cpus=resources.cpus_per_actor,
-            num_gpus=resources.gpus_per_actor or None,
-            compute=ActorPoolStrategy(
-                size=min(resources.actors, len(todo)),
-                max_tasks_in_flight_per_actor=calls + 1,
-                max_concurrent_calls_per_actor=calls,
-                enable_true_multi_threading=True,
-            ),
-        )
-        for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
-            assert isinstance(batch, pa.Table)
-            yield from batch.to_pylist()
+            num_gpus=resources.gpus_per_actor,
+            calls=max(2, min(MAX_CALLS, 1 + -(-engine.ahead // config.rows_per_file))),
+        ),
+        (engine, rows, run.columns, sink, factory),
+        limits=Limits(stall_s=config.stall_timeout, grace_s=config.grace_period),
+        stop=stop or Stop(),
+        committed=partial(_totals_if_there, run.output),
+        say=say,
+    )
+    return dispatcher.receipts()
+
+
+def _totals_if_there(output: Location, unit: Unit) -> Totals | None:
+    try:
+        return totals_of(output, [unit])[0]
+    except (OSError, KeyError, pa.ArrowException):
+        return None
 
 
 def engine_settings(config: JobConfig, resources: Resources) -> EngineSettings:

@@ -81,6 +81,7 @@ class EngineThread:
         self._asked_at = time.perf_counter()
         # when rows were first there after none had been
         self._counters: dict[str, Any] = {}
+        self._activity = 0
         self._error: BaseException | None = None
         self._ready = threading.Event()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="prepare")
@@ -131,6 +132,11 @@ class EngineThread:
     def memory_plan(self) -> MemoryPlan:
         return self._engine.memory_plan
 
+    @property
+    def activity(self) -> int:
+        """A number that grows with every step of the engine and every row that is settled."""
+        return self._activity
+
     def counters(self) -> dict[str, Any]:
         """The engine's counters and the thread's waiting times [s], since the start."""
         with self._lock:
@@ -164,6 +170,7 @@ class EngineThread:
             batch.outcomes[ticket.index] = outcome
             batch.open -= 1
             finished = batch.open == 0
+            self._activity += 1
         self._slots.release()
         if finished:
             batch.done.set()
@@ -187,6 +194,8 @@ class EngineThread:
                 else:
                     self._submit(engine, *item)
             results = engine.step() if engine.has_work else []
+            with self._lock:
+                self._activity += 1
             if results:
                 with self._lock:
                     self._counters = dict(engine.stats())
