@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
-import math
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,13 +15,13 @@ from typing import Any
 import ray
 
 from trio.errors import UserError
+from trio.pipeline import cpus
 from trio.pipeline.config import JobConfig
 from trio.pipeline.environment import cluster_runtime_env, export_path
+from trio.pipeline.placement import Node, place
 
 LOCAL_CPUS = 4
-# logical; Ray Data needs room for an engine and a few reads even on a small machine
-READ_CPUS = 0.5
-# of one read task; unlike an engine's, so that Ray does not fuse the two
+# logical, also on a smaller machine
 QUIET = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DEDUP_LOGS": "1",
@@ -43,6 +43,10 @@ class Resources:
     cpus_per_actor: float
     attached: bool
     # False for a Ray of our own in this process
+    per_node: int = 1
+    # most engines on one of the nodes that are there
+    note: str = ""
+    # what is to be said about the fit
 
     def describe(self) -> str:
         where = f"cluster of {self.nodes} nodes" if self.nodes > 1 else "1 node"
@@ -51,6 +55,7 @@ class Resources:
         return (
             f"{where} with {self.cpus:g} CPUs and {self.gpus:g} GPUs;"
             f" {self.actors} engine{'s' if self.actors > 1 else ''} on {engine}"
+            + (f"; {self.note}" if self.note else "")
         )
 
 
@@ -77,8 +82,8 @@ def start() -> bool:
                     " to 'local'"
                 ) from error
     export_path()
-    cpus = max(LOCAL_CPUS, os.cpu_count() or 1)
-    options |= {"num_cpus": cpus, "include_dashboard": False, "log_to_driver": False}
+    count = max(LOCAL_CPUS, cpus.usable())
+    options |= {"num_cpus": count, "include_dashboard": False, "log_to_driver": False}
     with _hushed():
         ray.init(address="local", **options)
     return False
@@ -117,45 +122,66 @@ def fit(config: JobConfig, *, attached: bool) -> Resources:
     """What the job will take, checked against what there is.
 
     Raises:
-        UserError: more asked for than the cluster has, with both numbers.
+        UserError: more asked for than the nodes hold and no more to come, with the numbers.
     """
-    have = ray.cluster_resources()
-    cpus, gpus = have.get("CPU", 0.0), have.get("GPU", 0.0)
-    per_actor = config.gpus_per_actor
-    if per_actor is None:
-        per_actor = 1.0 if gpus else 0.0
-    actors = config.actors
-    if actors is None:
-        actors = max(1, math.floor(gpus / per_actor)) if per_actor else 1
-    out = Resources(
-        cpus=cpus,
-        gpus=gpus,
-        nodes=len([node for node in ray.nodes() if node["Alive"]]),
-        actors=actors,
-        gpus_per_actor=per_actor,
+    there = nodes()
+    placement = place(
+        there,
+        actors=config.actors,
+        gpus_per_actor=config.gpus_per_actor,
         cpus_per_actor=config.cpus_per_actor,
-        attached=attached,
+        wait_s=config.wait_for_nodes,
     )
-    check(out)
-    return out
+    notes = [placement.note]
+    if placement.fit < placement.actors and autoscales() is False:
+        notes.append("this cluster adds no nodes by itself")
+    if attached:
+        notes.append(_held_by_others(there))
+    return Resources(
+        cpus=sum(node.cpus for node in there),
+        gpus=sum(node.gpus for node in there),
+        nodes=len(there),
+        actors=placement.actors,
+        gpus_per_actor=placement.need.gpus,
+        cpus_per_actor=placement.need.cpus,
+        attached=attached,
+        per_node=placement.per_node,
+        note="; ".join(note for note in notes if note),
+    )
 
 
-def check(resources: Resources) -> None:
-    """Raise UserError where Ray would wait for ever."""
-    want_gpus = resources.actors * resources.gpus_per_actor
-    if want_gpus > resources.gpus:
-        raise UserError(
-            f"{resources.actors} actors with {resources.gpus_per_actor:g} GPUs each need"
-            f" {want_gpus:g} GPUs, Ray has {resources.gpus:g};"
-            " lower --actors or --gpus-per-actor (0 runs on the CPU)"
-        )
-    want_cpus = resources.actors * resources.cpus_per_actor + READ_CPUS
-    if want_cpus > resources.cpus:
-        raise UserError(
-            f"{resources.actors} actors with {resources.cpus_per_actor:g} CPUs each and a reader"
-            f" need {want_cpus:g} CPUs, Ray has {resources.cpus:g};"
-            " lower --actors or --cpus-per-actor (0 is allowed)"
-        )
+def nodes() -> list[Node]:
+    """The nodes that are alive, in a stable order."""
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    has = [node["Resources"] for node in sorted(alive, key=lambda node: node["NodeID"])]
+    out = [Node(cpus=each.get("CPU", 0.0), gpus=each.get("GPU", 0.0)) for each in has]
+    return sorted(out, key=lambda node: (node.gpus, node.cpus))
+
+
+def _held_by_others(there: Sequence[Node]) -> str:
+    """What of the cluster is taken: before our first engine that is other people's work."""
+    free = ray.available_resources()
+    parts = []
+    for kind, total in (("CPU", sum(n.cpus for n in there)), ("GPU", sum(n.gpus for n in there))):
+        taken = total - free.get(kind, 0.0)
+        if taken > 0:
+            parts.append(f"{taken:g} {kind}s")
+    return f"{' and '.join(parts)} of it are in use by others now" if parts else ""
+
+
+def autoscales() -> bool | None:
+    """Whether the cluster adds nodes by itself; None where it does not tell.
+
+    Ray's monitor reports the type of each node. Without an autoscaler's settings it calls each type
+    after the one node it has. The newer autoscaler (KubeRay's) leaves no such report.
+    """
+    try:
+        client: Any = ray._private.worker.global_worker.gcs_client  # type: ignore[attr-defined]
+        report = json.loads(client.internal_kv_get(b"__autoscaling_status", None) or b"{}")
+        types = report["autoscaler_report"]["node_type_mapping"]
+        return any(kind != f"node_{node}" for node, kind in types.items()) if types else None
+    except Exception:  # private to Ray, and only for a message
+        return None
 
 
 def stop(attached: bool) -> None:

@@ -146,6 +146,13 @@ class JobConfig:
     cpus_per_actor: float = option(
         1.0, parse.number(0.0), "logical CPUs that Ray sets aside for one engine", unit="CPUs"
     )
+    wait_for_nodes: float = option(
+        0.0,
+        parse.number(0.0),
+        "above 0: nodes may join after the start (autoscaling, spot); the job begins with what"
+        " there is, and fails if after this time there is no engine at all",
+        unit="seconds",
+    )
     threads: int | None = option(
         None,
         parse.at_least(1),

@@ -1,0 +1,115 @@
+"""A real Ray of several nodes for each module, away from any other Ray on the machine."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.chaos.harness import MARK, ROOT, Trial, write_input
+
+NODES, NODE_CPUS = 3, 2
+
+
+@contextmanager
+def environment(**values: str) -> Iterator[None]:
+    """These variables for this process and those it starts, and no other of Ray's."""
+    before = dict(os.environ)
+    for name in list(os.environ):
+        if name.startswith("RAY_"):
+            del os.environ[name]
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+@dataclass
+class Arena:
+    """A cluster whose nodes come and go."""
+
+    cluster: Any
+    nodes: dict[str, Any] = field(default_factory=dict)
+    # ray._private.node.Node of each worker node, by id
+
+    @property
+    def address(self) -> str:
+        return str(self.cluster.address)
+
+    def add(self) -> str:
+        """One more node; its id."""
+        node = self.cluster.add_node(num_cpus=NODE_CPUS)
+        self.nodes[node.node_id] = node
+        return str(node.node_id)
+
+    def kill(self, node: str) -> None:
+        """End a node's raylet and workers as a power cut would."""
+        self.cluster.remove_node(self.nodes.pop(node), allow_graceful=False)
+
+    def refill(self) -> None:
+        while len(self.nodes) < NODES:
+            self.add()
+
+
+@contextmanager
+def started(**variables: str) -> Iterator[Arena]:
+    from ray.cluster_utils import Cluster
+
+    room = tempfile.mkdtemp(prefix="chaos-", dir="/tmp")  # sockets want a short path
+    values = {
+        MARK: uuid.uuid4().hex,
+        "RAY_TMPDIR": room,
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "SPT_NOENV": "1",  # Ray's workers rename themselves; their environment stays readable
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "jobs")]),
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_EC2_METADATA_DISABLED": "true",
+        **variables,
+    }
+    with environment(**values):
+        cluster = Cluster()
+        try:
+            # No CPU on the head: engines are on nodes that can be killed.
+            cluster.add_node(num_cpus=0, include_dashboard=False)
+            arena = Arena(cluster)
+            arena.refill()
+            yield arena
+        finally:
+            cluster.shutdown()
+            shutil.rmtree(room, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def arena() -> Iterator[Arena]:
+    with started() as out:
+        yield out
+
+
+@pytest.fixture
+def trial(arena: Arena, tmp_path: Path) -> Callable[..., Trial]:
+    """Makes a job's input and what watches it; ``prompts`` as in ``write_input``."""
+    arena.refill()
+
+    def make(*flags: str, output: str | None = None, **prompts: str) -> Trial:
+        expected = write_input(tmp_path / "in", **prompts)
+        return Trial(
+            address=arena.address,
+            folder=tmp_path,
+            expected=expected,
+            output=output or str(tmp_path / "out"),
+            flags=flags,
+        )
+
+    return make

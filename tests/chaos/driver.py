@@ -1,0 +1,22 @@
+"""The job as a process of its own: its real command line, with the stand-in for its engine.
+
+Usage: python -m tests.chaos.driver OPTIONS_AS_JSON FLAGS...
+"""
+
+import json
+import sys
+from functools import partial
+
+import _bootstrap
+
+from tests.chaos.engine import Options, build
+from trio.pipeline import job, runner
+
+JOB = job.Job(
+    name="chaos", description="", epilog="", package=str(_bootstrap.ROOT / "trio"), demo={}
+)
+
+if __name__ == "__main__":
+    factory = partial(build, Options(**json.loads(sys.argv[1])))
+    runner.execute = partial(runner.execute, factory=factory)  # type: ignore[assignment]
+    raise SystemExit(job.main(JOB, sys.argv[2:]))
