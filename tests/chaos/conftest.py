@@ -102,7 +102,7 @@ def trial(arena: Arena, tmp_path: Path) -> Callable[..., Trial]:
     """Makes a job's input and what watches it; ``prompts`` as in ``write_input``."""
     arena.refill()
 
-    def make(*flags: str, output: str | None = None, **prompts: str) -> Trial:
+    def make(*flags: str, output: str | None = None, **prompts: Any) -> Trial:
         expected = write_input(tmp_path / "in", **prompts)
         return Trial(
             address=arena.address,
