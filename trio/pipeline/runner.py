@@ -23,7 +23,6 @@ from trio.pipeline.actor import EngineFactory, EngineSettings, UnitActor, build_
 from trio.pipeline.cluster import READ_CPUS, Resources, data_context
 from trio.pipeline.columns import Columns, parse_mapping, resolve
 from trio.pipeline.config import JobConfig
-from trio.pipeline.images import ImagePolicy
 from trio.pipeline.manifest import Manifest, inspect
 from trio.pipeline.plan import Unit, reads, unit_rows, units
 from trio.pipeline.progress import Progress
@@ -154,9 +153,7 @@ def _receipts(
     rows = RowSettings(
         prompt=config.prompt,
         sampling=engine.sampling,
-        policy=ImagePolicy(
-            max_pixels=config.max_image_pixels, allow_remote=config.allow_remote_images
-        ),
+        policy=config.image_policy(),
         seed=config.seed,
         save_kept=config.save_kept,
     )
