@@ -17,10 +17,9 @@ SIZES = "sizes"
 # of the buffers, in the header
 
 
-def pack(header: Mapping[str, Any], buffers: Sequence[bytes | bytearray | memoryview]) -> bytes:
-    """What goes before the buffers."""
-    sizes = [memoryview(buffer).nbytes for buffer in buffers]
-    text = json.dumps({**header, SIZES: sizes}, separators=(",", ":")).encode()
+def pack(header: Mapping[str, Any], sizes: Sequence[int]) -> bytes:
+    """What goes before buffers of these sizes."""
+    text = json.dumps({**header, SIZES: list(sizes)}, separators=(",", ":")).encode()
     return PREFIX.pack(len(text)) + text
 
 

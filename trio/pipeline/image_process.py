@@ -110,7 +110,7 @@ class ImageProcess:
         began = time.monotonic()
         deadline = began + policy.row_timeout + GRACE_S
         try:
-            _send(process, [frames.pack(header, buffers), *buffers], deadline)
+            _send(process, [frames.pack(header, list(map(len, buffers))), *buffers], deadline)
             answer = _receive_header(process, deadline)
             self._sent = policy
             pixels = [_receive(process, size, deadline) for size in answer[frames.SIZES]]

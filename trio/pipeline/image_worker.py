@@ -12,6 +12,7 @@ import os
 import resource
 import signal
 import warnings
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import Any, BinaryIO
 
@@ -23,6 +24,7 @@ from trio.pipeline.policy import ImagePolicy, RowError
 
 BYTES_PER_PIXEL = 48
 # the dearest way to RGB: 16 bit by way of float64, with its intermediate results
+STRIP_BYTES = 1 << 20
 BASE_BYTES = 4 << 30
 # of address space for libraries and the threads of object stores' clients
 
@@ -43,10 +45,11 @@ def main() -> None:
             if "policy" in header:
                 policy = _policy(header["policy"])
             signal.setitimer(signal.ITIMER_REAL, policy.row_timeout)
-            answer, pixels = _answer(header, buffers, policy)
+            answer, images = _answer(header, buffers, policy)
             signal.setitimer(signal.ITIMER_REAL, 0)
             del buffers
-            _send(sink, answer, pixels)
+            _send(sink, answer, images)
+            del images
 
 
 def _claim_pipes() -> tuple[BinaryIO, BinaryIO]:
@@ -77,28 +80,38 @@ def _policy(values: dict[str, Any]) -> ImagePolicy:
 
 def _answer(
     header: dict[str, Any], buffers: list[bytes], policy: ImagePolicy
-) -> tuple[dict[str, Any], list[bytes]]:
-    """Sizes and pixels of a row's images, or its error."""
+) -> tuple[dict[str, Any], list[Image.Image]]:
+    """Sizes of a row's images and the images, or its error."""
     waiting = iter(buffers)
     parts: list[Part] = [next(waiting) if name is None else name for name in header["names"]]
     try:
         images = images_of(parts, header["base"], policy)
-        return {"images": [image.size for image in images]}, [image.tobytes() for image in images]
+        return {"images": [image.size for image in images]}, images
     except RowError as error:
         return {"error": [error.kind, error.message]}, []
     except MemoryError:
-        return {
-            "error": ["image_oversized", "the row's images take more memory than the limit"]
-        }, []
+        return {"error": ["image_oversized", "the row's images take more memory than the limit"]}, []
     except Exception as error:  # whatever an image does to a library is its row's own failure
         return {"error": ["image_unreadable", type(error).__name__]}, []
 
 
-def _send(sink: BinaryIO, header: dict[str, Any], buffers: list[bytes]) -> None:
-    sink.write(frames.pack(header, buffers))
-    for buffer in buffers:
-        sink.write(buffer)
+def _send(sink: BinaryIO, header: dict[str, Any], images: Sequence[Image.Image]) -> None:
+    sizes = [3 * image.width * image.height for image in images]
+    sink.write(frames.pack(header, sizes))
+    for image in images:
+        for strip in _strips(image):
+            sink.write(strip)
     sink.flush()
+
+
+def _strips(image: Image.Image) -> Iterator[bytes]:
+    """Pixels in parts that the other side can read while the next ones are copied."""
+    rows = max(1, STRIP_BYTES // (3 * image.width))
+    if rows >= image.height:
+        yield image.tobytes()
+        return
+    for top in range(0, image.height, rows):
+        yield image.crop((0, top, image.width, min(top + rows, image.height))).tobytes()
 
 
 if __name__ == "__main__":
