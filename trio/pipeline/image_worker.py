@@ -90,7 +90,9 @@ def _answer(
     except RowError as error:
         return {"error": [error.kind, error.message]}, []
     except MemoryError:
-        return {"error": ["image_oversized", "the row's images take more memory than the limit"]}, []
+        return {
+            "error": ["image_oversized", "the row's images take more memory than the limit"]
+        }, []
     except Exception as error:  # whatever an image does to a library is its row's own failure
         return {"error": ["image_unreadable", type(error).__name__]}, []
 

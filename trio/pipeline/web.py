@@ -86,6 +86,8 @@ def _body(response: http.client.HTTPResponse, shown: str, policy: ImagePolicy) -
     parts: list[bytes] = []
     while max(announced, size) <= policy.max_bytes:
         part = response.read(_CHUNK)
+        if not part and size < announced:
+            raise RowError("image_truncated", f"{shown}: {size} of {announced} bytes came")
         if not part:
             return b"".join(parts)
         parts.append(part)
