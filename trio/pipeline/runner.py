@@ -21,7 +21,6 @@ from trio.pipeline.cluster import Resources
 from trio.pipeline.columns import Columns, parse_mapping, resolve
 from trio.pipeline.config import JobConfig
 from trio.pipeline.dispatch import ROOM_S, ActorOptions, Dispatcher, JobFailed, Limits, Stop
-from trio.pipeline.images import ImagePolicy
 from trio.pipeline.manifest import Manifest, inspect
 from trio.pipeline.plan import Unit, runs, unit_rows, units
 from trio.pipeline.progress import Progress
@@ -176,9 +175,7 @@ def _receipts(
     rows = RowSettings(
         prompt=config.prompt,
         sampling=engine.sampling,
-        policy=ImagePolicy(
-            max_pixels=config.max_image_pixels, allow_remote=config.allow_remote_images
-        ),
+        policy=config.image_policy(),
         seed=config.seed,
         save_kept=config.save_kept,
     )
