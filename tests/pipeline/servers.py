@@ -19,6 +19,12 @@ class Handler(BaseHTTPRequestHandler):
 
     seen: list[str] = []  # noqa: RUF012
 
+    def do_HEAD(self) -> None:
+        """What a client of an object store asks first."""
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(IMAGE)))
+        self.end_headers()
+
     def do_GET(self) -> None:
         self.seen.append(self.path)
         path, _, query = self.path.partition("?")

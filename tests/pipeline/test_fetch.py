@@ -14,6 +14,7 @@ from trio.pipeline import fetch as files
 from trio.pipeline import web
 from trio.pipeline.image_process import ImageProcess
 from trio.pipeline.policy import ImagePolicy, RowError, parse_origin, redact
+from trio.pipeline.storage import locate
 
 SECRETS = ("hunter2", "sig=abc", "frag")
 
@@ -155,6 +156,19 @@ def test_large_and_slow_servers(port: int) -> None:
         load(f"{url}/drip", None, local(port, row_timeout=0.6))
     assert caught.value.kind == "image_timeout"
     assert load(f"{url}/ok", None, local(port))[0].size == (12, 9)
+    load.close()
+
+
+def test_object_stores(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a process for images, whose memory is limited: Arrow and its client fit into it."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION"):
+        monkeypatch.setenv(name, "us-east-1")
+    load, policy = ImageProcess(), remote("s3://bucket", max_pixels=1000)
+    assert load("s3://bucket/a/b.png", None, policy)[0].size == (12, 9)
+    assert Handler.seen[-1] == "/bucket/a/b.png"
+    assert load("c.png", locate("s3://shards/d"), ImagePolicy())[0].size == (12, 9)
+    assert Handler.seen[-1] == "/shards/d/c.png"
     load.close()
 
 
