@@ -99,11 +99,16 @@ def arena() -> Iterator[Arena]:
 
 @pytest.fixture
 def trial(arena: Arena, tmp_path: Path) -> Callable[..., Trial]:
-    """Makes a job's input and what watches it; ``prompts`` as in ``write_input``."""
-    arena.refill()
+    return trials(arena, tmp_path)
 
-    def make(*flags: str, output: str | None = None, **prompts: str) -> Trial:
-        expected = write_input(tmp_path / "in", **prompts)
+
+def trials(arena: Arena, tmp_path: Path) -> Callable[..., Trial]:
+    """What makes a job's input and what watches it; ``prompts`` as in ``write_input``."""
+
+    def make(*flags: str, output: str | None = None, refill: bool = True, **prompts: str) -> Trial:
+        if refill:
+            arena.refill()
+        expected = write_input(tmp_path / "in", prompts)
         return Trial(
             address=arena.address,
             folder=tmp_path,

@@ -18,5 +18,5 @@ JOB = job.Job(
 
 if __name__ == "__main__":
     factory = partial(build, Options(**json.loads(sys.argv[1])))
-    runner.execute = partial(runner.execute, factory=factory)  # type: ignore[assignment]
+    runner.execute = partial(runner.execute, factory=factory)
     raise SystemExit(job.main(JOB, sys.argv[2:]))
