@@ -194,7 +194,6 @@ def pipeline(options: argparse.Namespace) -> int:
         surroundings,
         table,
     )
-    from trio.pipeline.job import user_message
 
     workload = Workload(
         model=options.model,
@@ -216,12 +215,7 @@ def pipeline(options: argparse.Namespace) -> int:
     print(_line(conditions), flush=True)
     if options.dry_run:
         return 0
-    try:
-        result = summary(list(measure(workload, options.rounds)))
-    except Exception as error:
-        if (message := user_message(error)) is not None:
-            raise UserError(message) from error
-        raise
+    result = summary(list(measure(workload, options.rounds)))
     print(table(result))
     _write(options.json, {"conditions": conditions, **result})
     return 0

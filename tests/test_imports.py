@@ -42,6 +42,8 @@ LIGHT = [
     "trio.engine.scheduler",
     "trio.pipeline.cli",
     "trio.pipeline.config",
+    "trio.pipeline.image_process",
+    "trio.pipeline.image_worker",
     "trio.pipeline.schema",
     "trio.pipeline.scoring",
 ]

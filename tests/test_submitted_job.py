@@ -218,7 +218,9 @@ def test_what_is_uploaded_is_small(clone: Path, tmp_path: Path) -> None:
     with zipfile.ZipFile(package) as file:
         names = set(file.namelist())
     assert {"jobs/caption.py", "trio/__init__.py", "trio/demo/model/config.json"} <= names
-    assert not [name for name in names if name.startswith(("tests/", "trio-output/", ".git/", ".ci/"))]
+    assert not [
+        name for name in names if name.startswith(("tests/", "trio-output/", ".git/", ".ci/"))
+    ]
     assert package.stat().st_size < 20 << 20
 
 

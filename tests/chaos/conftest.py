@@ -14,7 +14,9 @@ from typing import Any
 
 import pytest
 
-from tests.chaos.harness import MARK, ROOT, Trial, write_input
+pytest.register_assert_rewrite("tests.chaos.harness")
+
+from tests.chaos.harness import MARK, ROOT, Trial, write_input  # noqa: E402
 
 NODES, NODE_CPUS = 3, 2
 

@@ -15,6 +15,6 @@ from trio.pipeline import actor
 def test_an_engine_on_a_cpu_leaves_a_core_where_there_are_many(
     cpus: int, actors: int, threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(actor, "cpus", lambda: cpus)
+    monkeypatch.setattr(actor, "usable", lambda: cpus)
     settings: Any = SimpleNamespace(actors_per_node=actors)
     assert actor.engine_threads(settings) == threads

@@ -98,6 +98,49 @@ def test_id_keeps_its_type(kind: pa.DataType) -> None:
     assert columns.id_type == kind
 
 
+SMALL, TEXT = pa.dictionary(pa.int8(), pa.int16()), pa.dictionary(pa.int8(), pa.string())
+
+
+@pytest.mark.parametrize(
+    ("kinds", "common"),
+    [
+        ([pa.int8(), pa.int64()], pa.int64()),
+        ([pa.uint32(), pa.int16(), pa.uint8()], pa.int64()),
+        ([pa.uint8(), pa.uint16()], pa.int64()),
+        ([pa.uint8(), pa.uint64(), pa.uint16()], pa.uint64()),
+        ([SMALL, SMALL], pa.int16()),
+        ([SMALL, pa.int32()], pa.int64()),
+        ([pa.string(), pa.large_string(), TEXT], pa.string()),
+        ([pa.string(), TEXT], pa.string()),
+        ([pa.large_string(), pa.string_view()], pa.string()),
+        ([pa.null(), pa.int32(), pa.null()], pa.int32()),
+        ([pa.string(), pa.null()], pa.string()),
+        ([pa.null()], pa.string()),
+    ],
+)
+def test_ids_of_several_types_have_one_that_holds_all(
+    kinds: list[pa.DataType], common: pa.DataType
+) -> None:
+    schemas = [schema(image=pa.binary(), id=kind) for kind in kinds]
+    for each in (schemas, schemas[::-1]):
+        columns = resolve(each, [f"s{n}" for n in range(len(each))], {}, prompt_given=True)
+        assert columns.id_type == common
+
+
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        [pa.string(), pa.int64()],
+        [pa.null(), pa.int8(), pa.int64(), TEXT],
+        [pa.uint64(), pa.uint8(), pa.int8()],
+    ],
+)
+def test_ids_that_no_type_holds(kinds: list[pa.DataType]) -> None:
+    schemas = [schema(image=pa.binary(), id=kind) for kind in kinds]
+    with pytest.raises(UserError, match=rf"s{len(kinds) - 1}: column 'id' is .*, but .* in s"):
+        resolve(schemas, [f"s{n}" for n in range(len(kinds))], {}, prompt_given=True)
+
+
 def test_ids_are_one_type_in_all_shards() -> None:
     number, text = (schema(image=pa.binary(), id=kind) for kind in (pa.int64(), pa.string()))
     with pytest.raises(UserError, match="one type"):

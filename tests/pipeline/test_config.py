@@ -8,6 +8,7 @@ import yaml
 from trio.errors import UserError
 from trio.pipeline import cli, config
 from trio.pipeline.config import FIELDS, JobConfig
+from trio.pipeline.policy import ImagePolicy
 
 PARSER = cli.parser("caption.py", "description", "epilog")
 
@@ -35,6 +36,10 @@ def test_flags_that_users_rely_on_exist() -> None:
         "columns",
         "max-error-rate",
         "save-kept",
+        "row-timeout",
+        "image-roots",
+        "allow-remote-images",
+        "remote-images-from",
         "config",
         "dry-run",
     ]
@@ -115,6 +120,10 @@ def test_files_with_mistakes(tmp_path: Path, text: str, message: str) -> None:
         (["--actors", "0"], "--actors: must be at least 1"),
         (["--max-error-rate", "2"], "--max-error-rate: must be between 0 and 1"),
         (["--columns", "photo=x"], "ROLE=COLUMN"),
+        (["--row-timeout", "0"], "--row-timeout: must be between"),
+        (["--remote-images-from", "https://a.org"], "needs --allow-remote-images"),
+        (["--remote-images-from", "a.org/x"], "--remote-images-from: an origin is scheme://host"),
+        (["--image-roots", "s3://bucket"], "--image-roots: expected a local directory"),
         (["--retent", "0.5"], "unrecognized arguments"),
         (["--config", "/nowhere/run.yaml"], "cannot be read"),
         (["--output", "s3://key:secret@bucket/x"], "credentials"),
@@ -135,6 +144,24 @@ def test_nothing_is_pruned_where_nothing_is_asked() -> None:
     assert not JobConfig(method="none", retention=0.5).pruning().active
     assert not JobConfig(retention=1.0).pruning().active
     assert JobConfig(retention=0.5).pruning().active
+
+
+def test_where_images_may_come_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    flags = ["--allow-remote-images", "--remote-images-from", "https://a.org", "s3://b"]
+    flags += ["--image-roots", "photos", "/data", "--row-timeout", "2.5"]
+    first = from_flags(*flags, "--max-image-pixels", "1000")
+    (tmp_path / "run.yaml").write_text(config.dump(first))
+    monkeypatch.chdir("/")
+    for policy in (first, from_flags("--config", str(tmp_path / "run.yaml"))):
+        assert policy.image_policy() == ImagePolicy(
+            max_pixels=1000,
+            allow_remote=True,
+            remote_from=("https://a.org", "s3://b"),
+            roots=(str(tmp_path / "photos"), "/data"),
+            row_timeout=2.5,
+        )
+    assert from_flags().image_policy() == ImagePolicy()
 
 
 def test_inputs_of_several_flags_add_up() -> None:

@@ -168,15 +168,15 @@ def test_rows_that_cannot_be_read_become_errors(tmp_path: Path) -> None:
 
 def test_an_output_that_cannot_be_written_ends_the_run(tmp_path: Path) -> None:
     shard(tmp_path / "in", ["p0"])
-    out = tmp_path / "out"
+    out, seen = tmp_path / "out", tmp_path / "seen"
 
     def spoil() -> None:
         (out / "rows").rmdir()
         (out / "rows").touch()
 
-    when((out / "rows").is_dir, spoil)
-    with pytest.raises(JobFailed, match="failed 5 times: (FileExists|NotADirectory)Error"):
-        execute(tmp_path / "in", out, faulty(delay_s=0.5))
+    when(seen.exists, spoil)
+    with pytest.raises(JobFailed, match=r"failed 5 times: (FileExists|NotADirectory)Error"):
+        execute(tmp_path / "in", out, faulty(delay_s=0.5, seen=seen))
 
 
 def test_a_run_in_which_nearly_everything_fails_ends_early(

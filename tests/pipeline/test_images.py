@@ -159,9 +159,5 @@ def test_one_of_several_images_is_named() -> None:
     assert error.kind == "image_unreadable" and error.message.startswith("image 2 of 3")
 
 
-def test_a_directory_is_no_image(tmp_path: Path) -> None:
-    assert failure(str(tmp_path)).kind == "image_not_found"
-
-
 def test_one_pixel_is_an_image() -> None:
     assert decode(png(RED, (1, 1)), POLICY).size == (1, 1)

@@ -46,7 +46,7 @@ def test_engines_of_a_node(need: tuple[float, float], node: Node, expected: int)
         ([Node(cpus=4, gpus=0)], {}, (1, 1, 1, 0)),
         ([HEAD, FOUR, ONE], {}, (5, 5, 4, 1)),
         ([HEAD, FOUR, ONE], {"gpus_per_actor": 2.0}, (2, 2, 2, 2)),
-        ([HEAD, FOUR, ONE], {"actors": 2}, (2, 2, 2, 1)),
+        ([HEAD, FOUR, ONE], {"actors": 2}, (2, 2, 1, 1)),
         ([FOUR], {"gpus_per_actor": 0.0, "actors": 3}, (3, 3, 3, 0)),
         ([HEAD], {"actors": 8, "gpus_per_actor": 1.0, "wait_s": 60.0}, (8, 0, 1, 1)),
         ([HEAD, ONE], {"actors": 8, "wait_s": 60.0}, (8, 1, 1, 1)),

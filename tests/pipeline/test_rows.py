@@ -7,7 +7,7 @@ import pytest
 
 from tests.pipeline.fakes import png
 from trio.engine.request import Result, Sampling
-from trio.pipeline.images import ImagePolicy, RowError
+from trio.pipeline.images import ImagePolicy, RowError, load_images
 from trio.pipeline.plan import Unit
 from trio.pipeline.rows import RowSettings, answers_of, output_row, request_of, sources
 from trio.pipeline.schema import build_table, row_key, rows_schema
@@ -33,17 +33,17 @@ def source(**cells: Any) -> Any:
 
 def test_a_row_becomes_a_request() -> None:
     row = source(image=png(), prompt="what?", id=7)
-    request = request_of(row, None, settings())
+    request = request_of(row, None, settings(), load_images)
     assert request.prompt == "what?" and request.images[0].size == (12, 9)
     assert (row.key, row.id, row.prompt, row.size) == (row_key(2, 10), 7, "what?", (12, 9))
 
 
 def test_what_a_row_leaves_out() -> None:
     row = source(image=png())
-    assert request_of(row, None, settings(prompt="Describe.")).prompt == "Describe."
+    assert request_of(row, None, settings(prompt="Describe."), load_images).prompt == "Describe."
     assert row.id == "x.parquet#10"
     null = source(image=png(), prompt=pa.scalar(None, pa.string()), id=pa.scalar(None, pa.int64()))
-    assert request_of(null, None, settings(prompt="Describe.")).prompt == "Describe."
+    assert request_of(null, None, settings(prompt="Describe."), load_images).prompt == "Describe."
     assert null.id is None
 
 
@@ -58,7 +58,7 @@ def test_what_a_row_leaves_out() -> None:
 def test_rows_that_cannot_be_asked(cells: dict[str, Any], kind: str) -> None:
     row = source(id="mine", **cells)
     with pytest.raises(RowError) as caught:
-        request_of(row, None, settings())
+        request_of(row, None, settings(), load_images)
     assert caught.value.kind == kind and row.id == "mine"
 
 
@@ -70,7 +70,7 @@ def test_text_that_is_not_utf8(role: str) -> None:
     cells = {"image": pa.array([png()]), "prompt": pa.array(["x"]), role: bad}
     row = sources(pa.table(cells), UNIT, "x")[0]
     with pytest.raises(RowError, match=f"{role}_invalid: the text is not UTF-8"):
-        request_of(row, None, settings())
+        request_of(row, None, settings(), load_images)
 
 
 def test_each_row_samples_from_its_own_stream() -> None:
@@ -79,7 +79,7 @@ def test_each_row_samples_from_its_own_stream() -> None:
     read = sources(table, Unit(0, 0, 3), "x")
 
     def seeds(base: RowSettings) -> list[int | None]:
-        requests = [request_of(row, None, base) for row in read]
+        requests = [request_of(row, None, base, load_images) for row in read]
         return [r.sampling.seed for r in requests if r.sampling is not None]
 
     first = seeds(drawing)
@@ -100,7 +100,7 @@ def test_answers(value: Any, answers: list[str]) -> None:
 
 def test_output_rows_fit_the_schema() -> None:
     row = source(image=png(), prompt="what?", id=7)
-    request_of(row, None, settings())
+    request_of(row, None, settings(), load_images)
     result = Result(
         id=None, response="", logprobs=[-1.0, -3.0], finish_reason="length", retention=0.5,
         prefill_flops=1.6e9, kept_tokens=[[1, 2]], visual_tokens_stages=[2],

@@ -150,7 +150,14 @@ def test_more_than_there_is(changes: dict[str, Any], message: str) -> None:
 def test_what_the_cluster_decides_is_written_down() -> None:
     shard = Shard(number=0, path="x", size=10**6, rows=240, row_groups=(240,))
     resources = cluster.Resources(
-        cpus=8, gpus=4, nodes=2, actors=4, gpus_per_actor=1.0, cpus_per_actor=1.0, attached=True
+        cpus=8,
+        gpus=4,
+        nodes=2,
+        actors=4,
+        gpus_per_actor=1.0,
+        cpus_per_actor=1.0,
+        attached=True,
+        per_node=2,
     )
     config = runner.resolve_resources(JobConfig(), Manifest(shards=(shard,)), resources)
     assert (config.actors, config.gpus_per_actor, config.rows_per_file) == (4, 1.0, 8)

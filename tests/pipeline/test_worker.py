@@ -10,15 +10,19 @@ from tests.pipeline.fakes import FakeEngine
 from trio.engine.request import Prepared, Request, Result
 from trio.errors import UserError
 from trio.pipeline.images import RowError
+from trio.pipeline.rows import ImageLoader
 from trio.pipeline.worker import EngineDied, EngineThread, Outcome, RowReader
 
 
 def asks(prompt: str) -> RowReader:
-    return lambda: Request(prompt=prompt)
+    def read(load: ImageLoader) -> Request:
+        return Request(prompt=prompt)
+
+    return read
 
 
 def fails(kind: str) -> RowReader:
-    def read() -> Request:
+    def read(load: ImageLoader) -> Request:
         raise RowError(kind, "made up")
 
     return read
@@ -55,7 +59,7 @@ def test_batches_overlap_in_the_engine() -> None:
     """A slow row of one batch does not keep another batch from finishing."""
     engine, gate, finished = thread(), threading.Event(), []
 
-    def slow() -> Request:
+    def slow(load: ImageLoader) -> Request:
         gate.wait()
         return Request(prompt="slow")
 
@@ -131,7 +135,7 @@ def test_waiting_is_told_apart() -> None:
     engine = thread()
     time.sleep(0.1)
 
-    def late() -> Request:
+    def late(load: ImageLoader) -> Request:
         time.sleep(0.2)
         return Request(prompt="late")
 

@@ -50,11 +50,11 @@ from trio.pipeline.actor import (
     EngineFactory,
     EngineSettings,
     build_engine,
-    cpus,
     engine_threads,
 )
 from trio.pipeline.cluster import Resources
 from trio.pipeline.config import DEMO, JobConfig
+from trio.pipeline.cpus import usable
 from trio.pipeline.images import ImagePolicy, load_images
 from trio.pipeline.job import check_model
 from trio.tables import aligned
@@ -98,7 +98,7 @@ def surroundings() -> dict[str, Any]:
     """CPUs, processes that wanted one in the last minute, and versions besides the model's."""
     names = ("ray", "pyarrow", "pillow")
     return {
-        "cpus": cpus(),
+        "cpus": usable(),
         "load": round(os.getloadavg()[0], 1),
         **{name: metadata.version(name) for name in names},
     }
@@ -206,8 +206,8 @@ class EngineAlone:
         engine = build_engine(settings)
         assert isinstance(engine, Engine)
         self._engine = engine
-        chosen = {engine_threads(settings), max(1, cpus() // 2), cpus()}
-        self._threads = [cpus()] if settings.gpu else sorted(chosen)
+        chosen = {engine_threads(settings), max(1, usable() // 2), usable()}
+        self._threads = [usable()] if settings.gpu else sorted(chosen)
         self._requests = [
             Request(
                 id=row["id"],

@@ -114,8 +114,9 @@ class Preparer:
         places = 0
         ids: list[int] = []
         for token, (begin, end) in zip(encoded.ids, encoded.offsets, strict=True):
-            inside = start <= begin < end <= stop
-            if inside and token in self._control_ids:
+            if self._is_users(text, begin, end, start, stop) and (
+                token in self._control_ids or text[begin:end].strip() == self._unknown
+            ):
                 ids += self._literal(text[begin:end])
             elif token == self.image_token_id:
                 ids += expansions[places] if places < len(expansions) else [token]
@@ -141,6 +142,19 @@ class Preparer:
             raise _Unservable("prompt", "the chat template does not place the prompt exactly once")
         return len(frame[0]), len(text) - len(frame[1])
 
+    @staticmethod
+    def _is_users(text: str, begin: int, end: int, start: int, stop: int) -> bool:
+        """Whether a token's text is the user's; some tokens swallow white space around them."""
+        word = text[begin:end]
+        begin += len(word) - len(word.lstrip())
+        return start <= begin < begin + len(word.strip()) <= stop
+
+    @property
+    def _unknown(self) -> str | None:
+        """Stands for every unknown word, so its id does not tell that a user has spelt it out."""
+        unknown: str | None = self._processor.tokenizer.unk_token
+        return unknown
+
     @cached_property
     def _control_ids(self) -> frozenset[int]:
         """Tokens that only the template may write; spelt out by a user they are plain text."""
@@ -153,7 +167,9 @@ class Preparer:
         """The same tokenizer without its control tokens."""
         state = json.loads(self._tokenizer.to_str())
         state["added_tokens"] = [
-            t for t in state["added_tokens"] if t["id"] not in self._control_ids
+            entry
+            for entry in state["added_tokens"]
+            if entry["id"] not in self._control_ids and entry["content"] != self._unknown
         ]
         state["post_processor"] = None
         return Tokenizer.from_str(json.dumps(state))

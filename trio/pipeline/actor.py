@@ -24,6 +24,7 @@ from trio.config import Pruning
 from trio.engine.request import Sampling
 from trio.pipeline import totals as sums
 from trio.pipeline.columns import Columns
+from trio.pipeline.cpus import usable
 from trio.pipeline.images import RowError
 from trio.pipeline.manifest import Shard
 from trio.pipeline.plan import Unit
@@ -93,24 +94,19 @@ def build_engine(settings: EngineSettings) -> EngineLike:
     )
 
 
-def cpus() -> int:
-    """CPUs that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def engine_threads(settings: EngineSettings) -> int:
     """Threads that compute where an engine is on a CPU.
 
     Of many cores one is left to preparation and Ray, since a parallel region waits for its last
     thread; of two that would be half of them for a twentieth of the work.
     """
-    share = cpus() // settings.actors_per_node
+    share = usable() // settings.actors_per_node
     return max(1, share if share <= 2 else share - 1)
 
 
 def prepare_threads(settings: EngineSettings) -> int:
     """Threads that decode and prepare: beside a GPU most of the node's share, else few."""
-    share = cpus() // settings.actors_per_node
+    share = usable() // settings.actors_per_node
     default = min(16, max(2, share - 1)) if settings.gpu else max(1, share // 4)
     return settings.threads or default
 

@@ -52,7 +52,9 @@ def _add_flag(out: Parser, name: str, meta: dict[str, Any], default: Any) -> Non
         out.add_argument(flag, action=argparse.BooleanOptionalAction, **extra)
         return
     metavar = meta["metavar"] or name.rpartition("_")[2].upper()
-    several: dict[str, Any] = {"nargs": "+", "action": "extend"} if name == "input" else {}
+    several: dict[str, Any] = (
+        {"nargs": "+", "action": "extend"} if isinstance(default, tuple) else {}
+    )
     out.add_argument(flag, metavar=metavar, **several, **extra)
 
 

@@ -23,11 +23,9 @@ from trio.pipeline.placement import Node, place
 LOCAL_CPUS = 4
 # logical, also on a smaller machine
 QUIET = {
-    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DEDUP_LOGS": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_TQDM_PATCH_PRINT": "0",
     "RAY_BACKEND_LOG_LEVEL": "fatal",
 }
 

@@ -158,9 +158,11 @@ def _holds_image(kind: pa.DataType) -> bool:
 
 
 def _id_type(name: str | None, schemas: Sequence[pa.Schema], paths: Sequence[str]) -> pa.DataType:
+    """One type that holds the ids of all shards."""
     if name is None:
         return pa.string()
-    kind: pa.DataType | None = None
+    kinds: dict[pa.DataType, str] = {}
+    # each with the first shard that has it; a column of nulls says nothing
     for schema, path in zip(schemas, paths, strict=True):
         if name not in schema.names:
             raise UserError(f"{path}: no column {name!r}, which other shards have as their id")
@@ -168,11 +170,20 @@ def _id_type(name: str | None, schemas: Sequence[pa.Schema], paths: Sequence[str
         mine = mine.value_type if pt.is_dictionary(mine) else mine
         if not (pt.is_integer(mine) or _is_text(mine)):
             raise UserError(f"{path}: column {name!r} is {mine}; an id is a string or an integer")
-        if kind is not None and mine != kind:
-            raise UserError(
-                f"{path}: column {name!r} is {mine}, but {kind} in {paths[0]};"
-                " give all shards one type"
-            )
-        kind = mine
-    assert kind is not None
-    return pa.string() if pt.is_null(kind) else kind
+        if not pt.is_null(mine):
+            kinds.setdefault(mine, path)
+    if len(kinds) <= 1:
+        return next(iter(kinds), pa.string())
+    texts, numbers = (list(filter(is_kind, kinds)) for is_kind in (_is_text, pt.is_integer))
+    signed = list(filter(pt.is_signed_integer, numbers))
+    if texts and numbers:
+        apart = texts[0], numbers[0]
+    elif signed and pa.uint64() in numbers:
+        apart = pa.uint64(), signed[0]
+    else:
+        return pa.string() if texts else pa.uint64() if pa.uint64() in numbers else pa.int64()
+    first, second = sorted(apart, key=list(kinds).index)
+    raise UserError(
+        f"{kinds[second]}: column {name!r} is {second}, but {first} in {kinds[first]};"
+        " give all shards one type"
+    )

@@ -17,7 +17,7 @@ from trio.config import METHODS, POSITION_IDS, PROXY_POSITIONS, Pruning
 from trio.errors import UserError
 from trio.pipeline import parse
 from trio.pipeline.columns import parse_mapping
-from trio.pipeline.images import MAX_PIXELS
+from trio.pipeline.policy import MAX_PIXELS, ROW_TIMEOUT_S, ImagePolicy
 from trio.pipeline.storage import check_no_secret
 
 DEMO = "demo"
@@ -189,10 +189,37 @@ class JobConfig:
         False, parse.flag, "write the kept visual tokens of each stage", results=True
     )
     allow_remote_images: bool = option(
-        False, parse.flag, "fetch URIs found in the image column", results=True
+        False,
+        parse.flag,
+        "fetch URIs found in the image column: https, http, s3, gs and hf, from hosts with public"
+        " addresses",
+        results=True,
+    )
+    remote_images_from: tuple[str, ...] = option(
+        (),
+        parse.origins,
+        "with --allow-remote-images: only from these schemes and hosts, as in"
+        " https://images.example.org, https://*.cdn.net or s3://bucket; a host that is named in"
+        " full may have a private address; proxies are not used (default: any public host)",
+        results=True,
+        metavar="ORIGIN",
+    )
+    image_roots: tuple[str, ...] = option(
+        (),
+        parse.directories,
+        "directories that paths in the image column may lead into, links followed, besides the"
+        " directory of the row's shard (default: none)",
+        results=True,
+        metavar="DIR",
     )
     max_image_pixels: int = option(
         MAX_PIXELS, parse.at_least(1), "largest image that is decoded", unit="pixels", results=True
+    )
+    row_timeout: float = option(
+        ROW_TIMEOUT_S,
+        parse.number(0.1, 86_400),
+        "for fetching and decoding the images of one row",
+        unit="seconds",
     )
     compare_unpruned: bool | None = option(
         None,
@@ -216,6 +243,8 @@ class JobConfig:
     def __post_init__(self) -> None:
         if self.retention is not None and self.schedule is not None:
             raise UserError("--retention and --schedule exclude each other: give one of them")
+        if self.remote_images_from and not self.allow_remote_images:
+            raise UserError("--remote-images-from needs --allow-remote-images: give both or none")
         for uri in (*self.input, self.output, self.model):
             if uri is not None:
                 check_no_secret(uri)
@@ -237,6 +266,16 @@ class JobConfig:
             proxy_positions=self.proxy_positions or "reference",
             position_ids=self.position_ids,
             seed=self.seed,
+        )
+
+    def image_policy(self) -> ImagePolicy:
+        """What the images of rows may be and where they may come from."""
+        return ImagePolicy(
+            max_pixels=self.max_image_pixels,
+            allow_remote=self.allow_remote_images,
+            remote_from=self.remote_images_from,
+            roots=self.image_roots,
+            row_timeout=self.row_timeout,
         )
 
     def replace(self, **changes: Any) -> JobConfig:
@@ -294,7 +333,7 @@ def load(path: str) -> dict[str, Any]:
 def dump(config: JobConfig, comment: str = "") -> str:
     """Settings as the text of ``run.yaml``, which ``--config`` reads back to the same settings."""
     values = dataclasses.asdict(config)
-    values["input"] = list(config.input)
+    values |= {name: list(value) for name, value in values.items() if isinstance(value, tuple)}
     body = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     return "".join(f"# {line}\n" for line in comment.splitlines()) + body
 

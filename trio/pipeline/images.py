@@ -1,56 +1,36 @@
 """From what an ``image`` cell holds to RGB images, or to an error that belongs to its row.
 
 INPUT bytes, a struct of ``bytes`` and ``path``, a path or URI, or a list of these; OUTPUT a list of
-PIL images in RGB, upright, first frame, transparency over white. Thread-safe, no torch.
+PIL images in RGB, upright, first frame, transparency over white. Thread-safe, no torch. A job does
+this in processes of its own (``image_process``).
 """
 
 from __future__ import annotations
 
 import io
-import os
-import urllib.error
-import urllib.request
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import numpy as np
-import pyarrow as pa
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from trio.errors import UserError
-from trio.pipeline.storage import Location, is_local, locate, scheme_of
+from trio.pipeline.fetch import fetch
+from trio.pipeline.policy import MAX_PIXELS, ImagePolicy, RowError
+
+if TYPE_CHECKING:
+    from trio.pipeline.storage import Location
+
+__all__ = ["MAX_PIXELS", "ImagePolicy", "RowError", "load_images"]
 
 Image.init()
 _WANTED = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "ICO")
 FORMATS = tuple(name for name in _WANTED if name in Image.OPEN)
 # an allow-list: some of Pillow's other readers start programs (EPS) or are little tested
-MAX_PIXELS = 90_000_000
-MAX_BYTES = 256 << 20
 MAX_ASPECT = 200
 # resizing the short side of a thinner image to a model's input makes a huge one
-FETCH_TIMEOUT_S = 30
-
-
-class RowError(Exception):
-    """A mistake in one input row: it becomes that row's ``error`` and touches no other."""
-
-    def __init__(self, kind: str, message: str) -> None:
-        super().__init__(f"{kind}: {message}")
-        self.kind = kind
-        self.message = message
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ImagePolicy:
-    """What may be opened."""
-
-    max_pixels: int = MAX_PIXELS
-    # width times height
-    max_bytes: int = MAX_BYTES
-    # of the encoded image
-    allow_remote: bool = False
-    # fetch URIs found in rows; paths relative to a remote shard are always read
+T = TypeVar("T")
+Buffer = bytes | bytearray | memoryview
+Part = Buffer | str
+# an encoded image, or the name of one
 
 
 def load_images(value: Any, base: Location | None, policy: ImagePolicy) -> list[Image.Image]:
@@ -59,95 +39,69 @@ def load_images(value: Any, base: Location | None, policy: ImagePolicy) -> list[
     Raises:
         RowError: anything that keeps an image from being shown to the model.
     """
+    return images_of(parts_of(value), base.uri if base else None, policy)
+
+
+def parts_of(value: Any) -> list[Part]:
+    """What a cell names or holds, one part for each image, not yet looked into.
+
+    Raises:
+        RowError: no image, or something that can be none.
+    """
     if value is None or (isinstance(value, list | tuple) and not value):
         raise RowError("image_missing", "the row has no image")
     items = value if isinstance(value, list | tuple) else [value]
-    if len(items) == 1:
-        return [decode(image_bytes(items[0], base, policy), policy)]
-    images = []
-    for number, item in enumerate(items):
-        try:
-            images.append(decode(image_bytes(item, base, policy), policy))
-        except RowError as error:
-            where = f"image {number + 1} of {len(items)}: {error.message}"
-            raise RowError(error.kind, where) from error
-    return images
+    return [_numbered(_part, items, number) for number in range(len(items))]
 
 
-def image_bytes(item: Any, base: Location | None, policy: ImagePolicy) -> bytes:
-    """Encoded bytes of one image, wherever they are."""
+def images_of(parts: Sequence[Part], base: str | None, policy: ImagePolicy) -> list[Image.Image]:
+    """The images of a row's parts; ``base`` is the path or URI of its shard's directory.
+
+    Raises:
+        RowError: an image that cannot be had.
+    """
+
+    def image(part: Part) -> Image.Image:
+        return decode(_data(part, base, policy), policy)
+
+    return [_numbered(image, parts, number) for number in range(len(parts))]
+
+
+def _numbered(make: Callable[[Any], T], items: Sequence[Any], number: int) -> T:
+    """What is made of one of several items; an error says of which."""
+    try:
+        return make(items[number])
+    except RowError as error:
+        if len(items) == 1:
+            raise
+        where = f"image {number + 1} of {len(items)}: {error.message}"
+        raise RowError(error.kind, where) from error
+
+
+def _part(item: Any) -> Part:
     if isinstance(item, Mapping):
         data, path = item.get("bytes"), item.get("path")
-        item = data if data or path is None else path
+        if isinstance(data, str):
+            raise RowError("image_unreadable", "expected bytes in the field 'bytes', got text")
+        item = data if data is not None or path is None else path
     if item is None:
         raise RowError("image_missing", "the row has no image")
-    data = _fetch(item, base, policy) if isinstance(item, str) else item
-    if not isinstance(data, bytes | bytearray | memoryview):
-        raise RowError("image_unreadable", f"expected bytes or a path, got {type(data).__name__}")
+    if not isinstance(item, bytes | bytearray | memoryview | str):
+        raise RowError("image_unreadable", f"expected bytes or a path, got {type(item).__name__}")
+    return item
+
+
+def _data(part: Part, base: str | None, policy: ImagePolicy) -> Buffer:
+    """Encoded bytes of one image, wherever they are."""
+    data = fetch(part, base, policy) if isinstance(part, str) else part
     if len(data) == 0:
         raise RowError("image_empty", "the image has zero bytes")
     if len(data) > policy.max_bytes:
         raise RowError("image_oversized", f"{len(data)} bytes, more than {policy.max_bytes}")
-    return bytes(data)
+    return data
 
 
-def _fetch(name: str, base: Location | None, policy: ImagePolicy) -> bytes:
-    if not name.strip() or "\0" in name:
-        raise RowError("image_missing", "the row's image path is empty or no path")
-    scheme = scheme_of(name)
-    if not is_local(name):
-        if not policy.allow_remote:
-            raise RowError(
-                "image_remote", f"{scheme}:// is not fetched without --allow-remote-images"
-            )
-        return _fetch_web(name, policy) if scheme in ("http", "https") else _fetch_uri(name, policy)
-    if scheme == "file" or os.path.isabs(name) or base is None:
-        return _fetch_uri(name, policy)
-    if not base.local and ".." in name.split("/"):
-        raise RowError("image_not_found", f"{name} leaves the directory of its shard")
-    return _read(base.join(name), name, policy)
-
-
-def _fetch_uri(name: str, policy: ImagePolicy) -> bytes:
-    try:
-        location = locate(name)
-    except UserError as error:
-        raise RowError("image_not_found", str(error)) from error
-    return _read(location, name, policy)
-
-
-def _read(location: Location, name: str, policy: ImagePolicy) -> bytes:
-    try:
-        with location.filesystem.open_input_file(location.path) as stream:
-            size = stream.size()
-            if size > policy.max_bytes:
-                raise RowError("image_oversized", f"{name}: {size} bytes")
-            return bytes(stream.read())
-    except FileNotFoundError as error:
-        raise RowError("image_not_found", f"{name}: no such file") from error
-    except (OSError, ValueError, pa.ArrowException) as error:
-        reason = type(error).__name__
-        raise RowError("image_not_found", f"{name}: cannot be read ({reason})") from error
-
-
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *args: Any, **kwargs: Any) -> None:
-        return None
-
-
-def _fetch_web(url: str, policy: ImagePolicy) -> bytes:
-    opener = urllib.request.build_opener(_NoRedirect)
-    try:
-        with opener.open(url, timeout=FETCH_TIMEOUT_S) as response:
-            data = response.read(policy.max_bytes + 1)
-    except urllib.error.HTTPError as error:
-        raise RowError("image_not_found", f"{url}: HTTP status {error.code}") from error
-    except (OSError, ValueError) as error:
-        raise RowError("image_not_found", f"{url}: {type(error).__name__}") from error
-    return bytes(data)
-
-
-def decode(data: bytes, policy: ImagePolicy) -> Image.Image:
+def decode(data: Buffer, policy: ImagePolicy) -> Image.Image:
     """Encoded bytes as an upright RGB image; the size is checked before any pixel is decoded."""
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
@@ -170,6 +124,10 @@ def decode(data: bytes, policy: ImagePolicy) -> Image.Image:
         return to_rgb(_upright(image))
     except Exception as error:  # a body may be broken in as many ways as a header
         reason = _reason(error)
+        if isinstance(error, MemoryError) or "out of memory" in reason:
+            raise RowError(
+                "image_oversized", "decoding takes more memory than the limit"
+            ) from error
         kind = "image_truncated" if "truncated" in reason.lower() else "image_unreadable"
         raise RowError(kind, reason) from error
 
@@ -204,6 +162,8 @@ def _from_deep(image: Image.Image) -> Image.Image:
 
     Integers up to 255 are taken as they are, larger ones as 16 bit; floats up to 1 as fractions.
     """
+    import numpy as np  # a third of what a process for images would load
+
     values = np.asarray(image).astype(np.float64)
     values = np.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
     top = float(values.max(initial=0.0))

@@ -7,7 +7,6 @@ Exit codes: 0 all rows written; 1 the job failed; 2 arguments, configuration or 
 from __future__ import annotations
 
 import os
-import re
 import signal
 import sys
 import threading
@@ -61,11 +60,8 @@ def main(job: Job, argv: Sequence[str] | None = None) -> int:
             job.prog, "stopped; the same command with the same --output goes on", FAILED
         )
     except Exception as error:
-        message = user_message(error)
-        if message is not None:
-            return cli.fail(job.prog, message, WRONG)
         traceback.print_exc()
-        return cli.fail(job.prog, f"failed: {root_line(error)}", FAILED)
+        return cli.fail(job.prog, f"failed: {type(error).__name__}: {error}"[:500], FAILED)
 
 
 def resolve(job: Job, config: JobConfig, given: frozenset[str]) -> JobConfig:
@@ -212,17 +208,3 @@ def dry_run(job: Job, config: JobConfig) -> int:
         print(f"# {name}: {plan.rows} rows of {len(plan.manifest.shards)} shards; {roles}")
         print(f"# {name}: output {plan.output.uri}, {state}")
     return OK
-
-
-def user_message(error: BaseException) -> str | None:
-    """The message of a UserError that was raised in one of Ray's processes, None for others."""
-    found = re.findall(r"^(?:trio\.errors\.)?UserError: (.+)$", str(error), flags=re.MULTILINE)
-    return found[-1] if found else None
-
-
-def root_line(error: BaseException) -> str:
-    """The line of an exception that says most: the last one that names an error."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    named = [line for line in lines if re.match(r"^[\w.]*(?:Error|Exception|Died)\b.*: ", line)]
-    chosen = named[-1] if named else lines[0] if lines else ""
-    return f"{type(error).__name__}: {chosen}"[:500]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from trio.errors import UserError
+from trio.pipeline.policy import parse_origin, redact
 
 Reader = Callable[[Any], Any]
 
@@ -23,6 +25,23 @@ def texts(value: Any) -> tuple[str, ...]:
     if not items:
         raise UserError("expected at least one value")
     return tuple(text(item) for item in items)
+
+
+def origins(value: Any) -> tuple[str, ...]:
+    """Schemes and hosts, any number of them."""
+    read = texts(value) if value not in ([], ()) else ()
+    for item in read:
+        parse_origin(item)
+    return read
+
+
+def directories(value: Any) -> tuple[str, ...]:
+    """Local directories, any number of them, made absolute: workers have other working ones."""
+    read = texts(value) if value not in ([], ()) else ()
+    for item in read:
+        if "://" in item:
+            raise UserError(f"expected a local directory, got {redact(item)!r}")
+    return tuple(os.path.abspath(os.path.expanduser(item)) for item in read)
 
 
 def flag(value: Any) -> bool:

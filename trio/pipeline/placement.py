@@ -54,7 +54,7 @@ class Placement:
     fit: int
     # of them on the nodes that are there now
     per_node: int
-    # most on one of the nodes that are there; at least 1
+    # most on one of the nodes that are there, spread as evenly as they allow; at least 1
     need: Need
     note: str
     # what somebody would want to know who pays for these nodes; may be empty
@@ -111,10 +111,18 @@ def place(
     return Placement(
         actors=asked,
         fit=min(fit, asked),
-        per_node=max(1, min(max(slots, default=1), asked)),
+        per_node=_most(slots, min(fit, asked)),
         need=need,
         note=_note(nodes, need, asked, fit, chosen=actors is not None, wait_s=wait_s),
     )
+
+
+def _most(slots: Sequence[int], engines: int) -> int:
+    """Most engines on one node when each next one goes where the fewest are and one more fits."""
+    most = 1
+    while sum(min(most, room) for room in slots) < engines:
+        most += 1
+    return most
 
 
 def _check_asked(

@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
+from PIL.Image import Image
 
 from trio.engine.request import Request, Result, Sampling
-from trio.pipeline.images import ImagePolicy, RowError, load_images
 from trio.pipeline.plan import Unit
+from trio.pipeline.policy import ImagePolicy, RowError
 from trio.pipeline.schema import row_key
 from trio.pipeline.storage import Location
 
+ImageLoader = Callable[[Any, Location | None, ImagePolicy], list[Image]]
+# images of a cell, given the directory of its shard; raises RowError
 FROM_RESULT = (
     "visual_tokens",
     "visual_tokens_encoder",
@@ -86,14 +89,16 @@ def sources(table: pa.Table, unit: Unit, path: str) -> list[Source]:
     ]
 
 
-def request_of(source: Source, base: Location | None, settings: RowSettings) -> Request:
-    """The row's request, with its images decoded; notes on the source what it reads.
+def request_of(
+    source: Source, base: Location | None, settings: RowSettings, load: ImageLoader
+) -> Request:
+    """The row's request, with its images as ``load`` has them; notes on the source what it reads.
 
     Raises:
         RowError: the row cannot be asked.
     """
     prompt = identify(source, settings)
-    images = load_images(source.cell("image"), base, settings.policy)
+    images = load(source.cell("image"), base, settings.policy)
     source.num_images = len(images)
     source.size = images[0].size
     return Request(

@@ -20,8 +20,7 @@ from trio.pipeline.actor import EngineFactory, EngineSettings, Receipt, build_en
 from trio.pipeline.cluster import Resources
 from trio.pipeline.columns import Columns, parse_mapping, resolve
 from trio.pipeline.config import JobConfig
-from trio.pipeline.dispatch import ActorOptions, Dispatcher, JobFailed, Limits, Stop
-from trio.pipeline.images import ImagePolicy
+from trio.pipeline.dispatch import ROOM_S, ActorOptions, Dispatcher, JobFailed, Limits, Stop
 from trio.pipeline.manifest import Manifest, inspect
 from trio.pipeline.plan import Unit, runs, unit_rows, units
 from trio.pipeline.progress import Progress
@@ -176,9 +175,7 @@ def _receipts(
     rows = RowSettings(
         prompt=config.prompt,
         sampling=engine.sampling,
-        policy=ImagePolicy(
-            max_pixels=config.max_image_pixels, allow_remote=config.allow_remote_images
-        ),
+        policy=config.image_policy(),
         seed=config.seed,
         save_kept=config.save_kept,
     )
@@ -198,7 +195,11 @@ def _receipts(
             calls=max(2, min(MAX_CALLS, 1 + -(-engine.ahead // config.rows_per_file))),
         ),
         (engine, rows, run.columns, sink, factory),
-        limits=Limits(stall_s=config.stall_timeout, grace_s=config.grace_period),
+        limits=Limits(
+            room_s=max(ROOM_S, config.wait_for_nodes),
+            stall_s=config.stall_timeout,
+            grace_s=config.grace_period,
+        ),
         stop=stop or Stop(),
         committed=partial(_totals_if_there, run.output),
         say=say,
@@ -231,7 +232,7 @@ def engine_settings(config: JobConfig, resources: Resources) -> EngineSettings:
         batch_tokens=config.batch_tokens,
         max_running=config.max_running,
         gpu=gpu,
-        actors_per_node=-(-resources.actors // resources.nodes),
+        actors_per_node=resources.per_node,
         threads=config.threads,
         ahead=2 * config.max_running if config.max_running else AHEAD[gpu],
     )

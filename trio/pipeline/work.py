@@ -20,28 +20,27 @@ class WorkQueue:
         self._waiting = deque(deque(run) for run in runs)
         self._held: dict[Hashable, deque[Unit]] = {}
         self._returned: deque[Unit] = deque()
+        self._left = sum(map(len, self._waiting))
 
     def __len__(self) -> int:
-        parts = (self._returned, *self._waiting, *self._held.values())
-        return sum(len(part) for part in parts)
-
-    def __bool__(self) -> bool:
-        return bool(self._returned or self._waiting or any(self._held.values()))
+        return self._left
 
     def take(self, actor: Hashable) -> Unit | None:
         """The next unit for an actor; None when there is nothing left to give."""
+        if not self._left:
+            return None
+        self._left -= 1
         if self._returned:
             return self._returned.popleft()
         if not self._held.get(actor):
-            run = self._waiting.popleft() if self._waiting else self._steal()
-            if run is None:
-                return None
-            self._held[actor] = run
+            self._held[actor] = self._waiting.popleft() if self._waiting else self._half_a_run()
         return self._held[actor].popleft()
 
     def give_back(self, units: Iterable[Unit]) -> None:
         """Units that were given out and not done."""
+        before = len(self._returned)
         self._returned.extend(units)
+        self._left += len(self._returned) - before
 
     def forget(self, actor: Hashable) -> None:
         """The actor is gone: what is left of its run is the next one to be taken."""
@@ -49,9 +48,7 @@ class WorkQueue:
         if left:
             self._waiting.appendleft(left)
 
-    def _steal(self) -> deque[Unit] | None:
-        longest = max(self._held.values(), key=len, default=None)
-        if not longest:
-            return None
+    def _half_a_run(self) -> deque[Unit]:
+        longest = max(self._held.values(), key=len)
         half = [longest.pop() for _ in range((len(longest) + 1) // 2)]
         return deque(reversed(half))

@@ -2,7 +2,8 @@
 
 INPUT batches of rows from any number of calling threads; OUTPUT each batch's outcomes in its own
 order, one for each row. Rows of all batches share the engine, so a slow row delays only its own
-batch; how far preparation runs ahead of the engine is bounded.
+batch; how far preparation runs ahead of the engine is bounded. Each preparing thread has a process
+for images, so that none of them can hang or kill the engine.
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ from typing import Any, Protocol
 from trio.engine.plan import MemoryPlan
 from trio.engine.request import Prepared, Request, Result
 from trio.errors import UserError
+from trio.pipeline.image_process import ImageProcess, NoImageProcess
 from trio.pipeline.images import RowError
+from trio.pipeline.rows import ImageLoader
 
 Outcome = Result | RowError
-RowReader = Callable[[], Request]
-# reads one row; raises RowError when it cannot be asked
+RowReader = Callable[[ImageLoader], Request]
+# reads one row with the loader that it is given; raises RowError when it cannot be asked
 
 
 class EngineLike(Protocol):
@@ -85,6 +88,8 @@ class EngineThread:
         self._error: BaseException | None = None
         self._ready = threading.Event()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="prepare")
+        self._own = threading.local()
+        self._images: list[ImageProcess] = []
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
         self._ready.wait()
@@ -143,16 +148,29 @@ class EngineThread:
             return self._counters | self._waits
 
     def close(self) -> None:
-        """Stop the threads once the engine is through with what it has."""
+        """Stop the threads and their processes once the engine is through with what it has."""
         self._inbox.put(None)
         self._thread.join()
         self._pool.shutdown()
+        for process in self._images:
+            process.close()
+
+    def _loader(self) -> ImageProcess:
+        """The calling thread's own."""
+        if not hasattr(self._own, "images"):
+            self._own.images = ImageProcess()
+            with self._lock:
+                self._images.append(self._own.images)
+        loader: ImageProcess = self._own.images
+        return loader
 
     def _prepare(self, ticket: _Ticket, row: RowReader) -> None:
         try:
-            prepared = self._engine.prepare(row())
+            prepared = self._engine.prepare(row(self._loader()))
         except RowError as error:
             self._settle(ticket, error)
+        except NoImageProcess as error:
+            self._fail(error)
         except UserError as error:
             self._settle(ticket, RowError("prompt", str(error)))
         except Exception as error:  # whatever a row does to a processor is that row's own failure

@@ -1,0 +1,241 @@
+"""A process that fetches and decodes for one thread, and what becomes of a row that kills it.
+
+INPUT an image cell, as ``images.load_images`` takes it; OUTPUT the same images or error. A row that
+hangs or crashes a decoder costs that process, not the engine beside it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from typing import Any
+
+from PIL import Image
+
+from trio.pipeline import frames
+from trio.pipeline.environment import PACKAGE
+from trio.pipeline.images import Buffer, parts_of
+from trio.pipeline.policy import ImagePolicy, RowError
+from trio.pipeline.storage import Location
+
+MODULE = "trio.pipeline.image_worker"
+START_S = 120.0
+# for a process to load its libraries from a slow disk
+GRACE_S = 5.0
+# beyond the row's limit, in which the process's own alarm should have ended it
+END_S = 2.0
+# for a process to go, before it is killed, and after
+ATTEMPTS = 2
+_PIPE_BYTES = 1 << 20
+_F_SETPIPE_SZ = 1031
+_MOST_BUFFERS = 512
+# in one writev; systems allow 1024
+
+
+class NoImageProcess(RuntimeError):
+    """Processes for images do not start here: no row is at fault."""
+
+
+class _Ended(Exception):
+    """The process closed its end of a pipe."""
+
+
+class _Overdue(Exception):
+    """The process did not answer in time."""
+
+
+class _Died(Exception):
+    def __init__(self, reason: str, *, timed_out: bool) -> None:
+        super().__init__(reason)
+        self.timed_out = timed_out
+
+
+class ImageProcess:
+    """``load_images`` in a process of its own, started when first needed; for one thread."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._sent: ImagePolicy | None = None
+        # what the present process knows
+
+    def __call__(self, value: Any, base: Location | None, policy: ImagePolicy) -> list[Image.Image]:
+        """Images of one cell; ``base`` is the directory of the row's shard.
+
+        Raises:
+            RowError: as ``load_images``, and where the row took too long or killed two processes.
+            NoImageProcess: none can be started.
+        """
+        parts = parts_of(value)
+        header = {
+            "names": [part if isinstance(part, str) else None for part in parts],
+            "base": base.uri if base else None,
+        }
+        buffers = [part for part in parts if not isinstance(part, str)]
+        reason = ""
+        for _ in range(ATTEMPTS):
+            try:
+                return self._ask(header, buffers, policy)
+            except _Died as death:
+                reason = str(death)
+                if death.timed_out:
+                    raise RowError(
+                        "image_timeout",
+                        f"fetching and decoding took more than {policy.row_timeout:g} s"
+                        " (--row-timeout)",
+                    ) from death
+        raise RowError(
+            "image_crashed", f"the process that decodes it died {ATTEMPTS} times{reason}"
+        )
+
+    def close(self) -> None:
+        """End the process."""
+        process, self._process = self._process, None
+        if process is not None:
+            _end(process, patience=END_S)
+
+    def _ask(
+        self, header: dict[str, Any], buffers: Sequence[Buffer], policy: ImagePolicy
+    ) -> list[Image.Image]:
+        process = self._started()
+        if policy is not self._sent:
+            header = header | {"policy": asdict(policy)}
+        began = time.monotonic()
+        deadline = began + policy.row_timeout + GRACE_S
+        try:
+            _send(process, [frames.pack(header, list(map(len, buffers))), *buffers], deadline)
+            answer = _receive_header(process, deadline)
+            self._sent = policy
+            pixels = [_receive(process, size, deadline) for size in answer[frames.SIZES]]
+        except (_Ended, _Overdue) as fault:
+            self._process = None
+            status = _end(process, patience=END_S if isinstance(fault, _Ended) else 0.0)
+            late = time.monotonic() - began >= policy.row_timeout
+            raise _Died(_cause(status), timed_out=late or status == -signal.SIGALRM) from fault
+        if "error" in answer:
+            raise RowError(*answer["error"])
+        return [
+            Image.frombuffer("RGB", tuple(size), data, "raw", "RGB", 0, 1)
+            for size, data in zip(answer["images"], pixels, strict=True)
+        ]
+
+    def _started(self) -> subprocess.Popen[bytes]:
+        """The process, a new one where there is none."""
+        if self._process is not None:
+            return self._process
+        fault: Exception | None = None
+        for _ in range(ATTEMPTS):
+            process: subprocess.Popen[bytes] | None = None
+            try:
+                process = _start()
+                _receive_header(process, time.monotonic() + START_S)
+            except (OSError, _Ended, _Overdue) as error:
+                fault = error
+                if process is not None:
+                    fault = RuntimeError(f"it ended{_cause(_end(process, patience=0.0))}")
+                continue
+            self._process, self._sent = process, None
+            return process
+        raise NoImageProcess(f"no process for images can be started: {fault}") from fault
+
+
+def _start() -> subprocess.Popen[bytes]:
+    """A process with our modules: not the working directory's, not the async library's."""
+    others = [os.path.abspath(path) for path in sys.path if isinstance(path, str)]
+    ours = str(PACKAGE.parent)
+    path = os.pathsep.join([ours, *(each for each in others if each != ours)])
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-m", MODULE],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        bufsize=0,
+        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+    )
+    for pipe in _pipes(process):
+        os.set_blocking(pipe, False)
+        if sys.platform == "linux":
+            with suppress(OSError):  # a user's pipes together may have so much and no more
+                fcntl.fcntl(pipe, _F_SETPIPE_SZ, _PIPE_BYTES)
+    return process
+
+
+def _pipes(process: subprocess.Popen[bytes]) -> tuple[int, int]:
+    assert process.stdin is not None and process.stdout is not None
+    return process.stdin.fileno(), process.stdout.fileno()
+
+
+def _send(process: subprocess.Popen[bytes], buffers: Sequence[Buffer], deadline: float) -> None:
+    pipe = _pipes(process)[0]
+    views = [memoryview(buffer).cast("B") for buffer in buffers if len(buffer)]
+    while views:
+        try:
+            count = os.writev(pipe, views[:_MOST_BUFFERS])
+        except BlockingIOError:
+            _wait(pipe, select.POLLOUT, deadline)
+            continue
+        except BrokenPipeError as error:
+            raise _Ended from error
+        while views and count >= len(views[0]):
+            count -= len(views.pop(0))
+        if count:
+            views[0] = views[0][count:]
+
+
+def _receive_header(process: subprocess.Popen[bytes], deadline: float) -> dict[str, Any]:
+    (length,) = frames.PREFIX.unpack(_receive(process, frames.PREFIX.size, deadline))
+    return frames.parse(_receive(process, length, deadline))
+
+
+def _receive(process: subprocess.Popen[bytes], size: int, deadline: float) -> bytearray:
+    assert process.stdout is not None
+    data = bytearray(size)
+    view = memoryview(data)
+    while view:
+        count = process.stdout.readinto(view)  # type: ignore[attr-defined]
+        if count is None:
+            _wait(process.stdout.fileno(), select.POLLIN, deadline)
+        elif count == 0:
+            raise _Ended
+        else:
+            view = view[count:]
+    return data
+
+
+def _wait(pipe: int, event: int, deadline: float) -> None:
+    left = deadline - time.monotonic()
+    poll = select.poll()
+    poll.register(pipe, event)
+    if left <= 0 or not poll.poll(left * 1000):
+        raise _Overdue
+
+
+def _end(process: subprocess.Popen[bytes], *, patience: float) -> int | None:
+    """Its exit status; None where not even SIGKILL ends it, and it is left to itself."""
+    assert process.stdin is not None and process.stdout is not None
+    process.stdin.close()
+    process.stdout.close()
+    for _ in range(2):
+        try:
+            return process.wait(patience)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            patience = END_S
+    return None
+
+
+def _cause(status: int | None) -> str:
+    if status is None:
+        return ""
+    if status >= 0:
+        return f", with exit code {status}"
+    try:
+        return f", of {signal.Signals(-status).name}"
+    except ValueError:
+        return f", of signal {-status}"

@@ -1,0 +1,118 @@
+"""What an image of a row may be and where it may come from, and the error a row ends with.
+
+Settings only, so that every process can load them quickly.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+from urllib.parse import urlsplit
+
+from trio.errors import UserError
+
+MAX_PIXELS = 90_000_000
+MAX_BYTES = 256 << 20
+ROW_TIMEOUT_S = 60.0
+DEFAULT_SCHEMES = ("https", "http", "s3", "gs", "gcs", "hf")
+# with --allow-remote-images alone
+SCHEMES = (*DEFAULT_SCHEMES, "abfs", "abfss", "hdfs", "viewfs")
+PORTS = {"http": 80, "https": 443}
+_SCHEME = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]*):")
+_SHOWN = 200
+# characters of a path or URI in a message
+
+
+class RowError(Exception):
+    """A mistake in one input row: it becomes that row's ``error`` and touches no other."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(f"{kind}: {message}")
+        self.kind = kind
+        self.message = message
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImagePolicy:
+    """What may be opened."""
+
+    max_pixels: int = MAX_PIXELS
+    # width times height
+    max_bytes: int = MAX_BYTES
+    # of the encoded image
+    allow_remote: bool = False
+    # fetch URIs found in rows; paths relative to a remote shard are always read
+    remote_from: tuple[str, ...] = ()
+    # origins (``parse_origin``) that URIs may name; none: public hosts of DEFAULT_SCHEMES
+    roots: tuple[str, ...] = ()
+    # local directories that paths may lead into, besides that of the row's shard
+    row_timeout: float = ROW_TIMEOUT_S
+    # seconds for fetching and decoding the images of one row
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Scheme and host that may be read from; ``*`` and ``*.domain`` stand for many hosts."""
+
+    scheme: str
+    host: str
+    port: int | None
+
+    @property
+    def literal(self) -> bool:
+        """Whether it names one host: that one may have a private address."""
+        return not self.host.startswith("*")
+
+    def covers(self, scheme: str, host: str, port: int | None) -> bool:
+        if (scheme, port or PORTS.get(scheme)) != (self.scheme, self.port):
+            return False
+        host = host.lower().rstrip(".")
+        return host == self.host or (not self.literal and host.endswith(self.host[1:]))
+
+
+def parse_origin(text: str) -> Origin:
+    """``https://images.example.org``, ``https://*.cdn.net:8443`` or ``s3://bucket``.
+
+    Raises:
+        UserError: anything else.
+    """
+    try:
+        parts = urlsplit(text)
+        scheme, host, port = parts.scheme.lower(), parts.hostname or "", parts.port
+    except ValueError:
+        scheme, host, port = "", "", None
+    plain = "" if scheme == "" else text[len(scheme) + 3 :].rstrip("/")
+    stars = host.removeprefix("*.") if host != "*" else ""
+    if scheme not in SCHEMES or not host or "*" in stars or set(plain) & set("/@?#"):
+        raise UserError(
+            "an origin is scheme://host, as in https://images.example.org, https://*.cdn.net or"
+            f" s3://bucket, with a scheme of {', '.join(SCHEMES)} and no path; got {redact(text)!r}"
+        )
+    return Origin(scheme, host.rstrip("."), port or PORTS.get(scheme))
+
+
+@lru_cache(maxsize=8)
+def _origins(texts: tuple[str, ...]) -> tuple[Origin, ...]:
+    """Origins of a policy, those that name one host first."""
+    return tuple(sorted(map(parse_origin, texts), key=lambda origin: not origin.literal))
+
+
+def origin_for(policy: ImagePolicy, scheme: str, host: str, port: int | None) -> Origin | None:
+    """What allows to read from a host; None where nothing does."""
+    if not policy.remote_from:
+        return Origin(scheme, "*", port) if scheme in DEFAULT_SCHEMES else None
+    listed = _origins(policy.remote_from)
+    return next((origin for origin in listed if origin.covers(scheme, host, port)), None)
+
+
+def redact(name: str) -> str:
+    """A path or URI for a message: a URI without user, query and fragment; cut, on one line."""
+    match = _SCHEME.match(name)
+    if match:
+        head, rest = match.group(0), re.split(r"[?#]", name[match.end() :], maxsplit=1)[0]
+        slashes = rest[: len(rest) - len(rest.lstrip("/\\"))]
+        authority, slash, path = rest[len(slashes) :].partition("/")
+        name = head + slashes + authority.rpartition("@")[2] + slash + path
+    name = "".join(c if c.isprintable() else "?" for c in name[: _SHOWN + 1])
+    return name if len(name) <= _SHOWN else name[: _SHOWN - 3] + "..."
