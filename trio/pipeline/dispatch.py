@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -192,7 +192,7 @@ class Dispatcher:
             scheduling_strategy="SPREAD",
         )
 
-    def receipts(self) -> Iterator[Receipt | dict[str, Any]]:
+    def receipts(self) -> Generator[Receipt | dict[str, Any]]:
         """Receipts of units as they are committed, in any order, each unit once; and the memory
         plan (a dict) of every engine that is ready.
 

@@ -6,7 +6,8 @@ INPUT a resolved ``JobConfig``; OUTPUT a finished output directory and its summa
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -115,13 +116,16 @@ def execute(
     todo = [unit for unit in wanted if unit not in done]
     memory_plan: dict[str, Any] | None = None
     with Progress(run.rows, before, log_interval_s=config.log_interval, label=label) as progress:
-        for item in _receipts(run, config, resources, run_id, todo, factory, stop, progress.say):
-            if isinstance(item, Receipt):
-                progress.add(item.totals, item.began_at)
-                _check_errors(config, before, progress.done)
-            elif memory_plan is None:
-                memory_plan = item
-                progress.say(describe(memory_plan))
+        coming = _receipts(run, config, resources, run_id, todo, factory, stop, progress.say)
+        # Closed at once on any failure: an exception that is kept would keep the actors.
+        with closing(coming):
+            for item in coming:
+                if isinstance(item, Receipt):
+                    progress.add(item.totals, item.began_at)
+                    _check_errors(config, before, progress.done)
+                elif memory_plan is None:
+                    memory_plan = item
+                    progress.say(describe(memory_plan))
     _check_complete(run, wanted, progress.done)
     summary = summarise(
         progress.done,
@@ -168,7 +172,7 @@ def _receipts(
     factory: EngineFactory,
     stop: Stop | None,
     say: Callable[[str], None],
-) -> Iterator[Receipt | dict[str, Any]]:
+) -> Generator[Receipt | dict[str, Any]]:
     """Receipts of units as they are committed, in any order."""
     assert config.rows_per_file is not None
     engine = engine_settings(config, resources)
