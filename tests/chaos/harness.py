@@ -241,11 +241,11 @@ class Trial:
         assert sorted(self._names("stats")) == sorted(self._names("rows"))
         assert (summary["rows"], summary["errors"]) == (len(rows), len(errors))
         assert self._exists("_SUCCESS")
-        assert self._temporary() == []
         self._nothing_left_running()
         answers = self.answers()
         extra = sum(answers.values()) - good
         assert all(answers[self.expected[i]] for i in range(len(rows)) if i not in errors)
+        assert self._temporary() == []
         return {
             "drivers": self.drivers,
             "engines": len(self.engines()),

@@ -45,9 +45,21 @@ def test_a_node_joins_late(arena: Arena, trial: Callable[..., Trial]) -> None:
         arena.kill(late)
 
 
+def test_all_nodes_die(arena: Arena, trial: Callable[..., Trial]) -> None:
+    """For some seconds Ray goes on to place engines on nodes that are dead already."""
+    job = trial(*WHOLE_NODE, "--wait-for-nodes", "120")
+    driver = job.start()
+    job.wait_for(10, driver)
+    arena.empty()
+    arena.refill()
+    ended = job.end(driver)
+    assert ended.code == 0, ended.said[-4000:]
+    report("all_nodes", 0, job.check())
+    assert job.drivers == 1
+
+
 def test_no_node_but_the_head_until_later(arena: Arena, trial: Callable[..., Trial]) -> None:
-    for node in list(arena.nodes):
-        arena.kill(node)
+    arena.empty()
     job = trial(*WHOLE_NODE, "--wait-for-nodes", "120", refill=False)
     driver = job.start()
     job.until(lambda: "0 of them fit now" in job.said(), driver)
@@ -67,8 +79,7 @@ def test_more_than_there_is_is_refused_at_once(trial: Callable[..., Trial]) -> N
 
 
 def test_no_node_ever(arena: Arena, trial: Callable[..., Trial]) -> None:
-    for node in list(arena.nodes):
-        arena.kill(node)
+    arena.empty()
     job = trial("--wait-for-nodes", "5", refill=False)
     ended = job.run()
     assert ended.code == 1
