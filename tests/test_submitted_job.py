@@ -1,5 +1,6 @@
 """A job submitted to a cluster that has the async library `trio` installed, and us not at all."""
 
+import json
 import os
 import shutil
 import signal
@@ -12,9 +13,12 @@ import time
 import urllib.error
 import urllib.request
 import venv
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -116,26 +120,108 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a clone of the repository with the present changes would hold."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    if listed.returncode:
+        pytest.skip("needs git and a checkout")
+    folder = tmp_path_factory.mktemp("clone")
+    for name in filter(None, listed.stdout.split("\0")):
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
+Submit = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def submit(python: Path, environment: dict[str, str], cluster: dict[str, str]) -> Submit:
+    """``ray job submit --working-dir . -- python ...`` in a folder."""
+
+    def run(folder: Path, *words: str, job: str) -> subprocess.CompletedProcess[str]:
+        options = ["--address", cluster["dashboard"], "--working-dir", ".", "--submission-id", job]
+        command = [str(python), *RAY, "job", "submit", *options, "--", str(python), *words]
+        # The dashboard answers before the node's agent, which takes the jobs, has reported to it.
+        for _ in range(30):
+            done = subprocess.run(
+                command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240
+            )
+            if "No available agent" not in done.stderr:
+                break
+            time.sleep(1)
+        return done
+
+    return run
+
+
+def job_info(cluster: dict[str, str], job: str) -> dict[str, Any]:
+    with urllib.request.urlopen(f"{cluster['dashboard']}/api/jobs/{job}", timeout=30) as answer:
+        info = json.load(answer)
+    assert isinstance(info, dict)
+    return info
+
+
 @pytest.mark.ray
-def test_submitted_with_a_working_directory(
-    python: Path, environment: dict[str, str], cluster: dict[str, str], checkout: Path
-) -> None:
-    submit = ["job", "submit", "--address", cluster["dashboard"], "--working-dir", "."]
-    # The dashboard answers before the node's agent, which takes the jobs, has reported to it.
-    for _ in range(30):
-        done = subprocess.run(
-            [str(python), *RAY, *submit, "--", str(python), "jobs/script.py"],
-            cwd=checkout,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=240,
-        )
-        if "No available agent" not in done.stderr:
-            break
-        time.sleep(1)
+def test_submitted_with_a_working_directory(checkout: Path, submit: Submit) -> None:
+    done = submit(checkout, "jobs/script.py", job="name-clash")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "FOUND None (0.5, None, 'None Pruning') {}" in done.stdout
+
+
+@pytest.mark.ray
+def test_the_job_from_a_clone(
+    clone: Path, submit: Submit, cluster: dict[str, str], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    flags = ["--limit", "4", "--output", str(out), "--no-compare-unpruned"]
+    done = submit(clone, "jobs/caption.py", *flags, job="good")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert job_info(cluster, "good")["status"] == "SUCCEEDED"
+    table = pq.read_table(out / "rows")
+    assert table.num_rows == 4 and table.column("error").null_count == 4
+    assert (out / "_SUCCESS").exists()
+
+
+@pytest.mark.ray
+def test_a_broken_argument_is_named_in_the_logs_of_the_job(
+    clone: Path, submit: Submit, cluster: dict[str, str], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    done = submit(clone, "jobs/caption.py", "--retention", "7", "--output", str(out), job="bad")
+    assert done.returncode == 1
+    info = job_info(cluster, "bad")
+    assert (info["status"], info["driver_exit_code"]) == ("FAILED", 2)
+    with urllib.request.urlopen(f"{cluster['dashboard']}/api/jobs/bad/logs", timeout=30) as answer:
+        logs = json.load(answer)["logs"]
+    said = [line for line in logs.splitlines() if line.startswith("caption.py: ")]
+    assert said == ["caption.py: --retention: must be above 0 and at most 1, got 7"]
+    assert "Traceback" not in logs and not out.exists()
+
+
+def test_what_is_uploaded_is_small(clone: Path, tmp_path: Path) -> None:
+    from ray._private.ray_constants import get_runtime_env_default_excludes
+    from ray._private.runtime_env.packaging import create_package
+
+    (clone / "trio-output").mkdir()
+    (clone / "trio-output" / "rows.parquet").write_bytes(b"x")
+    package = tmp_path / "package.zip"
+    excludes = get_runtime_env_default_excludes()
+    create_package(str(clone), package, include_gitignore=True, excludes=excludes)
+    with zipfile.ZipFile(package) as file:
+        names = set(file.namelist())
+    assert {"jobs/caption.py", "trio/__init__.py", "trio/demo/model/config.json"} <= names
+    assert not [
+        name for name in names if name.startswith(("tests/", "trio-output/", ".git/", ".ci/"))
+    ]
+    assert package.stat().st_size < 20 << 20
 
 
 @pytest.mark.ray

@@ -14,9 +14,13 @@ from typing import Any
 
 import pytest
 
-from tests.chaos.harness import MARK, ROOT, Trial, write_input
+pytest.register_assert_rewrite("tests.chaos.harness")
+
+from tests.chaos.harness import MARK, ROOT, Trial, write_input  # noqa: E402
 
 NODES, NODE_CPUS = 3, 2
+NOTICED_S = 60
+# longest that Ray takes to notice that a node has died
 
 
 @contextmanager
@@ -56,7 +60,15 @@ class Arena:
         """End a node's raylet and workers as a power cut would."""
         self.cluster.remove_node(self.nodes.pop(node), allow_graceful=False)
 
+    def empty(self) -> None:
+        """All nodes but the head die, and are known to be dead."""
+        for node in list(self.nodes):
+            self.kill(node)
+        self.cluster.wait_for_nodes(NOTICED_S)
+
     def refill(self) -> None:
+        """As many nodes as at the start, and no dead one that Ray still believes in."""
+        self.cluster.wait_for_nodes(NOTICED_S)
         while len(self.nodes) < NODES:
             self.add()
 
@@ -99,11 +111,16 @@ def arena() -> Iterator[Arena]:
 
 @pytest.fixture
 def trial(arena: Arena, tmp_path: Path) -> Callable[..., Trial]:
-    """Makes a job's input and what watches it; ``prompts`` as in ``write_input``."""
-    arena.refill()
+    return trials(arena, tmp_path)
 
-    def make(*flags: str, output: str | None = None, **prompts: Any) -> Trial:
-        expected = write_input(tmp_path / "in", **prompts)
+
+def trials(arena: Arena, tmp_path: Path) -> Callable[..., Trial]:
+    """What makes a job's input and what watches it; ``prompts`` as in ``write_input``."""
+
+    def make(*flags: str, output: str | None = None, refill: bool = True, **prompts: str) -> Trial:
+        if refill:
+            arena.refill()
+        expected = write_input(tmp_path / "in", prompts)
         return Trial(
             address=arena.address,
             folder=tmp_path,

@@ -34,7 +34,7 @@ class Options:
 
     side: str
     # directory for what it leaves
-    delay_s: float = 0.05
+    delay_s: float = 0.15
     # of a step, which ends up to `width` rows
     width: int = 4
     reverse: bool = False

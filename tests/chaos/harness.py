@@ -35,8 +35,8 @@ GONE_S = 40.0
 POLL_S = 0.01
 SCHEMA = pa.schema([("id", pa.int32()), ("image", pa.binary()), ("prompt", pa.string())])
 RAYS_OWN = re.compile(
-    r"^ray::IDLE|raylet|gcs_server|ray/dashboard|ray/_private|ray/autoscaler|default_worker\.py"
-    r"|ray/util/client|setup_worker\.py"
+    r"^ray::IDLE|^ray::\w+Agent$|raylet|gcs_server|ray/dashboard|ray/_private|ray/autoscaler"
+    r"|default_worker\.py|setup_worker\.py"
 )
 
 
@@ -47,14 +47,16 @@ def seeds(count: int | None = None) -> list[int]:
     return list(range(first, first + (runs if count is None else min(count, runs))))
 
 
-def write_input(folder: Path, *, shards: int = 4, rows: int = 60, **prompts: str) -> list[str]:
+def write_input(
+    folder: Path, prompts: Mapping[str, str], *, shards: int = 4, rows: int = 60
+) -> list[str]:
     """Shards of small images; returns each row's answer in order of its id.
 
     Args:
         folder: gets the shards.
+        prompts: for the row ``r<id>`` another beginning of its prompt than "row".
         shards: how many files.
         rows: of each file.
-        prompts: for the row ``r<id>`` another beginning of its prompt.
     """
     expected = []
     for shard in range(shards):
@@ -133,6 +135,10 @@ class Trial:
     def _log(self) -> Path:
         return self.folder / f"driver-{self.drivers}.log"
 
+    def said(self) -> str:
+        """What the present driver has printed so far."""
+        return self._log().read_text(errors="replace")
+
     def end(self, driver: subprocess.Popen[bytes], timeout: float = RUN_S) -> Ended:
         """Wait for a driver; one that does not end is killed and fails the test."""
         try:
@@ -140,9 +146,9 @@ class Trial:
         except subprocess.TimeoutExpired:
             driver.kill()
             driver.wait()
-            tail = self._log().read_text(errors="replace")[-4000:]
+            tail = self.said()[-4000:]
             raise AssertionError(f"the driver hung for {timeout} s; it said: {tail}") from None
-        return Ended(code, self._log().read_text(errors="replace"))
+        return Ended(code, self.said())
 
     def run(self, *flags: str) -> Ended:
         return self.end(self.start(*flags))
@@ -235,11 +241,11 @@ class Trial:
         assert sorted(self._names("stats")) == sorted(self._names("rows"))
         assert (summary["rows"], summary["errors"]) == (len(rows), len(errors))
         assert self._exists("_SUCCESS")
-        assert self._temporary() == []
         self._nothing_left_running()
         answers = self.answers()
         extra = sum(answers.values()) - good
         assert all(answers[self.expected[i]] for i in range(len(rows)) if i not in errors)
+        assert self._temporary() == []
         return {
             "drivers": self.drivers,
             "engines": len(self.engines()),
