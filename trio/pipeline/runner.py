@@ -5,6 +5,7 @@ INPUT a resolved ``JobConfig``; OUTPUT a finished output directory and its summa
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from collections.abc import Iterator, Sequence
@@ -18,21 +19,23 @@ from ray.data.context import DataContext
 
 from trio.engine.plan import describe
 from trio.engine.request import Sampling
-from trio.pipeline import outdir
+from trio.pipeline import committed, ids, lease, outdir
+from trio.pipeline import fingerprint as prints
 from trio.pipeline.actor import EngineFactory, EngineSettings, UnitActor, build_engine
 from trio.pipeline.cluster import READ_CPUS, Resources, data_context
 from trio.pipeline.columns import Columns, parse_mapping, resolve
-from trio.pipeline.config import JobConfig
+from trio.pipeline.config import JobConfig, results
+from trio.pipeline.fingerprint import Fingerprint
 from trio.pipeline.images import ImagePolicy
-from trio.pipeline.manifest import Manifest, inspect
+from trio.pipeline.manifest import Manifest, expand, inspect
 from trio.pipeline.plan import Unit, reads, unit_rows, units
 from trio.pipeline.progress import Progress
 from trio.pipeline.reader import UnitSource
 from trio.pipeline.rows import RowSettings
-from trio.pipeline.sink import Sink, committed, totals_of
+from trio.pipeline.sink import Sink
 from trio.pipeline.storage import Location, locate
 from trio.pipeline.summary import summarise
-from trio.pipeline.totals import Totals, merge
+from trio.pipeline.totals import Totals
 
 AHEAD = {False: 96, True: 256}
 # rows prepared or in the engine at a time, on a CPU and on a GPU, when --max-running is not given
@@ -49,7 +52,8 @@ class Plan:
     manifest: Manifest
     columns: Columns
     output: Location
-    earlier: outdir.Earlier | None
+    fingerprint: Fingerprint
+    earlier: outdir.Pinned | None
 
     @property
     def rows(self) -> int:
@@ -65,19 +69,27 @@ def plan(config: JobConfig, paths: Sequence[str]) -> Plan:
     """
     assert config.output is not None, "the job chooses an output"
     output = locate(config.output)
-    manifest, schemas = inspect(paths, output)
-    columns = resolve(
-        schemas,
-        [shard.path for shard in manifest.shards],
-        parse_mapping(config.columns or ""),
-        prompt_given=config.prompt is not None,
-    )
     earlier = outdir.earlier(output)
+    if earlier is not None and config.rows_per_file is None:
+        config = config.replace(rows_per_file=earlier.config.rows_per_file)
+    config = prints.pin_revision(config, earlier.config if earlier is not None else None)
     if earlier is not None:
-        if config.rows_per_file is None:
-            config = config.replace(rows_per_file=earlier.config.rows_per_file)
-        outdir.check_same(earlier, config, manifest, output.uri)
-    return Plan(config=config, manifest=manifest, columns=columns, output=output, earlier=earlier)
+        now = prints.take(config)
+        outdir.check_same(earlier, now, expand(paths, output), output.uri)
+        manifest, columns = earlier.manifest, earlier.columns
+    else:
+        manifest, schemas = inspect(paths, output)
+        columns = resolve(
+            schemas,
+            [shard.path for shard in manifest.shards],
+            parse_mapping(config.columns or ""),
+            prompt_given=config.prompt is not None,
+        )
+        now = prints.take(config)
+    return Plan(
+        config=config, manifest=manifest, columns=columns, output=output,
+        fingerprint=now, earlier=earlier,
+    )  # fmt: skip
 
 
 def resolve_resources(config: JobConfig, manifest: Manifest, resources: Resources) -> JobConfig:
@@ -96,18 +108,43 @@ def execute(
     """Do what is left of a run and close it; returns its summary.
 
     Raises:
+        UserError: another run holds the output.
         RuntimeError: rows are missing at the end.
         Exception: whatever ended Ray Data's execution.
     """
+    with lease.hold(run.output) as held:
+        return _execute(run, resources, held, factory, label)
+
+
+def _execute(
+    run: Plan, resources: Resources, held: lease.Held, factory: EngineFactory, label: str
+) -> dict[str, Any]:
     began = time.time()
     config = resolve_resources(run.config, run.manifest, resources)
-    run_id = run.earlier.run_id if run.earlier is not None else outdir.new_run_id()
-    if run.earlier is None:
-        outdir.claim(run.output, config, run.manifest, run_id)
+    pinned = run.earlier
+    if pinned is None:
+        pinned = outdir.Pinned(
+            run_id=outdir.new_run_id(),
+            manifest=run.manifest,
+            columns=run.columns,
+            fingerprint=dataclasses.replace(run.fingerprint, settings=results(config)),
+            ids=ids.scan(run.manifest, run.columns.id, limit=config.limit)
+            if run.columns.id is not None
+            else None,
+            config=config,
+        )
+        outdir.claim(run.output, pinned)
+    else:
+        for line in pinned.fingerprint.notices(run.fingerprint):
+            print(line, flush=True)
+    if pinned.ids is not None and pinned.ids.warning is not None:
+        print(pinned.ids.warning, flush=True)
+    run_id = pinned.run_id
     assert config.rows_per_file is not None
     wanted = list(units(run.manifest, config.rows_per_file, config.limit))
-    done = committed(run.output).intersection(wanted)
-    before = merge(totals_of(run.output, sorted(done)))
+    committed.sweep(run.output)
+    there = committed.read(run.output, wanted, run_id)
+    done, before = there.units, there.totals
     todo = [unit for unit in wanted if unit not in done]
     memory_plan: dict[str, Any] | None = None
     with Progress(run.rows, before, log_interval_s=config.log_interval, label=label) as progress:
@@ -117,6 +154,7 @@ def execute(
                     memory_plan = json.loads(receipt["memory_plan"])
                     progress.say(describe(memory_plan))
                 progress.add(Totals.from_json(receipt["totals"]), receipt["began_at"])
+                held.check()
     _check_complete(run, wanted, progress.done)
     summary = summarise(
         progress.done,
@@ -127,12 +165,16 @@ def execute(
         resources=resources.describe(),
         memory_plan=memory_plan,
     )
+    if pinned.ids is not None:
+        summary["duplicate_ids"] = pinned.ids.duplicates
+    held.check()
+    committed.save(run.output, wanted, set(wanted), progress.done, run_id)
     outdir.close(run.output, summary)
     return summary
 
 
 def _check_complete(run: Plan, wanted: Sequence[Unit], totals: Totals) -> None:
-    missing = sorted(set(wanted) - committed(run.output))
+    missing = sorted(set(wanted) - committed.listed(run.output))
     if missing or totals.rows != run.rows:
         names = ", ".join(unit.name for unit in missing[:3])
         raise RuntimeError(
@@ -211,4 +253,5 @@ def engine_settings(config: JobConfig, resources: Resources) -> EngineSettings:
         actors_per_node=-(-resources.actors // resources.nodes),
         threads=config.threads,
         ahead=2 * config.max_running if config.max_running else AHEAD[gpu],
+        revision=config.revision,
     )
