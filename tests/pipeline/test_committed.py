@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 
 from trio.pipeline import committed
-from trio.pipeline.committed import SNAPSHOT, listed, read, save, sweep
+from trio.pipeline.committed import SNAPSHOT, drop, listed, read, save, sweep
 from trio.pipeline.manifest import Manifest, Shard
 from trio.pipeline.plan import Unit, units
 from trio.pipeline.schema import row_key
@@ -69,6 +69,9 @@ def test_footers_are_read_only_of_what_the_snapshot_does_not_name(
     assert read(out, PLAN, "run1") == first
     assert footers == [PLAN[3], PLAN[5]]
     assert [p.name for p in tmp_path.iterdir() if p.is_file()] == [SNAPSHOT]
+    for _ in range(2):
+        drop(out)
+    assert not [p for p in tmp_path.iterdir() if p.is_file()]
 
 
 def test_a_file_that_was_removed_is_not_counted_from_the_snapshot(

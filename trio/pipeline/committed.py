@@ -98,6 +98,12 @@ def save(
     write_atomic(output.join(SNAPSHOT), json.dumps(snapshot, separators=(",", ":")).encode())
 
 
+def drop(output: Location) -> None:
+    """Remove the snapshot: a finished run needs none."""
+    if storage.exists(output.join(SNAPSHOT)):
+        output.filesystem.delete_file(output.join(SNAPSHOT).path)
+
+
 def sweep(output: Location) -> int:
     """Remove the temporary files of killed writers; only while the lease is held."""
     return sum(storage.sweep(part) for part in (output, output.join(ROWS), output.join(STATS)))

@@ -160,16 +160,15 @@ class Held:
                 for name in dead:
                     self._bury(name, claims[name], watched[name])
                 continue
-            if not said and any(not self._is_younger(n, claims[n], mine) for n in claims):
+            slow = [
+                name
+                for name, seen in claims.items()
+                if not self._is_younger(name, seen, mine)
+                or now() - watched[name].since > self._interval_s
+            ]
+            if slow and not said:
                 said = True
-                elder = min(claims, key=lambda name: (claims[name].written, name))
-                age_s = (mine.beaten - claims[elder].beaten) / 1e9
-                say(
-                    f"--output {self._output.uri} was claimed by {_who(watched[elder].owner)},"
-                    f" whose last sign of life is {max(0.0, age_s):.0f} s old; waiting for up to"
-                    f" {max(0.0, self._expiry_of(watched[elder]) - age_s):.0f} s to see whether"
-                    " it is still running"
-                )
+                say(self._waiting(claims[slow[0]], mine, watched[slow[0]]))
             time.sleep(poll_s)
             poll_s = min(2 * poll_s, LONGEST_POLL_S, max(SHORTEST_POLL_S, self._interval_s / 2))
             self._beat()  # its time is how we read the storage's clock
@@ -207,6 +206,15 @@ class Held:
         ):
             raise self._refusal(first.owner)
         return False
+
+    def _waiting(self, seen: _Seen, mine: _Seen, watched: _Watched) -> str:
+        age_s = max(0.0, (mine.beaten - seen.beaten) / 1e9)
+        left_s = max(0.0, self._expiry_of(watched) - age_s)
+        return (
+            f"--output {self._output.uri} was claimed by {_who(watched.owner)}, whose last sign of"
+            f" life is {age_s:.0f} s old; waiting for up to {left_s:.0f} s to see whether it is"
+            " still running"
+        )
 
     def _is_younger(self, name: str, seen: _Seen, mine: _Seen) -> bool:
         return (seen.written, name) > (mine.written, self._name)

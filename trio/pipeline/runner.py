@@ -42,6 +42,8 @@ AHEAD = {False: 96, True: 256}
 MAX_CALLS = 16
 # units that one actor answers at a time
 READS_PER_CPU = 2
+SNAPSHOT_S = 60.0
+# between two snapshots of what is committed
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -146,6 +148,7 @@ def _execute(
     there = committed.read(run.output, wanted, run_id)
     done, before = there.units, there.totals
     todo = [unit for unit in wanted if unit not in done]
+    saved_at = time.monotonic()
     memory_plan: dict[str, Any] | None = None
     with Progress(run.rows, before, log_interval_s=config.log_interval, label=label) as progress:
         if todo:
@@ -155,6 +158,10 @@ def _execute(
                     progress.say(describe(memory_plan))
                 progress.add(Totals.from_json(receipt["totals"]), receipt["began_at"])
                 held.check()
+                done.add(Unit(receipt["shard"], receipt["start"], receipt["stop"]))
+                if time.monotonic() - saved_at > SNAPSHOT_S:
+                    committed.save(run.output, wanted, done, progress.done, run_id)
+                    saved_at = time.monotonic()
     _check_complete(run, wanted, progress.done)
     summary = summarise(
         progress.done,
@@ -168,8 +175,8 @@ def _execute(
     if pinned.ids is not None:
         summary["duplicate_ids"] = pinned.ids.duplicates
     held.check()
-    committed.save(run.output, wanted, set(wanted), progress.done, run_id)
     outdir.close(run.output, summary)
+    committed.drop(run.output)
     return summary
 
 

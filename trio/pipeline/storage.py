@@ -178,8 +178,19 @@ def list_files(location: Location) -> list[pafs.FileInfo]:
 
 
 def read_bytes(location: Location) -> bytes:
-    with location.filesystem.open_input_file(location.path) as stream:
-        return bytes(stream.read())
+    """A file as it is now.
+
+    Raises:
+        FileNotFoundError: also where it was removed between opening and reading, for which object
+            stores have another error.
+    """
+    try:
+        with location.filesystem.open_input_file(location.path) as stream:
+            return bytes(stream.read())
+    except OSError as error:
+        if isinstance(error, FileNotFoundError) or exists(location):
+            raise
+        raise FileNotFoundError(location.uri) from error
 
 
 def exists(location: Location) -> bool:
@@ -198,7 +209,7 @@ def write_atomic(location: Location, data: bytes | pa.Buffer) -> None:
         return
     # Arrow completes an upload whenever its stream is closed, be it by an exception, and then shows
     # what had been written by then. A failed request does not do that, but Ctrl-C between opening
-    # and writing would. It is not raised in other threads, and the pool waits for them.
+    # and writing would. It is not raised in other threads, and Python waits for those of a pool.
     with ThreadPoolExecutor(1) as pool:
         pool.submit(_put, location, data).result()
 
