@@ -73,8 +73,8 @@ def failure(load: ImageLoader, value: Any, policy: ImagePolicy = POLICY) -> RowE
 
 
 def pid_of(load: ImageProcess) -> int:
-    assert load._process is not None
-    return load._process.pid
+    assert load._child is not None
+    return load._child.process.pid
 
 
 def gone(pid: int) -> bool:
@@ -215,7 +215,7 @@ def test_a_killed_parent_leaves_no_process_behind(last: str, tmp_path: Path) -> 
         "from trio.pipeline.images import ImagePolicy\n"
         "load, policy = ImageProcess(), ImagePolicy(row_timeout=1.5)\n"
         f"load({png()!r}, None, policy)\n"
-        "print(load._process.pid, flush=True)\n"
+        "print(load._child.process.pid, flush=True)\n"
         "load(b'hang!', None, policy) if sys.argv[1] == 'hang' else sys.stdin.read()\n"
     )
     path = os.pathsep.join([str(ROOT), str(tmp_path)])
