@@ -154,6 +154,20 @@ def test_memory_has_a_limit(load: ImageProcess) -> None:
     assert load(png(), None, POLICY)
 
 
+def test_an_answer_that_is_none_ends_its_process(
+    load: ImageProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def garbled(text: Any) -> Any:
+        raise ValueError("not JSON")
+
+    load(png(), None, POLICY)
+    with monkeypatch.context() as patch:
+        patch.setattr(frames, "parse", garbled)
+        with pytest.raises(ValueError, match="not JSON"):
+            load(png(size=(90, 90)), None, POLICY)
+    assert load(png(), None, POLICY)[0].size == (12, 9)
+
+
 @pytest.mark.usefixtures("traps")
 def test_what_a_library_prints_is_no_answer(load: ImageProcess) -> None:
     assert load(b"print" + png(), None, POLICY)[0].size == (12, 9)

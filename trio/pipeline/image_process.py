@@ -117,9 +117,13 @@ class ImageProcess:
             pixels = [child.receive(size, deadline) for size in answer[frames.SIZES]]
         except (_Ended, _Overdue) as fault:
             self._child = None
-            status = child.end(patience=END_S if isinstance(fault, _Ended) else 0.0)
             late = time.monotonic() - began >= policy.row_timeout
+            status = child.end(patience=END_S if isinstance(fault, _Ended) else 0.0)
             raise _Died(_cause(status), timed_out=late or status == -signal.SIGALRM) from fault
+        except Exception:  # the rest of its answer would be taken for the next row's
+            self._child = None
+            child.end(patience=0.0)
+            raise
         if "error" in answer:
             raise RowError(*answer["error"])
         return [
@@ -239,7 +243,7 @@ def _wait(pipe: int, event: int, deadline: float) -> None:
     left = deadline - time.monotonic()
     poll = select.poll()
     poll.register(pipe, event)
-    if left <= 0 or not poll.poll(left * 1000):
+    if not poll.poll(max(0.0, left) * 1000):
         raise _Overdue
 
 
