@@ -337,7 +337,7 @@ def dirty(folder: Path, port: int) -> DataSet:
     data.add(rows, structs, row_group=10)
     data.add([*rows[:20], *lists()], large_lists)
     data.add(by_name, paths, row_group=1)
-    data.add(by_name[::-1], list_of_structs)
+    data.add(by_name[:20], list_of_structs)
     data.add([Case(images=[IMAGE], kind=UNREADABLE)] * 2, nested)
     data.add([Case(images=[IMAGE], kind=UNREADABLE)] * 2, text_as_bytes)
     data.add([Case(images=None, prompt=None, kind="prompt_missing")] * 3, all_null)
@@ -372,9 +372,9 @@ def test_every_row_comes_back_and_good_ones_are_none_the_wiser(
     assert len(data.rows) >= 200 and good >= 80 and len(kinds) >= 13
     out, alone = tmp_path / "out", tmp_path / "alone"
     common = ["--model", model, "--retention", "0.4", "--max-new-tokens", "6"]
-    flags = ["--input", str(tmp_path / "in"), "--output", str(out), "--rows-per-file", "13"]
+    flags = ["--input", str(tmp_path / "in"), "--output", str(out), "--rows-per-file", "30"]
     flags += ["--allow-remote-images", "--remote-images-from", f"http://127.0.0.1:{port}"]
-    flags += ["--image-roots", str(tmp_path / "rooted"), "--row-timeout", "3"]
+    flags += ["--image-roots", str(tmp_path / "rooted"), "--row-timeout", "3", "--threads", "2"]
     assert run(*flags, *common, "--max-error-rate", "1") == 0
     captured = capsys.readouterr()
     table = pq.read_table(out / "rows").to_pylist()

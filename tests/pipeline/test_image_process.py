@@ -73,8 +73,8 @@ def failure(load: ImageLoader, value: Any, policy: ImagePolicy = POLICY) -> RowE
 
 
 def pid_of(load: ImageProcess) -> int:
-    assert load._process is not None
-    return load._process.pid
+    assert load._child is not None
+    return load._child.process.pid
 
 
 def gone(pid: int) -> bool:
@@ -154,6 +154,20 @@ def test_memory_has_a_limit(load: ImageProcess) -> None:
     assert load(png(), None, POLICY)
 
 
+def test_an_answer_that_is_none_ends_its_process(
+    load: ImageProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def garbled(text: Any) -> Any:
+        raise ValueError("not JSON")
+
+    load(png(), None, POLICY)
+    with monkeypatch.context() as patch:
+        patch.setattr(frames, "parse", garbled)
+        with pytest.raises(ValueError, match="not JSON"):
+            load(png(size=(90, 90)), None, POLICY)
+    assert load(png(), None, POLICY)[0].size == (12, 9)
+
+
 @pytest.mark.usefixtures("traps")
 def test_what_a_library_prints_is_no_answer(load: ImageProcess) -> None:
     assert load(b"print" + png(), None, POLICY)[0].size == (12, 9)
@@ -215,7 +229,7 @@ def test_a_killed_parent_leaves_no_process_behind(last: str, tmp_path: Path) -> 
         "from trio.pipeline.images import ImagePolicy\n"
         "load, policy = ImageProcess(), ImagePolicy(row_timeout=1.5)\n"
         f"load({png()!r}, None, policy)\n"
-        "print(load._process.pid, flush=True)\n"
+        "print(load._child.process.pid, flush=True)\n"
         "load(b'hang!', None, policy) if sys.argv[1] == 'hang' else sys.stdin.read()\n"
     )
     path = os.pathsep.join([str(ROOT), str(tmp_path)])

@@ -34,6 +34,7 @@ GRACE_S = 5.0
 END_S = 2.0
 # for a process to go, before it is killed, and after
 ATTEMPTS = 2
+BUFFER_BYTES = 1 << 16
 _PIPE_BYTES = 1 << 20
 _F_SETPIPE_SZ = 1031
 _MOST_BUFFERS = 512
@@ -62,7 +63,7 @@ class ImageProcess:
     """``load_images`` in a process of its own, started when first needed; for one thread."""
 
     def __init__(self) -> None:
-        self._process: subprocess.Popen[bytes] | None = None
+        self._child: _Child | None = None
         self._sent: ImagePolicy | None = None
         # what the present process knows
 
@@ -97,28 +98,32 @@ class ImageProcess:
 
     def close(self) -> None:
         """End the process."""
-        process, self._process = self._process, None
-        if process is not None:
-            _end(process, patience=END_S)
+        child, self._child = self._child, None
+        if child is not None:
+            child.end(patience=END_S)
 
     def _ask(
         self, header: dict[str, Any], buffers: Sequence[Buffer], policy: ImagePolicy
     ) -> list[Image.Image]:
-        process = self._started()
+        child = self._started()
         if policy is not self._sent:
             header = header | {"policy": asdict(policy)}
         began = time.monotonic()
         deadline = began + policy.row_timeout + GRACE_S
         try:
-            _send(process, [frames.pack(header, list(map(len, buffers))), *buffers], deadline)
-            answer = _receive_header(process, deadline)
+            child.send([frames.pack(header, list(map(len, buffers))), *buffers], deadline)
+            answer = child.header(deadline)
             self._sent = policy
-            pixels = [_receive(process, size, deadline) for size in answer[frames.SIZES]]
+            pixels = [child.receive(size, deadline) for size in answer[frames.SIZES]]
         except (_Ended, _Overdue) as fault:
-            self._process = None
-            status = _end(process, patience=END_S if isinstance(fault, _Ended) else 0.0)
+            self._child = None
             late = time.monotonic() - began >= policy.row_timeout
+            status = child.end(patience=END_S if isinstance(fault, _Ended) else 0.0)
             raise _Died(_cause(status), timed_out=late or status == -signal.SIGALRM) from fault
+        except Exception:  # the rest of its answer would be taken for the next row's
+            self._child = None
+            child.end(patience=0.0)
+            raise
         if "error" in answer:
             raise RowError(*answer["error"])
         return [
@@ -126,24 +131,27 @@ class ImageProcess:
             for size, data in zip(answer["images"], pixels, strict=True)
         ]
 
-    def _started(self) -> subprocess.Popen[bytes]:
+    def _started(self) -> _Child:
         """The process, a new one where there is none."""
-        if self._process is not None:
-            return self._process
-        fault: Exception | None = None
+        if self._child is not None:
+            return self._child
+        fault = ""
         for _ in range(ATTEMPTS):
-            process: subprocess.Popen[bytes] | None = None
             try:
-                process = _start()
-                _receive_header(process, time.monotonic() + START_S)
-            except (OSError, _Ended, _Overdue) as error:
-                fault = error
-                if process is not None:
-                    fault = RuntimeError(f"it ended{_cause(_end(process, patience=0.0))}")
+                child = _Child(_start())
+            except OSError as error:
+                fault = str(error)
                 continue
-            self._process, self._sent = process, None
-            return process
-        raise NoImageProcess(f"no process for images can be started: {fault}") from fault
+            try:
+                child.header(time.monotonic() + START_S)
+            except (_Ended, _Overdue) as error:
+                late = isinstance(error, _Overdue)
+                status = child.end(patience=0.0 if late else END_S)
+                fault = "it is too slow" if late else f"it ended{_cause(status)}"
+                continue
+            self._child, self._sent = child, None
+            return child
+        raise NoImageProcess(f"no process for images can be started: {fault}")
 
 
 def _start() -> subprocess.Popen[bytes]:
@@ -151,83 +159,92 @@ def _start() -> subprocess.Popen[bytes]:
     others = [os.path.abspath(path) for path in sys.path if isinstance(path, str)]
     ours = str(PACKAGE.parent)
     path = os.pathsep.join([ours, *(each for each in others if each != ours)])
-    process = subprocess.Popen(
+    return subprocess.Popen(
         [sys.executable, "-P", "-m", MODULE],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         bufsize=0,
         env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
     )
-    for pipe in _pipes(process):
-        os.set_blocking(pipe, False)
-        if sys.platform == "linux":
-            with suppress(OSError):  # a user's pipes together may have so much and no more
-                fcntl.fcntl(pipe, _F_SETPIPE_SZ, _PIPE_BYTES)
-    return process
 
 
-def _pipes(process: subprocess.Popen[bytes]) -> tuple[int, int]:
-    assert process.stdin is not None and process.stdout is not None
-    return process.stdin.fileno(), process.stdout.fileno()
+class _Child:
+    """A process and its pipes, on which nothing waits beyond a deadline."""
 
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        assert process.stdin is not None and process.stdout is not None
+        self.process = process
+        self._in, self._out = process.stdin.fileno(), process.stdout.fileno()
+        self._buffer = memoryview(bytearray(BUFFER_BYTES))
+        # a small answer comes with one read: each call that waits may cost a turn at the GIL
+        self._start = self._stop = 0
+        for pipe in (self._in, self._out):
+            os.set_blocking(pipe, False)
+            if sys.platform == "linux":
+                with suppress(OSError):  # a user's pipes together may have so much and no more
+                    fcntl.fcntl(pipe, _F_SETPIPE_SZ, _PIPE_BYTES)
 
-def _send(process: subprocess.Popen[bytes], buffers: Sequence[Buffer], deadline: float) -> None:
-    pipe = _pipes(process)[0]
-    views = [memoryview(buffer).cast("B") for buffer in buffers if len(buffer)]
-    while views:
-        try:
-            count = os.writev(pipe, views[:_MOST_BUFFERS])
-        except BlockingIOError:
-            _wait(pipe, select.POLLOUT, deadline)
-            continue
-        except BrokenPipeError as error:
-            raise _Ended from error
-        while views and count >= len(views[0]):
-            count -= len(views.pop(0))
-        if count:
-            views[0] = views[0][count:]
+    def send(self, buffers: Sequence[Buffer], deadline: float) -> None:
+        views = [memoryview(buffer).cast("B") for buffer in buffers if len(buffer)]
+        while views:
+            try:
+                count = os.writev(self._in, views[:_MOST_BUFFERS])
+            except BlockingIOError:
+                _wait(self._in, select.POLLOUT, deadline)
+                continue
+            except BrokenPipeError as error:
+                raise _Ended from error
+            while views and count >= len(views[0]):
+                count -= len(views.pop(0))
+            if count:
+                views[0] = views[0][count:]
 
+    def header(self, deadline: float) -> dict[str, Any]:
+        (length,) = frames.PREFIX.unpack(self.receive(frames.PREFIX.size, deadline))
+        return frames.parse(self.receive(length, deadline))
 
-def _receive_header(process: subprocess.Popen[bytes], deadline: float) -> dict[str, Any]:
-    (length,) = frames.PREFIX.unpack(_receive(process, frames.PREFIX.size, deadline))
-    return frames.parse(_receive(process, length, deadline))
+    def receive(self, size: int, deadline: float) -> bytearray:
+        data = bytearray(size)
+        left = memoryview(data)
+        while left:
+            if self._start == self._stop and len(left) >= BUFFER_BYTES:
+                left = left[self._read(left, deadline) :]
+                continue
+            if self._start == self._stop:
+                self._start, self._stop = 0, self._read(self._buffer, deadline)
+            count = min(len(left), self._stop - self._start)
+            left[:count] = self._buffer[self._start : self._start + count]
+            self._start += count
+            left = left[count:]
+        return data
 
-
-def _receive(process: subprocess.Popen[bytes], size: int, deadline: float) -> bytearray:
-    assert process.stdout is not None
-    data = bytearray(size)
-    view = memoryview(data)
-    while view:
-        count = process.stdout.readinto(view)  # type: ignore[attr-defined]
-        if count is None:
-            _wait(process.stdout.fileno(), select.POLLIN, deadline)
-        elif count == 0:
+    def _read(self, view: memoryview, deadline: float) -> int:
+        _wait(self._out, select.POLLIN, deadline)
+        count = os.readv(self._out, [view])
+        if count == 0:
             raise _Ended
-        else:
-            view = view[count:]
-    return data
+        return count
+
+    def end(self, *, patience: float) -> int | None:
+        """Its exit status; None where not even SIGKILL ends it, and it is left to itself."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.close()
+        self.process.stdout.close()
+        for _ in range(2):
+            try:
+                return self.process.wait(patience)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                patience = END_S
+        return None
 
 
 def _wait(pipe: int, event: int, deadline: float) -> None:
     left = deadline - time.monotonic()
     poll = select.poll()
     poll.register(pipe, event)
-    if left <= 0 or not poll.poll(left * 1000):
+    if not poll.poll(max(0.0, left) * 1000):
         raise _Overdue
-
-
-def _end(process: subprocess.Popen[bytes], *, patience: float) -> int | None:
-    """Its exit status; None where not even SIGKILL ends it, and it is left to itself."""
-    assert process.stdin is not None and process.stdout is not None
-    process.stdin.close()
-    process.stdout.close()
-    for _ in range(2):
-        try:
-            return process.wait(patience)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            patience = END_S
-    return None
 
 
 def _cause(status: int | None) -> str:

@@ -24,7 +24,7 @@ from trio.pipeline.policy import ImagePolicy, RowError
 
 BYTES_PER_PIXEL = 48
 # the dearest way to RGB: 16 bit by way of float64, with its intermediate results
-STRIP_BYTES = 1 << 20
+PIPE_BYTES = STRIP_BYTES = 1 << 20
 BASE_BYTES = 4 << 30
 # of address space for libraries and the threads of object stores' clients
 
@@ -54,7 +54,7 @@ def main() -> None:
 
 def _claim_pipes() -> tuple[BinaryIO, BinaryIO]:
     """Input and output for ourselves: what a library prints goes to standard error."""
-    source, sink = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    source, sink = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb", PIPE_BYTES)
     with open(os.devnull, "rb") as nothing:
         os.dup2(nothing.fileno(), 0)
     os.dup2(2, 1)
