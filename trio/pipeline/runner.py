@@ -115,6 +115,7 @@ def execute(
         Exception: whatever ended Ray Data's execution.
     """
     with lease.hold(run.output) as held:
+        outdir.check_unchanged(run.output, run.earlier)
         return _execute(run, resources, held, factory, label)
 
 
