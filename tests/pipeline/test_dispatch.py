@@ -26,6 +26,7 @@ SCHEMA = pa.schema([("id", pa.int32()), ("image", pa.binary()), ("prompt", pa.st
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "PAUSES_S", (0.1,))
+    monkeypatch.setattr(dispatch, "DEAD_PAUSE_S", 0.1)
     monkeypatch.setattr(dispatch, "BEAT_EVERY_S", 0.2)
 
 

@@ -61,6 +61,18 @@ def test_a_run_without_ids_is_found_again(tmp_path: Path) -> None:
     assert outdir.earlier(locate(str(tmp_path))) == run
 
 
+def test_what_changed_since_the_plan_is_noticed(tmp_path: Path) -> None:
+    out = locate(str(tmp_path))
+    outdir.check_unchanged(out, None)
+    outdir.claim(out, RUN)
+    outdir.check_unchanged(out, RUN)
+    with pytest.raises(UserError, match="in the meantime"):
+        outdir.check_unchanged(out, None)
+    outdir.close(out, {})
+    with pytest.raises(UserError, match="in the meantime"):
+        outdir.check_unchanged(out, RUN)
+
+
 def test_another_run_is_refused_and_the_difference_named() -> None:
     now = RUN.fingerprint
     outdir.check_same(RUN, now, FOUND, "o")

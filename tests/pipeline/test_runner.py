@@ -10,7 +10,7 @@ import pytest
 
 from tests.pipeline.fakes import broken_engine, fake_engine, png, write_shard
 from trio.errors import UserError
-from trio.pipeline import cluster, outdir, runner
+from trio.pipeline import cluster, lease, outdir, runner
 from trio.pipeline.config import JobConfig
 from trio.pipeline.manifest import Manifest, Shard
 from trio.pipeline.schema import row_key
@@ -82,6 +82,7 @@ def test_every_row_once_in_order_with_two_actors(shards: Path, tmp_path: Path) -
         55,
         27,
     )
+    assert summary["duplicate_ids"] == 0
     assert summary["retention"] == 0.25 and summary["flops_ratio"] == 4.0
     assert summary["memory_plan"]["requests"] == 20
     assert summary["memory_plan"]["requests_unpruned"] == 5
@@ -105,8 +106,22 @@ def test_a_stopped_run_goes_on_without_doing_anything_twice(shards: Path, tmp_pa
     assert pq.read_table(out / "rows").column("row").to_pylist() == before
     assert pq.read_schema(files[1]).metadata[b"trio.run"] == run_id
     assert (out / "_SUCCESS").exists()
+    (out / "_SUCCESS").unlink()
     with pytest.raises(UserError, match="seed: 0, now 9"):
         execute(shards, out, seed=9)
+    with lease.hold(locate(str(out))), pytest.raises(UserError, match="in use by process"):
+        execute(shards, out)
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_ids_that_come_twice_are_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"id": i % 3, "image": png(), "prompt": "p", "answers": None} for i in range(4)]
+    write_shard(tmp_path / "in" / "0.parquet", rows, SCHEMA)
+    summary = execute(tmp_path / "in", tmp_path / "out")
+    assert summary["duplicate_ids"] == 1
+    assert "1 rows have an id that an earlier row has (id 0: " in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("ray_local")

@@ -41,6 +41,8 @@ BARREN_DEATHS = 12
 # deaths in a row without anything done in between, before the job fails
 PAUSES_S = (1.0, 5.0, 20.0, 60.0)
 # before the next try of what failed once, twice, ...
+DEAD_PAUSE_S = 15.0
+# at least, where a process died as it started: Ray goes on to use a dead node for so long
 BEAT_EVERY_S, SAY_EVERY_S = 5.0, 30.0
 FETCH_S = 60.0
 # to bring a result here that is ready
@@ -255,7 +257,7 @@ class Dispatcher:
                 yield from self._lose(slot, f"nothing moved in it for {limits.stall_s:.0f} s")
             elif slot.node and not slot.ready and now - slot.since > limits.start_s:
                 self._failed_start(slot, f"not ready after {limits.start_s:.0f} s")
-            elif slot.ready and now - slot.asked >= BEAT_EVERY_S:
+            elif slot.ready and now - slot.asked >= min(BEAT_EVERY_S, limits.stall_s / 3):
                 slot.asked = now
                 if not any(call.kind == "beat" for call in slot.calls.values()):
                     slot.calls[slot.handle.beat.remote()] = _Call("beat")
@@ -282,12 +284,12 @@ class Dispatcher:
         self._said = now
         self._say(state)
 
-    def _failed_start(self, slot: _Slot, reason: str) -> None:
+    def _failed_start(self, slot: _Slot, reason: str, *, died: bool = False) -> None:
         self._kill(slot)
         self._failed_starts += 1
         if self._failed_starts >= START_TRIES and not any(s.ready for s in self._slots):
             raise JobFailed(f"engines failed to start {self._failed_starts} times: {reason}")
-        pause = _pause(self._failed_starts)
+        pause = max(_pause(self._failed_starts), DEAD_PAUSE_S if died else 0.0)
         slot.not_before = time.monotonic() + pause
         self._say(f"an engine did not start ({reason}); next try in {pause:.0f} s")
 
@@ -370,7 +372,7 @@ class Dispatcher:
             if slot.ready:
                 yield from self._lose(slot, _reason(error))
             else:
-                self._failed_start(slot, _reason(error))
+                self._failed_start(slot, _reason(error), died=True)
         else:
             yield from self._succeeded(slot, slot.calls.pop(ref), value)
 

@@ -172,6 +172,20 @@ def check_same(
         )
 
 
+def check_unchanged(output: Location, old: Pinned | None) -> None:
+    """Make sure, with the lease held, that what was planned on is still what is there.
+
+    Raises:
+        UserError: another run began or finished there in between.
+    """
+    began = old is None and exists(output.join(MANIFEST)) and exists(output.join(CONFIG))
+    if began or finished(output):
+        raise UserError(
+            f"--output {output.uri}: another run was at work there in the meantime; start again to"
+            " go on with it, or give another --output"
+        )
+
+
 def new_run_id() -> str:
     return uuid.uuid4().hex
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from trio.engine.plan import describe
 from trio.engine.request import Sampling
-from trio.errors import JobFailed, UserError
+from trio.errors import JobFailed
 from trio.pipeline import committed, ids, lease, outdir
 from trio.pipeline import fingerprint as prints
 from trio.pipeline.actor import EngineFactory, EngineSettings, Receipt, build_engine
@@ -179,11 +179,7 @@ def _pinned(run: Plan, config: JobConfig) -> outdir.Pinned:
     Raises:
         UserError: another run has begun or ended there since the plan was made.
     """
-    now = outdir.earlier(run.output)
-    if (now and now.run_id) != (run.earlier and run.earlier.run_id) or outdir.finished(run.output):
-        raise UserError(
-            f"--output {run.output.uri}: another run was there in the meantime; start again"
-        )
+    outdir.check_unchanged(run.output, run.earlier)
     if run.earlier is not None:
         pinned = run.earlier
         for line in pinned.fingerprint.notices(run.fingerprint):
