@@ -1,4 +1,4 @@
-"""The error that means: the user can mend this."""
+"""Errors that end a job with one line and no traceback."""
 
 
 class UserError(ValueError):
@@ -7,3 +7,7 @@ class UserError(ValueError):
     The message says what is wrong, where, and how to mend it, in one line; the jobs print it
     without a traceback and exit with code 2.
     """
+
+
+class JobFailed(RuntimeError):
+    """A run cannot go on; what is committed stays, and the same command goes on from there."""

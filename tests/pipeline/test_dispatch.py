@@ -80,7 +80,6 @@ def test_units_of_a_killed_actor_are_done_by_others_at_once(tmp_path: Path) -> N
     got = rows(out)
     assert [r["id"] for r in got] == list(range(200)) and not summary["errors"]
     assert sum(s["images"] for s in pq.read_table(out / "stats").to_pylist()) == 200
-    assert len(starts.read_text().splitlines()) == 3, "the dead actor was not replaced"
     twice = [prompt for prompt, n in Counter(seen.read_text().split()).items() if n > 1]
     assert 0 < len(twice) <= 13 * 8, "more than the units that one actor has in hand"
     again = [r["finished_at"].timestamp() - killed[0] for r in got if r["prompt"] in twice]

@@ -1,13 +1,16 @@
 """Input expansion and the pinned listing."""
 
+import random
+import tracemalloc
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from tests.pipeline.fakes import write_shard
 from trio.errors import UserError
-from trio.pipeline.manifest import Manifest, inspect
+from trio.pipeline.manifest import Manifest, Shard, expand, inspect
 from trio.pipeline.storage import locate
 
 SCHEMA = pa.schema([("image", pa.binary())])
@@ -44,23 +47,61 @@ def test_sizes_rows_and_row_groups(tmp_path: Path) -> None:
 
 
 def test_table_gives_the_manifest_back(tmp_path: Path) -> None:
-    shard(tmp_path / "a.parquet", 5)
+    shard(tmp_path / "a.parquet", 5, row_group=2)
     shard(tmp_path / "b.parquet", 0)
-    manifest, _ = inspect([str(tmp_path)])
-    assert Manifest.from_table(manifest.to_table()) == manifest
-    assert manifest.rows == 5
+    shard(tmp_path / "c.parquet", 5, row_group=2)
+    manifest, schemas = inspect([str(tmp_path)])
+    assert manifest.rows == 10 and schemas[0] is schemas[2]
+    buffer = manifest.to_bytes({b"trio.run": b"1"})
+    table = pq.read_table(pa.BufferReader(buffer))
+    back = Manifest.from_table(table)
+    assert back == manifest and table.schema.metadata[b"trio.run"] == b"1"
+    assert back.shards[0].row_groups is back.shards[2].row_groups
 
 
-def test_difference_names_what_changed(tmp_path: Path) -> None:
+def test_a_listing_is_compared_and_what_changed_is_named(tmp_path: Path) -> None:
     shard(tmp_path / "a.parquet", 5)
     before, _ = inspect([str(tmp_path)])
-    assert before.difference(before) is None
-    shard(tmp_path / "a.parquet", 6)
-    changed, _ = inspect([str(tmp_path)])
-    difference = before.difference(changed)
-    assert difference is not None and "a.parquet" in difference and "6" in difference
+    assert before.difference(expand([str(tmp_path)])) is None
+    (tmp_path / "a.parquet").unlink()
+    path = shard(tmp_path / "a.parquet", 60, row_group=2)
+    difference = before.difference(expand([str(tmp_path)]))
+    assert difference == f"{path} had {before.size} bytes, has {path.stat().st_size}"
+    path.rename(tmp_path / "c.parquet")
+    assert "c.parquet" in str(before.difference(expand([str(tmp_path)])))
     shard(tmp_path / "b.parquet", 1)
-    assert "1 shards then, 2 now" in str(before.difference(inspect([str(tmp_path)])[0]))
+    assert "1 shards then, 2 now" in str(before.difference(expand([str(tmp_path)])))
+
+
+def planned(count: int, seed: int) -> Manifest:
+    """Shards of 10,000 rows with names of 106 letters, each cut into 100 unequal row groups."""
+    rng = random.Random(seed)
+    base = "s3://a-bucket-of-some-team/datasets/captions/v3/images-of-the-web/part"
+    shards = [
+        Shard(
+            number=i,
+            path=f"{base}-{i // 1000:03d}/{rng.getrandbits(64):016x}-{i:06d}.parquet",
+            size=rng.randint(10**9, 2 * 10**9),
+            rows=10_000,
+            row_groups=tuple(rng.randint(80, 120) for _ in range(100)),
+        )
+        for i in range(count)
+    ]
+    assert len(shards[0].path) == 106
+    return Manifest(shards=tuple(shards))
+
+
+def test_what_a_shard_costs_in_the_manifest() -> None:
+    """README, "Resuming": 100 bytes on disk, and a driver's memory of 1.5 kB, at the most."""
+    count = 2000
+    buffer = planned(count, 1).to_bytes({})
+    assert buffer.size / count < 100
+    table = pq.read_table(pa.BufferReader(buffer))
+    tracemalloc.start()
+    manifest = Manifest.from_table(table)
+    used, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert manifest.rows == 10_000 * count and used / count < 1500
 
 
 @pytest.mark.parametrize("name", ["missing", "missing.parquet", "missing-*.parquet", "empty"])

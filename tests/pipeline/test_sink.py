@@ -9,9 +9,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from trio.pipeline.committed import listed, read
 from trio.pipeline.plan import Unit
 from trio.pipeline.schema import row_key
-from trio.pipeline.sink import Sink, committed, totals_of
+from trio.pipeline.sink import Sink
 from trio.pipeline.storage import locate
 from trio.pipeline.totals import Totals
 
@@ -37,8 +38,8 @@ def test_rows_statistics_and_totals_are_there_after_a_commit(tmp_path: Path) -> 
     for _ in range(2):
         sink(tmp_path).commit(UNIT, rows(4, 5), STATS, totals)
     out = locate(str(tmp_path))
-    assert committed(out) == {UNIT}
-    assert totals_of(out, [UNIT]) == [totals]
+    found = read(out, [UNIT], "run1")
+    assert (found.units, found.totals) == ({UNIT}, totals)
     assert os.listdir(tmp_path / "rows") == os.listdir(tmp_path / "stats") == [UNIT.name]
     table = pq.read_table(tmp_path / "rows")
     assert table.column("id").to_pylist() == ["id4", "id5"]
@@ -50,7 +51,7 @@ def test_rows_statistics_and_totals_are_there_after_a_commit(tmp_path: Path) -> 
 def test_a_unit_with_other_rows_is_not_written(tmp_path: Path, numbers: tuple[int, ...]) -> None:
     with pytest.raises(AssertionError):
         sink(tmp_path).commit(UNIT, rows(*numbers), STATS, Totals())
-    assert committed(locate(str(tmp_path))) == set()
+    assert listed(locate(str(tmp_path))) == set()
 
 
 def test_rows_are_the_commit_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,7 +68,7 @@ def test_rows_are_the_commit_point(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(module, "write_atomic", crash)
     with pytest.raises(OSError, match="crash"):
         sink(tmp_path).commit(UNIT, rows(4, 5), STATS, Totals())
-    assert committed(locate(str(tmp_path))) == set()
+    assert listed(locate(str(tmp_path))) == set()
     monkeypatch.undo()
     sink(tmp_path).commit(UNIT, rows(4, 5), STATS | {"images": 7}, Totals())
     assert pq.read_table(tmp_path / "stats").column("images").to_pylist() == [7]
@@ -77,5 +78,5 @@ def test_other_files_are_no_units(tmp_path: Path) -> None:
     (tmp_path / "rows").mkdir()
     for name in ("x.parquet", UNIT.name + ".ab12.tmp"):
         (tmp_path / "rows" / name).write_text("")
-    assert committed(locate(str(tmp_path))) == set()
-    assert committed(locate(str(tmp_path / "nothing"))) == set()
+    assert listed(locate(str(tmp_path))) == set()
+    assert listed(locate(str(tmp_path / "nothing"))) == set()

@@ -18,6 +18,7 @@ from trio.pipeline.storage import (
     list_files,
     locate,
     read_bytes,
+    sweep,
     write_atomic,
 )
 
@@ -89,6 +90,22 @@ def test_what_a_killed_write_leaves_is_hidden_from_readers(
     write_atomic(locate(str(tmp_path / "1.parquet")), b"torn")
     assert len(os.listdir(tmp_path)) == 2
     assert pq.read_table(tmp_path).column("x").to_pylist() == [1]
+
+
+def test_leftovers_of_killed_writes_are_swept_and_nothing_else(tmp_path: Path) -> None:
+    left, others = ".0.parquet.0123abcd.tmp", ["0.parquet", ".hidden", "x.0123abcd.tmp", ".x.tmp"]
+    for name in (left, *others):
+        (tmp_path / name).write_text("")
+    assert sweep(locate(str(tmp_path))) == 1
+    assert sorted(os.listdir(tmp_path)) == sorted(others)
+    assert sweep(locate(str(tmp_path / "missing"))) == 0
+
+
+def test_the_name_is_flushed_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flushed: list[str] = []
+    monkeypatch.setattr(os, "fsync", lambda fd: flushed.append(os.readlink(f"/proc/self/fd/{fd}")))
+    write_atomic(locate(str(tmp_path / "x")), b"1")
+    assert flushed[0].endswith(".tmp") and flushed[1] == str(tmp_path)
 
 
 def test_options_of_a_uri_stay_with_what_is_derived_from_it() -> None:

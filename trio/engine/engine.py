@@ -90,6 +90,7 @@ class Engine:
         *,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
+        revision: str | None = None,
         **options: Any,
     ) -> Engine:
         """Load a model and its processor from a directory or the hub.
@@ -98,12 +99,13 @@ class Engine:
             model: directory, or hub id; safetensors only, and no code of the repository is run.
             device: None takes the GPU if there is one.
             dtype: None takes the checkpoint's on a GPU, float32 on a CPU.
+            revision: commit, tag or branch of a hub id; None takes its main branch.
             options: as for `Engine`.
 
         Raises:
             UserError: nothing usable there, or an architecture that is not supported.
         """
-        return cls(*load(model, device=device, dtype=dtype), **options)
+        return cls(*load(model, device=device, dtype=dtype, revision=revision), **options)
 
     def generate(self, requests: Iterable[Request | Prepared]) -> Generator[Result, None, None]:
         """Serve requests, pulled as there is room for them; results come as they finish."""

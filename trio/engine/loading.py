@@ -14,7 +14,11 @@ from trio.models.registry import check_supported, processor_class
 
 
 def load(
-    model: str, *, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None
+    model: str,
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    revision: str | None = None,
 ) -> tuple[Any, Any]:
     """Model and processor, see `Engine.from_pretrained`."""
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -24,34 +28,45 @@ def load(
         dtype = "auto" if where.type == "cuda" else torch.float32
     model = _expanded(model)
     _check_directory(model)
+    which = _which(revision)
     try:
-        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False, **which)
     except (OSError, ValueError) as error:
         raise UserError(f"no model at {model!r}: {_first_line(error)}") from error
     check_supported(config)
     try:
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
-            model, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False
+            model,
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            **which,
         )
-        processor = _processor(model, config)
+        processor = _processor(model, config, which)
     except OSError as error:
         raise UserError(f"{model!r} is incomplete: {_first_line(error)}") from error
     return loaded.to(where).eval(), processor
 
 
-def load_processor(model: str) -> Any:
+def load_processor(model: str, *, revision: str | None = None) -> Any:
     """The processor alone, for workers that only prepare requests.
 
     Images go through PIL wherever it runs: torchvision resizes differently, and a result must not
     depend on whether it happens to be installed.
     """
-    model = _expanded(model)
-    return _processor(model, AutoConfig.from_pretrained(model, trust_remote_code=False))
+    model, which = _expanded(model), _which(revision)
+    config = AutoConfig.from_pretrained(model, trust_remote_code=False, **which)
+    return _processor(model, config, which)
 
 
-def _processor(model: str, config: Any) -> Any:
+def _processor(model: str, config: Any, which: dict[str, str]) -> Any:
     kind = processor_class(config)
-    return kind.from_pretrained(model, backend="pil", trust_remote_code=False)
+    return kind.from_pretrained(model, backend="pil", trust_remote_code=False, **which)
+
+
+def _which(revision: str | None) -> dict[str, str]:
+    return {} if revision is None else {"revision": revision}
 
 
 def default_kv_bytes(device: torch.device) -> int:

@@ -70,6 +70,8 @@ class EngineSettings:
     # that decode and prepare; None: by the node's CPUs
     ahead: int
     # rows prepared or in the engine at a time
+    revision: str | None = None
+    # commit of a hub id
 
 
 EngineFactory = Callable[[EngineSettings], EngineLike]
@@ -90,6 +92,7 @@ def build_engine(settings: EngineSettings) -> EngineLike:
         device="cuda" if settings.gpu else "cpu",
         dtype=getattr(torch, settings.dtype) if settings.dtype else None,
         sampling=settings.sampling,
+        revision=settings.revision,
         **{name: value for name, value in optional.items() if value is not None},
     )
 

@@ -64,6 +64,13 @@ class JobConfig:
     model: str = option(
         DEMO, parse.text, "model: hub id or directory; 'demo' is the bundled one", results=True
     )
+    revision: str | None = option(
+        None,
+        parse.text,
+        "commit, tag or branch of a hub id; run.yaml names the commit, which a resumed run keeps"
+        " to (default: the newest of the main branch)",
+        results=True,
+    )
     prompt: str | None = option(
         None, parse.text, "prompt for rows that bring none", results=True, metavar="TEXT"
     )
@@ -338,11 +345,7 @@ def dump(config: JobConfig, comment: str = "") -> str:
     return "".join(f"# {line}\n" for line in comment.splitlines()) + body
 
 
-def results_difference(old: JobConfig, new: JobConfig) -> list[str]:
-    """Settings that would give other rows, each as ``name: old, now new``."""
-    out = []
-    for name, field in FIELDS.items():
-        before, after = getattr(old, name), getattr(new, name)
-        if field.metadata["results"] and before != after:
-            out.append(f"{name}: {before!r}, now {after!r}")
-    return out
+def results(config: JobConfig) -> dict[str, Any]:
+    """The settings whose values decide what the rows are, as JSON would give them back."""
+    values = {n: getattr(config, n) for n, field in FIELDS.items() if field.metadata["results"]}
+    return {n: list(v) if isinstance(v, tuple) else v for n, v in values.items()}

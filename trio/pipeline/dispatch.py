@@ -21,7 +21,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from trio.errors import UserError
+from trio.errors import JobFailed, UserError
 from trio.pipeline.actor import BEAT, EngineActor, Receipt
 from trio.pipeline.manifest import Shard
 from trio.pipeline.plan import Unit
@@ -46,10 +46,6 @@ FETCH_S = 60.0
 # to bring a result here that is ready
 ROOM_S = 60.0
 # least time to wait for Ray to find room for the first engine
-
-
-class JobFailed(RuntimeError):
-    """The run cannot go on; what is committed stays, and the same command goes on from there."""
 
 
 class Stopped(JobFailed):
@@ -155,6 +151,7 @@ class Dispatcher:
         *,
         limits: Limits,
         stop: Stop,
+        watch: Callable[[], None],
         committed: Callable[[Unit], Totals | None],
         say: Callable[[str], None],
     ) -> None:
@@ -167,11 +164,13 @@ class Dispatcher:
             arguments: of ``EngineActor``.
             limits: when to give up.
             stop: looked at once a second.
+            watch: called once a second; what it raises ends the run.
             committed: totals of a unit if its rows are there, asked before it is done again.
             say: takes one line for the user.
         """
         self._queue, self._shards, self._options = queue, shards, options
         self._limits, self._stop, self._committed, self._say = limits, stop, committed, say
+        self._watch = watch
         self._suspects: deque[_Suspect] = deque()
         self._delayed: list[tuple[float, Unit]] = []
         self._deaths: Counter[Unit] = Counter()
@@ -208,6 +207,7 @@ class Dispatcher:
                 for ref in self._await():
                     yield from self._settle(ref)
                 yield from self._look_after()
+                self._watch()
         finally:
             for slot in self._slots:
                 self._kill(slot)
@@ -216,7 +216,7 @@ class Dispatcher:
         busy = any(slot.hands() for slot in self._slots)
         if self._stop.asked_at is not None:
             if not busy or time.monotonic() > self._stop.asked_at + self._limits.grace_s:
-                raise Stopped("stopped on request")
+                raise Stopped("stopped; the same command with the same --output goes on")
             return False
         return not (busy or self._queue or self._suspects or self._delayed)
 

@@ -78,6 +78,8 @@ def _local(path: str, base: str | None, policy: ImagePolicy) -> bytes:
 
 
 def _check_regular(status: os.stat_result, shown: str) -> None:
+    if stat.S_ISLNK(status.st_mode):
+        raise RowError("image_not_found", f"{shown}: its links lead in a circle")
     if not stat.S_ISREG(status.st_mode):
         kind = _KINDS.get(stat.S_IFMT(status.st_mode), "device")
         raise RowError("image_forbidden", f"{shown} is a {kind}, not a regular file")

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from trio.errors import UserError
+from trio.errors import JobFailed, UserError
 from trio.pipeline import cli, outdir
 from trio.pipeline import config as settings
 from trio.pipeline.cli import ERRORS, FAILED, OK, WRONG
@@ -55,6 +55,8 @@ def main(job: Job, argv: Sequence[str] | None = None) -> int:
         return dry_run(job, config) if args.dry_run else run(job, config)
     except UserError as error:
         return cli.fail(job.prog, str(error), WRONG)
+    except JobFailed as error:
+        return cli.fail(job.prog, str(error), FAILED)
     except KeyboardInterrupt:
         return cli.fail(
             job.prog, "stopped; the same command with the same --output goes on", FAILED
@@ -125,30 +127,26 @@ def run(job: Job, config: JobConfig) -> int:
             f"{output.uri} is finished already: nothing to do. For a new run give another --output."
         )
         return _verdict(job, config, outdir.read_summary(output))
-    from trio.pipeline import cluster, runner
-    from trio.pipeline.dispatch import JobFailed, Stop, Stopped
+    from trio.pipeline import cluster, lease, runner
+    from trio.pipeline.dispatch import Stop
 
     plans = [(name, runner.plan(each, input_paths(job, each))) for name, each in runs(config)]
-    attached = cluster.start()
-    stop = Stop()
-    try:
-        _on_signals(stop)
-        resources = cluster.fit(config, attached=attached)
-        _announce(config, plans[-1][1], resources.describe())
-        done = []
-        for name, each in plans:
-            if outdir.finished(each.output):
-                done.append((name, outdir.read_summary(each.output)))
-            else:
-                label = name if len(plans) > 1 else ""
-                done.append((name, runner.execute(each, resources, label=label, stop=stop)))
-    except Stopped:
-        message = "stopped; the same command with the same --output goes on"
-        return cli.fail(job.prog, message, FAILED)
-    except JobFailed as error:
-        return cli.fail(job.prog, str(error), FAILED)
-    finally:
-        cluster.stop(attached)
+    stop, done = Stop(), []
+    with lease.hold(output) as held:
+        attached = cluster.start()
+        try:
+            _on_signals(stop)
+            resources = cluster.fit(config, attached=attached)
+            _announce(config, plans[-1][1], resources.describe())
+            for name, each in plans:
+                if outdir.finished(each.output):
+                    done.append((name, outdir.read_summary(each.output)))
+                else:
+                    label = name if len(plans) > 1 else ""
+                    summary = runner.execute(each, resources, label=label, stop=stop, held=held)
+                    done.append((name, summary))
+        finally:
+            cluster.stop(attached)
     summary = done[-1][1]
     print(f"\n{table(list(reversed(done)))}\n\nrows: {output.join('rows').uri}", flush=True)
     return _verdict(job, config, summary)

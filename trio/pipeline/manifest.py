@@ -1,16 +1,19 @@
 """The input as planned: numbered shards with sizes, row counts and row groups, pinned for a run.
 
 INPUT paths, directories, patterns or URIs; OUTPUT a ``Manifest`` that is written once as
-``manifest.parquet`` and compared on resume. Reads Parquet footers only.
+``manifest.parquet``. Planning reads Parquet footers; a resume compares the pinned manifest with a
+listing (paths and sizes) and reads no byte of any shard. A shard that was rewritten with the very
+same size is therefore not noticed.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -70,30 +73,47 @@ class Manifest:
 
     @classmethod
     def from_table(cls, table: pa.Table) -> Manifest:
-        shards = [
-            Shard(
-                number=row["shard"],
-                path=row["path"],
-                size=row["size"],
-                rows=row["rows"],
-                row_groups=tuple(row["row_groups"]),
+        groups = table.column("row_groups").combine_chunks()
+        counts = np.asarray(groups.flatten())
+        ends = np.cumsum(groups.value_lengths().to_numpy(zero_copy_only=False))
+        columns = [table.column(name).to_pylist() for name in ("shard", "path", "size", "rows")]
+        alike: dict[bytes, tuple[int, ...]] = {}
+        # Most shards are cut alike: one tuple serves them all, else these are most of the memory.
+        shards = []
+        for number, path, size, rows, start, end in zip(
+            *columns, np.concatenate([[0], ends])[:-1], ends, strict=True
+        ):
+            mine = counts[int(start) : int(end)]
+            key = mine.tobytes()
+            if key not in alike:
+                alike[key] = tuple(mine.tolist())
+            shards.append(
+                Shard(number=number, path=path, size=size, rows=rows, row_groups=alike[key])
             )
-            for row in table.to_pylist()
-        ]
         return cls(shards=tuple(shards))
 
-    def difference(self, other: Manifest) -> str | None:
-        """What tells another listing of the input from this one, None when nothing does."""
-        if len(self.shards) != len(other.shards):
-            return f"{len(self.shards)} shards then, {len(other.shards)} now"
-        for mine, theirs in zip(self.shards, other.shards, strict=True):
-            if mine.path != theirs.path:
-                return f"shard {mine.number} was {mine.path}, is {theirs.path}"
-            if mine != theirs:
-                return (
-                    f"{mine.path} had {mine.rows} rows in {mine.size} bytes,"
-                    f" has {theirs.rows} in {theirs.size}"
-                )
+    def to_bytes(self, metadata: Mapping[bytes, bytes]) -> pa.Buffer:
+        """The manifest as a small Parquet file: paths by what they share with the one before."""
+        sink = pa.BufferOutputStream()
+        pq.write_table(
+            self.to_table().replace_schema_metadata(metadata),
+            sink,
+            compression="zstd",
+            use_dictionary=["row_groups.list.element"],
+            column_encoding={"path": "DELTA_BYTE_ARRAY"},
+            store_schema=True,
+        )
+        return sink.getvalue()
+
+    def difference(self, found: Sequence[tuple[Location, int]]) -> str | None:
+        """What tells a listing of the input (see `expand`) from this one, None when nothing."""
+        if len(self.shards) != len(found):
+            return f"{len(self.shards)} shards then, {len(found)} now"
+        for shard, (location, size) in zip(self.shards, found, strict=True):
+            if shard.path != location.uri:
+                return f"shard {shard.number} was {shard.path}, is {location.uri}"
+            if shard.size != size:
+                return f"{shard.path} had {shard.size} bytes, has {size}"
         return None
 
 
@@ -142,20 +162,29 @@ def inspect(
     found = expand(inputs, output)
     with ThreadPoolExecutor(FOOTER_THREADS) as pool:
         footers = list(pool.map(_footer, [location for location, _ in found]))
-    shards = [
-        Shard(number=number, path=location.uri, size=size, rows=sum(groups), row_groups=groups)
-        for number, ((location, size), (groups, _)) in enumerate(zip(found, footers, strict=True))
-    ]
-    return Manifest(shards=tuple(shards)), [schema for _, schema in footers]
+    # Shards of one data set are alike in schema and often in row groups: kept once each.
+    cuts: dict[tuple[int, ...], tuple[int, ...]] = {}
+    kinds: dict[bytes, pa.Schema] = {}
+    shards, schemas = [], []
+    for number, ((location, size), (groups, raw)) in enumerate(zip(found, footers, strict=True)):
+        groups = cuts.setdefault(groups, groups)
+        shards.append(
+            Shard(number=number, path=location.uri, size=size, rows=sum(groups), row_groups=groups)
+        )
+        if raw not in kinds:
+            kinds[raw] = pa.ipc.read_schema(pa.py_buffer(raw))
+        schemas.append(kinds[raw])
+    return Manifest(shards=tuple(shards)), schemas
 
 
-def _footer(location: Location) -> tuple[tuple[int, ...], pa.Schema]:
+def _footer(location: Location) -> tuple[tuple[int, ...], bytes]:
+    """Rows of each row group, and the Arrow schema as bytes."""
     try:
         with location.filesystem.open_input_file(location.path) as stream:
             file = pq.ParquetFile(stream)
             meta = file.metadata
             groups = tuple(meta.row_group(i).num_rows for i in range(meta.num_row_groups))
-            return groups, file.schema_arrow
+            return groups, file.schema_arrow.serialize().to_pybytes()
     except (OSError, pa.ArrowException) as error:
         first = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise UserError(f"{location.uri}: not a readable Parquet file ({first})") from error

@@ -1,15 +1,19 @@
 """A run's output directory: claimed, resumed or found finished, and closed with _SUCCESS.
 
-``manifest.parquet`` pins the input and carries the run's id; ``run.yaml`` the settings. A second
-run on the same directory goes on where the first stopped, if both say the same.
+``manifest.parquet`` pins the input and carries, in its schema's metadata, all else that a resume
+needs: the run's id, the input's columns, the fingerprint and what was found out about the ids.
+``run.yaml`` holds the settings. A second run on the same directory goes on where the first stopped,
+if both say the same.
 """
 
 from __future__ import annotations
 
+import base64
+import dataclasses
 import datetime
 import json
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,23 +24,35 @@ import yaml
 
 from trio.errors import UserError
 from trio.pipeline import config as settings
+from trio.pipeline import manifest
+from trio.pipeline.columns import Columns
 from trio.pipeline.config import JobConfig
+from trio.pipeline.fingerprint import Fingerprint
+from trio.pipeline.ids import IdReport
 from trio.pipeline.manifest import Manifest
 from trio.pipeline.schema import RUN_KEY, metadata_of
-from trio.pipeline.sink import ROWS, STATS, serialise
+from trio.pipeline.sink import ROWS, STATS
 from trio.pipeline.storage import Location, exists, make_directory, read_bytes, write_atomic
 
 MANIFEST, CONFIG, SUMMARY, SUCCESS = "manifest.parquet", "run.yaml", "summary.json", "_SUCCESS"
+COLUMNS_KEY, FINGERPRINT_KEY, IDS_KEY = b"trio.columns", b"trio.fingerprint", b"trio.ids"
 UNPRUNED = "unpruned"
 # the comparison's own directory, which is done before the run around it begins
 
 
+SHOWN_DIFFERENCES = 3
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Earlier:
-    """What an earlier, unfinished run left in the directory."""
+class Pinned:
+    """What a run is; written before its first row, found again by a run that goes on."""
 
     run_id: str
     manifest: Manifest
+    columns: Columns
+    fingerprint: Fingerprint
+    ids: IdReport | None
+    # None where the input has no id column
     config: JobConfig
 
 
@@ -63,7 +79,7 @@ def finished(output: Location) -> bool:
         raise UserError(f"--output {output.uri}: cannot be read: {error}") from error
 
 
-def earlier(output: Location) -> Earlier | None:
+def earlier(output: Location) -> Pinned | None:
     """The unfinished run in a directory, None in a new or empty one.
 
     Raises:
@@ -75,14 +91,42 @@ def earlier(output: Location) -> Earlier | None:
     try:
         table = pq.read_table(pa.BufferReader(read_bytes(output.join(MANIFEST))))
         values = yaml.safe_load(read_bytes(output.join(CONFIG)))
-        run_id = table.schema.metadata[RUN_KEY].decode()
-        config = settings.from_mapping(values, f"{output.uri}/{CONFIG}")
-        return Earlier(run_id=run_id, manifest=Manifest.from_table(table), config=config)
-    except (OSError, KeyError, TypeError, pa.ArrowException, yaml.YAMLError, UserError) as error:
+        said = table.schema.metadata
+        return Pinned(
+            run_id=said[RUN_KEY].decode(),
+            manifest=Manifest.from_table(table),
+            columns=_columns_from_json(said[COLUMNS_KEY]),
+            fingerprint=Fingerprint.from_json(said[FINGERPRINT_KEY]),
+            ids=IdReport.from_json(said[IDS_KEY]) if IDS_KEY in said else None,
+            config=settings.from_mapping(values, f"{output.uri}/{CONFIG}"),
+        )
+    except (OSError, KeyError, TypeError, ValueError, pa.ArrowException, yaml.YAMLError) as error:
         raise UserError(
             f"--output {output.uri}: its {MANIFEST} or {CONFIG} cannot be read ({error});"
             " give another directory"
         ) from error
+
+
+def _columns_to_json(columns: Columns) -> bytes:
+    """Every field as it is; Arrow types, which JSON does not know, as an encoded schema."""
+
+    def plain(value: object) -> object:
+        if not isinstance(value, pa.DataType):
+            return value
+        encoded = pa.schema([("", value)]).serialize().to_pybytes()
+        return {"type": base64.b64encode(encoded).decode()}
+
+    fields = dataclasses.fields(columns)
+    return json.dumps({f.name: plain(getattr(columns, f.name)) for f in fields}).encode()
+
+
+def _columns_from_json(text: bytes) -> Columns:
+    values = json.loads(text)
+    for name, value in values.items():
+        if isinstance(value, dict):
+            encoded = pa.py_buffer(base64.b64decode(value["type"]))
+            values[name] = pa.ipc.read_schema(encoded).field(0).type
+    return Columns(**values)
 
 
 def _check_unused(output: Location) -> None:
@@ -101,19 +145,30 @@ def _check_unused(output: Location) -> None:
         )
 
 
-def check_same(old: Earlier, config: JobConfig, manifest: Manifest, output: str) -> None:
+def check_same(
+    old: Pinned, now: Fingerprint, found: Sequence[tuple[Location, int]], output: str
+) -> None:
     """Refuse to mix rows of two different runs.
 
+    Args:
+        old: what the directory holds.
+        now: the fingerprint of what was asked for.
+        found: the input as it is listed now, see `manifest.expand`; no shard is opened.
+        output: for the message.
+
     Raises:
-        UserError: naming the setting or the input file that differs.
+        UserError: naming what differs.
     """
-    changed = settings.results_difference(old.config, config)
-    input_changed = old.manifest.difference(manifest)
-    reason = changed[0] if changed else f"the input: {input_changed}" if input_changed else None
-    if reason is not None:
+    reasons = old.fingerprint.differences(now)
+    changed = old.manifest.difference(found)
+    if changed is not None:
+        reasons.append(f"the input: {changed}")
+    if reasons:
+        more = len(reasons) - SHOWN_DIFFERENCES
+        shown = "; ".join(reasons[:SHOWN_DIFFERENCES]) + (f"; {more} more" if more > 0 else "")
         raise UserError(
-            f"--output {output} holds an unfinished run with another {reason};"
-            " give the same settings to go on with it, or another --output"
+            f"--output {output} holds an unfinished run that differs in this: {shown}."
+            " Give the same settings, model and input to go on with it, or another --output"
         )
 
 
@@ -121,25 +176,27 @@ def new_run_id() -> str:
     return uuid.uuid4().hex
 
 
-def claim(output: Location, config: JobConfig, manifest: Manifest, run_id: str) -> None:
+def claim(output: Location, run: Pinned) -> None:
     """Write what the run is before its first row.
 
     Raises:
         UserError: the directory cannot be made or written.
     """
-    from trio.pipeline.summary import versions
-
-    table = manifest.to_table()
-    marked = table.replace_schema_metadata(metadata_of(table.schema, run_id))
+    said = metadata_of(manifest.SCHEMA, run.run_id) | {
+        COLUMNS_KEY: _columns_to_json(run.columns),
+        FINGERPRINT_KEY: run.fingerprint.to_json().encode(),
+    }
+    if run.ids is not None:
+        said[IDS_KEY] = run.ids.to_json().encode()
     comment = (
-        f"trio-vlm {versions()['trio-vlm']}, run {run_id}\n"
+        f"trio-vlm {run.fingerprint.version}, run {run.run_id}\n"
         f"Repeat: --config {CONFIG} --output NEW_DIRECTORY"
     )
     try:
         for name in (ROWS, STATS):
             make_directory(output.join(name))
-        write_atomic(output.join(CONFIG), settings.dump(config, comment).encode())
-        write_atomic(output.join(MANIFEST), serialise(marked))
+        write_atomic(output.join(CONFIG), settings.dump(run.config, comment).encode())
+        write_atomic(output.join(MANIFEST), run.manifest.to_bytes(said))
     except OSError as error:
         raise UserError(f"--output {output.uri}: cannot be written: {error}") from error
 

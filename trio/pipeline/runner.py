@@ -5,31 +5,32 @@ INPUT a resolved ``JobConfig``; OUTPUT a finished output directory and its summa
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Generator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
-
-import pyarrow as pa
 
 from trio.engine.plan import describe
 from trio.engine.request import Sampling
-from trio.pipeline import outdir
+from trio.errors import JobFailed, UserError
+from trio.pipeline import committed, ids, lease, outdir
+from trio.pipeline import fingerprint as prints
 from trio.pipeline.actor import EngineFactory, EngineSettings, Receipt, build_engine
 from trio.pipeline.cluster import Resources
 from trio.pipeline.columns import Columns, parse_mapping, resolve
-from trio.pipeline.config import JobConfig
-from trio.pipeline.dispatch import ROOM_S, ActorOptions, Dispatcher, JobFailed, Limits, Stop
-from trio.pipeline.manifest import Manifest, inspect
+from trio.pipeline.config import JobConfig, results
+from trio.pipeline.dispatch import ROOM_S, ActorOptions, Dispatcher, Limits, Stop
+from trio.pipeline.fingerprint import Fingerprint
+from trio.pipeline.manifest import Manifest, expand, inspect
 from trio.pipeline.plan import Unit, runs, unit_rows, units
 from trio.pipeline.progress import Progress
 from trio.pipeline.rows import RowSettings
-from trio.pipeline.sink import Sink, committed, totals_of
+from trio.pipeline.sink import Sink
 from trio.pipeline.storage import Location, locate
 from trio.pipeline.summary import summarise
-from trio.pipeline.totals import Totals, merge
+from trio.pipeline.totals import Totals
 from trio.pipeline.work import WorkQueue
 
 AHEAD = {False: 96, True: 256}
@@ -39,6 +40,8 @@ MAX_CALLS = 16
 RUNS_PER_ACTOR = 4
 ENOUGH_ROWS = 500
 # of this attempt, before a run may be ended for its errors
+SNAPSHOT_S = 60.0
+# between two snapshots of what is committed
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,7 +52,8 @@ class Plan:
     manifest: Manifest
     columns: Columns
     output: Location
-    earlier: outdir.Earlier | None
+    fingerprint: Fingerprint
+    earlier: outdir.Pinned | None
 
     @property
     def rows(self) -> int:
@@ -65,19 +69,27 @@ def plan(config: JobConfig, paths: Sequence[str]) -> Plan:
     """
     assert config.output is not None, "the job chooses an output"
     output = locate(config.output)
-    manifest, schemas = inspect(paths, output)
-    columns = resolve(
-        schemas,
-        [shard.path for shard in manifest.shards],
-        parse_mapping(config.columns or ""),
-        prompt_given=config.prompt is not None,
-    )
     earlier = outdir.earlier(output)
+    if earlier is not None and config.rows_per_file is None:
+        config = config.replace(rows_per_file=earlier.config.rows_per_file)
+    config = prints.pin_revision(config, earlier.config if earlier is not None else None)
     if earlier is not None:
-        if config.rows_per_file is None:
-            config = config.replace(rows_per_file=earlier.config.rows_per_file)
-        outdir.check_same(earlier, config, manifest, output.uri)
-    return Plan(config=config, manifest=manifest, columns=columns, output=output, earlier=earlier)
+        now = prints.take(config)
+        outdir.check_same(earlier, now, expand(paths, output), output.uri)
+        manifest, columns = earlier.manifest, earlier.columns
+    else:
+        manifest, schemas = inspect(paths, output)
+        columns = resolve(
+            schemas,
+            [shard.path for shard in manifest.shards],
+            parse_mapping(config.columns or ""),
+            prompt_given=config.prompt is not None,
+        )
+        now = prints.take(config)
+    return Plan(
+        config=config, manifest=manifest, columns=columns, output=output,
+        fingerprint=now, earlier=earlier,
+    )  # fmt: skip
 
 
 def resolve_resources(config: JobConfig, manifest: Manifest, resources: Resources) -> JobConfig:
@@ -97,31 +109,48 @@ def execute(
     factory: EngineFactory = build_engine,
     label: str = "",
     stop: Stop | None = None,
+    held: lease.Held | None = None,
 ) -> dict[str, Any]:
     """Do what is left of a run and close it; returns its summary.
 
+    Args:
+        run: the plan.
+        resources: what the actors may take.
+        factory: makes an actor's engine.
+        label: put before each line of progress.
+        stop: a request to stop, for a signal handler to set.
+        held: the lease on the output; None: taken here.
+
     Raises:
         JobFailed: it cannot go on, or was asked to stop; what is committed stays.
-        UserError: what an engine says when it starts that the user can mend.
+        UserError: another run holds the output; or what an engine says when it starts that the user
+            can mend.
     """
+    if held is None:
+        with lease.hold(run.output) as held:
+            return execute(run, resources, factory=factory, label=label, stop=stop, held=held)
     began = time.time()
     config = resolve_resources(run.config, run.manifest, resources)
-    run_id = run.earlier.run_id if run.earlier is not None else outdir.new_run_id()
-    if run.earlier is None:
-        outdir.claim(run.output, config, run.manifest, run_id)
+    pinned = _pinned(run, config)
     assert config.rows_per_file is not None
     wanted = list(units(run.manifest, config.rows_per_file, config.limit))
-    done = committed(run.output).intersection(wanted)
-    before = merge(totals_of(run.output, sorted(done)))
+    committed.sweep(run.output)
+    there = committed.read(run.output, wanted, pinned.run_id)
+    done, before = set(there.units), there.totals
     todo = [unit for unit in wanted if unit not in done]
     memory_plan: dict[str, Any] | None = None
     with Progress(run.rows, before, log_interval_s=config.log_interval, label=label) as progress:
-        coming = _receipts(run, config, resources, run_id, todo, factory, stop, progress.say)
-        # Closed at once on any failure: an exception that is kept would keep the actors.
-        with closing(coming):
+        snapshot = _Snapshot(run.output, wanted, done, pinned.run_id)
+        coming = _receipts(
+            run, config, resources, pinned.run_id, todo, factory,
+            stop=stop or Stop(), watch=held.check, say=progress.say,
+        )  # fmt: skip
+        # Both end at once on any failure: an exception that is kept would keep the actors.
+        with snapshot, closing(coming):
             for item in coming:
                 if isinstance(item, Receipt):
                     progress.add(item.totals, item.began_at)
+                    snapshot.add(item.unit, progress.done)
                     _check_errors(config, before, progress.done)
                 elif memory_plan is None:
                     memory_plan = item
@@ -129,15 +158,81 @@ def execute(
     _check_complete(run, wanted, progress.done)
     summary = summarise(
         progress.done,
-        run_id=run_id,
+        run_id=pinned.run_id,
         wall_s=time.time() - began,
         done_before=before,
         work_s=progress.work_s,
         resources=resources.describe(),
         memory_plan=memory_plan,
     )
+    if pinned.ids is not None:
+        summary["duplicate_ids"] = pinned.ids.duplicates
+    held.check()
     outdir.close(run.output, summary)
+    committed.drop(run.output)
     return summary
+
+
+def _pinned(run: Plan, config: JobConfig) -> outdir.Pinned:
+    """What the run is, written down if it is new.
+
+    Raises:
+        UserError: another run has begun or ended there since the plan was made.
+    """
+    now = outdir.earlier(run.output)
+    if (now and now.run_id) != (run.earlier and run.earlier.run_id) or outdir.finished(run.output):
+        raise UserError(
+            f"--output {run.output.uri}: another run was there in the meantime; start again"
+        )
+    if run.earlier is not None:
+        pinned = run.earlier
+        for line in pinned.fingerprint.notices(run.fingerprint):
+            print(line, flush=True)
+    else:
+        column = run.columns.id
+        pinned = outdir.Pinned(
+            run_id=outdir.new_run_id(),
+            manifest=run.manifest,
+            columns=run.columns,
+            fingerprint=dataclasses.replace(run.fingerprint, settings=results(config)),
+            ids=ids.scan(run.manifest, column, limit=config.limit) if column else None,
+            config=config,
+        )
+        outdir.claim(run.output, pinned)
+    if pinned.ids is not None and pinned.ids.warning is not None:
+        print(pinned.ids.warning, flush=True)
+    return pinned
+
+
+class _Snapshot:
+    """Saves now and then, and at the end, what is committed: a resume then reads few footers."""
+
+    def __init__(
+        self, output: Location, wanted: Sequence[Unit], done: set[Unit], run_id: str
+    ) -> None:
+        self._output, self._wanted, self._done, self._run_id = output, wanted, done, run_id
+        self._totals: Totals | None = None
+        self._saved_at = time.monotonic()
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and not issubclass(kind, lease.LeaseLost):
+            # The failure that is under way says more than one to save would.
+            with suppress(OSError):
+                self._save()
+
+    def add(self, unit: Unit, totals: Totals) -> None:
+        self._done.add(unit)
+        self._totals = totals
+        if time.monotonic() - self._saved_at > SNAPSHOT_S:
+            self._save()
+
+    def _save(self) -> None:
+        if self._totals is not None:
+            committed.save(self._output, self._wanted, self._done, self._totals, self._run_id)
+            self._saved_at = time.monotonic()
 
 
 def _check_errors(config: JobConfig, before: Totals, totals: Totals) -> None:
@@ -155,10 +250,10 @@ def _check_errors(config: JobConfig, before: Totals, totals: Totals) -> None:
 
 
 def _check_complete(run: Plan, wanted: Sequence[Unit], totals: Totals) -> None:
-    missing = sorted(set(wanted) - committed(run.output))
+    missing = sorted(set(wanted) - committed.listed(run.output))
     if missing or totals.rows != run.rows:
         names = ", ".join(unit.name for unit in missing[:3])
-        raise RuntimeError(
+        raise JobFailed(
             f"{totals.rows} of {run.rows} rows were written ({len(missing)} files missing: {names})"
         )
 
@@ -170,7 +265,9 @@ def _receipts(
     run_id: str,
     todo: Sequence[Unit],
     factory: EngineFactory,
-    stop: Stop | None,
+    *,
+    stop: Stop,
+    watch: Callable[[], None],
     say: Callable[[str], None],
 ) -> Generator[Receipt | dict[str, Any]]:
     """Receipts of units as they are committed, in any order."""
@@ -204,18 +301,12 @@ def _receipts(
             stall_s=config.stall_timeout,
             grace_s=config.grace_period,
         ),
-        stop=stop or Stop(),
-        committed=partial(_totals_if_there, run.output),
+        stop=stop,
+        watch=watch,
+        committed=lambda unit: committed.receipt(run.output, unit, run_id),
         say=say,
     )
     return dispatcher.receipts()
-
-
-def _totals_if_there(output: Location, unit: Unit) -> Totals | None:
-    try:
-        return totals_of(output, [unit])[0]
-    except (OSError, KeyError, pa.ArrowException):
-        return None
 
 
 def engine_settings(config: JobConfig, resources: Resources) -> EngineSettings:
@@ -239,4 +330,5 @@ def engine_settings(config: JobConfig, resources: Resources) -> EngineSettings:
         actors_per_node=resources.per_node,
         threads=config.threads,
         ahead=2 * config.max_running if config.max_running else AHEAD[gpu],
+        revision=config.revision,
     )

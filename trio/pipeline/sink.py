@@ -7,21 +7,18 @@ content, so neither a retry nor a crash between the two writes can double or los
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pyarrow import fs as pafs
 
 from trio.pipeline.plan import Unit
 from trio.pipeline.schema import RECEIPT_KEY, build_table, check_keys, rows_schema, stats_schema
-from trio.pipeline.storage import Location, locate, write_atomic
+from trio.pipeline.storage import locate, write_atomic
 from trio.pipeline.totals import Totals
 
 ROWS, STATS = "rows", "stats"
-FOOTER_THREADS = 16
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,23 +55,3 @@ def serialise(table: pa.Table) -> pa.Buffer:
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd")
     return sink.getvalue()
-
-
-def committed(output: Location) -> set[Unit]:
-    """Units whose rows are there."""
-    selector = pafs.FileSelector(output.join(ROWS).path, allow_not_found=True)
-    infos = output.filesystem.get_file_info(selector)
-    units = (Unit.of_name(info.base_name) for info in infos if info.is_file)
-    return {unit for unit in units if unit is not None}
-
-
-def totals_of(output: Location, units: Sequence[Unit]) -> list[Totals]:
-    """Totals of committed units, from their files' footers."""
-
-    def read(unit: Unit) -> Totals:
-        with output.filesystem.open_input_file(output.join(ROWS, unit.name).path) as stream:
-            meta = pq.read_schema(stream).metadata
-        return Totals.from_json(meta[RECEIPT_KEY])
-
-    with ThreadPoolExecutor(FOOTER_THREADS) as pool:
-        return list(pool.map(read, units))

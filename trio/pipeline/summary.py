@@ -10,14 +10,15 @@ from typing import Any
 
 from trio.pipeline.totals import Totals
 from trio.tables import aligned
+from trio.version import VERSION
 
-PACKAGES = ("trio-vlm", "torch", "transformers", "ray", "pyarrow")
+PACKAGES = ("torch", "transformers", "ray", "pyarrow")
 Summary = Mapping[str, Any]
 
 
 def versions() -> dict[str, str]:
     """Versions of what the answers depend on; ``unknown`` for what is not installed."""
-    out = {"python": platform.python_version()}
+    out = {"python": platform.python_version(), "trio-vlm": VERSION}
     for name in PACKAGES:
         try:
             out[name] = metadata.version(name)

@@ -1,0 +1,331 @@
+"""Output and input on an object store: a real S3 server, reached as users reach theirs."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from pyarrow import fs as pafs
+
+from tests.pipeline.fakes import png
+from tests.pipeline.test_committed import commit, totals
+from trio.errors import UserError
+from trio.pipeline import committed, fingerprint, ids, lease, outdir
+from trio.pipeline.columns import resolve
+from trio.pipeline.config import JobConfig
+from trio.pipeline.manifest import expand, inspect
+from trio.pipeline.plan import Unit, units
+from trio.pipeline.sink import serialise
+from trio.pipeline.storage import Location, exists, list_files, locate, read_bytes, write_atomic
+
+SERVER = Path(__file__).with_name("s3_server.py")
+SHARDS, ROWS, UNIT_ROWS = 10, 8, 4
+
+
+@dataclass(frozen=True)
+class Request:
+    method: str
+    path: str
+    bytes: int
+
+
+class Store:
+    """The server, a bucket of our own in it, and what the server was asked."""
+
+    def __init__(self, port: int, log: Path, bucket: str) -> None:
+        self._log = log
+        self._seen = 0
+        self._options = f"?endpoint_override=127.0.0.1%3A{port}&scheme=http&region=us-east-1"
+        self._bucket = bucket
+        maker = locate(f"s3://{bucket}/x{self._options}&allow_bucket_creation=true")
+        maker.filesystem.create_dir(bucket)
+
+    def uri(self, path: str) -> str:
+        return f"s3://{self._bucket}/{path}{self._options}"
+
+    def at(self, path: str) -> Location:
+        return locate(self.uri(path))
+
+    def requests(self) -> list[Request]:
+        """Those since the last call."""
+        lines = [line.split("\t") for line in self._log.read_text().splitlines()]
+        new, self._seen = lines[self._seen :], len(lines)
+        return [Request(method, path, int(size)) for method, path, _, size, _ in new]
+
+    def fail(self, *rules: str) -> None:
+        """Answer such requests with an error; none: no more."""
+        Path(f"{self._log}.fail").write_text("\n".join(rules))
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, Path]]:
+    log = tmp_path_factory.mktemp("s3") / "log"
+    log.touch()
+    environ = pytest.MonkeyPatch()
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        environ.setenv(name, "test")
+    environ.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    process = subprocess.Popen(
+        [sys.executable, str(SERVER), str(log)], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    try:
+        yield int(process.stdout.readline()), log
+    finally:
+        process.kill()
+        process.wait()
+        environ.undo()
+
+
+@pytest.fixture
+def store(server: tuple[int, Path]) -> Iterator[Store]:
+    made = Store(*server, bucket=f"bucket-{uuid.uuid4().hex}")
+    made.requests()
+    yield made
+    made.fail()
+
+
+def test_a_small_file_is_one_request_and_whole(store: Store) -> None:
+    write_atomic(store.at("x/a"), b"data")
+    assert [r.method for r in store.requests()] == ["PUT"]
+    assert read_bytes(store.at("x/a")) == b"data"
+
+
+@pytest.mark.parametrize("rule", ["PUT partNumber=1", "PUT partNumber=2", "POST uploadId", "PUT a"])
+def test_a_write_that_fails_shows_nothing(store: Store, rule: str) -> None:
+    for data in (os.urandom(12 << 20), b"small"):
+        store.fail(rule)
+        large = len(data) > 5
+        if large or rule == "PUT a":
+            with pytest.raises(OSError, match="ACCESS_DENIED"):
+                write_atomic(store.at(f"x/a{large}"), data)
+        store.fail()
+        assert not exists(store.at(f"x/a{large}"))
+
+
+def test_a_process_that_dies_while_it_writes_shows_nothing(store: Store) -> None:
+    code = (
+        "import os, sys, threading, time\n"
+        "from trio.pipeline.storage import locate, write_atomic\n"
+        "threading.Thread(target=lambda: (time.sleep(0.03), os._exit(9))).start()\n"
+        "write_atomic(locate(sys.argv[1]), bytes(400 << 20))\n"
+    )
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", code, store.uri("x/big")], cwd=root, timeout=60, check=False
+    )
+    assert done.returncode == 9
+    assert not exists(store.at("x/big"))
+
+
+def test_ctrl_c_while_writing_shows_the_whole(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from trio.pipeline import storage
+
+    original = storage._put
+
+    def interrupted(location: Location, data: bytes) -> None:
+        import _thread
+
+        _thread.interrupt_main()
+        time.sleep(0.1)
+        original(location, data)
+
+    monkeypatch.setattr(storage, "_put", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_atomic(store.at("x/a"), b"data")
+    until = time.monotonic() + 10
+    while not exists(store.at("x/a")) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert read_bytes(store.at("x/a")) == b"data"
+
+
+def shards(store: Store) -> list[str]:
+    """Ten shards with images, so that their ids are a small part of them."""
+    for number in range(SHARDS):
+        rows = {
+            "id": [f"{number}-{row % 7}" for row in range(ROWS)],
+            "image": [png((number, row, 0), (60, 60)) for row in range(ROWS)],
+        }
+        write_atomic(store.at(f"in/{number:03d}.parquet"), serialise(pa.table(rows)))
+    return [store.uri("in")]
+
+
+def pin(store: Store, output: Location) -> tuple[outdir.Pinned, list[Unit]]:
+    """A first plan, claimed."""
+    inputs = shards(store)
+    config = JobConfig(input=(store.uri("in"),), output=output.uri, rows_per_file=UNIT_ROWS)
+    manifest, schemas = inspect(inputs)
+    columns = resolve(schemas, [s.path for s in manifest.shards], {}, prompt_given=True)
+    assert columns.id is not None
+    run = outdir.Pinned(
+        run_id="run1",
+        manifest=manifest,
+        columns=columns,
+        fingerprint=fingerprint.take(config),
+        ids=ids.scan(manifest, columns.id),
+        config=config,
+    )
+    outdir.claim(output, run)
+    return run, list(units(manifest, UNIT_ROWS))
+
+
+def test_a_resume_reads_no_byte_of_any_shard_and_few_of_the_output(store: Store) -> None:
+    output = store.at("out")
+    run, plan = pin(store, output)
+    assert run.ids is not None and run.ids.duplicates == SHARDS
+    assert any(r.path.endswith("in/003.parquet") and r.bytes for r in store.requests())
+    for unit in plan[:18]:
+        commit(output.uri, unit)
+    committed.save(output, plan, set(plan[:16]), totals(*plan[:16]), "run1")
+    store.requests()
+
+    with lease.hold(output):
+        found = outdir.earlier(output)
+        assert found is not None and found.manifest == run.manifest and found.ids == run.ids
+        now = fingerprint.take(found.config)
+        outdir.check_same(found, now, expand([store.uri("in")], output), output.uri)
+        todo = list(units(found.manifest, UNIT_ROWS))
+        there = committed.read(output, todo, found.run_id)
+    assert there.units == set(plan[:18]) and there.totals == totals(*plan[:18])
+
+    asked = store.requests()
+    of_shards = [r for r in asked if "/in/" in r.path.partition("?")[0]]
+    assert [r.bytes for r in of_shards] == [0] * len(of_shards)  # a HEAD at the most
+    assert {r.method for r in of_shards} <= {"HEAD"}
+    read = [r for r in asked if "/rows/" in r.path and r.method == "GET"]
+    assert {r.path.rpartition("/")[2] for r in read} == {u.name for u in plan[16:18]}
+    assert len(read) == 2
+
+
+def test_a_run_from_claim_to_success(store: Store) -> None:
+    output = store.at("out")
+    with lease.hold(output) as held:
+        assert outdir.earlier(output) is None and not outdir.finished(output)
+        run, plan = pin(store, output)
+        for unit in plan:
+            commit(output.uri, unit)
+            held.check()
+        outdir.close(output, {"rows": SHARDS * ROWS})
+        committed.drop(output)
+        committed.drop(output)
+    assert outdir.finished(output)
+    assert committed.read(output, plan, run.run_id).units == set(plan)
+    selector = pafs.FileSelector(output.path, recursive=True)
+    files = [i.path for i in output.filesystem.get_file_info(selector) if i.is_file]
+    top = {path.removeprefix(output.path + "/").partition("/")[0] for path in files}
+    assert top == {"_SUCCESS", "summary.json", "run.yaml", "manifest.parquet", "rows", "stats"}
+
+
+def test_a_shard_that_changed_is_named(store: Store) -> None:
+    output = store.at("out")
+    run, _ = pin(store, output)
+    write_atomic(store.at("in/004.parquet"), b"longer or shorter")
+    with pytest.raises(UserError, match=r"the input: s3://.*004\.parquet.* has 17\. Give"):
+        outdir.check_same(run, run.fingerprint, expand([store.uri("in")]), output.uri)
+
+
+def test_readers_see_only_whole_files(store: Store) -> None:
+    output = store.at("out")
+    plan = [Unit(0, start, start + 2) for start in range(0, 120, 2)]
+    done = threading.Event()
+    seen: list[int] = []
+    wrong: list[BaseException] = []
+
+    def look() -> None:
+        mine = store.at("out")
+        while not done.is_set():
+            try:
+                infos = list_files(mine.join("rows"))
+                for info in infos[-4:]:
+                    pq.read_table(info.path, filesystem=mine.filesystem)
+                seen.append(len(infos))
+            except BaseException as error:
+                wrong.append(error)
+                return
+
+    reader = threading.Thread(target=look)
+    reader.start()
+    try:
+        for unit in plan:
+            commit(output.uri, unit)
+            commit(output.uri, unit)  # done again: overwritten while it is read
+    finally:
+        done.set()
+        reader.join()
+    assert not wrong
+    assert len(set(seen)) > 3 and committed.listed(output) == set(plan)
+
+
+def test_the_lease_is_held_by_one(store: Store) -> None:
+    output = store.at("out")
+    with lease.hold(output, interval_s=1.0) as held:
+        with pytest.raises(UserError, match="in use by process"), lease.hold(output):
+            pass
+        held.check()
+    with lease.hold(output):
+        pass
+
+
+def test_a_silent_claim_elsewhere_expires_by_the_stores_clock(store: Store) -> None:
+    output = store.at("out")
+    owner = lease.process_identity() | {"host": "far", "machine": "another"}
+    write_atomic(output.join(".lease", "other.claim"), json.dumps(owner).encode())
+    began = time.monotonic()
+    said: list[str] = []
+    with lease.hold(output, interval_s=1.0, expiry_s=3.0, say=said.append) as held:
+        assert 1.5 < time.monotonic() - began < 15
+        held.check()
+    assert len(said) == 1 and "on far" in said[0]
+
+
+def test_a_claim_that_is_taken_away_is_noticed(store: Store) -> None:
+    output = store.at("out")
+    with lease.hold(output, interval_s=0.2, expiry_s=1.0) as held:
+        for info in output.filesystem.get_file_info(pafs.FileSelector(output.join(".lease").path)):
+            if info.base_name.endswith(".claim"):
+                output.filesystem.delete_file(info.path)
+        time.sleep(1.0)
+        with pytest.raises(lease.LeaseLost):
+            held.check()
+
+
+def test_of_many_that_start_together_one_holds_at_a_time(store: Store) -> None:
+    inside, most, lock = 0, 0, threading.Lock()
+    barrier = threading.Barrier(3)
+    won = [0] * 8
+
+    def rival() -> None:
+        nonlocal inside, most
+        for round_ in range(len(won)):
+            barrier.wait()
+            try:
+                with lease.hold(store.at(f"out{round_}"), interval_s=1.0):
+                    with lock:
+                        inside += 1
+                        won[round_] += 1
+                        most = max(most, inside)
+                    time.sleep(0.05)
+                    with lock:
+                        inside -= 1
+            except UserError as error:
+                refused.append(f"{round_} {error}")
+
+    refused: list[str] = []
+    rivals = [threading.Thread(target=rival) for _ in range(3)]
+    for thread in rivals:
+        thread.start()
+    for thread in rivals:
+        thread.join()
+    assert [line for line in refused if "is in use by" not in line] == []
+    assert most == 1 and all(won)

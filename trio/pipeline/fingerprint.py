@@ -1,0 +1,225 @@
+"""What a run's answers depend on, so that rows of two different runs are never mixed.
+
+The settings that decide the rows, the files of the model, our version. Kept with the manifest and
+compared on resume: a difference in these is refused by name. Libraries are kept as well, but
+another version of one is only mentioned: it may change an answer in its last digits, and a run of
+days must survive a new image. No torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import trio
+from trio.errors import UserError
+from trio.pipeline.config import DEMO, JobConfig, results
+from trio.version import VERSION
+
+LIBRARIES = ("torch", "transformers", "tokenizers", "pillow")
+READ_SUFFIXES = frozenset(
+    (".json", ".jinja", ".txt", ".model", ".safetensors", ".tiktoken", ".vocab", ".spm", ".bpe")
+)
+# of files that from_pretrained may read; others (README, *.bin, *.pt, images) it never does here
+TEMPLATES = "additional_chat_templates"
+WHOLE_BYTES = 16 << 20
+# of a weight file that is hashed from end to end
+EDGE_BYTES = 1 << 20
+# of a larger one, at either end
+HASH_THREADS = 4
+HUB_TIMEOUT_S = 20.0
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fingerprint:
+    settings: Mapping[str, Any]
+    # those with results=True; the commit of a hub id is among them
+    model_files: Mapping[str, str]
+    # name to digest; empty for a hub id
+    version: str
+    # of trio-vlm
+    libraries: Mapping[str, str]
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Fingerprint:
+        return cls(**json.loads(text))
+
+    def differences(self, now: Fingerprint) -> list[str]:
+        """What would give other rows now, each named in a few words."""
+        out = []
+        for name in dict.fromkeys((*self.settings, *now.settings)):
+            old, new = self.settings.get(name), now.settings.get(name)
+            if old != new:
+                out.append(f"{name}: {old!r}, now {new!r}")
+        for name in sorted({*self.model_files, *now.model_files}):
+            before, after = self.model_files.get(name), now.model_files.get(name)
+            if before != after:
+                how = "is new" if before is None else "is gone" if after is None else "has changed"
+                out.append(f"model file {name} {how}")
+        if self.version != now.version:
+            out.append(f"trio-vlm {self.version}, now {now.version}")
+        return out
+
+    def notices(self, now: Fingerprint) -> list[str]:
+        """Lines about what may change answers a little and is not refused."""
+        return [
+            f"{name} was {self.libraries.get(name)} and is {version} now: rows of the two parts"
+            " of this run may differ in their last digits"
+            for name, version in now.libraries.items()
+            if version != self.libraries.get(name)
+        ]
+
+
+def take(config: JobConfig) -> Fingerprint:
+    """The fingerprint of a run with these settings, here and now.
+
+    Raises:
+        UserError: a file of the model cannot be read.
+    """
+    directory = model_directory(config.model)
+    return Fingerprint(
+        settings=results(config),
+        model_files={} if directory is None else model_files(directory),
+        version=VERSION,
+        libraries={name: _installed(name) for name in LIBRARIES},
+    )
+
+
+def _installed(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def model_directory(model: str) -> str | None:
+    """Where a model lies on this machine, None for a hub id."""
+    if model == DEMO:
+        return os.path.join(os.path.dirname(os.path.abspath(trio.__file__)), "demo", "model")
+    path = os.path.expanduser(model)
+    return path if os.path.isdir(path) else None
+
+
+def model_files(directory: str) -> dict[str, str]:
+    """Digest of every file in a model's directory that loading it could read, by name.
+
+    SHA-256 of the whole file; of weight files above 16 MB that of the size, the header (names,
+    shapes and places of all tensors), and the first and last megabyte. So training that goes on
+    is noticed, as it changes all weights; an edit of a few numbers in the middle is not.
+
+    Raises:
+        UserError: naming the file that cannot be read.
+    """
+    root = Path(directory)
+    paths = [*root.glob("*"), *(root / TEMPLATES).glob("*")]
+    read = sorted(
+        path
+        for path in paths
+        if path.suffix in READ_SUFFIXES and not path.name.startswith(".") and path.is_file()
+    )
+    try:
+        with ThreadPoolExecutor(HASH_THREADS) as pool:
+            digests = list(pool.map(_digest, read))
+    except OSError as error:
+        raise UserError(f"--model {directory}: a file cannot be read: {error}") from error
+    return {p.relative_to(root).as_posix(): d for p, d in zip(read, digests, strict=True)}
+
+
+def _digest(path: Path) -> str:
+    size = path.stat().st_size
+    with path.open("rb") as stream:
+        if path.suffix != ".safetensors" or size <= WHOLE_BYTES:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+        digest = hashlib.sha256(size.to_bytes(8, "little"))
+        length = stream.read(8)
+        header = int.from_bytes(length, "little")
+        digest.update(length + stream.read(min(header, size - 8) + EDGE_BYTES))
+        stream.seek(size - EDGE_BYTES)
+        digest.update(stream.read())
+        return digest.hexdigest()
+
+
+def pin_revision(config: JobConfig, earlier: JobConfig | None = None) -> JobConfig:
+    """Settings that name the commit of a hub id, so that every node, now and later, loads it.
+
+    A run that goes on keeps to the commit it began with, unless another one is asked for.
+
+    Raises:
+        UserError: a revision of a directory, or a hub id whose commit cannot be found out.
+    """
+    if model_directory(config.model) is not None:
+        if config.revision is not None:
+            raise UserError(
+                f"--revision {config.revision}: --model {config.model} is no hub id;"
+                " leave --revision out"
+            )
+        return config
+    if config.revision is None and earlier is not None and earlier.model == config.model:
+        return config.replace(revision=earlier.revision)
+    return config.replace(revision=commit(config.model, config.revision))
+
+
+def commit(model: str, revision: str | None) -> str:
+    """The commit that a revision of a hub id stands for: asked of the hub, else from the cache.
+
+    Raises:
+        UserError: neither knows.
+    """
+    import httpx
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import (
+        HFValidationError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    revision = revision or constants.DEFAULT_REVISION
+    if _COMMIT.fullmatch(revision):
+        return revision
+    try:
+        found = HfApi().model_info(model, revision=revision, timeout=HUB_TIMEOUT_S).sha
+    except (HFValidationError, RepositoryNotFoundError, RevisionNotFoundError) as error:
+        raise UserError(
+            f"--model {model}: the hub has no revision {revision!r} of it that may be read"
+            f" ({_first_line(error)}); check the name, --revision and HF_TOKEN"
+        ) from error
+    except (OSError, httpx.HTTPError) as error:
+        cached = _cached_commit(model, revision)
+        if cached is None:
+            raise UserError(
+                f"--model {model}: the hub does not answer ({_first_line(error)}), and no"
+                f" {revision!r} of it is in the cache {constants.HF_HUB_CACHE}; download it first,"
+                " or give a directory"
+            ) from error
+        return cached
+    if found is None:
+        raise UserError(f"--model {model}: the hub names no commit for {revision!r}; give one")
+    return found
+
+
+def _cached_commit(model: str, revision: str) -> str | None:
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    folder = repo_folder_name(repo_id=model, repo_type="model")
+    try:
+        text = Path(constants.HF_HUB_CACHE, folder, "refs", revision).read_text().strip()
+    except OSError:
+        return None
+    return text if _COMMIT.fullmatch(text) else None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).split("\n")[0][:200]
