@@ -31,7 +31,7 @@ def test_a_node_dies(arena: Arena, trial: Callable[..., Trial], seed: int) -> No
 
 def test_a_node_joins_late(arena: Arena, trial: Callable[..., Trial]) -> None:
     job = trial(*WHOLE_NODE, "--actors", str(NODES + 1), "--wait-for-nodes", "120")
-    job.with_options(delay_s=0.3)
+    job.with_options(delay_s=1.5)  # 30 s for three engines: a node takes ten to join and start one
     driver = job.start()
     job.wait_for(5, driver)
     late = arena.add()
