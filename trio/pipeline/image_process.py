@@ -96,6 +96,14 @@ class ImageProcess:
             "image_crashed", f"the process that decodes it died {ATTEMPTS} times{reason}"
         )
 
+    def start(self) -> None:
+        """Start the process, so that the first row need not wait for it.
+
+        Raises:
+            NoImageProcess: none can be started.
+        """
+        self._started()
+
     def close(self) -> None:
         """End the process."""
         child, self._child = self._child, None

@@ -13,7 +13,8 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -92,7 +93,10 @@ class EngineThread:
         self._images: list[ImageProcess] = []
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
+        together = threading.Barrier(threads)
+        warm = [self._pool.submit(self._warm, together) for _ in range(threads)]
         self._ready.wait()
+        wait(warm)
         if self._error is not None:
             raise self._error
 
@@ -163,6 +167,12 @@ class EngineThread:
                 self._images.append(self._own.images)
         loader: ImageProcess = self._own.images
         return loader
+
+    def _warm(self, together: threading.Barrier) -> None:
+        """Start a thread's process while the engine is built; none that fails is missed yet."""
+        together.wait()
+        with suppress(NoImageProcess):
+            self._loader().start()
 
     def _prepare(self, ticket: _Ticket, row: RowReader) -> None:
         try:
