@@ -125,6 +125,17 @@ def test_ids_that_come_twice_are_reported(
 
 
 @pytest.mark.usefixtures("ray_local")
+def test_ids_that_are_made_up_tell_files_of_one_name_apart(tmp_path: Path) -> None:
+    schema = pa.schema([("image", pa.binary()), ("prompt", pa.string())])
+    for folder in ("a/train", "b/train"):
+        rows = [{"image": png(), "prompt": "p"}] * 2
+        write_shard(tmp_path / "in" / folder / "0.parquet", rows, schema)
+    execute(tmp_path / "in", tmp_path / "out")
+    ids = pq.read_table(tmp_path / "out" / "rows").column("id").to_pylist()
+    assert ids == [f"{folder}/train/0.parquet#{row}" for folder in "ab" for row in range(2)]
+
+
+@pytest.mark.usefixtures("ray_local")
 def test_limit_stops_in_the_input_order(shards: Path, tmp_path: Path) -> None:
     summary = execute(shards, tmp_path / "out", limit=33)
     keys = pq.read_table(tmp_path / "out" / "rows").column("row").to_pylist()

@@ -34,6 +34,7 @@ from trio.pipeline.rows import (
     Source,
     answers_of,
     identify,
+    made_up_id,
     output_row,
     request_of,
     sources,
@@ -148,7 +149,7 @@ class EngineActor:
         self._name = context.get_actor_id() or f"process-{os.getpid()}"
         self._node = context.get_node_id()
         self._settings, self._rows, self._sink, self._factory = engine, rows, sink, factory
-        self._reader = UnitReader(columns)
+        self._columns, self._reader = columns, UnitReader(columns)
         self._engine: EngineThread | None = None
         self._table: tuple[Unit, pa.Table] | None = None
 
@@ -220,6 +221,9 @@ class EngineActor:
         began_at = datetime.datetime.now(datetime.UTC).timestamp()
         nothing = pa.table({"": pa.nulls(unit.stop - unit.start)})
         read = sources(nothing, unit, shard.path)
+        if self._columns.id is None:
+            for source in read:
+                source.id = made_up_id(source, self._rows)
         rows = [self._row(source, RowError("shard_unreadable", message)) for source in read]
         totals = sums.merge(map(_totals, rows, read))
         self._sink.commit(unit, rows, self._stats(totals), totals)

@@ -8,6 +8,7 @@ same size is therefore not noticed.
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -58,6 +59,16 @@ class Manifest:
     @property
     def size(self) -> int:
         return sum(shard.size for shard in self.shards)
+
+    def shared_directory(self) -> str | None:
+        """What the paths begin with, up to a ``/``, if file names alone do not tell the shards
+        apart; None if they do."""
+        names = {shard.path.rpartition("/")[2] for shard in self.shards}
+        if len(names) == len(self.shards):
+            return None
+        # By characters, and cut at a "/" then: paths and URIs may come together.
+        alike = os.path.commonprefix([shard.path for shard in self.shards])  # noqa: RUF071
+        return alike[: alike.rfind("/") + 1]
 
     def to_table(self) -> pa.Table:
         return pa.Table.from_pydict(

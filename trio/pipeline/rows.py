@@ -18,7 +18,7 @@ from PIL.Image import Image
 from trio.engine.request import Request, Result, Sampling
 from trio.pipeline.plan import Unit
 from trio.pipeline.policy import ImagePolicy, RowError
-from trio.pipeline.schema import row_key
+from trio.pipeline.schema import row_key, split_key
 from trio.pipeline.storage import Location
 
 ImageLoader = Callable[[Any, Location | None, ImagePolicy], list[Image]]
@@ -50,6 +50,8 @@ class RowSettings:
     policy: ImagePolicy
     seed: int
     save_kept: bool
+    shared_directory: str | None = None
+    # of the shards, to be left out of ids; None where file names alone tell them apart
 
 
 @dataclass(slots=True)
@@ -115,15 +117,22 @@ def identify(source: Source, settings: RowSettings) -> str:
     Raises:
         RowError: one of them cannot be read, or there is no prompt.
     """
-    source.id = _identity(source)
+    source.id = _identity(source, settings)
     source.prompt = prompt = _prompt(source, settings.prompt)
     return prompt
 
 
-def _identity(source: Source) -> Any:
+def made_up_id(source: Source, settings: RowSettings) -> str:
+    """Of a row whose data set brings no ids: its file and the row in it."""
+    shared = settings.shared_directory
+    file = os.path.basename(source.path) if shared is None else source.path.removeprefix(shared)
+    return f"{file}#{split_key(source.key)[1]}"
+
+
+def _identity(source: Source, settings: RowSettings) -> Any:
     value = source.cell("id")
     if value is None and "id" not in source.table.column_names:
-        return f"{os.path.basename(source.path)}#{source.key & 0xFFFFFFFF}"
+        return made_up_id(source, settings)
     return value
 
 

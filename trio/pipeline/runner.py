@@ -275,6 +275,7 @@ def _receipts(
         policy=config.image_policy(),
         seed=config.seed,
         save_kept=config.save_kept,
+        shared_directory=run.manifest.shared_directory(),
     )
     sink = Sink(
         output=run.output.uri,
