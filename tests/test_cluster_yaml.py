@@ -50,7 +50,7 @@ def test_one_ray_everywhere(config: dict[str, Any]) -> None:
     assert images[1].endswith("-gpu")
     versions = {image.partition(":")[2].split("-")[0] for image in images}
     (version,) = versions
-    assert f'"ray[data,default]=={version}"' in config["setup_commands"][0]
+    assert f'"ray[default]=={version}"' in config["setup_commands"][0]
     installed = ray.__version__.split(".")
     assert version.split(".")[0] == installed[0]
 

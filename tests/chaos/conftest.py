@@ -17,6 +17,7 @@ import pytest
 pytest.register_assert_rewrite("tests.chaos.harness")
 
 from tests.chaos.harness import MARK, ROOT, Trial, write_input  # noqa: E402
+from tests.pipeline.store import CREDENTIALS, Store, bucket_of, serving
 
 NODES, NODE_CPUS = 3, 2
 NOTICED_S = 60
@@ -85,9 +86,7 @@ def started(**variables: str) -> Iterator[Arena]:
         "RAY_USAGE_STATS_ENABLED": "0",
         "SPT_NOENV": "1",  # Ray's workers rename themselves; their environment stays readable
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "jobs")]),
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_EC2_METADATA_DISABLED": "true",
+        **CREDENTIALS,
         **variables,
     }
     with environment(**values):
@@ -107,6 +106,17 @@ def started(**variables: str) -> Iterator[Arena]:
 def arena() -> Iterator[Arena]:
     with started() as out:
         yield out
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, Path]]:
+    with serving(tmp_path_factory.mktemp("s3")) as found:
+        yield found
+
+
+@pytest.fixture
+def store(server: tuple[int, Path]) -> Store:
+    return bucket_of(server)
 
 
 @pytest.fixture

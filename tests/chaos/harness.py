@@ -23,6 +23,7 @@ from pyarrow import fs as pafs
 
 from tests.chaos.engine import ANSWERS, ENGINES, Options
 from tests.pipeline.fakes import png, write_shard
+from trio.pipeline.plan import Unit
 from trio.pipeline.storage import locate
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -104,6 +105,8 @@ class Trial:
     expected: Sequence[str]
     output: str
     flags: Sequence[str] = ()
+    source: str = ""
+    # of the rows; the folder's own shards where empty
     options: Options = field(init=False)
     drivers: int = 0
 
@@ -119,7 +122,7 @@ class Trial:
         options = json.dumps(dataclasses.asdict(self.options))
         self.drivers += 1
         command = [sys.executable, "-m", "tests.chaos.driver", options]
-        command += ["--input", str(self.folder / "in"), "--output", self.output]
+        command += ["--input", self.source or str(self.folder / "in"), "--output", self.output]
         command += ["--actors", "2", "--gpus-per-actor", "0", "--rows-per-file", "5"]
         with self._log().open("wb") as log:
             return subprocess.Popen(
@@ -161,6 +164,11 @@ class Trial:
     def committed(self) -> int:
         """Files in ``rows/`` as any reader would list them."""
         return len(self._names("rows"))
+
+    def units(self) -> list[Unit]:
+        """What these files hold."""
+        found = map(Unit.of_name, self._names("rows"))
+        return [unit for unit in found if unit is not None]
 
     def _names(self, folder: str) -> list[str]:
         out = locate(self.output)

@@ -2,13 +2,14 @@
 
 import random
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.chaos.conftest import Arena
 from tests.chaos.harness import Trial, report, seeds
+from tests.pipeline.store import Store
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(900)]
 
@@ -64,32 +65,13 @@ def test_two_at_a_time(trial: Callable[..., Trial]) -> None:
     assert job.check()["answered_again"] == 0
 
 
-@pytest.fixture(scope="module")
-def store() -> Iterator[str]:
-    """URI of a bucket on a server of its own; {} takes the path."""
-    pytest.importorskip("moto.server")
-    from moto.server import ThreadedMotoServer
-    from pyarrow import fs as pafs
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    try:
-        _, port = server.get_host_and_port()
-        where = f"endpoint_override=127.0.0.1:{port}&scheme=http&region=us-east-1"
-        filesystem, _ = pafs.FileSystem.from_uri(f"s3://bucket/?{where}&allow_bucket_creation=true")
-        filesystem.create_dir("bucket")
-        yield f"s3://bucket/{{}}?{where}"
-    finally:
-        server.stop()
-
-
 @pytest.mark.parametrize("victim", ["driver", "engine"])
-@pytest.mark.parametrize("seed", seeds(5))
+@pytest.mark.parametrize("seed", seeds())
 def test_on_an_object_store(
-    arena: Arena, store: str, trial: Callable[..., Trial], seed: int, victim: str
+    arena: Arena, store: Store, trial: Callable[..., Trial], seed: int, victim: str
 ) -> None:
     rng = random.Random(seed)
-    job = trial(output=store.format(f"{victim}-{seed}")).with_options(reverse=bool(seed % 2))
+    job = trial(output=store.uri(f"{victim}-{seed}")).with_options(reverse=bool(seed % 2))
     driver = job.start()
     reached = job.wait_for(job.moments(rng, 1)[0], driver)
     if victim == "driver":
@@ -105,9 +87,9 @@ def test_on_an_object_store(
 
 
 def test_the_store_keeps_what_a_local_run_gives(
-    store: str, trial: Callable[..., Trial], tmp_path: Path
+    store: Store, trial: Callable[..., Trial], tmp_path: Path
 ) -> None:
-    job = trial(output=store.format("whole"))
+    job = trial(output=store.uri("whole"))
     job.finish()
     assert job.check()["answered_again"] == 0
     assert "nothing to do" in job.run().said

@@ -7,9 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
@@ -18,6 +16,7 @@ import pytest
 from pyarrow import fs as pafs
 
 from tests.pipeline.fakes import png
+from tests.pipeline.store import Store, bucket_of, serving
 from tests.pipeline.test_committed import commit, totals
 from trio.errors import UserError
 from trio.pipeline import committed, fingerprint, ids, lease, outdir
@@ -26,71 +25,20 @@ from trio.pipeline.config import JobConfig
 from trio.pipeline.manifest import expand, inspect
 from trio.pipeline.plan import Unit, units
 from trio.pipeline.sink import serialise
-from trio.pipeline.storage import Location, exists, list_files, locate, read_bytes, write_atomic
+from trio.pipeline.storage import Location, exists, list_files, read_bytes, write_atomic
 
-SERVER = Path(__file__).with_name("s3_server.py")
 SHARDS, ROWS, UNIT_ROWS = 10, 8, 4
-
-
-@dataclass(frozen=True)
-class Request:
-    method: str
-    path: str
-    bytes: int
-
-
-class Store:
-    """The server, a bucket of our own in it, and what the server was asked."""
-
-    def __init__(self, port: int, log: Path, bucket: str) -> None:
-        self._log = log
-        self._seen = 0
-        self._options = f"?endpoint_override=127.0.0.1%3A{port}&scheme=http&region=us-east-1"
-        self._bucket = bucket
-        maker = locate(f"s3://{bucket}/x{self._options}&allow_bucket_creation=true")
-        maker.filesystem.create_dir(bucket)
-
-    def uri(self, path: str) -> str:
-        return f"s3://{self._bucket}/{path}{self._options}"
-
-    def at(self, path: str) -> Location:
-        return locate(self.uri(path))
-
-    def requests(self) -> list[Request]:
-        """Those since the last call."""
-        lines = [line.split("\t") for line in self._log.read_text().splitlines()]
-        new, self._seen = lines[self._seen :], len(lines)
-        return [Request(method, path, int(size)) for method, path, _, size, _ in new]
-
-    def fail(self, *rules: str) -> None:
-        """Answer such requests with an error; none: no more."""
-        Path(f"{self._log}.fail").write_text("\n".join(rules))
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, Path]]:
-    log = tmp_path_factory.mktemp("s3") / "log"
-    log.touch()
-    environ = pytest.MonkeyPatch()
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        environ.setenv(name, "test")
-    environ.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    process = subprocess.Popen(
-        [sys.executable, str(SERVER), str(log)], stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
-    try:
-        yield int(process.stdout.readline()), log
-    finally:
-        process.kill()
-        process.wait()
-        environ.undo()
+    with serving(tmp_path_factory.mktemp("s3")) as found:
+        yield found
 
 
 @pytest.fixture
 def store(server: tuple[int, Path]) -> Iterator[Store]:
-    made = Store(*server, bucket=f"bucket-{uuid.uuid4().hex}")
-    made.requests()
+    made = bucket_of(server)
     yield made
     made.fail()
 

@@ -12,6 +12,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -135,16 +136,16 @@ def run(job: Job, config: JobConfig) -> int:
     with lease.hold(output) as held:
         attached = cluster.start()
         try:
-            _on_signals(stop)
             resources = cluster.fit(config, attached=attached)
             _announce(config, plans[-1][1], resources.describe())
-            for name, each in plans:
-                if outdir.finished(each.output):
-                    done.append((name, outdir.read_summary(each.output)))
-                else:
-                    label = name if len(plans) > 1 else ""
-                    summary = runner.execute(each, resources, label=label, stop=stop, held=held)
-                    done.append((name, summary))
+            with _stopping_on_signals(stop):
+                for name, each in plans:
+                    if outdir.finished(each.output):
+                        done.append((name, outdir.read_summary(each.output)))
+                    else:
+                        label = name if len(plans) > 1 else ""
+                        summary = runner.execute(each, resources, label=label, stop=stop, held=held)
+                        done.append((name, summary))
         finally:
             cluster.stop(attached)
     summary = done[-1][1]
@@ -152,17 +153,26 @@ def run(job: Job, config: JobConfig) -> int:
     return _verdict(job, config, summary)
 
 
-def _on_signals(stop: Callable[..., None]) -> None:
-    """Stop in good order on SIGTERM and Ctrl-C, at once on a second one. After Ray's own handlers,
-    which end the process."""
+@contextmanager
+def _stopping_on_signals(stop: Callable[[], None]) -> Iterator[None]:
+    """SIGTERM and Ctrl-C ask to stop while the block runs, and end it at once the second time.
 
-    def first(number: int, frame: object) -> None:
+    To be entered after Ray has put its own handlers there, which end the process.
+    """
+
+    def first(number: int, _: object) -> None:
         signal.signal(number, signal.default_int_handler)
         stop()
 
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, first)
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, first) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _announce(config: JobConfig, plan: Any, resources: str) -> None:
