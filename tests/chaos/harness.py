@@ -35,9 +35,9 @@ GONE_S = 40.0
 # in which engines and their helpers must be gone once their driver is
 POLL_S = 0.01
 SCHEMA = pa.schema([("id", pa.int32()), ("image", pa.binary()), ("prompt", pa.string())])
-RAYS_OWN = re.compile(
+EXPECTED = re.compile(
     r"^ray::IDLE|^ray::\w+Agent$|raylet|gcs_server|ray/dashboard|ray/_private|ray/autoscaler"
-    r"|default_worker\.py|setup_worker\.py"
+    r"|default_worker\.py|setup_worker\.py|s3_server\.py"
 )
 
 
@@ -330,8 +330,8 @@ def marked() -> dict[int, str]:
 
 
 def strangers() -> dict[int, str]:
-    """Those of them that are not part of an idle Ray."""
-    return {pid: line[:200] for pid, line in marked().items() if not RAYS_OWN.search(line)}
+    """Those of them that are neither part of an idle Ray nor the store."""
+    return {pid: line[:200] for pid, line in marked().items() if not EXPECTED.search(line)}
 
 
 def report(case: str, seed: int, cost: Mapping[str, Any]) -> None:
