@@ -21,7 +21,7 @@ def ray_local() -> Iterator[None]:
     from trio.pipeline.environment import export_path
 
     export_path()
-    ray.init(address="local", num_cpus=6, include_dashboard=False)
+    ray.init(address="local", num_cpus=6, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
 

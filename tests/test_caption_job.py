@@ -207,6 +207,8 @@ def test_paths_a_config_fed_back_and_a_comparison(
     before = {p: p.stat().st_mtime_ns for p in second.rglob("*")}
     assert run(*again) == 0
     assert "finished already: nothing to do" in capsys.readouterr().out
+    assert run(*again, "--seed", "5") == 2
+    assert "holds a run that differs in this: seed: 0, now 5" in capsys.readouterr().err
     assert {p: p.stat().st_mtime_ns for p in second.rglob("*")} == before
 
 

@@ -285,7 +285,7 @@ class Trial:
     def _temporary(self) -> list[str]:
         out = locate(self.output)
         infos = out.filesystem.get_file_info(pafs.FileSelector(out.path, recursive=True))
-        return [info.path for info in infos if info.path.endswith((".tmp", ".part", ".partial"))]
+        return [info.path for info in infos if info.path.endswith(".tmp")]
 
     def _nothing_left_running(self) -> None:
         """Engines end with their driver, and with them whatever they have started."""

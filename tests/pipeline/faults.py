@@ -40,7 +40,11 @@ class FaultyEngine(FakeEngine):
                 time.sleep(3600)
             raise RuntimeError("CUDA error: device-side assert triggered")
         time.sleep(self._delay_s)
-        return super().step()
+        # The base takes from the end; here the first come are the first served.
+        self._running.reverse()
+        results = super().step()
+        self._running.reverse()
+        return results
 
 
 def _build(

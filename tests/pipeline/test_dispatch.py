@@ -67,25 +67,23 @@ def when(condition: Callable[[], bool], action: Callable[[], None]) -> threading
 
 
 def test_units_of_a_killed_actor_are_done_by_others_at_once(tmp_path: Path) -> None:
-    shard(tmp_path / "in", [f"p{n}" for n in range(200)])
+    shard(tmp_path / "in", [f"p{n}" for n in range(400)])
     starts, seen, out = tmp_path / "starts", tmp_path / "seen", tmp_path / "out"
-    killed: list[float] = []
 
     def kill() -> None:
         os.kill(int(starts.read_text().splitlines()[0]), signal.SIGKILL)
-        killed.append(time.time())
 
     when(lambda: len(list((out / "rows").glob("*"))) >= 3, kill)
     factory = faulty(delay_s=0.05, starts=starts, seen=seen)
     summary = execute(tmp_path / "in", out, factory, actors=2)
     got = rows(out)
-    assert [r["id"] for r in got] == list(range(200)) and not summary["errors"]
-    assert sum(s["images"] for s in pq.read_table(out / "stats").to_pylist()) == 200
+    assert [r["id"] for r in got] == list(range(400)) and not summary["errors"]
+    assert sum(s["images"] for s in pq.read_table(out / "stats").to_pylist()) == 400
     twice = [prompt for prompt, n in Counter(seen.read_text().split()).items() if n > 1]
     assert 0 < len(twice) <= 13 * 8, "more than the units that one actor has in hand"
-    again = [r["finished_at"].timestamp() - killed[0] for r in got if r["prompt"] in twice]
-    last = max(r["finished_at"].timestamp() for r in got) - killed[0]
-    assert sorted(again)[len(again) // 2] < last, "they waited for the rest of the input"
+    done = {r["prompt"]: r["finished_at"] for r in got}
+    later = [prompt for prompt in done if done[prompt] > max(done[t] for t in twice)]
+    assert len(later) > 20, "they waited for the rest of the input"
 
 
 @pytest.mark.parametrize("fault", ["kill", "crash", "break"])

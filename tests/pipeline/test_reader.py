@@ -13,7 +13,7 @@ from trio.errors import UserError
 from trio.pipeline.columns import Columns, resolve
 from trio.pipeline.manifest import Manifest, inspect
 from trio.pipeline.plan import Unit, units
-from trio.pipeline.reader import ShardUnreadable, UnitReader
+from trio.pipeline.reader import ShardGone, ShardUnreadable, UnitReader
 
 SCHEMA = pa.schema(
     [
@@ -130,14 +130,14 @@ def test_a_large_row_group_is_not_held_whole(tmp_path: Path) -> None:
         assert pa.total_allocated_bytes() - before < 48 << 20
 
 
-def test_a_shard_that_changed_or_went_is_the_users_to_mend(tmp_path: Path) -> None:
+def test_a_shard_that_changed_or_went_is_noticed(tmp_path: Path) -> None:
     manifest, columns = shard(tmp_path, 20, 10)
     write_shard(tmp_path / "a.parquet", [row(i) for i in range(20)], SCHEMA, 7)
     reader = UnitReader(columns)
     with pytest.raises(UserError, match="has changed since"):
         reader.read(manifest.shards[0], Unit(0, 0, 5))
     (tmp_path / "a.parquet").unlink()
-    with pytest.raises(UserError, match="is gone since"):
+    with pytest.raises(ShardGone, match="is gone since"):
         UnitReader(columns).read(manifest.shards[0], Unit(0, 0, 5))
 
 

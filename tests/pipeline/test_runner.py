@@ -135,6 +135,17 @@ def test_ids_that_are_made_up_tell_files_of_one_name_apart(tmp_path: Path) -> No
     assert ids == [f"{folder}/train/0.parquet#{row}" for folder in "ab" for row in range(2)]
 
 
+def test_no_output_of_ours_is_input(shards: Path) -> None:
+    """A comparison's own directory lies inside the output around it."""
+    out = shards / "out"
+    for name in ("manifest.parquet", "rows/0.parquet"):
+        write_shard(out / name, [], SCHEMA)
+    config = JobConfig(input=(str(shards),), output=str(out / "unpruned"), retention=0.25)
+    assert len(runner.plan(config, config.input).manifest.shards) == len(SIZES) + 2
+    plan = runner.plan(config, config.input, around=locate(str(out)))
+    assert len(plan.manifest.shards) == len(SIZES)
+
+
 @pytest.mark.usefixtures("ray_local")
 def test_limit_stops_in_the_input_order(shards: Path, tmp_path: Path) -> None:
     summary = execute(shards, tmp_path / "out", limit=33)

@@ -36,7 +36,8 @@ class Engine:
     `sampling`: for requests without their own.
     `batch_tokens`: tokens that one step computes at most; bounds the prefill's memory.
     `max_running`: most requests in the running batch.
-    `kv_bytes`: memory for keys and values; None takes a share of what the device has free.
+    `kv_bytes`: memory for keys and values; None takes a part of what the device has free.
+    `memory_share`: of a GPU's memory, where several engines share one; for `kv_bytes` None.
 
     `memory_plan` says how many requests the memory holds at once. One thread submits and steps;
     `prepare` may be called from any.
@@ -55,16 +56,19 @@ class Engine:
         batch_tokens: int = 16384,
         max_running: int = 64,
         kv_bytes: int | None = None,
+        memory_share: float = 1.0,
     ) -> None:
         if batch_tokens < 1 or max_running < 1:
             raise UserError("batch_tokens and max_running must be at least 1")
         adapter = adapt(model)
         self.prepare = Preparer(processor)
         _check_fit(self.prepare, adapter)
+        if kv_bytes is None:
+            kv_bytes = default_kv_bytes(adapter.decoder.device, memory_share)
         self._runner = Runner(
             adapter,
             pruning or Pruning(),
-            kv_bytes=default_kv_bytes(adapter.decoder.device) if kv_bytes is None else kv_bytes,
+            kv_bytes=kv_bytes,
             max_running=max_running,
         )
         self._cache = self._runner.cache

@@ -69,11 +69,17 @@ def _which(revision: str | None) -> dict[str, str]:
     return {} if revision is None else {"revision": revision}
 
 
-def default_kv_bytes(device: torch.device) -> int:
-    """Memory for keys and values: what activations can spare of the memory that is free now."""
+def default_kv_bytes(device: torch.device, share: float = 1.0) -> int:
+    """Memory for keys and values: what activations can spare of the memory that is free now.
+
+    Args:
+        device: with the model on it.
+        share: of a GPU's memory, for all that this process has on it.
+    """
     if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return int(free * 0.7)
+        free, total = torch.cuda.mem_get_info(device)
+        left = share * total - torch.cuda.memory_reserved(device)
+        return max(0, int(min(free, left) * 0.7))
     return min(_free_memory() // 4, 8 << 30)
 
 

@@ -6,6 +6,7 @@ so the engine always has the next unit's rows at hand.
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import os
 import threading
@@ -25,6 +26,7 @@ from trio.engine.request import Sampling
 from trio.pipeline import totals as sums
 from trio.pipeline.columns import Columns
 from trio.pipeline.cpus import usable
+from trio.pipeline.fingerprint import model_directory
 from trio.pipeline.images import RowError
 from trio.pipeline.manifest import Shard
 from trio.pipeline.plan import Unit
@@ -40,7 +42,7 @@ from trio.pipeline.rows import (
     sources,
 )
 from trio.pipeline.sink import Sink
-from trio.pipeline.storage import Location, locate
+from trio.pipeline.storage import Location, open_location
 from trio.pipeline.totals import Totals
 from trio.pipeline.worker import EngineLike, EngineThread, Outcome
 
@@ -65,6 +67,8 @@ class EngineSettings:
     batch_tokens: int | None
     max_running: int | None
     gpu: bool
+    gpu_share: float
+    # of one GPU's memory, at most 1
     actors_per_node: int
     # that share a node's CPUs
     threads: int | None
@@ -88,11 +92,12 @@ def build_engine(settings: EngineSettings) -> EngineLike:
         torch.set_num_threads(engine_threads(settings))
     optional = {"batch_tokens": settings.batch_tokens, "max_running": settings.max_running}
     return Engine.from_pretrained(
-        model_directory(settings.model),
+        model_directory(settings.model) or settings.model,
         pruning=settings.pruning,
         device="cuda" if settings.gpu else "cpu",
         dtype=getattr(torch, settings.dtype) if settings.dtype else None,
         sampling=settings.sampling,
+        memory_share=settings.gpu_share if settings.gpu else 1.0,
         revision=settings.revision,
         **{name: value for name, value in optional.items() if value is not None},
     )
@@ -115,15 +120,6 @@ def prepare_threads(settings: EngineSettings) -> int:
     return settings.threads or default
 
 
-def model_directory(model: str) -> str:
-    """Where a model lies on this node; ``demo`` is inside the package."""
-    if model != "demo":
-        return model
-    import trio
-
-    return os.path.join(os.path.dirname(os.path.abspath(trio.__file__)), "demo", "model")
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Receipt:
     """What a committed unit adds up to."""
@@ -132,6 +128,7 @@ class Receipt:
     began_at: float
     # when its actor took it [seconds since 1970]
     totals: Totals
+    node: str
 
 
 class EngineActor:
@@ -157,12 +154,16 @@ class EngineActor:
         """The node on which Ray found room."""
         return self._node
 
-    def start(self) -> dict[str, Any]:
+    def start(self, actors_here: int) -> dict[str, Any]:
         """Build the engine; returns its memory plan.
+
+        Args:
+            actors_here: that share this node's CPUs.
 
         Raises:
             Exception: whatever the factory raises.
         """
+        self._settings = dataclasses.replace(self._settings, actors_per_node=actors_here)
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         Image.MAX_IMAGE_PIXELS = self._rows.policy.max_pixels
         self._engine = EngineThread(
@@ -192,7 +193,7 @@ class EngineActor:
         rows = self._outcomes(read, shard)
         totals = sums.merge(map(_totals, rows, read))
         self._sink.commit(unit, rows, self._stats(totals), totals)
-        return Receipt(unit=unit, began_at=began_at, totals=totals)
+        return Receipt(unit=unit, began_at=began_at, totals=totals, node=self._node)
 
     def answer_row(
         self, shard: Shard, unit: Unit, index: int, refusal: str | None
@@ -214,7 +215,7 @@ class EngineActor:
         """Commit a unit whose rows were answered one by one."""
         began_at = datetime.datetime.now(datetime.UTC).timestamp()
         self._sink.commit(unit, rows, self._stats(totals), totals)
-        return Receipt(unit=unit, began_at=began_at, totals=totals)
+        return Receipt(unit=unit, began_at=began_at, totals=totals, node=self._node)
 
     def refuse(self, shard: Shard, unit: Unit, message: str) -> Receipt:
         """Commit a unit that cannot be read as so many errors."""
@@ -227,7 +228,7 @@ class EngineActor:
         rows = [self._row(source, RowError("shard_unreadable", message)) for source in read]
         totals = sums.merge(map(_totals, rows, read))
         self._sink.commit(unit, rows, self._stats(totals), totals)
-        return Receipt(unit=unit, began_at=began_at, totals=totals)
+        return Receipt(unit=unit, began_at=began_at, totals=totals, node=self._node)
 
     def _outcomes(self, read: Sequence[Source], shard: Shard) -> list[dict[str, Any]]:
         assert self._engine is not None, "start() comes first"
@@ -250,7 +251,7 @@ def _totals(row: Mapping[str, Any], source: Source) -> Totals:
 
 def parent(path: str) -> Location:
     """Directory of a shard: what relative image paths start from."""
-    location = locate(path)
+    location = open_location(path)
     return location.at(location.path.rpartition("/")[0])
 
 

@@ -152,10 +152,13 @@ def fit(config: JobConfig, *, attached: bool) -> Resources:
 
 def nodes() -> list[Node]:
     """The nodes that are alive, in a stable order."""
-    alive = [node for node in ray.nodes() if node["Alive"]]
-    has = [node["Resources"] for node in sorted(alive, key=lambda node: node["NodeID"])]
-    out = [Node(cpus=each.get("CPU", 0.0), gpus=each.get("GPU", 0.0)) for each in has]
-    return sorted(out, key=lambda node: (node.gpus, node.cpus))
+    return sorted((node for _, node in named_nodes()), key=lambda node: (node.gpus, node.cpus))
+
+
+def named_nodes() -> list[tuple[str, Node]]:
+    """Ids of the nodes that are alive, and what they have."""
+    alive = [(node["NodeID"], node["Resources"]) for node in ray.nodes() if node["Alive"]]
+    return [(name, Node(cpus=has.get("CPU", 0.0), gpus=has.get("GPU", 0.0))) for name, has in alive]
 
 
 def _held_by_others(there: Sequence[Node]) -> str:

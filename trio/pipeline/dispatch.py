@@ -25,7 +25,7 @@ from trio.errors import JobFailed, UserError
 from trio.pipeline.actor import BEAT, EngineActor, Receipt
 from trio.pipeline.manifest import Shard
 from trio.pipeline.plan import Unit
-from trio.pipeline.reader import ShardUnreadable
+from trio.pipeline.reader import ShardGone, ShardUnreadable
 from trio.pipeline.totals import Totals, merge
 from trio.pipeline.work import WorkQueue
 
@@ -44,10 +44,11 @@ PAUSES_S = (1.0, 5.0, 20.0, 60.0)
 DEAD_PAUSE_S = 15.0
 # at least, where a process died as it started: Ray goes on to use a dead node for so long
 BEAT_EVERY_S, SAY_EVERY_S = 5.0, 30.0
+GPU_PAUSE_S = 5.0
 FETCH_S = 60.0
 # to bring a result here that is ready
-ROOM_S = 60.0
-# least time to wait for Ray to find room for the first engine
+ROOM_S, LEAST_ROOM_S = 180.0, 60.0
+# for Ray to find room for the first engine and start its process; and what a user may lower it to
 
 
 class Stopped(JobFailed):
@@ -126,8 +127,10 @@ class _Slot:
     calls: dict[Any, _Call] = field(default_factory=dict)
     turn: int = 0
     # reads asked for so far
+    born: float = 0.0
+    # when the actor was asked for
     since: float = 0.0
-    # when it last moved on: was asked for, placed, or did anything
+    # when it last moved on: was placed, or did anything
     beat: int = -1
     asked: float = 0.0
     # when its pulse was last taken
@@ -152,6 +155,7 @@ class Dispatcher:
         arguments: Sequence[Any],
         *,
         limits: Limits,
+        sharing: Callable[[str], int],
         stop: Stop,
         watch: Callable[[], None],
         committed: Callable[[Unit], Totals | None],
@@ -165,6 +169,7 @@ class Dispatcher:
             options: of the actors.
             arguments: of ``EngineActor``.
             limits: when to give up.
+            sharing: how many of the engines are on a node, by its id.
             stop: looked at once a second.
             watch: called once a second; what it raises ends the run.
             committed: totals of a unit if its rows are there, asked before it is done again.
@@ -172,14 +177,15 @@ class Dispatcher:
         """
         self._queue, self._shards, self._options = queue, shards, options
         self._limits, self._stop, self._committed, self._say = limits, stop, committed, say
-        self._watch = watch
+        self._watch, self._sharing = watch, sharing
         self._suspects: deque[_Suspect] = deque()
         self._delayed: list[tuple[float, Unit]] = []
         self._deaths: Counter[Unit] = Counter()
         self._failures: dict[Unit, list[str]] = {}
         self._slots = [_Slot(number) for number in range(options.actors)]
-        self._failed_starts = 0
-        self._barren = 0
+        self._failed_starts = self._barren = 0
+        self._counted = float("-inf")
+        # when the last failure or death was counted: of actors asked for before, it is the same one
         self._said = time.monotonic()
         self._arguments = tuple(arguments)
         # Ray's types know neither this option nor what its wrappers add to a class.
@@ -216,11 +222,14 @@ class Dispatcher:
 
     def _done(self) -> bool:
         busy = any(slot.hands() for slot in self._slots)
-        if self._stop.asked_at is not None:
-            if not busy or time.monotonic() > self._stop.asked_at + self._limits.grace_s:
-                raise Stopped("stopped; the same command with the same --output goes on")
-            return False
-        return not (busy or self._queue or self._suspects or self._delayed)
+        if not (busy or self._queue or self._suspects or self._delayed):
+            return True
+        asked_at = self._stop.asked_at
+        if asked_at is not None and (
+            not busy or time.monotonic() > asked_at + self._limits.grace_s
+        ):
+            raise Stopped("stopped; the same command with the same --output goes on")
+        return False
 
     def _await(self) -> list[Any]:
         """Calls that have come back, after at most a second."""
@@ -243,7 +252,8 @@ class Dispatcher:
         for slot in self._slots:
             if slot.handle is None and now >= slot.not_before and standing < wanted:
                 slot.handle = self._remote.remote(*self._arguments)
-                slot.since, slot.beat, slot.asked, slot.turn = now, -1, now, 0
+                slot.born = slot.since = slot.asked = now
+                slot.beat, slot.turn = -1, 0
                 slot.calls[slot.handle.place.remote()] = _Call("place")
                 standing += 1
 
@@ -284,9 +294,16 @@ class Dispatcher:
         self._said = now
         self._say(state)
 
+    def _another(self, slot: _Slot) -> bool:
+        """Whether what ended this actor is to be counted: a node or a hub that fails ends many."""
+        if slot.born <= self._counted or (slot.node and not _alive(slot.node)):
+            return False
+        self._counted = time.monotonic()
+        return True
+
     def _failed_start(self, slot: _Slot, reason: str, *, died: bool = False) -> None:
+        self._failed_starts += self._another(slot)
         self._kill(slot)
-        self._failed_starts += 1
         if self._failed_starts >= START_TRIES and not any(s.ready for s in self._slots):
             raise JobFailed(f"engines failed to start {self._failed_starts} times: {reason}")
         pause = max(_pause(self._failed_starts), DEAD_PAUSE_S if died else 0.0)
@@ -329,7 +346,7 @@ class Dispatcher:
             return
         suspect = self._suspects.popleft()
         if suspect.deaths > ROW_DEATHS:
-            self._failures[suspect.unit] = ["the process died while it read these rows"]
+            self._failures[suspect.unit] = ["the process died while it read or wrote these rows"]
             self._ask(slot, _Call("refuse", suspect.unit))
             return
         kind = "alone" if not suspect.by_rows else "rows" if suspect.whole else "row"
@@ -387,7 +404,7 @@ class Dispatcher:
         slot.since = now
         if call.kind == "place":
             slot.node = value
-            slot.calls[slot.handle.start.remote()] = _Call("start")
+            slot.calls[slot.handle.start.remote(self._sharing(value))] = _Call("start")
         elif call.kind == "start":
             slot.ready, self._failed_starts = True, 0
             yield value
@@ -414,18 +431,20 @@ class Dispatcher:
             self._failed_start(slot, reason)
         elif isinstance(cause, ShardUnreadable | OSError):
             del slot.calls[ref]
-            self._put_off(slot, call.unit, reason, read=isinstance(cause, ShardUnreadable))
+            self._put_off(slot, call.unit, cause, reason)
         else:
             yield from self._lose(slot, reason)
 
     def _others(self, slot: _Slot) -> bool:
         return any(other.ready for other in self._slots if other is not slot)
 
-    def _put_off(self, slot: _Slot, unit: Unit, reason: str, *, read: bool) -> None:
+    def _put_off(self, slot: _Slot, unit: Unit, cause: Exception, reason: str) -> None:
         """A unit that could not be read or written is tried again later, a few times."""
         tried = self._failures.setdefault(unit, [])
         tried.append(reason)
-        if read and len(tried) >= READ_TRIES:
+        if isinstance(cause, ShardGone) and len(tried) >= READ_TRIES:
+            raise UserError(str(cause))
+        if isinstance(cause, ShardUnreadable) and len(tried) >= READ_TRIES:
             self._say(f"{reason}: rows {unit.start} to {unit.stop} become errors")
             self._ask(slot, _Call("refuse", unit))
         elif len(tried) >= WRITE_TRIES:
@@ -438,22 +457,32 @@ class Dispatcher:
     def _lose(self, slot: _Slot, reason: str) -> Iterator[Receipt]:
         """The actor is gone or of no more use. What it had in hand is received if it is there after
         all, else done again."""
-        calls, node = slot.hands(), slot.node
+        calls, slot_node, charge = slot.hands(), slot.node, _alive(slot.node)
+        self._barren += self._another(slot)
         self._kill(slot)
-        charge = _alive(node)
-        self._barren += charge
+        if self._options.num_gpus:
+            # The next engine must not take the dead one's memory, still held, for somebody's.
+            slot.not_before = time.monotonic() + GPU_PAUSE_S
         if self._barren >= BARREN_DEATHS:
             raise JobFailed(f"engines died {self._barren} times with nothing done: {reason}")
         if calls:
             self._say(f"an engine died ({reason}); {len(calls)} units are done again")
         for call in calls:
             assert call.unit is not None
-            totals = self._committed(call.unit)
+            totals = self._there(call.unit)
             if totals is not None:
-                receipt = Receipt(unit=call.unit, began_at=time.time(), totals=totals)
+                node = slot_node or ""
+                receipt = Receipt(unit=call.unit, began_at=time.time(), totals=totals, node=node)
                 yield self._received(receipt)
             else:
                 self._again(call, charge)
+
+    def _there(self, unit: Unit) -> Totals | None:
+        """Totals of a unit whose commit nobody lived to tell; None where that cannot be seen."""
+        try:
+            return self._committed(unit)
+        except OSError:
+            return None
 
     def _again(self, call: _Call, charge: bool) -> None:
         unit, suspect = call.unit, call.suspect
@@ -465,7 +494,7 @@ class Dispatcher:
             else:
                 self._suspects.append(_Suspect(unit))
             return
-        if call.kind == "row":
+        if call.kind in ("row", "rows"):
             suspect.deaths += charge
         suspect.by_rows |= charge
         self._suspects.appendleft(suspect)
@@ -477,7 +506,7 @@ def _alive(node: str | None) -> bool:
 
 
 def _pause(failures: int) -> float:
-    return PAUSES_S[min(failures, len(PAUSES_S)) - 1]
+    return PAUSES_S[min(max(failures, 1), len(PAUSES_S)) - 1]
 
 
 def _reason(error: BaseException) -> str:

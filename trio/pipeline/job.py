@@ -22,7 +22,7 @@ from trio.pipeline import config as settings
 from trio.pipeline.cli import ERRORS, FAILED, OK, WRONG
 from trio.pipeline.config import DEMO, JobConfig
 from trio.pipeline.outdir import UNPRUNED
-from trio.pipeline.storage import is_local, locate
+from trio.pipeline.storage import Location, is_local, locate
 from trio.pipeline.summary import share, table
 
 DEFAULT_RETENTION = 1 / 9
@@ -62,6 +62,8 @@ def main(job: Job, argv: Sequence[str] | None = None) -> int:
         return cli.fail(
             job.prog, "stopped; the same command with the same --output goes on", FAILED
         )
+    except OSError as error:
+        return cli.fail(job.prog, f"failed: {type(error).__name__}: {error}"[:500], FAILED)
     except Exception as error:
         traceback.print_exc()
         return cli.fail(job.prog, f"failed: {type(error).__name__}: {error}"[:500], FAILED)
@@ -123,15 +125,16 @@ def run(job: Job, config: JobConfig) -> int:
     """Do the run, and the comparison where asked; print the table."""
     assert config.output is not None
     output = locate(config.output)
+    from trio.pipeline import cluster, lease, runner
+    from trio.pipeline.dispatch import Stop
+
     if outdir.finished(output):
+        runner.check_finished(config, output)
         print(
             f"{output.uri} is finished already: nothing to do. For a new run give another --output."
         )
         return _verdict(job, config, outdir.read_summary(output))
-    from trio.pipeline import cluster, lease, runner
-    from trio.pipeline.dispatch import Stop
-
-    plans = [(name, runner.plan(each, input_paths(job, each))) for name, each in runs(config)]
+    plans = _plans(job, config, output)
     stop, done = Stop(), []
     with lease.hold(output) as held:
         attached = cluster.start()
@@ -139,18 +142,31 @@ def run(job: Job, config: JobConfig) -> int:
             resources = cluster.fit(config, attached=attached)
             _announce(config, plans[-1][1], resources.describe())
             with _stopping_on_signals(stop):
-                for name, each in plans:
-                    if outdir.finished(each.output):
-                        done.append((name, outdir.read_summary(each.output)))
-                    else:
+                for name, plan in plans:
+                    if isinstance(plan, runner.Plan):
                         label = name if len(plans) > 1 else ""
-                        summary = runner.execute(each, resources, label=label, stop=stop, held=held)
-                        done.append((name, summary))
+                        plan = runner.execute(plan, resources, label=label, stop=stop, held=held)
+                    done.append((name, plan))
         finally:
             cluster.stop(attached)
     summary = done[-1][1]
     print(f"\n{table(list(reversed(done)))}\n\nrows: {output.join('rows').uri}", flush=True)
     return _verdict(job, config, summary)
+
+
+def _plans(job: Job, config: JobConfig, output: Location) -> list[tuple[str, Any]]:
+    """(heading, plan) of each run, or its summary where it is finished; the main one comes last."""
+    from trio.pipeline import runner
+
+    out: list[tuple[str, Any]] = []
+    for name, each in runs(config):
+        assert each.output is not None
+        place = locate(each.output)
+        if outdir.finished(place):
+            out.append((name, outdir.read_summary(place)))
+        else:
+            out.append((name, runner.plan(each, input_paths(job, each), around=output)))
+    return out
 
 
 @contextmanager
@@ -209,8 +225,10 @@ def dry_run(job: Job, config: JobConfig) -> int:
     if outdir.finished(output):
         print(f"# {output.uri} is finished already: nothing to do")
         return OK
-    for name, each in runs(config):
-        plan = runner.plan(each, input_paths(job, each))
+    for name, plan in _plans(job, config, output):
+        if not isinstance(plan, runner.Plan):
+            print(f"# {name}: finished already")
+            continue
         roles = ", ".join(f"{role} from {column}" for role, column in plan.columns.roles.items())
         state = "goes on with an unfinished run" if plan.earlier else "new"
         print(f"# {name}: {plan.rows} rows of {len(plan.manifest.shards)} shards; {roles}")

@@ -146,28 +146,29 @@ def _check_unused(output: Location) -> None:
 
 
 def check_same(
-    old: Pinned, now: Fingerprint, found: Sequence[tuple[Location, int]], output: str
+    old: Pinned, now: Fingerprint, found: Sequence[tuple[Location, int]] | None, output: str
 ) -> None:
     """Refuse to mix rows of two different runs.
 
     Args:
         old: what the directory holds.
         now: the fingerprint of what was asked for.
-        found: the input as it is listed now, see `manifest.expand`; no shard is opened.
+        found: the input as it is listed now, see `manifest.expand`; no shard is opened. None: it is
+            not compared.
         output: for the message.
 
     Raises:
         UserError: naming what differs.
     """
     reasons = old.fingerprint.differences(now)
-    changed = old.manifest.difference(found)
+    changed = old.manifest.difference(found) if found is not None else None
     if changed is not None:
         reasons.append(f"the input: {changed}")
     if reasons:
         more = len(reasons) - SHOWN_DIFFERENCES
         shown = "; ".join(reasons[:SHOWN_DIFFERENCES]) + (f"; {more} more" if more > 0 else "")
         raise UserError(
-            f"--output {output} holds an unfinished run that differs in this: {shown}."
+            f"--output {output} holds a run that differs in this: {shown}."
             " Give the same settings, model and input to go on with it, or another --output"
         )
 

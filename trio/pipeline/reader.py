@@ -17,7 +17,7 @@ from trio.errors import UserError
 from trio.pipeline.columns import Columns
 from trio.pipeline.manifest import Shard
 from trio.pipeline.plan import Unit, group_of
-from trio.pipeline.storage import locate
+from trio.pipeline.storage import open_location
 
 BATCH_ROWS, BATCH_BYTES = 128, 16 << 20
 # decoded at a time while a row group streams past
@@ -28,6 +28,10 @@ OPEN_CURSORS = 2
 
 class ShardUnreadable(Exception):
     """A shard, or the part of it that holds a unit, cannot be read now."""
+
+
+class ShardGone(ShardUnreadable):
+    """There is no such file now."""
 
 
 class UnitReader:
@@ -48,6 +52,7 @@ class UnitReader:
 
         Raises:
             ShardUnreadable: no way to read it; another try may succeed.
+            ShardGone: it is not there; on a node that is new it may come.
             UserError: the shard is not the one that the manifest describes.
         """
         with self._changed:
@@ -60,17 +65,13 @@ class UnitReader:
                 self._turn += 1
                 self._changed.notify_all()
 
-    def close(self) -> None:
-        while self._cursors:
-            self._cursors.pop().close()
-
     def _read(self, shard: Shard, unit: Unit) -> pa.Table:
         cursor = None
         try:
             cursor = self._cursor_at(shard, unit)
             return cursor.take(unit)
         except FileNotFoundError as error:
-            raise UserError(f"{shard.path}: the shard is gone since the run was planned") from error
+            raise ShardGone(f"{shard.path}: the shard is gone since the run was planned") from error
         except (OSError, pa.ArrowException) as error:
             if cursor is not None:
                 self._cursors.remove(cursor)
@@ -99,7 +100,7 @@ class _Cursor:
         self.path = shard.path
         self.row = row
         # the next one to come
-        location = locate(shard.path)
+        location = open_location(shard.path)
         self._stream = location.filesystem.open_input_file(location.path)
         self._batches = self._decoded(shard, columns, group)
         self._rest: pa.RecordBatch | None = None

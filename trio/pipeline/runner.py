@@ -15,15 +15,16 @@ from typing import Any
 from trio.engine.plan import describe
 from trio.engine.request import Sampling
 from trio.errors import JobFailed
-from trio.pipeline import committed, ids, lease, outdir
+from trio.pipeline import cluster, committed, ids, lease, outdir
 from trio.pipeline import fingerprint as prints
 from trio.pipeline.actor import EngineFactory, EngineSettings, Receipt, build_engine
 from trio.pipeline.cluster import Resources
 from trio.pipeline.columns import Columns, parse_mapping, resolve
 from trio.pipeline.config import JobConfig, results
-from trio.pipeline.dispatch import ROOM_S, ActorOptions, Dispatcher, Limits, Stop
+from trio.pipeline.dispatch import LEAST_ROOM_S, ROOM_S, ActorOptions, Dispatcher, Limits, Stop
 from trio.pipeline.fingerprint import Fingerprint
 from trio.pipeline.manifest import Manifest, expand, inspect
+from trio.pipeline.placement import Need
 from trio.pipeline.plan import Unit, runs, unit_rows, units
 from trio.pipeline.progress import Progress
 from trio.pipeline.rows import RowSettings
@@ -38,6 +39,8 @@ AHEAD = {False: 96, True: 256}
 MAX_CALLS = 16
 # units that one actor answers at a time
 RUNS_PER_ACTOR = 4
+SHARED_TRIES, SHARED_PAUSE_S = 5, 2.0
+# until a shared file system shows what another node has written
 ENOUGH_ROWS = 500
 # of this attempt, before a run may be ended for its errors
 SNAPSHOT_S = 60.0
@@ -61,24 +64,30 @@ class Plan:
         return self.manifest.rows if limit is None else min(limit, self.manifest.rows)
 
 
-def plan(config: JobConfig, paths: Sequence[str]) -> Plan:
-    """Check input and output; ``paths`` are where the settings' inputs lie.
+def plan(config: JobConfig, paths: Sequence[str], *, around: Location | None = None) -> Plan:
+    """Check input and output.
+
+    Args:
+        config: the settings.
+        paths: where their inputs lie.
+        around: the directory around this run's, if another run keeps its output there: no input.
 
     Raises:
         UserError: anything in them that keeps the run from making sense.
     """
     assert config.output is not None, "the job chooses an output"
     output = locate(config.output)
+    ours = around or output
     earlier = outdir.earlier(output)
     if earlier is not None and config.rows_per_file is None:
         config = config.replace(rows_per_file=earlier.config.rows_per_file)
     config = prints.pin_revision(config, earlier.config if earlier is not None else None)
     if earlier is not None:
         now = prints.take(config)
-        outdir.check_same(earlier, now, expand(paths, output), output.uri)
+        outdir.check_same(earlier, now, expand(paths, ours), output.uri)
         manifest, columns = earlier.manifest, earlier.columns
     else:
-        manifest, schemas = inspect(paths, output)
+        manifest, schemas = inspect(paths, ours)
         columns = resolve(
             schemas,
             [shard.path for shard in manifest.shards],
@@ -90,6 +99,19 @@ def plan(config: JobConfig, paths: Sequence[str]) -> Plan:
         config=config, manifest=manifest, columns=columns, output=output,
         fingerprint=now, earlier=earlier,
     )  # fmt: skip
+
+
+def check_finished(config: JobConfig, output: Location) -> None:
+    """Nothing is left to do there, if it is what these settings would do.
+
+    Raises:
+        UserError: the settings are others, or the model is.
+    """
+    earlier = outdir.earlier(output)
+    if earlier is not None:
+        config = config.replace(rows_per_file=config.rows_per_file or earlier.config.rows_per_file)
+        config = prints.pin_revision(config, earlier.config)
+        outdir.check_same(earlier, prints.take(config), None, output.uri)
 
 
 def resolve_resources(config: JobConfig, manifest: Manifest, resources: Resources) -> JobConfig:
@@ -140,6 +162,7 @@ def execute(
     todo = [unit for unit in wanted if unit not in done]
     memory_plan: dict[str, Any] | None = None
     with Progress(run.rows, before, log_interval_s=config.log_interval, label=label) as progress:
+        seen: set[str] = set()
         snapshot = _Snapshot(run.output, wanted, done, pinned.run_id)
         coming = _receipts(
             run, config, resources, pinned.run_id, todo, factory,
@@ -149,6 +172,9 @@ def execute(
         with snapshot, closing(coming):
             for item in coming:
                 if isinstance(item, Receipt):
+                    if item.node not in seen:
+                        _check_shared(run, item, pinned.run_id)
+                        seen.add(item.node)
                     progress.add(item.totals, item.began_at)
                     snapshot.add(item.unit, progress.done)
                     _check_errors(config, before, progress.done)
@@ -168,6 +194,7 @@ def execute(
     if pinned.ids is not None:
         summary["duplicate_ids"] = pinned.ids.duplicates
     held.check()
+    committed.sweep(run.output)
     outdir.close(run.output, summary)
     committed.drop(run.output)
     return summary
@@ -214,10 +241,9 @@ class _Snapshot:
         pass
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None and not issubclass(kind, lease.LeaseLost):
-            # The failure that is under way says more than one to save would.
-            with suppress(OSError):
-                self._save()
+        # Not on a second Ctrl-C, which may come between the two lines of `add`.
+        if kind and issubclass(kind, Exception) and not issubclass(kind, lease.LeaseLost):
+            self._save()
 
     def add(self, unit: Unit, totals: Totals) -> None:
         self._done.add(unit)
@@ -226,9 +252,24 @@ class _Snapshot:
             self._save()
 
     def _save(self) -> None:
-        if self._totals is not None:
-            committed.save(self._output, self._wanted, self._done, self._totals, self._run_id)
-            self._saved_at = time.monotonic()
+        self._saved_at = time.monotonic()
+        # It only spares a resume some work: a storage that does not answer now ends no run.
+        with suppress(OSError):
+            if self._totals is not None:
+                committed.save(self._output, self._wanted, self._done, self._totals, self._run_id)
+
+
+def _check_shared(run: Plan, receipt: Receipt, run_id: str) -> None:
+    """What a node writes must be seen here, else days of work would be missed at the end."""
+    for _ in range(SHARED_TRIES):
+        if committed.receipt(run.output, receipt.unit, run_id) is not None:
+            return
+        time.sleep(SHARED_PAUSE_S)
+    raise JobFailed(
+        f"rows/{receipt.unit.name} was written on node {receipt.node[:8]} and is not to be seen"
+        f" here: --output {run.output.uri} must be the same directory on every node, or on an"
+        " object store"
+    )
 
 
 def _check_errors(config: JobConfig, before: Totals, totals: Totals) -> None:
@@ -294,16 +335,31 @@ def _receipts(
         ),
         (engine, rows, run.columns, sink, factory),
         limits=Limits(
-            room_s=max(ROOM_S, config.wait_for_nodes),
+            room_s=max(LEAST_ROOM_S, config.wait_for_nodes) if config.wait_for_nodes else ROOM_S,
             stall_s=config.stall_timeout,
             grace_s=config.grace_period,
         ),
+        sharing=_sharing(resources),
         stop=stop,
         watch=watch,
         committed=lambda unit: committed.receipt(run.output, unit, run_id),
         say=say,
     )
     return dispatcher.receipts()
+
+
+def _sharing(resources: Resources) -> Callable[[str], int]:
+    """How many engines are on a node, by its id: as planned, or as many as a new node holds."""
+    planned = {name for name, _ in cluster.named_nodes()}
+    need = Need(cpus=resources.cpus_per_actor, gpus=resources.gpus_per_actor)
+
+    def on(node: str) -> int:
+        if node in planned:
+            return resources.per_node
+        found = dict(cluster.named_nodes()).get(node)
+        return max(1, min(need.fits_on(found), resources.actors)) if found else 1
+
+    return on
 
 
 def engine_settings(config: JobConfig, resources: Resources) -> EngineSettings:
@@ -324,6 +380,7 @@ def engine_settings(config: JobConfig, resources: Resources) -> EngineSettings:
         batch_tokens=config.batch_tokens,
         max_running=config.max_running,
         gpu=gpu,
+        gpu_share=min(1.0, resources.gpus_per_actor),
         actors_per_node=resources.per_node,
         threads=config.threads,
         ahead=2 * config.max_running if config.max_running else AHEAD[gpu],

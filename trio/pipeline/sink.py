@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from trio.pipeline.plan import Unit
 from trio.pipeline.schema import RECEIPT_KEY, build_table, check_keys, rows_schema, stats_schema
-from trio.pipeline.storage import locate, write_atomic
+from trio.pipeline.storage import open_location, write_atomic
 from trio.pipeline.totals import Totals
 
 ROWS, STATS = "rows", "stats"
@@ -43,7 +43,7 @@ class Sink:
         receipt = {RECEIPT_KEY: totals.to_json().encode()}
         schema = rows_schema(self.id_type, run_id=self.run_id, save_kept=self.save_kept)
         table = build_table(rows, schema)
-        out = locate(self.output)
+        out = open_location(self.output)
         figures = build_table([stats], stats_schema(run_id=self.run_id))
         write_atomic(out.join(STATS, unit.name), serialise(figures))
         marked = table.replace_schema_metadata({**schema.metadata, **receipt})

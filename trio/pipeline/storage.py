@@ -78,10 +78,22 @@ class Location:
 
 
 def locate(uri: str) -> Location:
-    """The file system and path of a URI or local path (which becomes absolute).
+    """The file system and path of a URI or local path (which becomes absolute), as a user gave it.
 
     Raises:
         UserError: a scheme nobody here knows, or a file system that does not open.
+    """
+    try:
+        return open_location(uri)
+    except OSError as error:
+        raise UserError(str(error)) from error
+
+
+def open_location(uri: str) -> Location:
+    """``locate`` for what was found good before: that it does not open now may pass.
+
+    Raises:
+        OSError: a file system that does not open.
     """
     scheme = scheme_of(uri)
     if scheme in (None, "file"):
@@ -100,7 +112,7 @@ def locate(uri: str) -> Location:
         else:
             filesystem, path = _through_fsspec(uri)
     except (OSError, ValueError, ImportError, pa.ArrowException) as error:
-        raise UserError(f"cannot open {root}: {_first_line(error)}") from error
+        raise OSError(f"cannot open {root}: {_first_line(error)}") from error
     return Location(filesystem=filesystem, path=path, prefix=f"{scheme}://", query=query)
 
 
