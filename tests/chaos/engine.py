@@ -59,7 +59,7 @@ class ChaosEngine(FakeEngine):
     """Answers as ``FakeEngine`` does, in the order asked for."""
 
     def __init__(self, options: Options) -> None:
-        super().__init__(width=options.width)
+        super().__init__(width=options.width, oldest_first=not options.reverse)
         self._options = options
         path = Path(options.side, ANSWERS, f"{os.getpid()}.txt")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -67,14 +67,9 @@ class ChaosEngine(FakeEngine):
 
     def step(self) -> list[Result]:
         time.sleep(self._options.delay_s)
-        # The base takes from the end, so that the order of arrival is reversed.
-        if not self._options.reverse:
-            self._running.reverse()
-        for _, said in self._running[-self._width :]:
+        for _, said in self._running[self._next]:
             self._suffer(said)
         results = super().step()
-        if not self._options.reverse:
-            self._running.reverse()
         for result in results:
             self._answers.write(f"{result.response}\n")
         self._answers.flush()

@@ -23,10 +23,10 @@ KEPT = 4
 class FakeEngine:
     """Answers ``<prompt> <mean colour>``; results leave in an order of their own."""
 
-    def __init__(self, *, width: int = 4) -> None:
+    def __init__(self, *, width: int = 4, oldest_first: bool = False) -> None:
         self._running: list[tuple[Prepared, str]] = []
         self._said: dict[int, str] = {}
-        self._width = width
+        self._next = slice(width) if oldest_first else slice(-width, None)
         self._steps = 0
 
     @property
@@ -55,7 +55,8 @@ class FakeEngine:
     def step(self) -> list[Result]:
         self._steps += 1
         time.sleep(0.001)
-        taken, self._running = self._running[-self._width :], self._running[: -self._width]
+        taken = self._running[self._next]
+        del self._running[self._next]
         return [_result(prepared, said) for prepared, said in taken]
 
     def stats(self) -> Mapping[str, Any]:

@@ -19,7 +19,7 @@ class FaultyEngine(FakeEngine):
     noted in a file, line by line, when `seen` is given."""
 
     def __init__(self, *, delay_s: float, seen: Path | None) -> None:
-        super().__init__()
+        super().__init__(oldest_first=True)
         self._delay_s, self._seen = delay_s, seen
         self._fatal: list[str] = []
 
@@ -40,11 +40,7 @@ class FaultyEngine(FakeEngine):
                 time.sleep(3600)
             raise RuntimeError("CUDA error: device-side assert triggered")
         time.sleep(self._delay_s)
-        # The base takes from the end; here the first come are the first served.
-        self._running.reverse()
-        results = super().step()
-        self._running.reverse()
-        return results
+        return super().step()
 
 
 def _build(

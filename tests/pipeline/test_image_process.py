@@ -17,7 +17,8 @@ from tests.pipeline.fakes import FakeEngine, encoded, png
 from trio.engine.request import Request
 from trio.pipeline import frames, image_process
 from trio.pipeline.image_process import ImageProcess, NoImageProcess
-from trio.pipeline.images import ImagePolicy, RowError, load_images
+from trio.pipeline.images import load_images
+from trio.pipeline.policy import ImagePolicy, RowError
 from trio.pipeline.rows import ImageLoader
 from trio.pipeline.storage import locate
 from trio.pipeline.worker import EngineDied, EngineThread
@@ -226,7 +227,7 @@ def test_a_killed_parent_leaves_no_process_behind(last: str, tmp_path: Path) -> 
     (tmp_path / "sitecustomize.py").write_text(TRAPS)
     script = (
         "import sys; from trio.pipeline.image_process import ImageProcess\n"
-        "from trio.pipeline.images import ImagePolicy\n"
+        "from trio.pipeline.policy import ImagePolicy\n"
         "load, policy = ImageProcess(), ImagePolicy(row_timeout=1.5)\n"
         f"load({png()!r}, None, policy)\n"
         "print(load._child.process.pid, flush=True)\n"

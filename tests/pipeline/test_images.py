@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from tests.pipeline.fakes import encoded, png
-from trio.pipeline.images import ImagePolicy, RowError, decode, load_images, to_rgb
+from trio.pipeline.images import decode, load_images, to_rgb
+from trio.pipeline.policy import ImagePolicy, RowError
 from trio.pipeline.storage import locate
 
 POLICY = ImagePolicy()

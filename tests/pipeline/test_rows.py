@@ -7,8 +7,9 @@ import pytest
 
 from tests.pipeline.fakes import png
 from trio.engine.request import Result, Sampling
-from trio.pipeline.images import ImagePolicy, RowError, load_images
+from trio.pipeline.images import load_images
 from trio.pipeline.plan import Unit
+from trio.pipeline.policy import ImagePolicy, RowError
 from trio.pipeline.rows import RowSettings, answers_of, output_row, request_of, sources
 from trio.pipeline.schema import build_table, row_key, rows_schema
 

@@ -9,7 +9,7 @@ import pytest
 from tests.pipeline.fakes import FakeEngine
 from trio.engine.request import Prepared, Request, Result
 from trio.errors import UserError
-from trio.pipeline.images import RowError
+from trio.pipeline.policy import RowError
 from trio.pipeline.rows import ImageLoader
 from trio.pipeline.worker import EngineDied, EngineThread, Outcome, RowReader
 

@@ -55,8 +55,9 @@ from trio.pipeline.actor import (
 from trio.pipeline.cluster import Resources
 from trio.pipeline.config import DEMO, JobConfig
 from trio.pipeline.cpus import usable
-from trio.pipeline.images import ImagePolicy, load_images
+from trio.pipeline.images import load_images
 from trio.pipeline.job import check_model
+from trio.pipeline.policy import ImagePolicy
 from trio.tables import aligned
 
 SCENES = 64

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from trio.errors import UserError
+from trio.errors import UserError, first_line
 from trio.models.registry import check_supported, processor_class
 
 
@@ -32,7 +32,7 @@ def load(
     try:
         config = AutoConfig.from_pretrained(model, trust_remote_code=False, **which)
     except (OSError, ValueError) as error:
-        raise UserError(f"no model at {model!r}: {_first_line(error)}") from error
+        raise UserError(f"no model at {model!r}: {first_line(error, None)}") from error
     check_supported(config)
     try:
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
@@ -45,7 +45,7 @@ def load(
         )
         processor = _processor(model, config, which)
     except OSError as error:
-        raise UserError(f"{model!r} is incomplete: {_first_line(error)}") from error
+        raise UserError(f"{model!r} is incomplete: {first_line(error, None)}") from error
     return loaded.to(where).eval(), processor
 
 
@@ -107,7 +107,3 @@ def _check_directory(model: str) -> None:
             raise UserError(f"{model!r} has no *.safetensors; other weight files are not loaded")
     elif path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
         raise UserError(f"there is no model directory {model!r}")
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]

@@ -10,6 +10,7 @@ import dataclasses
 import datetime
 import os
 import threading
+import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -27,9 +28,9 @@ from trio.pipeline import totals as sums
 from trio.pipeline.columns import Columns
 from trio.pipeline.cpus import usable
 from trio.pipeline.fingerprint import model_directory
-from trio.pipeline.images import RowError
 from trio.pipeline.manifest import Shard
 from trio.pipeline.plan import Unit
+from trio.pipeline.policy import RowError
 from trio.pipeline.reader import UnitReader
 from trio.pipeline.rows import (
     RowSettings,
@@ -66,9 +67,8 @@ class EngineSettings:
     # None: the engine's default
     batch_tokens: int | None
     max_running: int | None
-    gpu: bool
     gpu_share: float
-    # of one GPU's memory, at most 1
+    # of one GPU, at most 1; 0: on the CPU
     actors_per_node: int
     # that share a node's CPUs
     threads: int | None
@@ -77,6 +77,10 @@ class EngineSettings:
     # rows prepared or in the engine at a time
     revision: str | None = None
     # commit of a hub id
+
+    @property
+    def gpu(self) -> bool:
+        return self.gpu_share > 0
 
 
 EngineFactory = Callable[[EngineSettings], EngineLike]
@@ -97,7 +101,7 @@ def build_engine(settings: EngineSettings) -> EngineLike:
         device="cuda" if settings.gpu else "cpu",
         dtype=getattr(torch, settings.dtype) if settings.dtype else None,
         sampling=settings.sampling,
-        memory_share=settings.gpu_share if settings.gpu else 1.0,
+        memory_share=settings.gpu_share,
         revision=settings.revision,
         **{name: value for name, value in optional.items() if value is not None},
     )
@@ -187,13 +191,11 @@ class EngineActor:
             EngineDied: the engine failed; this process is of no more use.
             OSError: the output cannot be written.
         """
-        began_at = datetime.datetime.now(datetime.UTC).timestamp()
+        began_at = time.time()
         table = self._reader.read(shard, unit, turn)
         read = sources(table, unit, shard.path)
         rows = self._outcomes(read, shard)
-        totals = sums.merge(map(_totals, rows, read))
-        self._sink.commit(unit, rows, self._stats(totals), totals)
-        return Receipt(unit=unit, began_at=began_at, totals=totals, node=self._node)
+        return self._commit(unit, rows, sums.merge(map(_totals, rows, read)), began_at)
 
     def answer_row(
         self, shard: Shard, unit: Unit, index: int, refusal: str | None
@@ -213,22 +215,18 @@ class EngineActor:
 
     def commit_rows(self, unit: Unit, rows: Sequence[dict[str, Any]], totals: Totals) -> Receipt:
         """Commit a unit whose rows were answered one by one."""
-        began_at = datetime.datetime.now(datetime.UTC).timestamp()
-        self._sink.commit(unit, rows, self._stats(totals), totals)
-        return Receipt(unit=unit, began_at=began_at, totals=totals, node=self._node)
+        return self._commit(unit, rows, totals, time.time())
 
     def refuse(self, shard: Shard, unit: Unit, message: str) -> Receipt:
         """Commit a unit that cannot be read as so many errors."""
-        began_at = datetime.datetime.now(datetime.UTC).timestamp()
+        began_at = time.time()
         nothing = pa.table({"": pa.nulls(unit.stop - unit.start)})
         read = sources(nothing, unit, shard.path)
         if self._columns.id is None:
             for source in read:
                 source.id = made_up_id(source, self._rows)
         rows = [self._row(source, RowError("shard_unreadable", message)) for source in read]
-        totals = sums.merge(map(_totals, rows, read))
-        self._sink.commit(unit, rows, self._stats(totals), totals)
-        return Receipt(unit=unit, began_at=began_at, totals=totals, node=self._node)
+        return self._commit(unit, rows, sums.merge(map(_totals, rows, read)), began_at)
 
     def _outcomes(self, read: Sequence[Source], shard: Shard) -> list[dict[str, Any]]:
         assert self._engine is not None, "start() comes first"
@@ -241,8 +239,12 @@ class EngineActor:
             source, outcome, actor=self._name, node=self._node, save_kept=self._rows.save_kept
         )
 
-    def _stats(self, totals: Totals) -> dict[str, Any]:
-        return self._report.interval(totals) | {"actor": self._name, "node": self._node}
+    def _commit(
+        self, unit: Unit, rows: Sequence[dict[str, Any]], totals: Totals, began_at: float
+    ) -> Receipt:
+        stats = self._report.interval(totals) | {"actor": self._name, "node": self._node}
+        self._sink.commit(unit, rows, stats, totals)
+        return Receipt(unit=unit, began_at=began_at, totals=totals, node=self._node)
 
 
 def _totals(row: Mapping[str, Any], source: Source) -> Totals:

@@ -62,7 +62,7 @@ class Stop:
     asked_at: float | None = None
     # on the monotonic clock [s]
 
-    def __call__(self, *_: object) -> None:
+    def __call__(self) -> None:
         if self.asked_at is None:
             self.asked_at = time.monotonic()
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import trio
-from trio.errors import UserError
+from trio.errors import UserError, first_line
 from trio.pipeline.config import DEMO, JobConfig, results
 from trio.version import VERSION
 
@@ -193,13 +193,13 @@ def commit(model: str, revision: str | None) -> str:
     except (HFValidationError, RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise UserError(
             f"--model {model}: the hub has no revision {revision!r} of it that may be read"
-            f" ({_first_line(error)}); check the name, --revision and HF_TOKEN"
+            f" ({first_line(error)}); check the name, --revision and HF_TOKEN"
         ) from error
     except (OSError, httpx.HTTPError) as error:
         cached = _cached_commit(model, revision)
         if cached is None:
             raise UserError(
-                f"--model {model}: the hub does not answer ({_first_line(error)}), and no"
+                f"--model {model}: the hub does not answer ({first_line(error)}), and no"
                 f" {revision!r} of it is in the cache {constants.HF_HUB_CACHE}; download it first,"
                 " or give a directory"
             ) from error
@@ -219,7 +219,3 @@ def _cached_commit(model: str, revision: str) -> str | None:
     except OSError:
         return None
     return text if _COMMIT.fullmatch(text) else None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).split("\n")[0][:200]

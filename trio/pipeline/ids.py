@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pyarrow.types as pt
 
-from trio.errors import UserError
+from trio.errors import UserError, first_line
 from trio.pipeline.manifest import Manifest, Shard
 from trio.pipeline.storage import locate
 
@@ -160,8 +160,8 @@ def _values(shard: Shard, name: str) -> pa.Array:
         with location.filesystem.open_input_file(location.path) as stream:
             table = pq.ParquetFile(stream).read(columns=[name], use_threads=False)
     except (OSError, pa.ArrowException) as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise UserError(f"{shard.path}: column {name!r} cannot be read ({first})") from error
+        reason = first_line(error)
+        raise UserError(f"{shard.path}: column {name!r} cannot be read ({reason})") from error
     found = table.column(name)
     if pt.is_dictionary(found.type):
         found = found.cast(found.type.value_type)

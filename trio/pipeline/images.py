@@ -14,12 +14,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from trio.pipeline.fetch import fetch
-from trio.pipeline.policy import MAX_PIXELS, ImagePolicy, RowError
+from trio.pipeline.policy import ImagePolicy, RowError
 
 if TYPE_CHECKING:
     from trio.pipeline.storage import Location
-
-__all__ = ["MAX_PIXELS", "ImagePolicy", "RowError", "load_images"]
 
 Image.init()
 _WANTED = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "ICO")

@@ -123,11 +123,11 @@ def runs(config: JobConfig) -> Iterator[tuple[str, JobConfig]]:
 
 def run(job: Job, config: JobConfig) -> int:
     """Do the run, and the comparison where asked; print the table."""
-    assert config.output is not None
-    output = locate(config.output)
     from trio.pipeline import cluster, lease, runner
     from trio.pipeline.dispatch import Stop
 
+    assert config.output is not None
+    output = locate(config.output)
     if outdir.finished(output):
         runner.check_finished(config, output)
         print(

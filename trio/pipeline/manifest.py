@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from trio.errors import UserError
+from trio.errors import UserError, first_line
 from trio.pipeline.storage import Location, list_files, locate
 
 FOOTER_THREADS = 16
@@ -197,5 +197,5 @@ def _footer(location: Location) -> tuple[tuple[int, ...], bytes]:
             groups = tuple(meta.row_group(i).num_rows for i in range(meta.num_row_groups))
             return groups, file.schema_arrow.serialize().to_pybytes()
     except (OSError, pa.ArrowException) as error:
-        first = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        raise UserError(f"{location.uri}: not a readable Parquet file ({first})") from error
+        reason = first_line(error)
+        raise UserError(f"{location.uri}: not a readable Parquet file ({reason})") from error

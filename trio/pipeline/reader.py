@@ -13,7 +13,7 @@ from collections.abc import Generator
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from trio.errors import UserError
+from trio.errors import UserError, first_line
 from trio.pipeline.columns import Columns
 from trio.pipeline.manifest import Shard
 from trio.pipeline.plan import Unit, group_of
@@ -76,8 +76,7 @@ class UnitReader:
             if cursor is not None:
                 self._cursors.remove(cursor)
                 cursor.close()
-            first = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-            raise ShardUnreadable(f"{shard.path}: {first}") from error
+            raise ShardUnreadable(f"{shard.path}: {first_line(error)}") from error
 
     def _cursor_at(self, shard: Shard, unit: Unit) -> _Cursor:
         group, first = group_of(shard.row_groups, unit.start)

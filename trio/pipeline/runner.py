@@ -79,11 +79,9 @@ def plan(config: JobConfig, paths: Sequence[str], *, around: Location | None = N
     output = locate(config.output)
     ours = around or output
     earlier = outdir.earlier(output)
-    if earlier is not None and config.rows_per_file is None:
-        config = config.replace(rows_per_file=earlier.config.rows_per_file)
-    config = prints.pin_revision(config, earlier.config if earlier is not None else None)
+    config = _settled(config, earlier)
+    now = prints.take(config)
     if earlier is not None:
-        now = prints.take(config)
         outdir.check_same(earlier, now, expand(paths, ours), output.uri)
         manifest, columns = earlier.manifest, earlier.columns
     else:
@@ -94,11 +92,20 @@ def plan(config: JobConfig, paths: Sequence[str], *, around: Location | None = N
             parse_mapping(config.columns or ""),
             prompt_given=config.prompt is not None,
         )
-        now = prints.take(config)
     return Plan(
         config=config, manifest=manifest, columns=columns, output=output,
         fingerprint=now, earlier=earlier,
     )  # fmt: skip
+
+
+def _settled(config: JobConfig, earlier: outdir.Pinned | None) -> JobConfig:
+    """Settings in which what an earlier run decided for itself stays, where nothing else is asked
+    for, and a hub model is named by its commit."""
+    if earlier is None:
+        return prints.pin_revision(config)
+    if config.rows_per_file is None:
+        config = config.replace(rows_per_file=earlier.config.rows_per_file)
+    return prints.pin_revision(config, earlier.config)
 
 
 def check_finished(config: JobConfig, output: Location) -> None:
@@ -109,9 +116,7 @@ def check_finished(config: JobConfig, output: Location) -> None:
     """
     earlier = outdir.earlier(output)
     if earlier is not None:
-        config = config.replace(rows_per_file=config.rows_per_file or earlier.config.rows_per_file)
-        config = prints.pin_revision(config, earlier.config)
-        outdir.check_same(earlier, prints.take(config), None, output.uri)
+        outdir.check_same(earlier, prints.take(_settled(config, earlier)), None, output.uri)
 
 
 def resolve_resources(config: JobConfig, manifest: Manifest, resources: Resources) -> JobConfig:
@@ -158,7 +163,7 @@ def execute(
     wanted = list(units(run.manifest, config.rows_per_file, config.limit))
     committed.sweep(run.output)
     there = committed.read(run.output, wanted, pinned.run_id)
-    done, before = set(there.units), there.totals
+    done, before = there.units, there.totals
     todo = [unit for unit in wanted if unit not in done]
     memory_plan: dict[str, Any] | None = None
     with Progress(run.rows, before, log_interval_s=config.log_interval, label=label) as progress:
@@ -379,7 +384,6 @@ def engine_settings(config: JobConfig, resources: Resources) -> EngineSettings:
         dtype=dtype,
         batch_tokens=config.batch_tokens,
         max_running=config.max_running,
-        gpu=gpu,
         gpu_share=min(1.0, resources.gpus_per_actor),
         actors_per_node=resources.per_node,
         threads=config.threads,

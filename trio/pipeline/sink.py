@@ -1,7 +1,7 @@
 """Commit of a unit: its statistics, then its rows, under names that follow from the plan.
 
-The rows file is the commit point. A unit that is done again overwrites both files with the same
-content, so neither a retry nor a crash between the two writes can double or lose a row.
+The rows file is the commit point. A unit that is done again overwrites both files, so neither a
+retry nor a crash between the two writes can double or lose a row.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from urllib.parse import parse_qsl, urlsplit
 import pyarrow as pa
 from pyarrow import fs as pafs
 
-from trio.errors import UserError
+from trio.errors import UserError, first_line
 
 ARROW_SCHEMES = frozenset({"s3", "gs", "gcs", "hdfs", "viewfs", "abfs", "abfss", "mock"})
 _SCHEME = re.compile(r"^([a-zA-Z][a-zA-Z0-9+.-]+)://")
@@ -112,7 +112,7 @@ def open_location(uri: str) -> Location:
         else:
             filesystem, path = _through_fsspec(uri)
     except (OSError, ValueError, ImportError, pa.ArrowException) as error:
-        raise OSError(f"cannot open {root}: {_first_line(error)}") from error
+        raise OSError(f"cannot open {root}: {first_line(error, 300)}") from error
     return Location(filesystem=filesystem, path=path, prefix=f"{scheme}://", query=query)
 
 
@@ -135,10 +135,6 @@ def _through_fsspec(uri: str) -> tuple[pafs.FileSystem, str]:
     assert fsspec is not None
     filesystem, path = url_to_fs(uri)
     return pafs.PyFileSystem(pafs.FSSpecHandler(filesystem)), path
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
 def has_wildcard(path: str) -> bool:

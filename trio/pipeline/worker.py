@@ -22,7 +22,7 @@ from trio.engine.plan import MemoryPlan
 from trio.engine.request import Prepared, Request, Result
 from trio.errors import UserError
 from trio.pipeline.image_process import ImageProcess, NoImageProcess
-from trio.pipeline.images import RowError
+from trio.pipeline.policy import RowError
 from trio.pipeline.rows import ImageLoader
 
 Outcome = Result | RowError
