@@ -14,10 +14,13 @@ if TYPE_CHECKING:
     from trio.config import Pruning
     from trio.engine.engine import Engine
     from trio.engine.request import Request, Result, Sampling
+    from trio.models.adapter import Adapter
+    from trio.models.registry import register
     from trio.patching import patch, unpatch
     from trio.pruning.schedule import Schedule
 
 __all__ = [
+    "Adapter",
     "Engine",
     "Pruning",
     "Request",
@@ -25,10 +28,12 @@ __all__ = [
     "Sampling",
     "Schedule",
     "patch",
+    "register",
     "unpatch",
 ]
 
 _HOME = {
+    "Adapter": "trio.models.adapter",
     "Engine": "trio.engine.engine",
     "Pruning": "trio.config",
     "Request": "trio.engine.request",
@@ -36,6 +41,7 @@ _HOME = {
     "Sampling": "trio.engine.request",
     "Schedule": "trio.pruning.schedule",
     "patch": "trio.patching",
+    "register": "trio.models.registry",
     "unpatch": "trio.patching",
 }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from trio.errors import UserError
-from trio.pruning.schedule import Schedule, check_retention
+from trio.pruning.schedule import LLAVA, Schedule, ScheduleShape, check_retention
 
 METHODS = ("trio", "none", "random", "gradient")
 PROXY_POSITIONS = ("reference", "with_last", "last")
@@ -18,6 +18,7 @@ class Pruning:
 
     retention: target layer-average share of visual tokens, in (0, 1]; 1 switches pruning off.
         Exclusive with `schedule`; with neither, nothing is pruned.
+    schedule_shape: how `retention` is spread over the layers; None takes the model family's.
     schedule: explicit stages, `"1:92,10:54,15:22"` (counts per image) or ratios `"1:0.16,..."`.
     method: `trio` (gradient saliency, then NMS), `gradient` (saliency alone), `random` (seeded)
         or `none`.
@@ -36,6 +37,7 @@ class Pruning:
     position_ids: str | None = None
     similarity_threshold: float = 0.8
     seed: int = 0
+    schedule_shape: ScheduleShape | None = None
 
     def __post_init__(self) -> None:
         if self.retention is not None and self.schedule is not None:
@@ -81,7 +83,8 @@ class Pruning:
         schedule = self.schedule
         if not isinstance(schedule, Schedule):
             assert self.retention is not None
-            schedule = Schedule.for_retention(self.retention, num_layers, visual_tokens)
+            shape = self.schedule_shape or LLAVA
+            schedule = Schedule.for_retention(self.retention, num_layers, visual_tokens, shape)
         schedule.check_depth(num_layers)
         return schedule.counts(visual_tokens)
 

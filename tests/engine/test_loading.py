@@ -15,6 +15,7 @@ from trio.engine.loading import load, load_processor
 from trio.engine.prepare import Preparer
 from trio.engine.request import Sampling
 from trio.errors import UserError
+from trio.models.llava import LlavaAdapter
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,7 @@ def test_dtype_on_a_cpu(checkpoint: Path, dtype: str | None, expected: torch.dty
 
 
 def test_workers_prepare_with_the_processor_alone(checkpoint: Path) -> None:
-    preparer = Preparer(load_processor(str(checkpoint)))
+    preparer = Preparer(load_processor(str(checkpoint)), LlavaAdapter)
     assert "Pil" in type(preparer._processor.image_processor).__name__
     engine = Engine.from_pretrained(str(checkpoint), device="cpu")
     requests = mixed_requests(4)

@@ -35,7 +35,7 @@ def test_packed_prompts_give_the_models_own_logits(family: Family) -> None:
     images = [1, 0, 3]
     pixels = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     features = adapter.encode_images(inputs(pixels))
-    assert [tuple(image.shape) for image in features] == [(VISUAL, 32)] * 4
+    assert [tuple(image.tokens.shape) for image in features] == [(VISUAL, 32)] * 4
     packed = PackedPrompts(
         embeds_TD=adapter.embed(torch.tensor([i for ids in prompts for i in ids]), features),
         lengths=tuple(map(len, prompts)),
@@ -57,7 +57,7 @@ def test_features_do_not_depend_on_the_batch() -> None:
     together = adapter.encode_images(inputs(pixels))
     for number in range(3):
         (alone,) = adapter.encode_images(inputs(pixels[number : number + 1]))
-        torch.testing.assert_close(together[number], alone, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(together[number].tokens, alone.tokens, atol=1e-5, rtol=1e-5)
 
 
 def test_spans_of_several_images() -> None:
@@ -86,7 +86,7 @@ def test_mismatches_stop_with_both_numbers() -> None:
 
 def test_other_models_are_refused() -> None:
     tiny = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=20))
-    with pytest.raises(UserError, match=r"'gpt2'.*supported: LlavaForConditionalGeneration"):
+    with pytest.raises(UserError, match=r"'gpt2' are not supported; .* are llava, llava_next"):
         adapt(tiny)
     with pytest.raises(UserError, match="not supported"):
         adapt(tiny_llava(layers=1).model)

@@ -89,7 +89,7 @@ def test_features_are_the_models_own_in_one_pass_without_padding(adapter: TiledA
     with torch.no_grad():
         own = adapter.model.get_image_features(**batch, return_dict=True).pooler_output
     for one, other in zip(features, own, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(one.tokens, other, atol=1e-5, rtol=1e-5)
     counts = [len(image) for image in features]
     assert counts == [adapter.visual_tokens(image)[0] for image in inputs]
     assert adapter.visual_tokens(batch) == counts and adapter.tiles(batch) == tiles
@@ -107,7 +107,7 @@ def test_features_do_not_depend_on_the_batch(adapter: TiledAdapter) -> None:
     inputs = singles()
     for image, together in zip(inputs, adapter.encode_images(inputs), strict=True):
         (alone,) = adapter.encode_images([image])
-        torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(together.tokens, alone.tokens, atol=1e-5, rtol=1e-5)
 
 
 def test_inputs_of_another_processor_are_refused(adapter: TiledAdapter) -> None:

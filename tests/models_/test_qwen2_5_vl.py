@@ -74,14 +74,14 @@ def test_features_are_the_models_own_in_one_pass(adapter: Adapter) -> None:
             batch["pixel_values"], batch["image_grid_thw"], return_dict=True
         ).pooler_output
     for one, other in zip(features, own, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(one.tokens, other, atol=1e-5, rtol=1e-5)
     counts = [len(image) for image in features]
     assert counts == [adapter.visual_tokens(image)[0] for image in inputs]
     assert adapter.visual_tokens(batch) == counts
     assert len(set(counts)) > 5
     for image, together in zip(inputs, features, strict=True):
         (alone,) = adapter.encode_images([image])
-        torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(together.tokens, alone.tokens, atol=1e-5, rtol=1e-5)
 
 
 def test_placeholders_are_as_many_as_features(adapter: Adapter) -> None:

@@ -227,9 +227,10 @@ def requests_for(model: Any, processor: Any, workload: Workload) -> list[Prepare
     Already prepared: preparing is measured by `pipeline`.
     """
     generator = torch.Generator().manual_seed(workload.seed)
-    config, (width, height) = model.config, adapt(model).largest_image
+    adapter = adapt(model)
+    config, (width, height) = model.config, adapter.largest_image
     image_token = config.image_token_id
-    prepare = Preparer(processor)
+    prepare = Preparer(processor, type(adapter))
     requests = []
     for number, length in enumerate(workload.lengths):
         words = torch.randint(
@@ -445,6 +446,7 @@ def compare(
         UserError: no such shape, or it does not fit into memory.
     """
     model, processor = build(shape, device, dtype)
+    pruning = adapt(model).settle(pruning)
     requests = requests_for(model, processor, workload)
     subjects = subjects_for(model, processor, requests, pruning)
     ceilings = measure_ceilings(device, dtype)

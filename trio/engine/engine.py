@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor, cuda
+from torch import cuda
 
 from trio.config import Pruning
 from trio.engine.admission import Admission
@@ -24,7 +24,7 @@ from trio.engine.scheduler import Scheduler
 from trio.engine.stats import Counters
 from trio.engine.task import Task
 from trio.errors import UserError
-from trio.models.adapter import Adapter
+from trio.models.adapter import Adapter, Features
 from trio.models.registry import adapt
 
 
@@ -61,7 +61,7 @@ class Engine:
         if batch_tokens < 1 or max_running < 1:
             raise UserError("batch_tokens and max_running must be at least 1")
         adapter = adapt(model)
-        self.prepare = Preparer(processor)
+        self.prepare = Preparer(processor, type(adapter))
         _check_fit(self.prepare, adapter)
         if kv_bytes is None:
             kv_bytes = default_kv_bytes(adapter.decoder.device, memory_share)
@@ -275,7 +275,7 @@ class Engine:
             self._counters.prompt_tokens += task.prompt_tokens
         self._finish(complete)
 
-    def _encode(self, tasks: list[Task]) -> tuple[list[Task], list[list[Tensor]]]:
+    def _encode(self, tasks: list[Task]) -> tuple[list[Task], list[list[Features]]]:
         """Visual features of the tasks; those whose placeholders do not fit them are failed."""
         fitting = []
         for task, features in zip(tasks, self._runner.encode(tasks), strict=True):

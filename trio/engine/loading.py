@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from trio.errors import UserError, first_line
-from trio.models.registry import check_supported, processor_class
+from trio.models.registry import adapter_class
 
 
 def load(
@@ -33,7 +33,7 @@ def load(
         config = AutoConfig.from_pretrained(model, trust_remote_code=False, **which)
     except (OSError, ValueError) as error:
         raise UserError(f"no model at {model!r}: {first_line(error, None)}") from error
-    check_supported(config)
+    adapter_class(config)  # refuses what is not supported before weights are fetched
     try:
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
             model,
@@ -61,7 +61,7 @@ def load_processor(model: str, *, revision: str | None = None) -> Any:
 
 
 def _processor(model: str, config: Any, which: dict[str, str]) -> Any:
-    kind = processor_class(config)
+    kind = adapter_class(config).processor_class
     return kind.from_pretrained(model, backend="pil", trust_remote_code=False, **which)
 
 

@@ -20,6 +20,8 @@ from trio.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from trio.models.adapter import Adapter
+
 _MARK = "\ue000user text\ue000"
 _TEXT_KEYS = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"}
 _MAX_ASPECT_RATIO = 200
@@ -38,15 +40,17 @@ class Preparer:
     """Turns requests into what the model takes.
 
     `processor`: a transformers processor with a chat template and a fast tokenizer.
+    `family`: adapter of the model's family, which knows how to use it.
     """
 
-    def __init__(self, processor: Any) -> None:
+    def __init__(self, processor: Any, family: type[Adapter]) -> None:
         backend = getattr(processor.tokenizer, "backend_tokenizer", None)
         if backend is None:
             raise UserError("the model's tokenizer has no tokenizer.json; save it as a fast one")
         if not processor.chat_template:
             raise UserError("the model's processor has no chat template (chat_template.jinja)")
         self._processor = processor
+        self._family = family
         # Our own copy: calls of the shared one change its truncation and padding under way.
         self._tokenizer = Tokenizer.from_str(backend.to_str())
         self._tokenizer.no_padding()
@@ -55,15 +59,15 @@ class Preparer:
         self.image_token_id: int = processor.image_token_id
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"processor": self._processor}
+        return {"processor": self._processor, "family": self._family}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["processor"])  # type: ignore[misc]
+        self.__init__(**state)  # type: ignore[misc]
 
     def __call__(self, request: Request) -> Prepared | Result:
         """The prepared request, or a failed result where the request itself is at fault."""
         try:
-            images = [self._image(image, place) for place, image in enumerate(request.images)]
+            images = self._images(request.images)
             input_ids = self._prompt(request.prompt, [ids for ids, _ in images])
         except _Unservable as fault:
             return failed(request.id, fault.kind, str(fault))
@@ -79,9 +83,19 @@ class Preparer:
         """Text of an answer, without special tokens and surrounding white space."""
         return self._processor.tokenizer.decode(token_ids, skip_special_tokens=True).strip()
 
-    def _image(self, image: Any, place: int) -> tuple[list[int], dict[str, Tensor]]:
-        """The placeholder tokens that stand for an image, and its tensors."""
-        where = f"image {place}"
+    def _images(self, images: Sequence[Any]) -> list[tuple[list[int], dict[str, Tensor]]]:
+        """For each image the placeholder tokens that stand for it, and its tensors."""
+        checked = [self._rgb(image, f"image {place}") for place, image in enumerate(images)]
+        return [
+            (
+                made["input_ids"][0].tolist(),
+                {name: made[name] for name in made if name not in _TEXT_KEYS},
+            )
+            for made in self._family.process_images(self._processor, checked)
+        ]
+
+    @staticmethod
+    def _rgb(image: Any, where: str) -> Image:
         if not isinstance(image, Image):
             raise _Unservable("image", f"{where} is {type(image).__name__}, not a PIL image")
         try:
@@ -94,11 +108,7 @@ class Preparer:
                 f"{where} is {rgb.width} x {rgb.height}; one edge may be at most "
                 f"{_MAX_ASPECT_RATIO} times the other",
             )
-        made = self._processor(
-            images=[rgb], text=[self.image_token], add_special_tokens=False, return_tensors="pt"
-        )
-        inputs = {name: made[name] for name in made if name not in _TEXT_KEYS}
-        return made["input_ids"][0].tolist(), inputs
+        return rgb
 
     def _prompt(self, prompt: Any, expansions: Sequence[list[int]]) -> list[int]:
         """Token ids of the whole prompt, with each image's placeholders in its place."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from itertools import chain
 
 import torch
@@ -18,7 +17,7 @@ from trio.engine.cache import Cache
 from trio.engine.graphs import StepGraphs, rounded_up
 from trio.engine.room import Need
 from trio.engine.task import Task
-from trio.models.adapter import Adapter
+from trio.models.adapter import Adapter, Features, joined
 from trio.models.attention import Padded
 from trio.models.prefill import PackedPrompts, prefill
 from trio.models.products import few_row_linears
@@ -35,10 +34,9 @@ class Runner:
     def __init__(
         self, adapter: Adapter, pruning: Pruning, *, kv_bytes: int, max_running: int
     ) -> None:
-        position_ids = pruning.position_ids or adapter.default_position_ids
         self.adapter = adapter
         self.decoder = adapter.decoder
-        self.pruning = replace(pruning, position_ids=position_ids)
+        self.pruning = adapter.settle(pruning)
         self.num_layers = self.decoder.num_layers
         # Stages lie at the same layers for images of any size, and a retention in reach for the
         # largest is in reach for all.
@@ -73,8 +71,8 @@ class Runner:
         stored = new_tokens - 1 + self.lag
         return tuple(prompt_tokens - gone + stored for gone in removed)
 
-    def encode(self, tasks: Sequence[Task]) -> list[list[Tensor]]:
-        """Visual features of each task's images, `[N, D]` each, in one pass of the encoder."""
+    def encode(self, tasks: Sequence[Task]) -> list[list[Features]]:
+        """Visual features of each task's images, in one pass of the encoder."""
         inputs = [image for task in tasks for image in task.prepared.image_inputs]
         if not inputs:
             return [[] for _ in tasks]
@@ -82,20 +80,22 @@ class Runner:
         return [[next(features) for _ in task.prepared.image_inputs] for task in tasks]
 
     def prefill(
-        self, tasks: Sequence[Task], features: Sequence[Sequence[Tensor]]
+        self, tasks: Sequence[Task], features: Sequence[Sequence[Features]]
     ) -> tuple[Tensor, float]:
         """Run the prompts of fresh tasks; returns logits [B, V] and the seconds of pruning."""
         ids_T = torch.tensor([token for task in tasks for token in task.prepared.input_ids])
         lengths, spans = tuple(t.prompt_tokens for t in tasks), tuple(t.spans for t in tasks)
         images = [image for task in tasks for image in task.prepared.image_inputs]
         salted = self.pruning.method == "random"
+        own = list(chain.from_iterable(features))
         done = prefill(
             self.decoder,
             PackedPrompts(
-                embeds_TD=self.adapter.embed(ids_T, list(chain.from_iterable(features))),
+                embeds_TD=self.adapter.embed(ids_T, own),
                 lengths=lengths,
                 images=spans,
                 positions_T=self.adapter.positions(lengths, spans, images),
+                injected=joined(own),
                 salts=tuple(salt_of(t.prepared.input_ids) for t in tasks) if salted else (),
             ),
             self.pruning,

@@ -8,19 +8,45 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers import AutoProcessor
 
+from trio.config import Pruning
 from trio.errors import UserError
 from trio.models.decoder import Decoder
 from trio.pruning.cost import DecoderShape
+from trio.pruning.schedule import LLAVA, ScheduleShape
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 Inputs = Mapping[str, Any]
 """What an image processor made of some images, as the model takes it."""
 Span = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Features:
+    """What the encoder makes of one image.
+
+    tokens: `[N, D]`, that stand in the decoder's input.
+    injected: `[N, D]` each; the i-th is added to the hidden states of these tokens that leave layer
+        i of the decoder (DeepStack, arXiv 2406.04334). All images of a model have as many.
+    """
+
+    tokens: Tensor
+    injected: tuple[Tensor, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def to(self, like: Tensor) -> Features:
+        """On the device of a tensor and in its dtype."""
+        return Features(self.tokens.to(like), tuple(layer.to(like) for layer in self.injected))
 
 
 class Adapter(ABC):
@@ -29,6 +55,9 @@ class Adapter(ABC):
     text_models: tuple[str, ...]
     """Types of text decoder that the family comes with."""
     default_position_ids = "renumber"
+    """What `Pruning.position_ids` None stands for: what the published code does."""
+    schedule_shape: ScheduleShape = LLAVA
+    """How a retention is spread over the layers, unless the settings say it."""
     processor_class: Any = AutoProcessor
     """Whose `from_pretrained` loads the model's processor."""
     largest_image: tuple[int, int]
@@ -45,13 +74,35 @@ class Adapter(ABC):
                 f"are {', '.join(self.text_models)}"
             )
         self.model = model
-        self.decoder = Decoder(model.model.language_model, model.lm_head)
+        self.decoder = self._decoder()
         self.image_token_id: int = model.config.image_token_id
+
+    def _decoder(self) -> Decoder:
+        """The text decoder of `self.model` and its output head."""
+        return Decoder(self.model.model.language_model, self.model.lm_head)
 
     @property
     def planned_visual_tokens(self) -> int:
         """Of `largest_image`."""
         return self.max_visual_tokens
+
+    @staticmethod
+    def process_images(processor: Any, images: Sequence[Image]) -> list[Inputs]:
+        """What the model's processor makes of the RGB images of one prompt.
+
+        Returns:
+            For each image its tensors, as `encode_images` takes them, and as `input_ids [1, N]` its
+            placeholder in the text.
+        """
+        return [
+            processor(
+                images=[image],
+                text=[processor.image_token],
+                add_special_tokens=False,
+                return_tensors="pt",
+            )
+            for image in images
+        ]
 
     @abstractmethod
     def visual_tokens(self, inputs: Inputs) -> list[int]:
@@ -66,21 +117,30 @@ class Adapter(ABC):
         """FLOPs of tower and projector for these images."""
 
     @abstractmethod
-    def _features(self, inputs: Sequence[Inputs]) -> Sequence[Tensor]:
-        """The model's features `[N, D]` of images, one in each of `inputs`, in one pass."""
+    def _features(self, inputs: Sequence[Inputs]) -> Sequence[Features]:
+        """The model's features of images, one in each of `inputs`, in one pass."""
 
-    def encode_images(self, inputs: Sequence[Inputs]) -> list[Tensor]:
+    def encode_images(self, inputs: Sequence[Inputs]) -> list[Features]:
         """Visual features, all images in one pass of the tower.
 
         Args:
-            inputs: for each image what the processor made of it alone.
+            inputs: for each image what `process_images` made of it.
 
         Returns:
-            For each image `[N, D]` in the decoder's dtype and on its device.
+            For each image its features in the decoder's dtype and on its device.
         """
         with torch.no_grad():
             features = self._features(inputs)
-        return [image.to(self.decoder.device, self.decoder.dtype) for image in features]
+        like = torch.empty(0, dtype=self.decoder.dtype, device=self.decoder.device)
+        return [image.to(like) for image in features]
+
+    def injected(self, call: Mapping[str, Any]) -> Sequence[Tensor]:
+        """`Features.injected` of all images of a batch, in a call of the model's text decoder.
+
+        Returns:
+            `[V, D]` each, where V counts the batch's visual tokens, row by row.
+        """
+        return ()
 
     def positions(
         self, lengths: Sequence[int], spans: Sequence[Sequence[Span]], inputs: Sequence[Inputs]
@@ -129,12 +189,12 @@ class Adapter(ABC):
             used += count
         return spans
 
-    def embed(self, input_ids: Tensor, features: Sequence[Tensor]) -> Tensor:
+    def embed(self, input_ids: Tensor, features: Sequence[Features]) -> Tensor:
         """Decoder input of packed prompts.
 
         Args:
             input_ids: `[T]`, prompts back to back.
-            features: visual features of all their images in order, `[N, D]` each.
+            features: visual features of all their images in order.
 
         Returns:
             `[T, D]`: text embeddings, with features in the place of placeholders.
@@ -154,12 +214,42 @@ class Adapter(ABC):
         embeds_TD = self.decoder.embed(input_ids.masked_fill(is_image_T, 0))
         if not features:
             return embeds_TD
-        packed = torch.cat(list(features)).to(embeds_TD)
+        packed = torch.cat([image.tokens for image in features]).to(embeds_TD)
         return embeds_TD.masked_scatter(is_image_T[:, None], packed)
 
     def shape(self) -> DecoderShape:
         """The decoder's size, for counting its cost."""
         return DecoderShape.of_config(self.model.config.text_config)
+
+    def settle(self, pruning: Pruning) -> Pruning:
+        """The settings with this family's defaults where they leave something open.
+
+        Raises:
+            UserError: an image of this model cannot be pruned as they say.
+        """
+        settled = replace(
+            pruning,
+            position_ids=pruning.position_ids or self.default_position_ids,
+            schedule_shape=pruning.schedule_shape or self.schedule_shape,
+        )
+        settled.stages(self.max_visual_tokens, self.decoder.num_layers)
+        return settled
+
+
+class ImageOnly:
+    """Comes before a class of processors: those without their part for videos, which cannot do
+    without torchvision."""
+
+    @classmethod
+    def get_attributes(cls) -> list[str]:
+        own: Any = super()
+        return [name for name in own.get_attributes() if name != "video_processor"]
+
+
+def joined(features: Sequence[Features]) -> list[Tensor]:
+    """`Features.injected` of many images one behind another, `[V, D]` each."""
+    layers = zip(*(image.injected for image in features), strict=True)
+    return [torch.cat(layer) for layer in layers]
 
 
 def check_pixels(inputs: Inputs, shape: list[int]) -> None:

@@ -18,6 +18,7 @@ from transformers.models.llava_next.modeling_llava_next import (
 
 from trio.models.adapter import Inputs, tensor_of
 from trio.models.tiles import TiledAdapter, patches_per_edge, tokens_per_tile
+from trio.pruning.schedule import LLAVA_NEXT
 
 
 class LlavaNextAdapter(TiledAdapter):
@@ -26,6 +27,8 @@ class LlavaNextAdapter(TiledAdapter):
     It takes `pixel_values [I, tiles, 3, height, width]`, where images of fewer tiles are filled
     up, and `image_sizes [I, 2]`, heights and widths before any resizing.
     """
+
+    schedule_shape = LLAVA_NEXT
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)

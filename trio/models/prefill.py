@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from trio.config import Pruning
+from trio.errors import UserError
 from trio.models.attention import Packed
-from trio.models.decoder import Decoder, LayerCache
+from trio.models.decoder import Decoder, LayerCache, Rotary
 from trio.models.stopwatch import Stopwatch
 from trio.pruning.compaction import Ragged, compact, contiguous_positions
 from trio.pruning.select import StageChoice, choose
@@ -40,6 +41,8 @@ class PackedPrompts:
         one image, with its own budget.
     positions_T: positions `[T]`, or `[A, T]` where they differ by axis; None is 0, 1, 2, ... in
         each request. A request goes on behind the largest of its own.
+    injected: for each of the first layers what is added to the hidden states of visual tokens that
+        leave it, `[V, D]`, where V counts those of all requests in order.
     salts: for method `random`, a number per request that depends on that request alone
         (`trio.pruning.select.salt_of(token_ids)`); empty means 0 for all.
     """
@@ -48,6 +51,7 @@ class PackedPrompts:
     lengths: tuple[int, ...]
     images: Sequence[Sequence[tuple[int, int]]]
     positions_T: Tensor | None = None
+    injected: Sequence[Tensor] = ()
     salts: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
@@ -148,6 +152,8 @@ class _Prefill:
         self.salts = prompts.salts or (0,) * len(prompts.lengths)
         self.hidden_TD = prompts.embeds_TD
         self.batch_tokens = len(prompts.embeds_TD)
+        self.injected = prompts.injected
+        _check_injected(prompts)
         self.ragged = Ragged.of_spans(prompts.lengths, prompts.images)
         if prompts.positions_T is None:
             self.positions_T = contiguous_positions(prompts.lengths, decoder.device)
@@ -201,9 +207,21 @@ class _Prefill:
             self.cache.begin_prefill(start, self.ragged.lengths)
         rotary = self.decoder.rotary(self.positions_T)
         layout = Packed(self.ragged.lengths)
+        for layer in range(start, min(stop, len(self.injected))):
+            self._run_layers(layer, layer + 1, rotary, layout)
+            self._inject(self.injected[layer])
+            start = layer + 1
+        self._run_layers(start, stop, rotary, layout)
+
+    def _run_layers(self, start: int, stop: int, rotary: Rotary, layout: Packed) -> None:
         self.hidden_TD = self.decoder.run_layers(
             start, stop, self.hidden_TD, rotary, layout, self.cache
         )
+
+    def _inject(self, layer_VD: Tensor) -> None:
+        """Add to each visual token that is still here what the encoder has for it."""
+        packed, encoded = (index.to(layer_VD.device) for index in self.ragged.visual())
+        self.hidden_TD.index_add_(0, packed, layer_VD[encoded].to(self.hidden_TD))
 
     def _prune(self, layer: int, keeps: list[list[int] | None]) -> None:
         hidden_in, positions_in, before = self.hidden_TD, self.positions_T, self.ragged
@@ -254,6 +272,16 @@ class _Prefill:
             length if keep is not None else position
             for length, keep, position in zip(lengths, keeps, self.next_positions, strict=True)
         ]
+
+
+def _check_injected(prompts: PackedPrompts) -> None:
+    visual = sum(stop - start for spans in prompts.images for start, stop in spans)
+    for layer_VD in prompts.injected:
+        if len(layer_VD) != visual:
+            raise UserError(
+                f"{len(layer_VD)} features are to be added to {visual} visual tokens in the first "
+                "layers: images were repeated or left out on the way; upgrade transformers"
+            )
 
 
 def _next_positions(positions_T: Tensor, lengths: Sequence[int]) -> list[int]:

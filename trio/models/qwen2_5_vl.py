@@ -18,20 +18,23 @@ from torch import Tensor
 from transformers import Qwen2_5_VLProcessor
 
 from trio.errors import UserError
-from trio.models.adapter import Adapter, Inputs, Span, check_pixels, tensor_of
+from trio.models.adapter import (
+    Adapter,
+    Features,
+    ImageOnly,
+    Inputs,
+    Span,
+    check_pixels,
+    tensor_of,
+)
 from trio.pruning.cost import WindowedVisionShape
 
 _USUAL_EDGE = 36
 """Visual tokens along an edge of an image of 1008 x 1008 pixels, with the published patches."""
 
 
-class ImageProcessor(Qwen2_5_VLProcessor):
-    """The model's processor without its part for videos, which cannot do without torchvision."""
-
-    def __init__(
-        self, image_processor: Any = None, tokenizer: Any = None, chat_template: Any = None
-    ) -> None:
-        super().__init__(image_processor, tokenizer, None, chat_template=chat_template)
+class ImageProcessor(ImageOnly, Qwen2_5_VLProcessor):
+    """The model's processor for images."""
 
 
 class Qwen25VLAdapter(Adapter):
@@ -78,13 +81,14 @@ class Qwen25VLAdapter(Adapter):
         shape = WindowedVisionShape.of_config(self.model.config.vision_config)
         return sum(shape.flops(rows, columns) for rows, columns in _grids(inputs))
 
-    def _features(self, inputs: Sequence[Inputs]) -> Sequence[Tensor]:
+    def _features(self, inputs: Sequence[Inputs]) -> Sequence[Features]:
         weight = self.model.model.visual.patch_embed.proj.weight
         pixels = torch.cat([tensor_of(image, "pixel_values") for image in inputs])
         grids = torch.cat([tensor_of(image, "image_grid_thw") for image in inputs])
-        return self.model.model.get_image_features(
+        pooled = self.model.model.get_image_features(
             pixels.to(weight.device, weight.dtype), grids.to(weight.device), return_dict=True
         ).pooler_output
+        return [Features(image) for image in pooled]
 
     def positions(
         self, lengths: Sequence[int], spans: Sequence[Sequence[Span]], inputs: Sequence[Inputs]

@@ -2,19 +2,39 @@
 
 from __future__ import annotations
 
+import functools
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
-from trio.errors import UserError
+from trio.errors import UserError, first_line
 from trio.models.adapter import Adapter
-from trio.models.llava import LlavaAdapter
-from trio.models.llava_next import LlavaNextAdapter
-from trio.models.qwen2_5_vl import Qwen25VLAdapter
 
-_ADAPTERS: dict[str, type[Adapter]] = {
-    "llava": LlavaAdapter,
-    "llava_next": LlavaNextAdapter,
-    "qwen2_5_vl": Qwen25VLAdapter,
+GROUP = "trio_vlm.adapters"
+"""Entry points by which installed packages add families: `model_type = "module:AdapterClass"`."""
+_BUILT_IN = {
+    "llava": "trio.models.llava:LlavaAdapter",
+    "llava_next": "trio.models.llava_next:LlavaNextAdapter",
+    "qwen2_5_vl": "trio.models.qwen2_5_vl:Qwen25VLAdapter",
 }
+_registered: dict[str, type[Adapter]] = {}
+
+
+def register(model_type: str, adapter: type[Adapter]) -> None:
+    """Add a family of models to this process, or put another adapter in the place of one.
+
+    A job's engines are processes of their own: there, and wherever else a package is installed, an
+    entry point of the group `trio_vlm.adapters` does the same.
+
+    Args:
+        model_type: what the models' config.json says.
+        adapter: a subclass of `trio.Adapter` for such models.
+
+    Raises:
+        UserError: no such class.
+    """
+    if not (isinstance(adapter, type) and issubclass(adapter, Adapter)):
+        raise UserError(f"register {model_type!r}: {adapter!r:.100} is no subclass of trio.Adapter")
+    _registered[model_type] = adapter
 
 
 def adapt(model: Any) -> Adapter:
@@ -23,35 +43,53 @@ def adapt(model: Any) -> Adapter:
     Raises:
         UserError: the family is not supported.
     """
-    kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
-    if kind not in _ADAPTERS or not hasattr(model, "lm_head"):
-        raise _unsupported(f"{kind!r} ({type(model).__name__})")
-    return _ADAPTERS[kind](model)
+    config = getattr(model, "config", None)
+    if not hasattr(config, "model_type") or not hasattr(model, "lm_head"):
+        raise _unsupported(type(model).__name__)
+    return adapter_class(config)(model)
 
 
-def check_supported(config: Any) -> None:
-    """Look at a config before its weights are fetched.
-
-    Raises:
-        UserError: the family is not supported.
-    """
-    if config.model_type not in _ADAPTERS:
-        raise _unsupported(repr(config.model_type))
-
-
-def processor_class(config: Any) -> Any:
-    """Whose `from_pretrained` loads the processor of a model with this config.
+def adapter_class(config: Any) -> type[Adapter]:
+    """The adapter class for models with this config.
 
     Raises:
-        UserError: the family is not supported.
+        UserError: the family is not supported, or an entry point for it cannot be loaded.
     """
-    check_supported(config)
-    return _ADAPTERS[config.model_type].processor_class
+    kind = config.model_type
+    if kind in _registered:
+        return _registered[kind]
+    if kind not in _entries():
+        raise _unsupported(f"type {kind!r}")
+    return _load(_entries()[kind])
 
 
-def _unsupported(kind: str) -> UserError:
+def supported() -> list[str]:
+    """Model types that have an adapter."""
+    return sorted({*_registered, *_entries()})
+
+
+@functools.cache
+def _entries() -> dict[str, EntryPoint]:
+    """Installed ones win over those built in."""
+    own = [EntryPoint(kind, value, GROUP) for kind, value in _BUILT_IN.items()]
+    return {entry.name: entry for entry in [*own, *entry_points(group=GROUP)]}
+
+
+def _load(entry: EntryPoint) -> type[Adapter]:
+    try:
+        found = entry.load()
+    except (ImportError, AttributeError) as error:
+        raise UserError(
+            f"the adapter for {entry.name!r}, {entry.value}, cannot be loaded: "
+            f"{first_line(error)}; mend or remove the package that brings it"
+        ) from error
+    if not (isinstance(found, type) and issubclass(found, Adapter)):
+        raise UserError(f"the adapter for {entry.name!r}, {entry.value}, is no trio.Adapter")
+    return found
+
+
+def _unsupported(what: str) -> UserError:
     return UserError(
-        f"models of type {kind} are not supported; supported: LlavaForConditionalGeneration "
-        "(LLaVA-1.5), LlavaNextForConditionalGeneration (LLaVA-NeXT) and "
-        "Qwen2_5_VLForConditionalGeneration (Qwen2.5-VL)"
+        f"models of {what} are not supported; supported model types are {', '.join(supported())}; "
+        'the README says under "Adding a family" how to add one'
     )

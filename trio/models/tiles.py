@@ -11,14 +11,24 @@ from typing import Any
 
 from torch import Tensor
 
-from trio.models.adapter import Adapter, Inputs, check_pixels
-from trio.pruning.cost import VisionShape
+from trio.errors import UserError
+from trio.models.adapter import Adapter, Features, Inputs, check_pixels
+from trio.pruning.cost import CLASS_TOKENS, VisionShape
 
 
 class TiledAdapter(Adapter):
     """Of a model that sees an image in one or several *tiles*, pictures as its tower takes them."""
 
     text_models = ("llama", "mistral", "qwen2")
+
+    def __init__(self, model: Any) -> None:
+        tower = model.config.vision_config.model_type
+        if tower not in CLASS_TOKENS:
+            raise UserError(
+                f"{type(model).__name__} over a {tower!r} tower is not supported; supported are "
+                f"{', '.join(CLASS_TOKENS)}"
+            )
+        super().__init__(model)
 
     @abstractmethod
     def tiles(self, inputs: Inputs) -> list[int]:
@@ -39,14 +49,15 @@ class TiledAdapter(Adapter):
     def vision_flops(self, inputs: Inputs) -> int:
         return sum(self.tiles(inputs)) * VisionShape.of_llava_config(self.model.config).flops()
 
-    def _features(self, inputs: Sequence[Inputs]) -> Sequence[Tensor]:
+    def _features(self, inputs: Sequence[Inputs]) -> Sequence[Features]:
         config = self.model.config
-        return self._pool(
+        pooled = self._pool(
             inputs,
             vision_feature_layer=config.vision_feature_layer,
             vision_feature_select_strategy=config.vision_feature_select_strategy,
             return_dict=True,
         )
+        return [Features(image) for image in pooled]
 
     def _to_tower(self, pixels: Tensor) -> Tensor:
         parameter = next(self.model.model.vision_tower.parameters())
@@ -60,5 +71,4 @@ def patches_per_edge(config: Any) -> int:
 
 def tokens_per_tile(config: Any) -> int:
     """Features that the projector makes of one tile."""
-    class_token = config.vision_feature_select_strategy == "full"
-    return patches_per_edge(config) ** 2 + class_token
+    return VisionShape.of_llava_config(config).features

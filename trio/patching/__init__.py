@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TypeVar
 
 from torch import nn
@@ -56,15 +55,12 @@ def patch(model: Model, pruning: Pruning) -> Model:
     if not isinstance(pruning, Pruning):
         raise UserError(f"pruning must be a trio.Pruning, got {pruning!r:.100}")
     adapter = adapt(model)
-    decoder = adapter.decoder
-    pruning.stages(adapter.max_visual_tokens, decoder.num_layers)
-    if pruning.position_ids is None:
-        pruning = replace(pruning, position_ids=adapter.default_position_ids)
+    pruning = adapter.settle(pruning)
     if PatchedForward.of(model) is not None:
         unpatch(model)
     overrides: list[Override] = [
         PatchedForward(model, pruning, adapter),
-        PatchedDecoder(decoder.model, pruning, adapter),
+        PatchedDecoder(adapter.decoder.model, pruning, adapter),
         PatchedGenerate(model, pruning, adapter),
     ]
     for override in overrides:

@@ -191,22 +191,31 @@ class PatchedDecoder(Override):
             last = self._decode(hidden, call.get("attention_mask"), layers)
         else:
             cache = DynamicCache() if cache is None else cache
-            last = self._prefill(hidden, trio_prompts, cache)
+            injected = self.adapter.injected(call)
+            last = self._prefill(hidden, trio_prompts, injected, cache)
         return BaseModelOutputWithPast(last_hidden_state=last, past_key_values=cache)
 
-    def _prefill(self, embeds_BSD: Tensor, prompts: Prompts, cache: Cache) -> Tensor:
+    def _prefill(
+        self, embeds_BSD: Tensor, prompts: Prompts, injected: Sequence[Tensor], cache: Cache
+    ) -> Tensor:
         """Fills the cache; final-normed hidden state of each row's last token [B, 1, D]."""
         self._check_window(max(prompts.lengths))
         layers = make_ragged(cache, self.adapter.decoder.num_layers)
         try:
             # Saliency takes gradients, which inference mode rules out for good.
             with torch.inference_mode(False), torch.no_grad():
-                return self._fill(embeds_BSD, prompts, layers)[:, None]
+                return self._fill(embeds_BSD, prompts, injected, layers)[:, None]
         except BaseException:
             make_plain(cache)
             raise
 
-    def _fill(self, embeds_BSD: Tensor, prompts: Prompts, layers: list[RaggedLayer]) -> Tensor:
+    def _fill(
+        self,
+        embeds_BSD: Tensor,
+        prompts: Prompts,
+        injected: Sequence[Tensor],
+        layers: list[RaggedLayer],
+    ) -> Tensor:
         decoder = self.adapter.decoder
         if embeds_BSD.is_inference():
             embeds_BSD = embeds_BSD.clone()
@@ -215,6 +224,7 @@ class PatchedDecoder(Override):
             lengths=prompts.lengths,
             images=prompts.images,
             positions_T=prompts.positions_T,
+            injected=injected,
             salts=prompts.salts,
         )
         store = _Store(layers)

@@ -40,15 +40,17 @@ class Ragged:
 
     lengths: tokens of each request.
     images: for each request its images in order.
+    given: visual tokens that the encoder gave for each request.
     """
 
     lengths: tuple[int, ...]
     images: tuple[tuple[Image, ...], ...]
+    given: tuple[int, ...]
 
     @classmethod
     def of_spans(cls, lengths: Sequence[int], spans: Sequence[Sequence[tuple[int, int]]]) -> Ragged:
         """From the visual spans `(start, stop)` of each request before any pruning."""
-        images = []
+        images, given = [], []
         for own in spans:
             offsets = [0, *accumulate(stop - start for start, stop in own)]
             images.append(
@@ -57,12 +59,26 @@ class Ragged:
                     for offset, (start, stop) in zip(offsets, own, strict=False)
                 )
             )
-        return cls(tuple(lengths), tuple(images))
+            given.append(offsets[-1])
+        return cls(tuple(lengths), tuple(images), tuple(given))
 
     @property
     def starts(self) -> tuple[int, ...]:
         """Packed index of each request's first token."""
         return (0, *accumulate(self.lengths))[:-1]
+
+    def visual(self) -> tuple[Tensor, Tensor]:
+        """Of each visual token that is here, packed index and number over all that the encoder gave
+        for the batch."""
+        packed: list[int] = []
+        encoded: list[int] = []
+        first = 0
+        for start, given, own in zip(self.starts, self.given, self.images, strict=True):
+            for image in own:
+                packed += range(start + image.start, start + image.start + image.count)
+                encoded += [first + token for token in image.tokens]
+            first += given
+        return torch.tensor(packed, dtype=torch.int64), torch.tensor(encoded, dtype=torch.int64)
 
     def visual_tokens(self, request: int) -> int:
         return sum(image.count for image in self.images[request])
@@ -104,7 +120,7 @@ def compact(ragged: Ragged, kept: Kept) -> tuple[Ragged, Tensor]:
             left.append(moved)
         lengths.append(length - gone)
         images.append(tuple(left))
-    return Ragged(tuple(lengths), tuple(images)), stays.nonzero()[:, 0]
+    return replace(ragged, lengths=tuple(lengths), images=tuple(images)), stays.nonzero()[:, 0]
 
 
 def contiguous_positions(lengths: Sequence[int], device: torch.device) -> Tensor:

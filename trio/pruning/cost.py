@@ -88,16 +88,22 @@ class DecoderShape:
         return sum(tokens_per_layer) * self.kv_size * 2 * bytes_per_element
 
 
+CLASS_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0}
+"""Towers that take pictures of one size, and the tokens that they add to a picture's patches."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VisionShape:
     """Sizes of a CLIP-like tower and a two-layer projector, for one picture that the tower takes.
 
-    layers_run: tower layers. tokens: patches and CLS. features: tokens the projector gets.
+    layers_run: tower layers. tokens: patches and the class token, if there is one.
+    features: tokens that the projector gets.
     """
 
     layers_run: int
     hidden_size: int
     intermediate_size: int
+    patches: int
     tokens: int
     features: int
     patch_inputs: int
@@ -105,16 +111,19 @@ class VisionShape:
 
     @classmethod
     def of_llava_config(cls, config: Any) -> VisionShape:
-        """From a LlavaConfig or a LlavaNextConfig."""
+        """From a LlavaConfig, a LlavaNextConfig or a LlavaOnevisionConfig."""
         vision = config.vision_config
         patches = (vision.image_size // vision.patch_size) ** 2
-        full = config.vision_feature_select_strategy == "full"
+        tokens = patches + CLASS_TOKENS[vision.model_type]
+        # Where there is no class token, that strategy drops a patch.
+        dropped = config.vision_feature_select_strategy == "default"
         return cls(
             layers_run=vision.num_hidden_layers,
             hidden_size=vision.hidden_size,
             intermediate_size=vision.intermediate_size,
-            tokens=patches + 1,
-            features=patches + 1 if full else patches,
+            patches=patches,
+            tokens=tokens,
+            features=tokens - dropped,
             patch_inputs=vision.num_channels * vision.patch_size**2,
             decoder_hidden_size=config.text_config.hidden_size,
         )
@@ -122,7 +131,7 @@ class VisionShape:
     def flops(self) -> int:
         n, d, m = self.tokens, self.hidden_size, self.intermediate_size
         tower = self.layers_run * (4 * n * d * d + 2 * n * n * d + 2 * n * d * m)
-        patches = (n - 1) * self.patch_inputs * d
+        patches = self.patches * self.patch_inputs * d
         out = self.decoder_hidden_size
         return tower + patches + self.features * (d * out + out * out)
 

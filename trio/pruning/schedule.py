@@ -13,11 +13,6 @@ from operator import mul
 
 from trio.errors import UserError
 
-# LLaVA-1.5-7B, encoder-free: layers run before each stage and tokens kept of 576, over 32 layers.
-PUBLISHED_LAYERS = 32
-PUBLISHED_VISUAL_TOKENS = 576
-PUBLISHED_STAGES = ((1, 92), (10, 54), (15, 22))
-
 
 @dataclass(frozen=True, slots=True)
 class Stage:
@@ -54,6 +49,35 @@ class Stage:
 
     def __str__(self) -> str:
         return f"{self.layer}:{self.keep}"
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduleShape:
+    """A schedule known to work, to be scaled to other depths, token counts and retentions.
+
+    layers: of the decoder that it is for.
+    stages: layers run before each stage, and the share of visual tokens that it keeps. Only the
+        ratios of the shares to each other matter.
+    """
+
+    layers: int
+    stages: tuple[tuple[int, float], ...]
+
+    def at_depth(self, num_layers: int) -> list[tuple[int, float]]:
+        """`(layer, share)` at another depth; merged where layers fall together."""
+        scaled: dict[int, float] = {}
+        for layer, share in self.stages:
+            place = max(1, math.floor(layer * num_layers / self.layers + 0.5))
+            if place < num_layers:
+                scaled[place] = share
+        return list(scaled.items())
+
+
+# The published settings without a reduction in the encoder, TRIO's table of them.
+LLAVA = ScheduleShape(32, ((1, 92 / 576), (10, 54 / 576), (15, 22 / 576)))
+"""LLaVA-1.5-7B; scaled, for all models without a published setting."""
+LLAVA_NEXT = ScheduleShape(32, ((1, 436 / 2880), (10, 255 / 2880), (15, 173 / 2880)))
+"""LLaVA-NeXT-7B, of whose largest images these are shares."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,13 +126,20 @@ class Schedule:
         return cls(tuple(stages))
 
     @classmethod
-    def for_retention(cls, retention: float, num_layers: int, visual_tokens: int) -> Schedule:
-        """The published shape, scaled to this depth and token count.
+    def for_retention(
+        cls,
+        retention: float,
+        num_layers: int,
+        visual_tokens: int,
+        shape: ScheduleShape = LLAVA,
+    ) -> Schedule:
+        """A shape, scaled to this depth and token count.
 
         Args:
             retention: target layer-average share of visual tokens, in (0, 1].
             num_layers: decoder layers.
             visual_tokens: tokens that the encoder gave for one image.
+            shape: how the tokens are spread over the layers.
 
         Returns:
             Counts whose layer average is `retention * visual_tokens` to within one token.
@@ -120,8 +151,8 @@ class Schedule:
         check_retention(retention)
         if retention == 1.0 or visual_tokens == 0:
             return cls()
-        shape = _published_shape(num_layers)
-        first = shape[0][0] if shape else num_layers
+        scaled = shape.at_depth(num_layers)
+        first = scaled[0][0] if scaled else num_layers
         target = retention * visual_tokens * num_layers  # summed over layers
         least = first * visual_tokens + (num_layers - first)
         if target < least - num_layers:
@@ -132,9 +163,9 @@ class Schedule:
                 f"for {visual_tokens} visual tokens; raise it, or give a schedule that starts at "
                 "layer 0"
             )
-        if not shape:
+        if not scaled:
             return cls()
-        layers, shares = zip(*shape, strict=True)
+        layers, shares = zip(*scaled, strict=True)
         spans = [stop - start for start, stop in pairwise([*layers, num_layers])]
         factor = _solve_scale(shares, spans, retention * num_layers - first)
         ideal = [min(1.0, factor * share) * visual_tokens for share in shares]
@@ -180,16 +211,6 @@ def tokens_per_layer(
 
 def _number(text: str) -> int | float:
     return float(text) if any(mark in text for mark in ".e") else int(text)
-
-
-def _published_shape(num_layers: int) -> list[tuple[int, float]]:
-    """Published stages at this depth as (layer, share); merged where layers fall together."""
-    shape: dict[int, float] = {}
-    for layer, count in PUBLISHED_STAGES:
-        scaled = max(1, math.floor(layer * num_layers / PUBLISHED_LAYERS + 0.5))
-        if scaled < num_layers:
-            shape[scaled] = count / PUBLISHED_VISUAL_TOKENS
-    return list(shape.items())
 
 
 def _solve_scale(shares: Sequence[float], spans: Sequence[int], target: float) -> float:

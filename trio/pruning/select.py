@@ -104,7 +104,7 @@ def _by_saliency(
     spans = [[ragged.images[r][i].span for r, i in goals if r == request] for request in scored]
     wanted = [(min(own)[0], max(own)[1]) for own in spans]
     result = saliency(proxy, hidden_TD, positions_T, lengths, pruning.proxy_positions, wanted)
-    first = dict(zip(scored, Ragged(tuple(lengths), ()).starts, strict=True))
+    first = dict(zip(scored, Ragged(tuple(lengths), (), ()).starts, strict=True))
     images = [ragged.images[r][i] for r, i in goals]
     starts = [first[r] + image.start for (r, _), image in zip(goals, images, strict=True)]
     counts = [image.count for image in images]

@@ -1,0 +1,153 @@
+"""The engine with each family: as `generate` unpruned, as `patch` and `generate` pruned."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.engine.support import (
+    assert_lively,
+    batch_inputs,
+    expected_tokens,
+    tokens,
+)
+from tests.families.family import (
+    ARCHITECTURES,
+    FAMILIES,
+    LAYERS,
+    Family,
+    requests_of_many_sizes,
+)
+from trio.config import Pruning
+from trio.engine.engine import Engine
+from trio.engine.plan import TEXT_TOKENS
+from trio.engine.request import Prepared, Request, Sampling
+from trio.patching import patch
+from trio.pruning.schedule import tokens_per_layer
+
+PRUNINGS = {
+    "trio": Pruning(retention=0.4),
+    "counts": Pruning(schedule="1:30,4:20", position_ids="keep"),
+    "shares-from-embeddings": Pruning(schedule="0:0.5,3:0.2", method="gradient"),
+    "random": Pruning(schedule="1:0.4", method="random", seed=3),
+}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def any_family(request: Any) -> Family:
+    return FAMILIES[request.param]()
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def family(request: Any) -> Family:
+    return FAMILIES[request.param]()
+
+
+def engine(family: Family, pruning: Pruning | None = None, **options: Any) -> Engine:
+    return Engine(family.model, family.processor, pruning=pruning, kv_bytes=1 << 26, **options)
+
+
+def of_one_batch(
+    model: Any, processor: Any, requests: Sequence[Request], new: int
+) -> dict[Any, list[int]]:
+    """What `generate` answers to all of them as one batch, padded on the left."""
+    inputs = batch_inputs(processor, requests)
+    out = model.generate(**inputs, max_new_tokens=new, do_sample=False)
+    end = model.generation_config.eos_token_id
+    answers = {}
+    for request, row in zip(requests, out[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
+        answers[request.id] = row[: row.index(end) + 1] if end in row else row
+    return answers
+
+
+def test_unpruned_equals_generate(any_family: Family) -> None:
+    requests = requests_of_many_sizes(16)
+    expected = expected_tokens(any_family.model, any_family.processor, requests)
+    assert_lively(expected)
+    late = engine(any_family, max_running=5, batch_tokens=250)
+    assert tokens(late.generate(requests)) == expected
+    assert tokens(engine(any_family).generate(requests)) == expected
+
+
+def test_unpruned_equals_generate_on_the_padded_batch(family: Family) -> None:
+    requests = requests_of_many_sizes(12, seed=1, max_new_tokens=12)
+    answers = of_one_batch(family.model, family.processor, requests, 12)
+    assert_lively(answers)
+    assert tokens(engine(family).generate(requests)) == answers
+
+
+@pytest.mark.parametrize("pruning", PRUNINGS.values(), ids=PRUNINGS)
+def test_pruned_equals_patch_and_generate_alone_and_in_batches(
+    family: Family, pruning: Pruning
+) -> None:
+    processor = family.processor
+    requests = requests_of_many_sizes(12, seed=2, max_new_tokens=10)
+    patched = patch(copy.deepcopy(family.model), pruning)
+    expected = expected_tokens(patched, processor, requests)
+    assert_lively(expected)
+    late = engine(family, pruning, max_running=5, batch_tokens=250)
+    assert tokens(late.generate(requests)) == expected
+    one_by_one = engine(family, pruning)
+    alone = itertools.chain.from_iterable(one_by_one.generate([r]) for r in requests)
+    assert tokens(alone) == expected
+    some = requests[:8]
+    assert of_one_batch(patched, processor, some, 10) == {r.id: expected[r.id] for r in some}
+
+
+@pytest.mark.parametrize("pruning", PRUNINGS.values(), ids=PRUNINGS)
+def test_every_image_keeps_what_the_schedule_says_of_its_own_count(
+    family: Family, pruning: Pruning
+) -> None:
+    worker = engine(family, pruning)
+    settled = worker._runner.pruning
+    requests = requests_of_many_sizes(8, seed=3, max_new_tokens=4, ignore_eos=True)
+    prepared = [worker.prepare(request) for request in requests]
+    for item in prepared:
+        worker.submit(item)
+    worker.step()
+    cache, runs = worker._cache, worker._scheduler.running.values()
+    held = {task.prepared.id: cache.lengths_of(task.key) for task in runs}
+    results = [*worker.step(), *worker.step(), *worker.step()]
+    assert len(results) == len(requests) == len(held)
+    counts: set[int] = set()
+    for item, result in zip(prepared, sorted(results, key=lambda r: r.id), strict=True):
+        assert isinstance(item, Prepared)
+        stages = [settled.stages(count, LAYERS) for count in item.image_tokens]
+        kept = [sum(stage[1] for stage in at) for at in zip(*stages, strict=True)]
+        assert result.visual_tokens_stages == kept
+        assert result.visual_tokens == sum(item.image_tokens)
+        starts = itertools.accumulate(item.image_tokens, initial=0)
+        for start, count, image in zip(starts, item.image_tokens, stages, strict=False):
+            for (_, keep), indices in zip(image, result.kept_tokens or [], strict=True):
+                assert sum(start <= index < start + count for index in indices) == keep
+        layers = [
+            tokens_per_layer(count, image, LAYERS)
+            for count, image in zip(item.image_tokens, stages, strict=True)
+        ]
+        text = len(item.input_ids) - sum(item.image_tokens)
+        # One token of the answer is stored beside the prompt after the first step.
+        present = [text + 1 + sum(image[start] for image in layers) for start, _ in cache.spans]
+        assert held[item.id] == tuple(present)
+        counts.update(item.image_tokens)
+    assert len(counts) > 5 if family.per_image else counts == {family.planned}
+
+
+def test_the_memory_plan_is_for_the_largest_or_a_usual_image(family: Family) -> None:
+    worker = engine(family, Pruning(retention=0.4), sampling=Sampling(max_new_tokens=10))
+    plan, room, visual = worker.memory_plan, worker._cache.room, family.planned
+    need = worker._runner.need(visual + TEXT_TOKENS, [visual], 10)
+    assert plan.request_bytes == room.bytes_alone(need)
+    assert plan.request_bytes < plan.request_bytes_unpruned
+
+
+def test_a_checkpoint_is_loaded_and_served(family: Family, tmp_path: Path) -> None:
+    directory = family.save(tmp_path)
+    loaded = Engine.from_pretrained(str(directory), device="cpu", kv_bytes=1 << 26)
+    requests = requests_of_many_sizes(6, seed=4)
+    assert tokens(loaded.generate(requests)) == tokens(engine(family).generate(requests))
+    assert type(loaded.prepare._processor.image_processor).__name__ == family.image_processor

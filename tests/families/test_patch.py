@@ -1,0 +1,135 @@
+"""`patch` on each family: batches of prompts with images of many sizes, and what follows them."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from typing import Any
+
+import pytest
+import torch
+
+import trio
+from tests.engine.support import batch_inputs
+from tests.families.family import ARCHITECTURES, FAMILIES, Family, requests_with
+from tests.patching.prompts import run
+from trio.engine.request import Request
+from trio.errors import UserError
+
+PRUNING = trio.Pruning(retention=0.4)
+IMAGES = (1, 2, 0, 1, 3, 1, 0, 1)
+"""Of each row."""
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def family(request: Any) -> Family:
+    return FAMILIES[request.param]()
+
+
+@pytest.fixture
+def model(family: Family) -> Any:
+    return copy.deepcopy(family.model)
+
+
+def batch(family: Family, rows: list[Request], side: str = "left") -> dict[str, Any]:
+    processor = copy.deepcopy(family.processor)
+    processor.tokenizer.padding_side = side
+    return dict(batch_inputs(processor, rows))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_batch_of_many_sizes_equals_singles(family: Family, model: Any, side: str) -> None:
+    rows = requests_with(IMAGES)
+    unpruned = [run(model, batch(family, [row]))[1] for row in rows]
+    trio.patch(model, PRUNING)
+    new, logits, cache = run(model, batch(family, rows, side))
+    for index, row in enumerate(rows):
+        alone = run(model, batch(family, [row]))
+        assert torch.equal(new[index, None], alone[0])
+        torch.testing.assert_close(logits[index, None], alone[1], atol=1e-4, rtol=1e-4)
+        for together, single in zip(cache.layers, alone[2].layers, strict=True):
+            if IMAGES[index]:
+                assert together.lengths_B[index] == single.lengths_B[0]
+        pruned = not torch.allclose(alone[1], unpruned[index], atol=1e-3)
+        assert pruned == bool(IMAGES[index])
+
+
+def test_a_call_of_the_model_itself_prunes_as_generate_does(family: Family, model: Any) -> None:
+    """`generate` encodes images before it calls the model; here the model gets them as pixels."""
+    inputs = batch(family, requests_with(IMAGES))
+    trio.patch(model, PRUNING)
+    _, logits, cache = run(model, inputs, max_new_tokens=1)
+    out = model(**inputs, logits_to_keep=1)
+    torch.testing.assert_close(out.logits[:, 0], logits[:, 0])
+    for one, other in zip(out.past_key_values.layers, cache.layers, strict=True):
+        assert torch.equal(one.lengths_B, other.lengths_B)
+    if family.sizes is not None:
+        del inputs[family.sizes]
+        with pytest.raises(UserError, match=f"without {family.sizes}"):
+            model(**inputs, logits_to_keep=1)
+
+
+def test_beams_keep_the_images_of_their_prompt(family: Family, model: Any) -> None:
+    rows = requests_with(IMAGES)[:5]
+    trio.patch(model, PRUNING)
+    options = {"max_new_tokens": 4, "num_beams": 3, "num_return_sequences": 2, "do_sample": False}
+    together = batch(family, rows)
+    encodes_ahead = "mm_encoder_outputs" in inspect.signature(model.forward).parameters
+    if not encodes_ahead and "_expand_inputs_for_generation" not in vars(type(model)):
+        with pytest.raises(UserError, match="mixes up the images"):
+            model.generate(**together, **options)
+        return
+    out = model.generate(**together, **options)[:, together["input_ids"].shape[1] :]
+    for index, row in enumerate(rows):
+        single = batch(family, [row])
+        alone = model.generate(**single, **options)[:, single["input_ids"].shape[1] :]
+        length = alone.shape[1]
+        assert torch.equal(out[2 * index : 2 * index + 2, :length], alone)
+
+
+def test_inference_mode(family: Family, model: Any) -> None:
+    trio.patch(model, PRUNING)
+    wanted = run(model, batch(family, requests_with(IMAGES)))
+    with torch.inference_mode():
+        got = run(model, batch(family, requests_with(IMAGES)))
+    assert torch.equal(got[0], wanted[0])
+    torch.testing.assert_close(got[1], wanted[1])
+
+
+def test_unpatching_gives_the_model_back(family: Family, model: Any) -> None:
+    inputs = batch(family, requests_with(IMAGES))
+    wanted = run(model, inputs)[1]
+    trio.patch(model, PRUNING)
+    assert not torch.allclose(run(model, inputs)[1], wanted, atol=1e-3)
+    assert torch.equal(run(trio.unpatch(model), inputs)[1], wanted)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_one_that_keeps_all_answers_as_unpatched_and_goes_on(
+    family: Family, model: Any, side: str
+) -> None:
+    """Positions, and what is added in the first layers, are then all that could differ: in the
+    prompt, in the answer and in a follow-up."""
+    rows = requests_with(IMAGES)
+    inputs = batch(family, rows, "left")
+    wanted = run(model, inputs)
+    trio.patch(model, trio.Pruning(schedule="0:500,2:500"))
+    if side == "right":
+        # Unpatched, a right-padded row's first token is predicted from its padding.
+        inputs = batch(family, rows, "right")
+    got = run(model, inputs)
+    assert torch.equal(got[0], wanted[0])
+    torch.testing.assert_close(got[1], wanted[1], atol=1e-3, rtol=1e-3)
+
+    def follow_up(answer: Any, inputs: dict[str, Any], cache: Any) -> Any:
+        ids = torch.cat([inputs["input_ids"], answer, torch.full((len(answer), 3), 20)], dim=1)
+        mask = torch.cat([inputs["attention_mask"], torch.ones(len(answer), 9).long()], dim=1)
+        return run(model, {"input_ids": ids, "attention_mask": mask}, past_key_values=cache)
+
+    second = follow_up(got[0], inputs, got[2])
+    trio.unpatch(model)
+    inputs = batch(family, rows, "left")
+    new, _, cache = run(model, inputs)
+    book = follow_up(new, inputs, cache)
+    assert torch.equal(second[0], book[0])
+    torch.testing.assert_close(second[1], book[1], atol=1e-3, rtol=1e-3)

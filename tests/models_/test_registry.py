@@ -1,0 +1,98 @@
+"""Who finds an adapter for a model: built in, registered, or brought by an installed package."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import LlavaConfig
+
+import trio
+from tests.models import tiny_llava
+from trio.errors import UserError
+from trio.models import registry
+from trio.models.llava import LlavaAdapter
+
+ROOT = Path(__file__).resolve().parents[2]
+PLUGIN = """
+from trio.models.llava import LlavaAdapter
+class Adapter(LlavaAdapter):
+    default_position_ids = "keep"
+"""
+ASKS = """
+import sys
+from types import SimpleNamespace
+from trio.errors import UserError
+from trio.models.registry import adapter_class, supported
+print(supported())
+for kind in sys.argv[1:]:
+    try:
+        print(kind, adapter_class(SimpleNamespace(model_type=kind)).default_position_ids)
+    except UserError as error:
+        print(error)
+"""
+
+
+class Renumbering(LlavaAdapter):
+    default_position_ids = "keep"
+
+
+def test_every_built_in_adapter_is_there() -> None:
+    for kind in registry.supported():
+        config: Any = LlavaConfig()
+        config.model_type = kind
+        assert issubclass(registry.adapter_class(config), trio.Adapter)
+
+
+def test_a_registered_adapter_is_used_and_may_replace_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_registered", {})
+    model = tiny_llava(layers=2)
+    assert type(registry.adapt(model)) is LlavaAdapter
+    trio.register("llava", Renumbering)
+    assert type(registry.adapt(model)) is Renumbering
+    trio.register("my_llava", Renumbering)
+    model.config.model_type = "my_llava"
+    assert type(registry.adapt(model)) is Renumbering
+    assert "my_llava" in registry.supported()
+
+
+@pytest.mark.parametrize("adapter", [object, "LlavaAdapter", None])
+def test_only_adapters_can_be_registered(adapter: object) -> None:
+    with pytest.raises(UserError, match=r"'my_vl': .* no subclass of trio\.Adapter"):
+        trio.register("my_vl", adapter)  # type: ignore[arg-type]
+
+
+def test_an_unsupported_type_is_told_what_is_supported() -> None:
+    config: Any = LlavaConfig()
+    config.model_type = "sight"
+    with pytest.raises(UserError, match=r"type 'sight' .*llava, llava_next, .*Adding a family"):
+        registry.adapter_class(config)
+
+
+def test_installed_packages_bring_families(tmp_path: Path) -> None:
+    (tmp_path / "their_vl.py").write_text(PLUGIN)
+    info = tmp_path / "their_vl-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: their-vl\nVersion: 1.0\n")
+    lines = [
+        "their_vl = their_vl:Adapter",
+        "gone = no_such_module:Adapter",
+        "odd = their_vl:PLUGIN",
+        "function = json:dumps",
+    ]
+    (info / "entry_points.txt").write_text("\n".join(["[trio_vlm.adapters]", *lines]))
+    out = subprocess.run(
+        [sys.executable, "-c", ASKS, "their_vl", "llava", "gone", "odd", "function"],
+        env={"PYTHONPATH": f"{ROOT}:{tmp_path}"},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.splitlines()
+    assert "'their_vl'" in out[0] and "'llava'" in out[0]
+    assert out[1:3] == ["their_vl keep", "llava renumber"]
+    assert "no_such_module:Adapter, cannot be loaded: No module named" in out[3]
+    assert "their_vl:PLUGIN, cannot be loaded" in out[4]
+    assert out[5] == "the adapter for 'function', json:dumps, is no trio.Adapter"
