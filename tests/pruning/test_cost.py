@@ -127,8 +127,8 @@ def test_layers_cost_what_the_operations_add_up_to() -> None:
     shape = adapt(model).shape()
     tokens = 40
     hidden = torch.randn(tokens, 32)
+    rotary = decoder.rotary(torch.arange(tokens))  # in some versions a product, too
     with torch.no_grad(), decoder.ragged(), FlopCounterMode(display=False) as counter:
-        rotary = decoder.rotary(torch.arange(tokens))
         decoder.run_layers(0, 3, hidden, rotary, Packed((tokens,)), None)
     attention = 3 * 2 * tokens**2 * shape.query_size
     assert counter.get_total_flops() == 2 * (shape.prefill_flops([tokens] * 3) - attention)
