@@ -166,6 +166,56 @@ def test_no_family_takes_a_users_text_for_a_control_token(family: str, attack: s
         assert "".join(attack.format(*tokens).split()) in "".join(said.split())
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_system_message_goes_where_the_template_puts_it(family: str) -> None:
+    processor, _ = FAMILIES[family]
+    preparer = Preparer(processor, LlavaAdapter)
+    images = (picture(1), picture(2))
+    request = Request(prompt="what is red ?", images=images, system="please describe the picture")
+    content = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": request.prompt}]
+    messages = [
+        {"role": "system", "content": [{"type": "text", "text": request.system}]},
+        {"role": "user", "content": content},
+    ]
+    text = processor.apply_chat_template(messages, add_generation_prompt=True)
+    assert "please describe" in text
+    bos = processor.tokenizer.bos_token
+    special = not (bos and text.startswith(bos))
+    wanted = processor(text=[text], images=[list(images)], add_special_tokens=special)
+    assert list(prepared(preparer, request).input_ids) == wanted["input_ids"][0]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_control_tokens_in_a_system_message_stay_text(family: str, attack: str) -> None:
+    processor, tokens = FAMILIES[family]
+    preparer = Preparer(processor, LlavaAdapter)
+    spelt = attack.format(*tokens)
+    plain = prepared(preparer, Request(prompt="what", images=(picture(1),), system="how"))
+    request = Request(prompt=spelt, images=(picture(1),), system=spelt)
+    outcome = prepared(preparer, request)
+    assert outcome.image_tokens == plain.image_tokens
+    for control in processor.tokenizer.all_special_tokens:
+        token = processor.tokenizer.convert_tokens_to_ids(control)
+        if control != processor.tokenizer.unk_token:
+            assert outcome.input_ids.count(token) == plain.input_ids.count(token), control
+
+
+def test_templates_and_texts_that_a_system_message_does_not_go_with() -> None:
+    processor = tiny_processor()
+    request = Request(prompt="what", system="how")
+    assert prepared(Preparer(processor, LlavaAdapter), request)
+    processor.chat_template = "USER: {{ messages[-1]['content'][-1]['text'] }} ASSISTANT:"
+    fault = error(Preparer(processor, LlavaAdapter), request)
+    assert fault.startswith("prompt: the chat template has no place for a system message")
+    processor.chat_template = "{{ messages[0]['content'][0]['text'] | replace('how', 'HOW') }} {{ messages[-1]['content'][-1]['text'] }}"
+    fault = error(Preparer(processor, LlavaAdapter), request)
+    assert "changes the prompt or what is before it" in fault
+    for wrong in (3, "\ud800"):
+        fault = error(Preparer(processor, LlavaAdapter), Request(prompt="a", system=wrong))  # type: ignore[arg-type]
+        assert fault.startswith("prompt: the system message is")
+
+
 def test_the_unknown_token_is_spelt_out_too() -> None:
     processor = byte_level_processor()
     processor.tokenizer.add_special_tokens({"unk_token": "<unk>"})

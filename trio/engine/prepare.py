@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from trio.models.adapter import Adapter
 
 _MARK = "\ue000user text\ue000"
+_SYSTEM_MARK = "\ue000system text\ue000"
 _TEXT_KEYS = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"}
 _MAX_ASPECT_RATIO = 200
 """Resizing by the shorter edge makes the longer one this many times as long."""
@@ -68,7 +69,7 @@ class Preparer:
         """The prepared request, or a failed result where the request itself is at fault."""
         try:
             images = self._images(request.images)
-            input_ids = self._prompt(request.prompt, [ids for ids, _ in images])
+            input_ids = self._prompt(request, [ids for ids, _ in images])
         except _Unservable as fault:
             return failed(request.id, fault.kind, str(fault))
         return Prepared(
@@ -110,21 +111,20 @@ class Preparer:
             )
         return rgb
 
-    def _prompt(self, prompt: Any, expansions: Sequence[list[int]]) -> list[int]:
+    def _prompt(self, request: Request, expansions: Sequence[list[int]]) -> list[int]:
         """Token ids of the whole prompt, with each image's placeholders in its place."""
-        if not isinstance(prompt, str):
-            raise _Unservable("prompt", f"the prompt is {type(prompt).__name__}, not text")
-        if not _is_unicode(prompt):
-            raise _Unservable("prompt", "the prompt is not valid Unicode text")
-        text = self._render(prompt, len(expansions))
-        start, stop = self._user_part(text, len(expansions))
+        _check_text(request.prompt, "prompt")
+        if request.system is not None:
+            _check_text(request.system, "system message")
+        text = self._render(request.prompt, len(expansions), request.system)
+        theirs = self._their_parts(text, len(expansions), request.system)
         bos = self._processor.tokenizer.bos_token
         add_special = not (bos and text.startswith(bos))
         encoded = self._tokenizer.encode(text, add_special_tokens=add_special)
         places = 0
         ids: list[int] = []
         for token, (begin, end) in zip(encoded.ids, encoded.offsets, strict=True):
-            if self._is_users(text, begin, end, start, stop) and (
+            if any(_lies_in(part, text, begin, end) for part in theirs) and (
                 token in self._control_ids or text[begin:end].strip() == self._unknown
             ):
                 ids += self._literal(text[begin:end])
@@ -139,25 +139,34 @@ class Preparer:
             )
         return ids
 
-    def _render(self, prompt: str, images: int) -> str:
+    def _render(self, prompt: str, images: int, system: str | None) -> str:
         content = [{"type": "image"}] * images + [{"type": "text", "text": prompt}]
-        return self._processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True
-        )
+        messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
+        if system is not None:
+            spoken = [{"type": "text", "text": system}]
+            messages = [{"role": "system", "content": spoken}, *messages]
+        return self._processor.apply_chat_template(messages, add_generation_prompt=True)
 
-    def _user_part(self, text: str, images: int) -> tuple[int, int]:
-        """Where the user's own words lie in the rendered prompt."""
-        frame = self._render(_MARK, images).split(_MARK)
-        if len(frame) != 2 or not (text.startswith(frame[0]) and text.endswith(frame[1])):
+    def _their_parts(self, text: str, images: int, system: str | None) -> list[tuple[int, int]]:
+        """Where the words of others than the template lie in the rendered prompt."""
+        frame = self._render(_MARK, images, None if system is None else _SYSTEM_MARK)
+        before, found, rest = frame.rpartition(_SYSTEM_MARK)
+        if system is not None and not (found and text.startswith(before)):
+            raise _Unservable(
+                "prompt", "the chat template has no place for a system message before the prompt"
+            )
+        between, *after = rest.split(_MARK)
+        if len(after) != 1 or not text.endswith(after[0]):
             raise _Unservable("prompt", "the chat template does not place the prompt exactly once")
-        return len(frame[0]), len(text) - len(frame[1])
-
-    @staticmethod
-    def _is_users(text: str, begin: int, end: int, start: int, stop: int) -> bool:
-        """Whether a token's text is the user's; some tokens swallow white space around them."""
-        word = text[begin:end]
-        begin += len(word) - len(word.lstrip())
-        return start <= begin < begin + len(word.strip()) <= stop
+        parts = []
+        start, stop = len(before), len(text) - len(after[0])
+        for said in [] if system is None else [system, system.strip()]:
+            if text.startswith(said + between, start):
+                parts = [(start, start + len(said))]
+        start = parts[0][1] if parts else start
+        if len(parts) != (system is not None) or not text.startswith(between, start):
+            raise _Unservable("prompt", "the chat template changes the prompt or what is before it")
+        return [*parts, (start + len(between), stop)]
 
     @property
     def _unknown(self) -> str | None:
@@ -194,9 +203,17 @@ class Preparer:
         return (token for ids in letters for token in ids if token not in self._control_ids)
 
 
-def _is_unicode(text: str) -> bool:
+def _check_text(text: Any, what: str) -> None:
+    if not isinstance(text, str):
+        raise _Unservable("prompt", f"the {what} is {type(text).__name__}, not text")
     try:
         text.encode()
     except UnicodeEncodeError:
-        return False
-    return True
+        raise _Unservable("prompt", f"the {what} is not valid Unicode text") from None
+
+
+def _lies_in(part: tuple[int, int], text: str, begin: int, end: int) -> bool:
+    """Whether a token's text is in a part; some tokens swallow white space around them."""
+    word = text[begin:end]
+    begin += len(word) - len(word.lstrip())
+    return part[0] <= begin < begin + len(word.strip()) <= part[1]

@@ -66,6 +66,8 @@ class Request:
     prompt: str
     images: tuple[Image, ...] = ()
     id: Any = None
+    system: str | None = None
+    """The system message, for models whose chat template has one; None: the template's own."""
     sampling: Sampling | None = None
     """None: the engine's default."""
 
