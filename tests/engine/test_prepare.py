@@ -208,8 +208,10 @@ def test_templates_and_texts_that_a_system_message_does_not_go_with() -> None:
     processor.chat_template = "USER: {{ messages[-1]['content'][-1]['text'] }} ASSISTANT:"
     fault = error(Preparer(processor, LlavaAdapter), request)
     assert fault.startswith("prompt: the chat template has no place for a system message")
-    processor.chat_template = "{{ messages[0]['content'][0]['text'] | replace('how', 'HOW') }} "
+    processor.chat_template = (
+        "{{ messages[0]['content'][0]['text'] | replace('how', 'HOW') }} "
         "{{ messages[-1]['content'][-1]['text'] }}"
+    )
     fault = error(Preparer(processor, LlavaAdapter), request)
     assert "changes the prompt or what is before it" in fault
     for wrong in (3, "\ud800"):
