@@ -117,6 +117,43 @@ def speed(options: argparse.Namespace) -> int:
     return 0
 
 
+def cost(options: argparse.Namespace) -> int:
+    """FLOPs and cache of one prompt in the published sizes, from shapes alone."""
+    import torch
+
+    from trio.benchmark.cost import cost as count
+    from trio.benchmark.cost import table
+    from trio.benchmark.shapes import PUBLISHED, build
+
+    retention = options.retention
+    if retention is None and options.schedule is None:
+        retention = 1 / 9
+    pruning = Pruning(retention=retention, schedule=options.schedule)
+    _check_file(options.json)
+    conditions = {
+        "image": "x".join(map(str, options.image)),
+        "prompt_tokens": options.prompt_tokens,
+        "retention": retention,
+        "schedule": options.schedule,
+    }
+    print(f"unpruned / pruned; {_line(conditions)}", flush=True)
+    rows = []
+    for name in options.shape or PUBLISHED:
+        model, processor = build(name, torch.device("meta"), torch.bfloat16)
+        found = count(
+            model,
+            processor,
+            pruning,
+            image=options.image,
+            prompt_tokens=options.prompt_tokens,
+        )
+        rows.append((name, found))
+    print(table(rows))
+    found_rows = [{"shape": name, **dataclasses.asdict(found)} for name, found in rows]
+    _write(options.json, {"conditions": conditions, "rows": found_rows})
+    return 0
+
+
 def targets(options: argparse.Namespace) -> int:
     """The speed figures that this project aims at, all of this device in one go."""
     import torch
@@ -233,6 +270,7 @@ def _parser() -> argparse.ArgumentParser:
     for run, add in (
         (quality, _add_quality),
         (speed, _add_speed),
+        (cost, _add_cost),
         (targets, _add_targets),
         (pipeline, _add_pipeline),
     ):
@@ -293,8 +331,8 @@ def _add_speed(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--shape",
-        help="random weights: tiny, small, llava-1.5-7b, llava-next-7b; qwen2.5-vl-7b, with images "
-        "of 1008 x 1008 pixels (small)",
+        help="random weights: tiny, small, llava-1.5-7b, llava-next-7b, llava-onevision-7b; "
+        "qwen2.5-vl-7b and qwen3-vl-8b, with images of 36 visual tokens an edge (small)",
     )
     add("--batch", type=_positive, help="requests, one image each, all waiting at once (16)")
     add("--prompt-tokens", type=_positive, help="text tokens of each prompt (40)")
@@ -306,6 +344,25 @@ def _add_speed(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, help="of words, pixels and the order of lengths (0)")
     add("--json", type=Path, metavar="FILE", help="also write conditions, ratios and rows as JSON")
     add("--dry-run", action="store_true", help="print the conditions, then stop")
+
+
+def _add_cost(parser: argparse.ArgumentParser) -> None:
+    add = partial(parser.add_argument, default=argparse.SUPPRESS)
+    parser.set_defaults(
+        run=cost,
+        shape=None,
+        retention=None,
+        schedule=None,
+        image=(1008, 1008),
+        prompt_tokens=60,
+        json=None,
+    )
+    add("--shape", type=_words, help="as for speed, several with commas (all of 7B and 8B)")
+    add("--retention", type=_fraction, help="layer-average share kept (1/9)")
+    add("--schedule", help="explicit stages instead: 1:436,10:255,15:173")
+    add("--image", type=_size, help="width and height of the one image, in pixels (1008x1008)")
+    add("--prompt-tokens", type=_positive, help="text tokens beside it (60)")
+    add("--json", type=Path, metavar="FILE", help="also write the rows as JSON")
 
 
 def _add_where(add: Callable[..., object]) -> None:
@@ -378,6 +435,11 @@ def _range(text: str) -> tuple[int, int]:
     if bounds[0] > bounds[1]:
         raise argparse.ArgumentTypeError(f"{text!r} goes down; write the shorter answer first")
     return bounds
+
+
+def _size(text: str) -> tuple[int, int]:
+    width, _, height = text.partition("x")
+    return _positive(width), _positive(height)
 
 
 if __name__ == "__main__":

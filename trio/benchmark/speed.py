@@ -19,6 +19,7 @@ from PIL import Image
 
 from trio.benchmark.ceilings import Ceilings, PeakMemory, seconds
 from trio.benchmark.ceilings import measure as measure_ceilings
+from trio.benchmark.cost import choosing_flops
 from trio.benchmark.shapes import build
 from trio.config import Pruning
 from trio.engine.engine import Engine
@@ -28,7 +29,6 @@ from trio.errors import UserError
 from trio.models.registry import adapt
 from trio.patching import patch, unpatch
 from trio.pruning.cost import DecoderShape
-from trio.pruning.saliency import proxy_rows
 from trio.pruning.schedule import tokens_per_layer
 from trio.tables import aligned
 
@@ -295,14 +295,9 @@ def work_of(model: Any, pruning: Pruning, requests: Sequence[Prepared]) -> Work:
     shape = adapter.shape()
     encoder = proxy = 0
     for request in requests:
-        (image,), (left,) = request.image_inputs, request.image_tokens
+        (image,), (visual,) = request.image_inputs, request.image_tokens
         encoder += adapter.vision_flops(image)
-        text = len(request.input_ids) - left
-        for _, keep in pruning.stages(left, shape.num_layers):
-            tokens = left + text
-            proxy += shape.proxy_flops(tokens, len(proxy_rows(tokens, pruning.proxy_positions)))
-            proxy += shape.nms_flops(left, keep)
-            left = keep
+        proxy += choosing_flops(shape, pruning, visual, len(request.input_ids) - visual)
     return Work(encoder=encoder, proxy=proxy)
 
 

@@ -1,0 +1,117 @@
+"""What a retention saves on paper: the arithmetic and the cache of one prompt, from shapes alone.
+
+Counting follows `trio.pruning.cost`. No weights are needed: models live on the meta device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+
+from trio.config import Pruning
+from trio.errors import UserError
+from trio.models.registry import adapt
+from trio.pruning.cost import DecoderShape, layer_average
+from trio.pruning.saliency import proxy_rows
+from trio.pruning.schedule import tokens_per_layer
+from trio.tables import aligned
+
+Stages = list[tuple[int, int]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cost:
+    """One image and some text, unpruned over pruned.
+
+    decoder: FLOPs of the decoder's layers. chosen: with scoring and choosing. whole: with the
+        vision encoder, too. forwards: with one whole layer for each stage instead, as published
+        figures seem to count. kv_cache: bytes.
+    """
+
+    visual_tokens: int
+    stages: Stages
+    retention: float
+    decoder: float
+    chosen: float
+    whole: float
+    forwards: float
+    kv_cache: float
+
+
+def cost(
+    model: Any,
+    processor: Any,
+    pruning: Pruning,
+    *,
+    image: tuple[int, int],
+    prompt_tokens: int,
+) -> Cost:
+    """Count for one prompt.
+
+    Args:
+        model: may be on the meta device. processor: that fits it.
+        pruning: retention or schedule; what is open is the family's choice.
+        image: width and height in pixels.
+        prompt_tokens: of text.
+
+    Raises:
+        UserError: the model cannot be pruned like that.
+    """
+    adapter = adapt(model)
+    (inputs,) = adapter.process_images(processor, [Image.new("RGB", image)])
+    shape, (visual,) = adapter.shape(), adapter.visual_tokens(inputs)
+    settled = adapter.settle(pruning)
+    stages = settled.stages(visual, shape.num_layers)
+    if not stages:
+        raise UserError("these settings prune nothing; give --retention below 1 or --schedule")
+    present = tokens_per_layer(visual, stages, shape.num_layers)
+    pruned = [tokens + prompt_tokens for tokens in present]
+    full = [visual + prompt_tokens] * shape.num_layers
+    before, after = shape.prefill_flops(full), shape.prefill_flops(pruned)
+    entering = [visual, *(keep for _, keep in stages[:-1])]
+    choosing = choosing_flops(shape, settled, visual, prompt_tokens)
+    forwards = sum(shape.layer_flops(tokens + prompt_tokens) for tokens in entering)
+    vision = adapter.vision_flops(inputs)
+    return Cost(
+        visual_tokens=visual,
+        stages=stages,
+        retention=layer_average(visual, present),
+        decoder=before / after,
+        chosen=before / (after + choosing),
+        whole=(before + vision) / (after + choosing + vision),
+        forwards=before / (after + forwards),
+        kv_cache=shape.kv_bytes(full, 2) / shape.kv_bytes(pruned, 2),
+    )
+
+
+def choosing_flops(
+    shape: DecoderShape, pruning: Pruning, visual_tokens: int, prompt_tokens: int
+) -> int:
+    """Scoring and choosing at all stages of a prompt with one image.
+
+    prompt_tokens: of text.
+    """
+    if pruning.method == "random":
+        return 0
+    flops, left = 0, visual_tokens
+    for _, keep in pruning.stages(visual_tokens, shape.num_layers):
+        tokens = left + prompt_tokens
+        flops += shape.proxy_flops(tokens, len(proxy_rows(tokens, pruning.proxy_positions)))
+        flops += shape.nms_flops(left, keep)
+        left = keep
+    return flops
+
+
+def table(rows: Sequence[tuple[str, Cost]]) -> str:
+    """Unpruned over pruned, as aligned text."""
+    heads = "model|visual tokens|stages|retention|decoder|with choosing|with encoder|KV cache"
+    lines = [heads.split("|")]
+    for name, row in rows:
+        stages = ",".join(f"{layer}:{keep}" for layer, keep in row.stages)
+        ratios = (row.decoder, row.chosen, row.whole, row.kv_cache)
+        figures = [f"{ratio:.2f}" for ratio in ratios]
+        lines.append([name, str(row.visual_tokens), stages, f"{row.retention:.4f}", *figures])
+    return aligned(lines)
