@@ -43,7 +43,7 @@ PRUNINGS = {
     "trio-keep-positions": Pruning(retention=0.4, position_ids="keep"),
     "trio-last": Pruning(schedule="2:20,4:6", proxy_positions="last"),
     "trio-as-for-qwen": Pruning(
-        schedule="1:30,6:9",
+        schedule="2:30,6:9",
         proxy_layer="previous",
         proxy_head="input_embedding",
         position_ids="keep",
