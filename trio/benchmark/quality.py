@@ -64,7 +64,7 @@ def settings(
     methods: Sequence[str],
     retentions: Sequence[float],
     encoders: Sequence[str],
-    proxies: Sequence[Mapping[str, str]],
+    proxies: Sequence[Mapping[str, Any]],
     position_ids: Sequence[str | None],
     seed: int,
 ) -> list[Setting]:
