@@ -30,7 +30,8 @@ class Pruning:
         for Qwen2.5-VL). `previous` rules out a stage at 0 and allows one behind the last layer.
     proxy_head: what makes the proxy's logits: `output` (the model's own head) or
         `input_embedding` (the matrix of token embeddings, also where the head has its own: the
-        published code for Qwen2.5-VL). `next` and `output` are every family's default.
+        published code for Qwen2.5-VL). Qwen2.5-VL has `next` and `output` by default too: they
+        stand nearer to the result that the loss is a stand-in for.
     position_ids: `renumber` (0, 1, 2, ... after each stage, on all axes that a position has) or
         `keep` (each token keeps its own); None takes the model family's default.
     similarity_threshold: cosine from which the NMS calls two tokens the same.

@@ -297,7 +297,8 @@ class Book:
             "features_in": hidden[None],
             "position_ids_in": positions[:, None],
         }
-        facts = {"stage": number, "rank_layer": layer, "seq_in": len(hidden), "visual_in": visual}
+        facts: dict[str, Any] = {"stage": number, "rank_layer": layer}
+        facts |= {"seq_in": len(hidden), "visual_in": visual}
         stays = torch.ones(len(hidden), dtype=torch.bool)
         if keep:
             head = oracle.embedding_head(self.text)

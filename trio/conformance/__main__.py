@@ -1,7 +1,8 @@
 """`python -m trio.conformance DIR [--only NAME]`
 
-Replays the recorded cases below DIR and prints the largest errors. Exit code 0: everything asked
-for passed; 1: a mismatch, or a kind of case that is not supported yet; 2: DIR cannot be used.
+Replays the recorded cases below DIR and prints the largest errors, and where a case can be compared
+only up to a point, that point. Exit code 0: everything asked for passed; 1: a mismatch, or a kind
+of case that is not supported yet; 2: DIR cannot be used.
 """
 
 from __future__ import annotations

@@ -193,6 +193,8 @@ def _check_facts(own: StageReplay, result: Saliency) -> None:
     features_VD = own.stage.hidden_in_TD[start:stop]
     ranked = [token for token in order if token in set(kept)]
     strict = _unsuppressed(features_VD, ranked, own.pruning.similarity_threshold)
+    if own.stage.choice is None:  # scored, though all stay
+        own.checks.equal(own.prefix + "order_0", order, own.recorded[own.prefix + "order_0"])
     own.expect("first_pass_picks", strict)
     own.expect("second_pass_picks", len(kept) - strict)
     own.expect("differs_from_plain_topk_in", len(set(kept) - set(order[: len(kept)])))
