@@ -27,6 +27,11 @@ def text_parts(model: Any, dtype: torch.dtype) -> tuple[Any, Any]:
     return text, copy.deepcopy(model.lm_head).to(dtype)
 
 
+def embedding_head(text: Any) -> Any:
+    """Logits are the products with the embedding of each token."""
+    return lambda hidden: hidden @ text.embed_tokens.weight.T
+
+
 def run_layer(text: Any, layer: int, hidden_SD: Tensor, positions_S: Tensor) -> Tensor:
     size = hidden_SD.shape[0]
     mask = torch.full((size, size), -torch.inf, dtype=hidden_SD.dtype).triu(1)[None, None]
@@ -95,6 +100,8 @@ def prefill(
     stages: list[list[tuple[int, int]]],
     *,
     proxy_positions: str = "reference",
+    proxy_layer: str = "next",
+    proxy_head: str = "output",
     position_ids: str = "renumber",
     threshold: float = 0.8,
     suppress: bool = True,
@@ -116,10 +123,14 @@ def prefill(
         token_of[start:stop] = torch.arange(count, count + stop - start)
         count += stop - start
     out = Outcome(logits_V=torch.empty(0))
-    for layer in range(len(text.layers)):
+    back = {"next": 0, "previous": 1}[proxy_layer]
+    scoring_head = {"output": head, "input_embedding": embedding_head(text)}[proxy_head]
+    for layer in range(len(text.layers) + 1):
         goals = [dict(own).get(layer) for own in stages]
         if any(goal is not None for goal in goals):
-            scores, _ = saliency(text, head, layer, hidden, positions, proxy_positions)
+            scores, _ = saliency(
+                text, scoring_head, layer - back, hidden, positions, proxy_positions
+            )
             stays = torch.ones(hidden.shape[0], dtype=torch.bool)
             for image, goal in enumerate(goals):
                 places = (image_of == image).nonzero()[:, 0]
@@ -136,6 +147,8 @@ def prefill(
                 positions = torch.arange(hidden.shape[0]).expand_as(positions)
                 behind = hidden.shape[0]
             out.kept.append(token_of[token_of >= 0].tolist())
+        if layer == len(text.layers):
+            break
         out.lengths.append(hidden.shape[0])
         out.next_positions.append(behind)
         with torch.no_grad():

@@ -181,6 +181,12 @@ SETTINGS = [
     Pruning(schedule="1:20,3:12,5:5", position_ids="keep"),
     Pruning(schedule="0:0.5,2:0.2", position_ids="keep", method="gradient"),
     Pruning(retention=0.35, position_ids="renumber"),
+    Pruning(
+        schedule=f"1:20,{LAYERS}:5",
+        position_ids="keep",
+        proxy_layer="previous",
+        proxy_head="input_embedding",
+    ),
 ]
 
 
@@ -200,6 +206,8 @@ def test_prefill_equals_the_textbook_prompt_by_prompt(adapter: Adapter, pruning:
             embeds,
             spans,
             [pruning.stages(stop - start, LAYERS) for start, stop in spans],
+            proxy_layer=pruning.proxy_layer,
+            proxy_head=pruning.proxy_head,
             position_ids=pruning.position_ids or "",
             suppress=pruning.method == "trio",
             positions=places[request],

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from trio.config import Pruning
 from trio.errors import UserError
 from trio.pipeline import cli, config
 from trio.pipeline.config import FIELDS, JobConfig
@@ -65,6 +66,24 @@ def test_flags_are_read() -> None:
     assert got.pruning().retention == got.retention and got.pruning().seed == 7
 
 
+def test_settings_of_the_pruning_reach_the_engine() -> None:
+    got = from_flags(
+        "--schedule", "1:9", "--proxy-positions", "last", "--proxy-layer", "previous",
+        "--proxy-head", "input_embedding", "--position-ids", "keep",
+    )  # fmt: skip
+    assert got.pruning() == Pruning(
+        schedule="1:9",
+        proxy_positions="last",
+        proxy_layer="previous",
+        proxy_head="input_embedding",
+        position_ids="keep",
+    )
+    plain = JobConfig().pruning()
+    assert (plain.proxy_layer, plain.proxy_head) == ("next", "output")
+    assert config.results(got)["proxy_layer"] == "previous"
+    assert config.results(got)["proxy_head"] == "input_embedding"
+
+
 def test_run_yaml_reads_back_to_the_same_settings(tmp_path: Path) -> None:
     first = from_flags("--schedule", "1:92,10:54,15:22", "--prompt", "it's: a #1", "--limit", "9")
     path = tmp_path / "run.yaml"
@@ -112,6 +131,9 @@ def test_files_with_mistakes(tmp_path: Path, text: str, message: str) -> None:
         (["--encoder", "visionzip"], "not available in this version; available: none"),
         (["--encoder", "scan"], "not available in this version; available: none"),
         (["--method", "magic"], "unknown method 'magic'"),
+        (["--proxy-layer", "last"], "unknown proxy-layer 'last'; available: next, previous"),
+        (["--proxy-head", "lm"], "unknown proxy-head 'lm'; available: output, input_embedding"),
+        (["--schedule", "0:9", "--proxy-layer", "previous"], "begin at layer 1"),
         (["--retention", "0"], "--retention: must be above 0 and at most 1"),
         (["--retention", "9/1"], "--retention: must be above 0 and at most 1"),
         (["--retention", "1/0"], "--retention: expected a number"),

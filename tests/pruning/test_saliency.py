@@ -23,10 +23,12 @@ def score(
     lengths: tuple[int, ...],
     rows: str = "reference",
     wanted: list[tuple[int, int]] | None = None,
+    proxy_head: str = "output",
 ) -> Saliency:
     decoder = Decoder(model.model.language_model, model.lm_head)
     positions = torch.cat([torch.arange(n) for n in lengths])
-    return saliency(decoder.proxy(LAYER), hidden_TD, positions, lengths, rows, wanted)
+    used = decoder.proxy(LAYER, head=proxy_head)
+    return saliency(used, hidden_TD, positions, lengths, rows, wanted)
 
 
 def by_the_book(
@@ -35,8 +37,11 @@ def by_the_book(
     lengths: tuple[int, ...],
     rows: str = "reference",
     dtype: torch.dtype = torch.float64,
+    proxy_head: str = "output",
 ) -> tuple[list[Tensor], list[Tensor]]:
     text, head = oracle.text_parts(model, dtype)
+    if proxy_head == "input_embedding":
+        head = oracle.embedding_head(text)
     scores, losses = [], []
     for hidden in hidden_TD.to(dtype).split(list(lengths)):
         positions = torch.arange(len(hidden))
@@ -65,6 +70,20 @@ def test_equals_the_textbook_gradient_of_each_prompt(
     for mine, book in zip(got.true_scores(lengths).split(list(lengths)), expected, strict=True):
         torch.testing.assert_close(mine.double(), book, rtol=2e-5, atol=1e-9)
     torch.testing.assert_close(got.loss_B.double(), torch.stack(losses), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_input_embedding_as_head_equals_the_textbook(dtype: torch.dtype) -> None:
+    lengths = (40, 7, 23)
+    model = tiny_llava(layers=4, dtype=dtype)
+    hidden = hidden_for(lengths).to(dtype)
+    got = score(model, hidden, lengths, proxy_head="input_embedding")
+    expected, losses = by_the_book(model, hidden, lengths, proxy_head="input_embedding")
+    for mine, book in zip(got.true_scores(lengths).split(list(lengths)), expected, strict=True):
+        torch.testing.assert_close(mine.double(), book, rtol=5e-5, atol=1e-8)
+    torch.testing.assert_close(got.loss_B.double(), torch.stack(losses), rtol=1e-5, atol=1e-6)
+    other = score(model, hidden, lengths).loss_B
+    assert not torch.isclose(got.loss_B, other, rtol=1e-2).any()
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 4, 5])

@@ -133,12 +133,14 @@ class Decoder:
             return self.lm_head(normed)
         return linear(normed, self.lm_head.weight, self.lm_head.bias)
 
-    def proxy(self, layer: int, batch_tokens: int = 0) -> Proxy:
-        """One layer, the final norm and the head in float32, for the saliency.
+    def proxy(self, layer: int, batch_tokens: int = 0, head: str = "output") -> Proxy:
+        """One layer, the final norm and a head in float32, for the saliency.
 
+        layer: index of the layer.
         batch_tokens: tokens of the batch before any pruning.
+        head: `output` or `input_embedding`, as in `trio.Pruning`.
         """
-        return Proxy(self, layer, batch_tokens)
+        return Proxy(self, layer, batch_tokens, head)
 
     @contextmanager
     def ragged(self) -> Iterator[None]:

@@ -43,13 +43,17 @@ class Proxy:
 
     float64 models stay in float64. Gradients flow to hidden states, never to weights.
 
+    layer: index of the decoder layer.
     batch_tokens: tokens of the whole batch before any pruning; memory stays small beside theirs.
+    head: `output`, or `input_embedding` for the matrix of token embeddings.
     """
 
-    def __init__(self, decoder: Decoder, layer: int, batch_tokens: int) -> None:
+    def __init__(self, decoder: Decoder, layer: int, batch_tokens: int, head: str) -> None:
         self._decoder = decoder
         self._layer: Any = decoder.model.layers[layer]
-        self._head_weight: Any = decoder.lm_head.weight
+        self._head_is_embedding = head == "input_embedding"
+        source = decoder.model.embed_tokens if self._head_is_embedding else decoder.lm_head
+        self._head_weight: Any = source.weight
         self.dtype = torch.promote_types(decoder.dtype, torch.float32)
         if decoder.device.type == "cpu":
             self._tile_tokens = max(1, _TILE // decoder.hidden_size)
@@ -102,10 +106,16 @@ class Proxy:
                 )
             normed_RD = self._decoder.model.norm(out[0])
             with torch.no_grad():
-                gradient_RV, factor_R = gradient(self._decoder.project(normed_RD))
+                gradient_RV, factor_R = gradient(self._project(normed_RD))
                 by_normed_RD = times(gradient_RV, self._head_weight).mul_(factor_R[:, None])
             (grad_RD,) = torch.autograd.grad(normed_RD, rows_RD, by_normed_RD)
             return others.norms(index_R, grad_RD)
+
+    def _project(self, normed_RD: Tensor) -> Tensor:
+        """Logits `[R, V]`."""
+        if self._head_is_embedding:
+            return linear(normed_RD, self._head_weight)
+        return self._decoder.project(normed_RD)
 
 
 @dataclass(frozen=True, slots=True)

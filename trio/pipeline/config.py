@@ -13,7 +13,14 @@ from typing import Any
 
 import yaml
 
-from trio.config import METHODS, POSITION_IDS, PROXY_POSITIONS, Pruning
+from trio.config import (
+    METHODS,
+    POSITION_IDS,
+    PROXY_HEADS,
+    PROXY_LAYERS,
+    PROXY_POSITIONS,
+    Pruning,
+)
 from trio.errors import UserError
 from trio.pipeline import parse
 from trio.pipeline.columns import parse_mapping
@@ -115,6 +122,20 @@ class JobConfig:
         parse.choice("proxy-positions", PROXY_POSITIONS),
         "positions whose loss gives the saliency: "
         f"{', '.join(PROXY_POSITIONS)} (default: reference; the demo model's own for it)",
+        results=True,
+    )
+    proxy_layer: str = option(
+        "next",
+        parse.choice("proxy-layer", PROXY_LAYERS),
+        "layer whose loss gives the saliency: next (the one that would run next) or previous (the"
+        " one that has just run)",
+        results=True,
+    )
+    proxy_head: str = option(
+        "output",
+        parse.choice("proxy-head", PROXY_HEADS),
+        "what makes the logits of that loss: output (the model's head) or input_embedding (the"
+        " matrix of token embeddings)",
         results=True,
     )
     position_ids: str | None = option(
@@ -271,6 +292,8 @@ class JobConfig:
             schedule=None if off else self.schedule,
             method=self.method,
             proxy_positions=self.proxy_positions or "reference",
+            proxy_layer=self.proxy_layer,
+            proxy_head=self.proxy_head,
             position_ids=self.position_ids,
             seed=self.seed,
         )
