@@ -111,7 +111,6 @@ class Pruning:
             assert self.retention is not None
             shape = self.schedule_shape or LLAVA
             schedule = Schedule.for_retention(self.retention, num_layers, visual_tokens, shape)
-        schedule.check_depth(num_layers)
         schedule.check_depth(num_layers, behind_last=self.proxy_layer == "previous")
         return schedule.counts(visual_tokens)
 
