@@ -23,7 +23,7 @@ from tests.engine.support import (
     tokens,
 )
 from tests.models import LLAVA_NEXT, PINPOINTS, save_tiny_checkpoint, tiny_processor
-from tests.qwen import save_tiny_qwen, tiny_qwen, tiny_qwen_processor
+from tests.qwen import LARGEST, save_tiny_qwen, tiny_qwen, tiny_qwen_processor
 from trio.config import Pruning
 from trio.engine.engine import Engine
 from trio.engine.plan import TEXT_TOKENS
@@ -73,7 +73,7 @@ def qwen2_5_vl() -> Family:
     return Family(
         model=tiny_qwen(spread=0.4),
         processor=tiny_qwen_processor(),
-        planned=32 * 32,
+        planned=LARGEST,
         save=lambda path: save_tiny_qwen(path, spread=0.4),
         images="Qwen2VLImageProcessorPil",
     )

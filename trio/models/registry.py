@@ -9,6 +9,7 @@ from trio.models.adapter import Adapter
 from trio.models.llava import LlavaAdapter
 from trio.models.llava_next import LlavaNextAdapter
 from trio.models.qwen2_5_vl import Qwen25VLAdapter
+from trio.models.weights import check_weights
 
 _ADAPTERS: dict[str, type[Adapter]] = {
     "llava": LlavaAdapter,
@@ -21,11 +22,12 @@ def adapt(model: Any) -> Adapter:
     """The adapter for a model.
 
     Raises:
-        UserError: the family is not supported.
+        UserError: the family is not supported, or the weights are quantised or on many devices.
     """
     kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     if kind not in _ADAPTERS or not hasattr(model, "lm_head"):
         raise _unsupported(f"{kind!r} ({type(model).__name__})")
+    check_weights(model)
     return _ADAPTERS[kind](model)
 
 
