@@ -38,7 +38,7 @@ def visual_tokens(prepare: Preparer, size: tuple[int, int]) -> int:
 
 def test_images_are_resized_to_between_the_limits(qwen: str) -> None:
     assert visual_tokens(Preparer(load_processor(qwen)), SMALL) == 4
-    limits = {"min_pixels": 20 * TOKEN, "max_pixels": 30 * TOKEN}
+    limits: Any = {"min_pixels": 20 * TOKEN, "max_pixels": 30 * TOKEN}
     engine = Engine.from_pretrained(qwen, device="cpu", kv_bytes=1 << 26, **limits)
     preparer = pickle.loads(pickle.dumps(Preparer(load_processor(qwen, **limits))))
     for prepare in (engine.prepare, preparer):
@@ -53,7 +53,7 @@ def test_images_are_resized_to_between_the_limits(qwen: str) -> None:
     [({"max_pixels": 30 * TOKEN}, SMALL, 4), ({"min_pixels": 20 * TOKEN}, LARGE, 72)],
 )
 def test_the_other_limit_stays(
-    qwen: str, limits: dict[str, int], size: tuple[int, int], expected: int
+    qwen: str, limits: Any, size: tuple[int, int], expected: int
 ) -> None:
     assert visual_tokens(Preparer(load_processor(qwen, **limits)), size) == expected
 
@@ -99,7 +99,7 @@ def test_models_with_pictures_of_fixed_size_take_no_limits(
 ) -> None:
     model = str(save_tiny_checkpoint(tmp_path, **options))
     (tmp_path / "model.safetensors").write_bytes(b"never read")
-    with pytest.raises(UserError, match="max_pixels cannot be set: .* pictures of fixed size"):
+    with pytest.raises(UserError, match=r"max_pixels cannot be set: .* pictures of fixed size"):
         Engine.from_pretrained(model, device="cpu", max_pixels=100_000)
     with pytest.raises(UserError, match="min_pixels and max_pixels cannot be set"):
         load_processor(model, min_pixels=10, max_pixels=100_000)

@@ -65,7 +65,7 @@ def most_visual_tokens(processor: Any) -> int | None:
 
 
 def _has_limits(processor: Any) -> bool:
-    images = getattr(processor, "image_processor", None)
+    images: Any = getattr(processor, "image_processor", None)
     known = getattr(getattr(images, "valid_kwargs", None), "__annotations__", {})
     return _KEYS.keys() <= known.keys() and all(key in images.size for key in _KEYS.values())
 

@@ -38,8 +38,7 @@ def load(
     processor = _processor(model, config, revision)
     limit_images(processor, min_pixels=min_pixels, max_pixels=max_pixels)
     with explaining_weights(model, revision):
-        loaded: Any
-        loaded, info = AutoModelForImageTextToText.from_pretrained(
+        found: Any = AutoModelForImageTextToText.from_pretrained(
             model,
             config=config,
             dtype=kind,
@@ -49,6 +48,7 @@ def load(
             ignore_mismatched_sizes=True,  # they are in `info` and refused there, by name
             **_which(revision),
         )
+    loaded, info = found
     check_tensors(model, info)
     return loaded.to(where).eval(), processor
 
