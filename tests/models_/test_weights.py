@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import BitsAndBytesConfig, GPTQConfig
 
 import trio
 from tests.models import meta_7b, tiny_llava, tiny_processor
@@ -79,9 +80,14 @@ def test_what_transformers_has_quantised(model: Any) -> None:
     assert "is quantised (unnamed method)" in refusal(model)
     model.quantization_method = Method.AWQ
     assert "is quantised (awq)" in refusal(model)
-    settings = SimpleNamespace(quant_method=Method.AWQ, bits=4)
-    model.hf_quantizer = SimpleNamespace(quantization_config=settings)
-    assert "is quantised (awq, 4 bit)" in refusal(model)
+    settings = [
+        (BitsAndBytesConfig(load_in_4bit=True), "bitsandbytes, 4 bit"),
+        (BitsAndBytesConfig(load_in_8bit=True), "bitsandbytes, 8 bit"),
+        (GPTQConfig(bits=3), "gptq, 3 bit"),
+    ]
+    for given, method in settings:
+        model.hf_quantizer = SimpleNamespace(quantization_config=given)
+        assert f"is quantised ({method})" in refusal(model)
 
 
 def test_what_was_quantised_and_is_so_no_more(model: Any) -> None:
