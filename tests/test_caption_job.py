@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -258,6 +259,39 @@ def test_a_retention_out_of_reach_is_the_users_mistake(
     assert run(*flags, "--model", model, "--retention", "0.01") == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("caption.py: ") and "retention" in error
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_local")
+@pytest.mark.parametrize(
+    ("spoilt", "flags", "message"),
+    [
+        ("config.json", [], "is quantised (awq, 4 bit)"),
+        ("model.safetensors", [], "no readable safetensors file"),
+        (None, ["--max-pixels", "50000"], "max_pixels cannot be set"),
+    ],
+)
+def test_a_model_that_cannot_be_served_is_the_users_mistake(
+    model: str,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    spoilt: str | None,
+    flags: Sequence[str],
+    message: str,
+) -> None:
+    directory = shutil.copytree(model, tmp_path / "model")
+    if spoilt == "config.json":
+        config = json.loads((directory / spoilt).read_text())
+        config["quantization_config"] = {"quant_method": "awq", "bits": 4}
+        (directory / spoilt).write_text(json.dumps(config))
+    elif spoilt is not None:
+        (directory / spoilt).write_bytes((directory / spoilt).read_bytes()[:-64])
+    shard = write_shard(tmp_path / "in.parquet", good_rows()[:2], SCHEMA)
+    paths = ["--input", str(shard), "--output", str(tmp_path / "out"), "--model", str(directory)]
+    assert run(*paths, "--retention", "0.4", *flags) == 2
+    errors = capfd.readouterr().err
+    (line,) = [line for line in errors.splitlines() if line.startswith("caption.py: ")]
+    assert message in line and "Traceback" not in errors
 
 
 MISTAKES = [

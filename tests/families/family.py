@@ -13,7 +13,7 @@ from typing import Any
 
 from tests.engine.support import MANY_SIZES, mixed_requests, picture
 from tests.models import LLAVA_NEXT, PINPOINTS, save_tiny_checkpoint, tiny_llava, tiny_processor
-from tests.qwen import save_tiny_qwen, tiny_qwen, tiny_qwen_processor
+from tests.qwen import LARGEST, save_tiny_qwen, tiny_qwen, tiny_qwen_processor
 from trio.engine.request import Request, Sampling
 
 LAYERS = 6
@@ -71,7 +71,7 @@ def qwen2_5_vl() -> Family:
         processor=tiny_qwen_processor(),
         save=lambda path: save_tiny_qwen(path, spread=LIVELY, layers=LAYERS),
         image_processor="Qwen2VLImageProcessorPil",
-        planned=32 * 32,
+        planned=LARGEST,
         sizes="image_grid_thw",
     )
 

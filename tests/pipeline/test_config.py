@@ -39,6 +39,10 @@ def test_flags_that_users_rely_on_exist() -> None:
         "max-error-rate",
         "save-kept",
         "row-timeout",
+        "min-pixels",
+        "max-pixels",
+        "max-image-pixels",
+        "dtype",
         "image-roots",
         "allow-remote-images",
         "remote-images-from",
@@ -143,6 +147,10 @@ def test_files_with_mistakes(tmp_path: Path, text: str, message: str) -> None:
         (["--actors", "0"], "--actors: must be at least 1"),
         (["--max-error-rate", "2"], "--max-error-rate: must be between 0 and 1"),
         (["--columns", "photo=x"], "ROLE=COLUMN"),
+        (["--min-pixels", "0"], "--min-pixels: must be at least 1"),
+        (["--max-pixels", "1e6"], "--max-pixels: expected a whole number"),
+        (["--min-pixels", "9", "--max-pixels", "8"], "--min-pixels 9 is above --max-pixels 8"),
+        (["--dtype", "int4"], "unknown dtype 'int4'; available: auto, float32, bfloat16, float16"),
         (["--row-timeout", "0"], "--row-timeout: must be between"),
         (["--remote-images-from", "https://a.org"], "needs --allow-remote-images"),
         (["--remote-images-from", "a.org/x"], "--remote-images-from: an origin is scheme://host"),
@@ -168,6 +176,16 @@ def test_nothing_is_pruned_where_nothing_is_asked() -> None:
     assert not JobConfig(method="none", retention=0.5).pruning().active
     assert not JobConfig(retention=1.0).pruning().active
     assert JobConfig(retention=0.5).pruning().active
+
+
+def test_limits_on_the_size_of_images_change_rows(tmp_path: Path) -> None:
+    got = from_flags("--min-pixels", "3136", "--max-pixels", "1003520")
+    assert (got.min_pixels, got.max_pixels) == (3136, 1003520)
+    assert got.image_policy() == ImagePolicy()
+    (tmp_path / "run.yaml").write_text(config.dump(got))
+    assert from_flags("--config", str(tmp_path / "run.yaml")) == got
+    changed = config.results(JobConfig()) | {"min_pixels": 3136, "max_pixels": 1003520}
+    assert config.results(got) == changed
 
 
 def test_where_images_may_come_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from trio.errors import UserError, first_line
 from trio.models.adapter import Adapter
+from trio.models.weights import check_weights
 
 GROUP = "trio_vlm.adapters"
 """Entry points by which installed packages add families: `model_type = "module:AdapterClass"`."""
@@ -41,12 +42,14 @@ def adapt(model: Any) -> Adapter:
     """The adapter for a model.
 
     Raises:
-        UserError: the family is not supported.
+        UserError: the family is not supported, or the weights are quantised or on many devices.
     """
     config = getattr(model, "config", None)
     if not hasattr(config, "model_type") or not hasattr(model, "lm_head"):
         raise _unsupported(type(model).__name__)
-    return adapter_class(config)(model)
+    adapter = adapter_class(config)
+    check_weights(model)
+    return adapter(model)
 
 
 def adapter_class(config: Any) -> type[Adapter]:

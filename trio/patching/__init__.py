@@ -43,7 +43,8 @@ def patch(model: Model, pruning: Pruning) -> Model:
 
     Args:
         model: a `LlavaForConditionalGeneration` or `LlavaNextForConditionalGeneration` over a
-            LLaMA-type decoder, or a `Qwen2_5_VLForConditionalGeneration`.
+            LLaMA-type decoder, or a `Qwen2_5_VLForConditionalGeneration`; not quantised, on one
+            device.
         pruning: how much to keep and how to choose.
 
     Returns:

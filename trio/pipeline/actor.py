@@ -77,6 +77,9 @@ class EngineSettings:
     # rows prepared or in the engine at a time
     revision: str | None = None
     # commit of a hub id
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+    # of an image after resizing; None: the processor's own limits
 
     @property
     def gpu(self) -> bool:
@@ -103,6 +106,8 @@ def build_engine(settings: EngineSettings) -> EngineLike:
         sampling=settings.sampling,
         memory_share=settings.gpu_share,
         revision=settings.revision,
+        min_pixels=settings.min_pixels,
+        max_pixels=settings.max_pixels,
         **{name: value for name, value in optional.items() if value is not None},
     )
 

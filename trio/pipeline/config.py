@@ -165,6 +165,22 @@ class JobConfig:
         f"of the model's weights: {', '.join(DTYPES)}; auto: as saved on a GPU, float32 on a CPU",
         results=True,
     )
+    min_pixels: int | None = option(
+        None,
+        parse.at_least(1),
+        "smaller images are enlarged to this width times height before the model sees them; for"
+        " models that take images at many sizes, as Qwen2.5-VL (default: the processor's)",
+        unit="pixels",
+        results=True,
+    )
+    max_pixels: int | None = option(
+        None,
+        parse.at_least(1),
+        "larger images are reduced to this width times height before the model sees them, which"
+        " bounds their visual tokens; for the same models (default: the processor's)",
+        unit="pixels",
+        results=True,
+    )
     actors: int | None = option(
         None, parse.at_least(1), "engines (default: one per GPU; without GPUs 1)"
     )
@@ -241,7 +257,11 @@ class JobConfig:
         metavar="DIR",
     )
     max_image_pixels: int = option(
-        MAX_PIXELS, parse.at_least(1), "largest image that is decoded", unit="pixels", results=True
+        MAX_PIXELS,
+        parse.at_least(1),
+        "larger images are not decoded: their rows end in error (--max-pixels reduces images)",
+        unit="pixels",
+        results=True,
     )
     row_timeout: float = option(
         ROW_TIMEOUT_S,
@@ -271,6 +291,10 @@ class JobConfig:
     def __post_init__(self) -> None:
         if self.retention is not None and self.schedule is not None:
             raise UserError("--retention and --schedule exclude each other: give one of them")
+        if self.min_pixels and self.max_pixels and self.min_pixels > self.max_pixels:
+            raise UserError(
+                f"--min-pixels {self.min_pixels} is above --max-pixels {self.max_pixels}"
+            )
         if self.remote_images_from and not self.allow_remote_images:
             raise UserError("--remote-images-from needs --allow-remote-images: give both or none")
         for uri in (*self.input, self.output, self.model):
