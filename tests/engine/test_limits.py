@@ -56,9 +56,8 @@ def test_images_are_resized_to_between_the_limits(qwen: str) -> None:
 def test_the_other_limit_stays(
     qwen: str, limits: Any, size: tuple[int, int], expected: int
 ) -> None:
-    assert (
-        visual_tokens(Preparer(load_processor(qwen, **limits), Qwen25VLAdapter), size) == expected
-    )
+    preparer = Preparer(load_processor(qwen, **limits), Qwen25VLAdapter)
+    assert visual_tokens(preparer, size) == expected
 
 
 def test_the_memory_plan_follows(qwen: str) -> None:
