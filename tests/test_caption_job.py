@@ -244,6 +244,37 @@ def test_images_of_many_shapes_from_parquet_to_parquet(tmp_path: Path, family: s
     assert len({row["visual_tokens"] for row in got.values()}) > 5
 
 
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_local")
+def test_a_users_adapter_and_a_system_message(
+    tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"id": str(n), "image": cell(png_of(n)), "prompt": PROMPT} for n in range(6)]
+    shard = write_shard(tmp_path / "in.parquet", rows, SCHEMA)
+    system = "describe the digit please"
+    flags = ["--input", str(shard), "--model", model, "--retention", "0.4", "--max-new-tokens", "9"]
+    spoken = [*flags, "--system-prompt", system, "--output", str(tmp_path / "spoken")]
+    theirs = ["--adapters", "llava=tests.families.theirs:Theirs"]
+    assert run(*spoken) == 0
+    assert run(*flags, *theirs, "--output", str(tmp_path / "theirs")) == 0
+    options: dict[str, Any] = {"sampling": Sampling(max_new_tokens=9)}
+    keeping = Pruning(retention=0.4, position_ids="keep")
+    wanted = {
+        "spoken": said(model, rows, pruning=Pruning(retention=0.4), system=system, **options),
+        "theirs": said(model, rows, pruning=keeping, **options),
+    }
+    for name, results in wanted.items():
+        got = answers(tmp_path / name)
+        assert {key: row["response"] for key, row in got.items()} == {
+            key: result.response for key, result in results.items()
+        }
+    assert run(*spoken, "--system-prompt", "other") == 2
+    assert "system_prompt" in capsys.readouterr().err
+    gone = ["--adapters", "llava=no_such_module:Theirs", "--output", str(tmp_path / "gone")]
+    assert run(*flags, *gone) == 2
+    assert "no_such_module:Theirs, cannot be loaded" in capsys.readouterr().err
+
+
 def summary_of(output: Path) -> dict[str, Any]:
     loaded: dict[str, Any] = json.loads((output / "summary.json").read_text())
     return loaded
@@ -302,6 +333,7 @@ MISTAKES = [
     (["--input", "{shard}", "--model", "./nowhere"], "no model there"),
     (["--input", "{shard}", "--output", "{dir}"], "holds other files"),
     (["--retention", "0.5", "--schedule", "1:9"], "exclude each other"),
+    (["--adapters", "my_module.MyAdapter"], "--adapters: expected TYPE=MODULE:CLASS"),
     (["--config", "{dir}/nowhere.yaml"], "cannot be read"),
     (["--frobnicate"], "unrecognized arguments"),
 ]

@@ -38,6 +38,7 @@ class Engine:
     `batch_tokens`: tokens that one step computes at most; bounds the prefill's memory.
     `max_running`: most requests in the running batch.
     `kv_bytes`: memory for keys and values; None takes a part of what the device has free.
+    `system`: message for requests without their own; None leaves it to the chat template.
     `memory_share`: of a GPU's memory, where several engines share one; for `kv_bytes` None.
 
     `memory_plan` says how many requests the memory holds at once. One thread submits and steps;
@@ -58,13 +59,14 @@ class Engine:
         max_running: int = 64,
         kv_bytes: int | None = None,
         memory_share: float = 1.0,
+        system: str | None = None,
     ) -> None:
         if batch_tokens < 1 or max_running < 1:
             raise UserError("batch_tokens and max_running must be at least 1")
         adapter = adapt(model)
         if adapter.decoder.device.type == "meta":
             raise UserError("the model is on the meta device, without weights; load them first")
-        self.prepare = Preparer(processor, type(adapter))
+        self.prepare = Preparer(processor, type(adapter), system)
         _check_fit(self.prepare, adapter)
         if kv_bytes is None:
             kv_bytes = default_kv_bytes(adapter.decoder.device, memory_share)
@@ -376,7 +378,7 @@ def _check_fit(prepare: Preparer, adapter: Adapter) -> None:
     """Serve the encoder one image: a processor of another model would spoil every request."""
     sample = prepare(Request(prompt="", images=(Image.new("RGB", (64, 64)),)))
     if isinstance(sample, Result):
-        raise UserError(f"the processor cannot prepare an image: {sample.error}")
+        raise UserError(f"the processor cannot prepare a request: {sample.error}")
     try:
         adapter.check_inputs(sample.image_inputs[0])
     except UserError as error:

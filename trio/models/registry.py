@@ -23,8 +23,8 @@ _registered: dict[str, type[Adapter]] = {}
 def register(model_type: str, adapter: type[Adapter]) -> None:
     """Add a family of models to this process, or put another adapter in the place of one.
 
-    A job's engines are processes of their own: there, and wherever else a package is installed, an
-    entry point of the group `trio_vlm.adapters` does the same.
+    A job's engines are processes of their own: there the job's flag --adapters does the same, and
+    wherever a package is installed that has an entry point of the group `trio_vlm.adapters`.
 
     Args:
         model_type: what the models' config.json says.
@@ -36,6 +36,15 @@ def register(model_type: str, adapter: type[Adapter]) -> None:
     if not (isinstance(adapter, type) and issubclass(adapter, Adapter)):
         raise UserError(f"register {model_type!r}: {adapter!r:.100} is no subclass of trio.Adapter")
     _registered[model_type] = adapter
+
+
+def register_named(model_type: str, name: str) -> None:
+    """As `register`, with the adapter as `module:Class`.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+    register(model_type, _load(EntryPoint(model_type, name, GROUP)))
 
 
 def adapt(model: Any) -> Adapter:
@@ -83,8 +92,7 @@ def _load(entry: EntryPoint) -> type[Adapter]:
         found = entry.load()
     except (ImportError, AttributeError) as error:
         raise UserError(
-            f"the adapter for {entry.name!r}, {entry.value}, cannot be loaded: "
-            f"{first_line(error)}; mend or remove the package that brings it"
+            f"the adapter for {entry.name!r}, {entry.value}, cannot be loaded: {first_line(error)}"
         ) from error
     if not (isinstance(found, type) and issubclass(found, Adapter)):
         raise UserError(f"the adapter for {entry.name!r}, {entry.value}, is no trio.Adapter")

@@ -78,8 +78,24 @@ class JobConfig:
         " to (default: the newest of the main branch)",
         results=True,
     )
+    adapters: tuple[str, ...] = option(
+        (),
+        parse.adapters,
+        "families of models that this package does not have, as in my_vl=my_module:MyAdapter; the"
+        " module must be importable where engines run (see Adding a family in the README)",
+        results=True,
+        metavar="TYPE=MODULE:CLASS",
+    )
     prompt: str | None = option(
         None, parse.text, "prompt for rows that bring none", results=True, metavar="TEXT"
+    )
+    system_prompt: str | None = option(
+        None,
+        parse.text,
+        "system message of all rows, if the model's chat template has a place for one (default: the"
+        " template's own)",
+        results=True,
+        metavar="TEXT",
     )
     columns: str | None = option(
         None,

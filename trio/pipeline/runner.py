@@ -391,4 +391,6 @@ def engine_settings(config: JobConfig, resources: Resources) -> EngineSettings:
         revision=config.revision,
         min_pixels=config.min_pixels,
         max_pixels=config.max_pixels,
+        system=config.system_prompt,
+        adapters=config.adapters,
     )
