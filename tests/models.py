@@ -77,12 +77,13 @@ def tiny_llava(
     pinpoints: Pinpoints | None = None,
     tower: Tower = "clip",
     strategy: Strategy = "default",
+    vision_use_head: bool = False,
     **text_options: Any,
 ) -> Any:
     """A random LLaVA with `(image_size / patch_size) ** 2` visual tokens, in eval mode.
 
     Those are without a class token: one more with a CLIP tower and "full", and one less with a
-    SigLIP tower and "default".
+    SigLIP tower and "default". `vision_use_head` is of a SigLIP tower.
 
     With `pinpoints` a LLaVA-NeXT, that many tokens for each tile. Visual features are as large as
     text embeddings; `spread` is the standard deviation of the decoder's weights, large enough
@@ -113,7 +114,7 @@ def tiny_llava(
     vision: Any = (
         CLIPVisionConfig(**sizes, projection_dim=24, initializer_range=spread)
         if tower == "clip"
-        else SiglipVisionConfig(**sizes, vision_use_head=False)
+        else SiglipVisionConfig(**sizes, vision_use_head=vision_use_head)
     )
     common: dict[str, Any] = {
         "vision_config": vision,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     LlavaOnevisionConfig,
     LlavaOnevisionForConditionalGeneration,
@@ -134,6 +135,12 @@ def onevision_processor(
 def save_tiny_onevision(directory: Path, **options: Any) -> Path:
     """Write model and processor with the files, and the names in them, that the hub has."""
     tiny_onevision(**options).save_pretrained(directory)
+    weights = load_file(directory / "model.safetensors")
+    older = {
+        name.replace("vision_tower.", "vision_tower.vision_model."): weight
+        for name, weight in weights.items()
+    }
+    save_file(older, directory / "model.safetensors", metadata={"format": "pt"})
     processor: Any = onevision_processor()
     images = processor.image_processor.to_dict()
     images["image_processor_type"] = "LlavaOnevisionImageProcessor"

@@ -147,7 +147,7 @@ class LlavaOnevisionAdapter(AnyResolutionAdapter):
 def _max_tiles(config: Any) -> int:
     """Tiles whose features an image may have."""
     ratio = config.vision_aspect_ratio
-    matched = re.fullmatch(r"anyres_max_([1-9][0-9]*)", str(ratio))
+    matched = re.fullmatch(r"anyres_max_([1-9][0-9]*)", ratio)
     if matched is None:
         raise UserError(
             f"vision_aspect_ratio {ratio!r} of the model's config is not supported; supported is "
