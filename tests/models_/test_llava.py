@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import (
@@ -97,7 +99,7 @@ def test_towers_with_and_without_a_class_token(
 
 
 def test_a_tower_that_takes_pictures_of_any_size_is_refused() -> None:
-    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    sizes: dict[str, Any] = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     vision = PixtralVisionConfig(**sizes, intermediate_size=8, image_size=32, patch_size=8)
     text = LlamaConfig(**sizes, intermediate_size=8, vocab_size=80)
     model = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text))

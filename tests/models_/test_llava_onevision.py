@@ -254,7 +254,7 @@ def test_frames_of_a_video_are_so_many_images() -> None:
     results = {result.id: result for result in engine.generate(requests)}
     assert tokens(results.values()) == expected_tokens(model, PROCESSOR, requests)
     assert results[0].visual_tokens == 8 * (TILE_TOKENS + 1)
-    assert results[1].visual_tokens > TILE_TOKENS + 1
+    assert (results[1].visual_tokens or 0) > TILE_TOKENS + 1
     pruning = Pruning(retention=0.4)
     pruned = Engine(model, PROCESSOR, pruning=pruning, kv_bytes=1 << 26).generate(requests)
     patched = trio.patch(copy.deepcopy(model), pruning)

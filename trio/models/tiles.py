@@ -28,7 +28,7 @@ from trio.pruning.cost import CLASS_TOKENS, VisionShape
 class TiledAdapter(Adapter):
     """Of a model that sees an image in one or several *tiles*, pictures as its tower takes them."""
 
-    text_models = ("llama", "mistral", "qwen2")
+    text_models: tuple[str, ...] = ("llama", "mistral", "qwen2")
 
     def __init__(self, model: Any) -> None:
         tower = model.config.vision_config.model_type
