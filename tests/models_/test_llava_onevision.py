@@ -303,6 +303,14 @@ def test_a_tower_whose_features_cannot_be_laid_out_is_refused() -> None:
         adapt(model)
 
 
+@pytest.mark.parametrize("grids", [[], [[SIDE, SIDE], [SIDE, 100]], [[0, SIDE]]])
+def test_grids_that_are_not_of_whole_tiles_are_refused(grids: list[list[int]]) -> None:
+    model = tiny_onevision(layers=1)
+    model.config.image_grid_pinpoints = grids
+    with pytest.raises(UserError, match=r"image_grid_pinpoints .* no multiples of 44"):
+        adapt(model)
+
+
 def test_another_decoder_is_refused() -> None:
     vision = SiglipVisionConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1)
     text = LlamaConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=80)

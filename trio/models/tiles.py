@@ -86,6 +86,11 @@ class AnyResolutionAdapter(TiledAdapter):
                 f"vision_feature_select_strategy {strategy!r} leaves {features} features of a tile "
                 f"of {edge} x {edge} patches, which cannot be laid out"
             )
+        side, sizes = model.config.vision_config.image_size, model.config.image_grid_pinpoints
+        if not sizes or any(edge < 1 or edge % side for size in sizes for edge in size):
+            raise UserError(
+                f"image_grid_pinpoints {sizes} are no multiples of {side}, the pixels of a tile"
+            )
 
     def _tile_dimensions(self, inputs: Inputs) -> list[int]:
         return self.tiles(inputs)
