@@ -13,6 +13,7 @@ from typing import Any
 
 from tests.engine.support import MANY_SIZES, mixed_requests, picture
 from tests.models import LLAVA_NEXT, PINPOINTS, save_tiny_checkpoint, tiny_llava, tiny_processor
+from tests.onevision import onevision_processor, save_tiny_onevision, tiny_onevision
 from tests.qwen import LARGEST, save_tiny_qwen, tiny_qwen, tiny_qwen_processor
 from trio.engine.request import Request, Sampling
 
@@ -43,11 +44,12 @@ class Family:
 
 def llava(**options: Any) -> Family:
     options = {"spread": LIVELY, "layers": LAYERS, "max_positions": 1024, **options}
+    tower = {name: options[name] for name in ("tower", "strategy") if name in options}
     return Family(
         model=tiny_llava(**options),
-        processor=tiny_processor(),
+        processor=tiny_processor(**tower),
         save=lambda path: save_tiny_checkpoint(path, **options),
-        image_processor="CLIPImageProcessorPil",
+        image_processor="SiglipImageProcessorPil" if tower else "CLIPImageProcessorPil",
         planned=64,
         per_image=False,
     )
@@ -61,6 +63,17 @@ def llava_next(**options: Any) -> Family:
         save=lambda path: save_tiny_checkpoint(path, **options),
         image_processor="LlavaNextImageProcessorPil",
         planned=88,
+        sizes="image_sizes",
+    )
+
+
+def llava_onevision() -> Family:
+    return Family(
+        model=tiny_onevision(spread=LIVELY, layers=LAYERS),
+        processor=onevision_processor(),
+        save=lambda path: save_tiny_onevision(path, spread=LIVELY, layers=LAYERS),
+        image_processor="LlavaOnevisionImageProcessorPil",
+        planned=25 + 15 * (8 + 1),
         sizes="image_sizes",
     )
 
@@ -81,8 +94,10 @@ FAMILIES: dict[str, Callable[[], Family]] = {
     "llava": llava,
     "llava-mistral": lambda: llava(**_MISTRAL),
     "llava-qwen2": lambda: llava(family="qwen2"),
+    "llava-siglip": lambda: llava(family="qwen2", tower="siglip", strategy="full"),
     "llava_next": llava_next,
     "llava_next-mistral": lambda: llava_next(**_MISTRAL),
+    "llava_onevision": llava_onevision,
     "qwen2_5_vl": qwen2_5_vl,
 }
 ARCHITECTURES = [name for name in FAMILIES if "-" not in name]

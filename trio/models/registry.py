@@ -15,6 +15,7 @@ GROUP = "trio_vlm.adapters"
 _BUILT_IN = {
     "llava": "trio.models.llava:LlavaAdapter",
     "llava_next": "trio.models.llava_next:LlavaNextAdapter",
+    "llava_onevision": "trio.models.llava_onevision:LlavaOnevisionAdapter",
     "qwen2_5_vl": "trio.models.qwen2_5_vl:Qwen25VLAdapter",
 }
 _registered: dict[str, type[Adapter]] = {}

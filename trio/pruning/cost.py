@@ -98,6 +98,8 @@ class VisionShape:
 
     layers_run: tower layers. tokens: patches and the class token, if there is one.
     features: tokens that the projector gets.
+    pooled: whether the tower also sums a picture up in one vector, by a query with attention and
+        an FFN, though nobody uses it.
     """
 
     layers_run: int
@@ -108,6 +110,7 @@ class VisionShape:
     features: int
     patch_inputs: int
     decoder_hidden_size: int
+    pooled: bool = False
 
     @classmethod
     def of_llava_config(cls, config: Any) -> VisionShape:
@@ -126,11 +129,14 @@ class VisionShape:
             features=tokens - dropped,
             patch_inputs=vision.num_channels * vision.patch_size**2,
             decoder_hidden_size=config.text_config.hidden_size,
+            pooled=getattr(vision, "vision_use_head", False),
         )
 
     def flops(self) -> int:
         n, d, m = self.tokens, self.hidden_size, self.intermediate_size
         tower = self.layers_run * (4 * n * d * d + 2 * n * n * d + 2 * n * d * m)
+        if self.pooled:
+            tower += 2 * d * (d + n * d + n + m)
         patches = self.patches * self.patch_inputs * d
         out = self.decoder_hidden_size
         return tower + patches + self.features * (d * out + out * out)
