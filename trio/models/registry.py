@@ -15,6 +15,7 @@ _BUILT_IN = {
     "llava": "trio.models.llava:LlavaAdapter",
     "llava_next": "trio.models.llava_next:LlavaNextAdapter",
     "qwen2_5_vl": "trio.models.qwen2_5_vl:Qwen25VLAdapter",
+    "qwen3_vl": "trio.models.qwen3_vl:Qwen3VLAdapter",
 }
 _registered: dict[str, type[Adapter]] = {}
 
