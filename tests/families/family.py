@@ -77,7 +77,7 @@ def qwen2_5_vl() -> Family:
 
 
 def qwen3_vl(**options: Any) -> Family:
-    options = {"spread": LIVELY, "layers": LAYERS, **options}
+    options = {"seed": 1, "spread": LIVELY, "layers": LAYERS, **options}
     return Family(
         model=tiny_qwen3(**options),
         processor=tiny_qwen3_processor(),

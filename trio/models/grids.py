@@ -26,8 +26,8 @@ _USUAL_SIDE = 1024
 
 
 class GridAdapter(Adapter):
-    """Of a model that takes `pixel_values [P, C]` and `image_grid_thw [I, 3]`: frames of each image,
-    always 1, and its rows and columns of patches."""
+    """Of a model that takes `pixel_values [P, C]` and `image_grid_thw [I, 3]`: of each image its
+    frames, always 1, and its rows and columns of patches."""
 
     default_position_ids = "keep"
 

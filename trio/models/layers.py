@@ -76,9 +76,7 @@ def _attention_faults(attention: nn.Module, where: str) -> Iterator[str]:
             yield f"{where}.{name} is a {_name(projection)}"
 
 
-def _norm_faults(
-    owner: Any, name: str, where: str, width: int, tried: set[type]
-) -> Iterator[str]:
+def _norm_faults(owner: Any, name: str, where: str, width: int, tried: set[type]) -> Iterator[str]:
     norm = getattr(owner, name, None)
     weight, epsilon = getattr(norm, "weight", None), getattr(norm, "variance_epsilon", None)
     if norm is None or weight is None or epsilon is None:

@@ -67,10 +67,10 @@ class DecoderShape:
     def proxy_flops(self, tokens: int, rows: int) -> int:
         """One stage's scoring of a sequence with `tokens` tokens and a loss at `rows` rows.
 
-        Keys of all tokens, forwards and backwards, and once more where they are normed. Attention of the rows: scores by keys in two
-        products, for the rotation's cosines and sines, and their gradients; sums of hidden states,
-        and two products for their gradients. For the rows the rest of a layer and the head,
-        forwards and backwards (weights get no gradient).
+        Keys of all tokens, forwards and backwards, and once more where they are normed. Attention
+        of the rows: scores by keys in two products, for the rotation's cosines and sines, and their
+        gradients; sums of hidden states, and two products for their gradients. For the rows the
+        rest of a layer and the head, forwards and backwards (weights get no gradient).
         """
         keys = (2 + self.normed_keys) * tokens * self.hidden_size * self.kv_size
         # Query, value and output projection.
@@ -195,8 +195,8 @@ class WindowedVisionShape:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StackedVisionShape:
-    """Sizes of a Qwen3-VL tower, whose blocks all attend to a whole image, and of the mergers behind
-    its last block and behind those whose output is added in decoder layers.
+    """Sizes of a Qwen3-VL tower, whose blocks all attend to a whole image, and of its mergers: one
+    behind the last block, and one for each decoder layer that gets more of an image.
 
     merge: patches along the edge of what becomes one token.
     """
