@@ -64,7 +64,8 @@ def _rotary_faults(model: Any, head: int) -> Iterator[str]:
 
 def _attention_faults(attention: nn.Module, where: str) -> Iterator[str]:
     for name, child in attention.named_children():
-        if name not in _KNOWN and (any(child.parameters()) or "Rotary" not in _name(child)):
+        rotates = "Rotary" in _name(child) and not list(child.parameters())
+        if name not in _KNOWN and not rotates:
             yield f"{where} has a {name} ({_name(child)})"
     for name, _ in attention.named_parameters(recurse=False):
         yield f"{where} has a parameter {name}"
