@@ -37,6 +37,12 @@ def tiny_qwen3(
     and keys weigh each number differently; `spread` is the standard deviation of weights. `tied`:
     the output head is the input's embedding, as in the checkpoints of 2B and 4B.
     """
+    # Not all that a config takes is in its signature.
+    special: dict[str, Any] = {
+        "bos_token_id": None,
+        "eos_token_id": SPECIAL.index("<|im_end|>"),
+        "tie_word_embeddings": tied,
+    }
     text = Qwen3VLTextConfig(
         hidden_size=64,
         intermediate_size=96,
@@ -52,10 +58,8 @@ def tiny_qwen3(
             "mrope_section": SECTIONS,
             "mrope_interleaved": True,
         },
-        tie_word_embeddings=tied,
-        bos_token_id=None,
         pad_token_id=SPECIAL.index("<|endoftext|>"),
-        eos_token_id=SPECIAL.index("<|im_end|>"),
+        **special,
     )
     vision = Qwen3VLVisionConfig(
         depth=5,
@@ -90,7 +94,7 @@ def tiny_qwen3(
             model.get_input_embeddings().weight.normal_()
             _level_features(model)
     model.generation_config.pad_token_id = text.pad_token_id
-    model.generation_config.eos_token_id = text.eos_token_id
+    model.generation_config.eos_token_id = special["eos_token_id"]
     return model.to(dtype)
 
 

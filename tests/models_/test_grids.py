@@ -92,8 +92,8 @@ def test_features_are_the_models_own_in_one_pass(kind: Kind) -> None:
     assert counts == [adapter.visual_tokens(image)[0] for image in inputs]
     assert adapter.visual_tokens(batch) == counts
     assert len(set(counts)) > 5
-    for image, together in zip(inputs, features, strict=True):
-        (alone,) = adapter.encode_images([image])
+    for single, together in zip(inputs, features, strict=True):
+        (alone,) = adapter.encode_images([single])
         close(together.tokens, alone.tokens)
         close(together.injected, alone.injected)
 

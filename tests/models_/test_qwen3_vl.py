@@ -87,7 +87,8 @@ def result(model: Any, features: list[Features], inputs: dict[str, Any]) -> Pref
     counts = iter(features)
     spans = []
     for row in tokens:
-        needed, own = int((row == adapter.image_token_id).sum()), []
+        needed = int((row == adapter.image_token_id).sum())
+        own: list[int] = []
         while sum(own) < needed:
             own.append(len(next(counts)))
         spans.append(adapter.spans(row, own))

@@ -41,16 +41,17 @@ def _faults(model: Any, lm_head: nn.Module) -> Iterator[str]:
     tried: set[type] = set()
     width = model.config.hidden_size
     for number, layer in enumerate(model.layers):
-        where, attention = f"layer {number}", getattr(layer, "self_attn", None)
+        where = f"layer {number}.self_attn"
+        attention: Any = getattr(layer, "self_attn", None)
         if not hasattr(attention, "head_dim"):
-            yield f"{where}.self_attn is a {_name(attention)}"
-        yield from _attention_faults(attention, f"{where}.self_attn")
-        yield from _norm_faults(layer, "input_layernorm", where, width, tried)
-        if hasattr(attention, "k_norm"):
-            head = attention.head_dim
-            yield from _norm_faults(attention, "k_norm", f"{where}.self_attn", head, tried)
+            yield f"{where} is a {_name(attention)}"
+        yield from _attention_faults(attention, where)
+        norm = getattr(layer, "input_layernorm", None)
+        yield from _norm_faults(norm, f"layer {number}.input_layernorm", width, tried)
+        if (norm := getattr(attention, "k_norm", None)) is not None:
+            yield from _norm_faults(norm, f"{where}.k_norm", attention.head_dim, tried)
         yield from _rotary_faults(model, attention.head_dim)
-    yield from _norm_faults(model, "norm", "the decoder", width, tried)
+    yield from _norm_faults(getattr(model, "norm", None), "norm", width, tried)
 
 
 def _rotary_faults(model: Any, head: int) -> Iterator[str]:
@@ -77,17 +78,16 @@ def _attention_faults(attention: nn.Module, where: str) -> Iterator[str]:
             yield f"{where}.{name} is a {_name(projection)}"
 
 
-def _norm_faults(owner: Any, name: str, where: str, width: int, tried: set[type]) -> Iterator[str]:
-    norm = getattr(owner, name, None)
+def _norm_faults(norm: Any, where: str, width: int, tried: set[type]) -> Iterator[str]:
     weight, epsilon = getattr(norm, "weight", None), getattr(norm, "variance_epsilon", None)
-    if norm is None or weight is None or epsilon is None:
-        yield f"{where}.{name} is a {_name(norm)}"
+    if weight is None or epsilon is None:
+        yield f"{where} is a {_name(norm)}"
     elif list(weight.shape) != [width]:
-        yield f"{where}.{name} is of width {list(weight.shape)} and not [{width}]"
+        yield f"{where} is of width {list(weight.shape)} and not [{width}]"
     elif type(norm) not in tried and not weight.is_meta:
         tried.add(type(norm))
         if not _is_rms_norm(norm, weight.detach(), epsilon):
-            yield f"{where}.{name}, a {_name(norm)}, is no RMS norm times its weight"
+            yield f"{where}, a {_name(norm)}, is no RMS norm times its weight"
 
 
 @torch.no_grad()
