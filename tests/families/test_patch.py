@@ -87,6 +87,12 @@ def test_images_whose_places_nobody_tells_are_refused(family: Family, model: Any
         run(model, inputs)
     with pytest.raises(UserError, match="without mm_token_type_ids"):
         model(**inputs, logits_to_keep=1)
+    encoded = {name: inputs[name] for name in inputs if name not in ("pixel_values", family.sizes)}
+    encoded["mm_encoder_outputs"] = {
+        "image": model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"])
+    }
+    with pytest.raises(UserError, match="without mm_token_type_ids"):
+        run(model, encoded)
     positions, _ = model.model.get_rope_index(**inputs, mm_token_type_ids=kinds)
     out = model(**inputs, position_ids=positions, logits_to_keep=1)
     torch.testing.assert_close(out.logits, logits)

@@ -3,7 +3,8 @@
 TRIO (arXiv 2602.04657), method section. The loss is read at a few rows. Only these need queries,
 output projection, MLP, norm and head; every other token reaches them through its key and value in
 this one layer. So autograd sees the rows alone, and what they do to all other tokens is written
-out here: attention scores forwards, and backwards through keys, values and the input norm.
+out here: attention scores forwards, and backwards through keys (and their norm, where there is
+one), values and the input norm.
 
 Nothing of the size tokens x hidden is ever held: tokens are gone through in *tiles*, and keys are
 worked out where they are needed. Values are projected after attention has summed up their inputs.

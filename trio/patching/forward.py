@@ -298,12 +298,12 @@ class PatchedGenerate(Override):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         call = _by_name(self.original, args, kwargs)
-        encoded = call.get("mm_encoder_outputs") or {}
-        if self.pruning.active and call.get("pixel_values") is not None:
+        has_pixels = call.get("pixel_values") is not None
+        encoded = (call.get("mm_encoder_outputs") or {}).get("image")
+        if self.pruning.active and has_pixels:
             self._check_whole_prompt(call)
             self._check_image_order(call)
-            _check_places_of_images(self.module, call)
-        elif self.pruning.active and encoded.get("image") is not None:
+        if self.pruning.active and (has_pixels or encoded is not None):
             _check_places_of_images(self.module, call)
         return self.original(**call)
 
