@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +21,7 @@ from transformers import (
     MistralConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen3Config,
     SiglipVisionConfig,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -41,7 +44,7 @@ CHAT_TEMPLATE = (
     "{% if part['type'] == 'image' %}<image> {% else %}{{ part['text'] }} {% endif %}"
     "{% endfor %}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
-Family = Literal["llama", "mistral", "qwen2"]
+Family = Literal["llama", "mistral", "qwen2", "qwen3"]
 Tower = Literal["clip", "siglip"]
 Strategy = Literal["default", "full"]
 """Whether the first feature of a picture is dropped."""
@@ -53,10 +56,11 @@ PINPOINTS: Pinpoints = ((32, 64), (64, 32), (64, 64), (96, 32), (32, 96))
 """The same for tiles of 32 pixels."""
 LLAVA_NEXT: dict[str, Any] = {"pinpoints": PINPOINTS, "patch_size": 8, "max_positions": 1024}
 """Makes `tiny_llava` a LLaVA-NeXT: 16 visual tokens a tile, and 88 of the largest image."""
-_TEXT_CONFIGS: dict[str, type[Any]] = {
+_TEXT_CONFIGS: dict[str, Callable[..., Any]] = {
     "llama": LlamaConfig,
     "mistral": MistralConfig,
     "qwen2": Qwen2Config,
+    "qwen3": partial(Qwen3Config, head_dim=12),
 }
 
 
@@ -133,6 +137,8 @@ def tiny_llava(
                     param.normal_(0.0, spread)
                 elif name.endswith("bias"):
                     param.normal_(0.0, 0.05)
+                elif name.endswith(("q_norm.weight", "k_norm.weight")):
+                    param.uniform_(0.5, 1.5)
             _level_embeddings(model, image_size)
     model.generation_config.pad_token_id = SPECIAL.index("<pad>")
     model.generation_config.eos_token_id = SPECIAL.index("</s>")

@@ -7,6 +7,7 @@ matrix. Uses the layers of transformers with their own eager attention and a den
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -106,10 +107,12 @@ def prefill(
     threshold: float = 0.8,
     suppress: bool = True,
     positions: Tensor | None = None,
+    injected: Sequence[Tensor] = (),
 ) -> Outcome:
     """One prompt with `stages[image]` of each of its images, through all layers.
 
     positions: `[S]`, or `[A, S]` on several axes; None is 0, 1, 2, ...
+    injected: `[V, D]` each, added to the visual tokens that leave the first layers.
     """
     hidden = embeds_SD.detach()
     if positions is None:
@@ -153,6 +156,10 @@ def prefill(
         out.next_positions.append(behind)
         with torch.no_grad():
             hidden = run_layer(text, layer, hidden, positions)
+            if layer < len(injected):
+                for place, token in enumerate(token_of.tolist()):
+                    if token >= 0:
+                        hidden[place] += injected[layer][token]
     with torch.no_grad():
         out.logits_V = head(text.norm(hidden[-1]))
     return out

@@ -183,7 +183,7 @@ def test_no_family_takes_a_users_text_for_a_control_token(family: str, attack: s
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_system_message_goes_where_the_template_puts_it(family: str) -> None:
     processor, _ = FAMILIES[family]
-    preparer = Preparer(processor, LlavaAdapter)
+    preparer = preparer_of(family)
     images = (picture(1), picture(2))
     request = Request(prompt="what is red ?", images=images, system="please describe the picture")
     content = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": request.prompt}]
@@ -203,7 +203,7 @@ def test_a_system_message_goes_where_the_template_puts_it(family: str) -> None:
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_control_tokens_in_a_system_message_stay_text(family: str, attack: str) -> None:
     processor, tokens = FAMILIES[family]
-    preparer = Preparer(processor, LlavaAdapter)
+    preparer = preparer_of(family)
     spelt = attack.format(*tokens)
     plain = prepared(preparer, Request(prompt="what", images=(picture(1),), system="how"))
     request = Request(prompt=spelt, images=(picture(1),), system=spelt)

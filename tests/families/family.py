@@ -15,6 +15,7 @@ from tests.engine.support import MANY_SIZES, mixed_requests, picture
 from tests.models import LLAVA_NEXT, PINPOINTS, save_tiny_checkpoint, tiny_llava, tiny_processor
 from tests.onevision import onevision_processor, save_tiny_onevision, tiny_onevision
 from tests.qwen import LARGEST, save_tiny_qwen, tiny_qwen, tiny_qwen_processor
+from tests.qwen3 import save_tiny_qwen3, tiny_qwen3, tiny_qwen3_processor
 from trio.engine.request import Request, Sampling
 
 LAYERS = 6
@@ -89,6 +90,18 @@ def qwen2_5_vl() -> Family:
     )
 
 
+def qwen3_vl(**options: Any) -> Family:
+    options = {"seed": 1, "spread": LIVELY, "layers": LAYERS, **options}
+    return Family(
+        model=tiny_qwen3(**options),
+        processor=tiny_qwen3_processor(),
+        save=lambda path: save_tiny_qwen3(path, **options),
+        image_processor="Qwen2VLImageProcessorPil",
+        planned=LARGEST,
+        sizes="image_grid_thw",
+    )
+
+
 _MISTRAL: dict[str, Any] = {"family": "mistral", "sliding_window": None}
 FAMILIES: dict[str, Callable[[], Family]] = {
     "llava": llava,
@@ -99,6 +112,8 @@ FAMILIES: dict[str, Callable[[], Family]] = {
     "llava_next-mistral": lambda: llava_next(**_MISTRAL),
     "llava_onevision": llava_onevision,
     "qwen2_5_vl": qwen2_5_vl,
+    "qwen3_vl": qwen3_vl,
+    "qwen3_vl-untied": lambda: qwen3_vl(tied=False),
 }
 ARCHITECTURES = [name for name in FAMILIES if "-" not in name]
 """One of each adapter, for what does not depend on the decoder."""

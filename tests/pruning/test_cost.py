@@ -14,6 +14,7 @@ from transformers import LlamaConfig
 from tests.models import HUB_PINPOINTS, LLAVA_NEXT, Strategy, meta_7b, tiny_llava, tiny_processor
 from tests.onevision import meta_onevision_7b, onevision_processor, tiny_onevision
 from tests.qwen import meta_qwen_7b
+from tests.qwen3 import meta_qwen3_8b, tiny_qwen3
 from trio.models.attention import Packed
 from trio.models.registry import adapt
 from trio.models.tiles import TiledAdapter
@@ -157,13 +158,35 @@ def test_retention_of_a_ninth_on_the_7b_shape_of_llava_onevision() -> None:
     assert ratios(frames) == pytest.approx((11.773, 8.291, 8.846), abs=1e-3)
 
 
-def test_layers_cost_what_the_operations_add_up_to() -> None:
+def test_retention_of_a_ninth_on_the_8b_shape_of_qwen3_vl() -> None:
+    """The image of 1024 x 1024."""
+    adapter = adapt(meta_qwen3_8b())
+    shape, unpruned = adapter.shape(), adapter.planned_visual_tokens
+    stages = Schedule.for_retention(1 / 9, 36, unpruned).counts(unpruned)
+    present = tokens_per_layer(unpruned, stages, 36)
+    assert layer_average(unpruned, present) == pytest.approx(1 / 9, abs=1 / unpruned)
+    pruned = [count + TEXT_TOKENS for count in present]
+    scored = [unpruned + TEXT_TOKENS, *(keep + TEXT_TOKENS for _, keep in stages[:-1])]
+    full = [scored[0]] * 36
+    before, after = shape.prefill_flops(full), shape.prefill_flops(pruned)
+    own = sum(shape.proxy_flops(count, rows=4) for count in scored)
+    vision = adapter.vision_flops({"image_grid_thw": torch.tensor([[1, 64, 64]])})
+    ratios = (before / after, before / (after + own), (before + vision) / (after + own + vision))
+    assert stages == [(1, 170), (11, 100), (17, 41)]
+    assert ratios == pytest.approx((6.428, 6.221, 2.587), abs=1e-3)
+    assert vision / before == pytest.approx(0.368, abs=1e-3)
+
+
+TINY = {"llava": tiny_llava, "qwen3_vl": tiny_qwen3}
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_layers_cost_what_the_operations_add_up_to(family: str) -> None:
     """Torch counts two operations a multiply-add, and none in the attention kernel of a CPU."""
-    model = tiny_llava(layers=3, kv_heads=2)
-    decoder = adapt(model).decoder
-    shape = adapt(model).shape()
+    adapter = adapt(TINY[family](layers=3))
+    decoder, shape = adapter.decoder, adapter.shape()
     tokens = 40
-    hidden = torch.randn(tokens, 32)
+    hidden = torch.randn(tokens, shape.hidden_size)
     rotary = decoder.rotary(torch.arange(tokens))  # in some versions a product, too
     with torch.no_grad(), decoder.ragged(), FlopCounterMode(display=False) as counter:
         decoder.run_layers(0, 3, hidden, rotary, Packed((tokens,)), None)
@@ -171,12 +194,13 @@ def test_layers_cost_what_the_operations_add_up_to() -> None:
     assert counter.get_total_flops() == 2 * (shape.prefill_flops([tokens] * 3) - attention)
 
 
-def test_the_proxy_costs_what_its_operations_add_up_to() -> None:
-    model = tiny_llava(layers=3, kv_heads=2, vocab_size=80)
-    decoder = adapt(model).decoder
-    shape = adapt(model).shape()
+@pytest.mark.parametrize("family", TINY)
+def test_the_proxy_costs_what_its_operations_add_up_to(family: str) -> None:
+    adapter = adapt(TINY[family](layers=3))
+    decoder, shape = adapter.decoder, adapter.shape()
+    assert shape.normed_keys == (family == "qwen3_vl")
     tokens, rows = 400, [395, 396, 397, 398]
-    hidden = torch.randn(tokens, 32)
+    hidden = torch.randn(tokens, shape.hidden_size)
     proxy = decoder.proxy(1)
     in_place = {torch.ops.aten.baddbmm_: lambda *shapes, **_: bmm_flop(*shapes[1:3])}
     with FlopCounterMode(display=False, custom_mapping=in_place) as counter:

@@ -17,6 +17,7 @@ _BUILT_IN = {
     "llava_next": "trio.models.llava_next:LlavaNextAdapter",
     "llava_onevision": "trio.models.llava_onevision:LlavaOnevisionAdapter",
     "qwen2_5_vl": "trio.models.qwen2_5_vl:Qwen25VLAdapter",
+    "qwen3_vl": "trio.models.qwen3_vl:Qwen3VLAdapter",
 }
 _registered: dict[str, type[Adapter]] = {}
 
