@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,7 +43,7 @@ def quality(options: argparse.Namespace) -> int:
         options.methods,
         options.retention,
         options.encoders,
-        options.proxy_positions or [default.get("proxy_positions")],
+        _proxies(options, default),
         options.position_ids or [default.get("position_ids")],
         options.seed,
     )
@@ -63,6 +64,14 @@ def quality(options: argparse.Namespace) -> int:
     print(table(summaries))
     _write(options.json, summaries)
     return 0
+
+
+def _proxies(options: argparse.Namespace, default: Mapping[str, str]) -> list[dict[str, str]]:
+    """Every combination of the proxy's settings."""
+    positions = options.proxy_positions or [default.get("proxy_positions", "reference")]
+    names = ("proxy_positions", "proxy_layer", "proxy_head")
+    combined = product(positions, options.proxy_layer, options.proxy_head)
+    return [dict(zip(names, values, strict=True)) for values in combined]
 
 
 def speed(options: argparse.Namespace) -> int:
@@ -287,6 +296,8 @@ def _add_quality(parser: argparse.ArgumentParser) -> None:
         encoders=["none"],
         retention=[1 / 3, 2 / 9, 1 / 9],
         proxy_positions=None,
+        proxy_layer=["next"],
+        proxy_head=["output"],
         position_ids=None,
         scenes=300,
         seed=7,
@@ -303,6 +314,8 @@ def _add_quality(parser: argparse.ArgumentParser) -> None:
         type=_words,
         help="reference,with_last,last (default: as caption.py)",
     )
+    add("--proxy-layer", type=_words, help="next,previous (default: next)")
+    add("--proxy-head", type=_words, help="output,input_embedding (default: output)")
     add("--position-ids", type=_words, help="renumber,keep (default: as caption.py)")
     add("--scenes", type=int, help="held-out scenes, three questions each (default: 300)")
     add("--seed", type=int, help="of the scenes and of random pruning (default: 7)")

@@ -9,6 +9,8 @@ import pytest
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Threads of tiny models wait for each other longer than they work.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 _bootstrap.adopt()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,11 +21,14 @@ from transformers import (
     MistralConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen3Config,
+    SiglipVisionConfig,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import (
     LlavaNextImageProcessorPil,
 )
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
 _WORDS = """
@@ -39,7 +44,10 @@ CHAT_TEMPLATE = (
     "{% if part['type'] == 'image' %}<image> {% else %}{{ part['text'] }} {% endif %}"
     "{% endfor %}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
-Family = Literal["llama", "mistral", "qwen2"]
+Family = Literal["llama", "mistral", "qwen2", "qwen3"]
+Tower = Literal["clip", "siglip"]
+Strategy = Literal["default", "full"]
+"""Whether the first feature of a picture is dropped."""
 Pinpoints = tuple[tuple[int, int], ...]
 """Heights and widths to which LLaVA-NeXT resizes images before it cuts them into tiles."""
 HUB_PINPOINTS: Pinpoints = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
@@ -48,10 +56,11 @@ PINPOINTS: Pinpoints = ((32, 64), (64, 32), (64, 64), (96, 32), (32, 96))
 """The same for tiles of 32 pixels."""
 LLAVA_NEXT: dict[str, Any] = {"pinpoints": PINPOINTS, "patch_size": 8, "max_positions": 1024}
 """Makes `tiny_llava` a LLaVA-NeXT: 16 visual tokens a tile, and 88 of the largest image."""
-_TEXT_CONFIGS: dict[str, type[Any]] = {
+_TEXT_CONFIGS: dict[str, Callable[..., Any]] = {
     "llama": LlamaConfig,
     "mistral": MistralConfig,
     "qwen2": Qwen2Config,
+    "qwen3": partial(Qwen3Config, head_dim=12),
 }
 
 
@@ -70,9 +79,15 @@ def tiny_llava(
     dtype: torch.dtype = torch.float32,
     spread: float = 0.15,
     pinpoints: Pinpoints | None = None,
+    tower: Tower = "clip",
+    strategy: Strategy = "default",
+    vision_use_head: bool = False,
     **text_options: Any,
 ) -> Any:
     """A random LLaVA with `(image_size / patch_size) ** 2` visual tokens, in eval mode.
+
+    Those are without a class token: one more with a CLIP tower and "full", and one less with a
+    SigLIP tower and "default". `vision_use_head` is of a SigLIP tower.
 
     With `pinpoints` a LLaVA-NeXT, that many tokens for each tile. Visual features are as large as
     text embeddings; `spread` is the standard deviation of the decoder's weights, large enough
@@ -92,22 +107,25 @@ def tiny_llava(
         eos_token_id=SPECIAL.index("</s>"),
         **text_options,
     )
-    vision = CLIPVisionConfig(
-        hidden_size=24,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        image_size=image_size,
-        patch_size=patch_size,
-        projection_dim=24,
-        initializer_range=spread,
+    sizes: dict[str, Any] = {
+        "hidden_size": 24,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "image_size": image_size,
+        "patch_size": patch_size,
+    }
+    vision: Any = (
+        CLIPVisionConfig(**sizes, projection_dim=24, initializer_range=spread)
+        if tower == "clip"
+        else SiglipVisionConfig(**sizes, vision_use_head=vision_use_head)
     )
     common: dict[str, Any] = {
         "vision_config": vision,
         "text_config": text,
         "image_token_index": IMAGE_TOKEN_ID,
         "vision_feature_layer": -2,
-        "vision_feature_select_strategy": "default",
+        "vision_feature_select_strategy": strategy,
         "image_seq_length": (image_size // patch_size) ** 2,
     }
     with torch.random.fork_rng():
@@ -119,6 +137,8 @@ def tiny_llava(
                     param.normal_(0.0, spread)
                 elif name.endswith("bias"):
                     param.normal_(0.0, 0.05)
+                elif name.endswith(("q_norm.weight", "k_norm.weight")):
+                    param.uniform_(0.5, 1.5)
             _level_embeddings(model, image_size)
     model.generation_config.pad_token_id = SPECIAL.index("<pad>")
     model.generation_config.eos_token_id = SPECIAL.index("</s>")
@@ -156,7 +176,9 @@ def _level_embeddings(model: Any, image_size: int) -> None:
     model.get_input_embeddings().weight.normal_()
     pixels = torch.randn(4, 3, image_size, image_size)
     tower = model.model.vision_tower(pixels, output_hidden_states=True)
-    features = model.model.multi_modal_projector(tower.hidden_states[-2][:, 1:])
+    drop = model.config.vision_feature_select_strategy == "default"
+    selected = tower.hidden_states[model.config.vision_feature_layer][:, int(drop) :]
+    features = model.model.multi_modal_projector(selected)
     projector = model.model.multi_modal_projector.linear_2
     projector.weight.div_(features.std())
     projector.bias.zero_()
@@ -177,7 +199,12 @@ def word_tokenizer(special: tuple[str, ...], **named: Any) -> PreTrainedTokenize
 
 
 def tiny_processor(
-    *, image_size: int = 32, patch_size: int = 4, pinpoints: Pinpoints | None = None
+    *,
+    image_size: int = 32,
+    patch_size: int = 4,
+    pinpoints: Pinpoints | None = None,
+    tower: Tower = "clip",
+    strategy: Strategy = "default",
 ) -> Any:
     """A word-level tokenizer, the model's image processor on PIL, and a chat template."""
     fast = word_tokenizer(
@@ -191,10 +218,12 @@ def tiny_processor(
     common: dict[str, Any] = {
         "tokenizer": fast,
         "patch_size": patch_size,
-        "vision_feature_select_strategy": "default",
-        "num_additional_image_tokens": 1,
+        "vision_feature_select_strategy": strategy,
+        "num_additional_image_tokens": int(tower == "clip"),
         "chat_template": CHAT_TEMPLATE,
     }
+    if tower == "siglip":
+        return LlavaProcessor(image_processor=SiglipImageProcessorPil(size=side), **common)
     if pinpoints is None:
         images = CLIPImageProcessorPil(size={"shortest_edge": image_size}, crop_size=side)
         return LlavaProcessor(image_processor=images, **common)
@@ -214,7 +243,7 @@ def save_tiny_checkpoint(directory: Path, **options: Any) -> Path:
     processor = tiny_processor(
         image_size=vision.image_size,
         patch_size=vision.patch_size,
-        pinpoints=options.get("pinpoints"),
+        **{name: options[name] for name in ("pinpoints", "tower", "strategy") if name in options},
     )
     processor.save_pretrained(directory)
     return directory

@@ -7,6 +7,7 @@ matrix. Uses the layers of transformers with their own eager attention and a den
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +26,11 @@ def text_parts(model: Any, dtype: torch.dtype) -> tuple[Any, Any]:
     for layer in text.layers:
         layer.self_attn.config = text.config
     return text, copy.deepcopy(model.lm_head).to(dtype)
+
+
+def embedding_head(text: Any) -> Any:
+    """Logits are the products with the embedding of each token."""
+    return lambda hidden: hidden @ text.embed_tokens.weight.T
 
 
 def run_layer(text: Any, layer: int, hidden_SD: Tensor, positions_S: Tensor) -> Tensor:
@@ -95,14 +101,18 @@ def prefill(
     stages: list[list[tuple[int, int]]],
     *,
     proxy_positions: str = "reference",
+    proxy_layer: str = "next",
+    proxy_head: str = "output",
     position_ids: str = "renumber",
     threshold: float = 0.8,
     suppress: bool = True,
     positions: Tensor | None = None,
+    injected: Sequence[Tensor] = (),
 ) -> Outcome:
     """One prompt with `stages[image]` of each of its images, through all layers.
 
     positions: `[S]`, or `[A, S]` on several axes; None is 0, 1, 2, ...
+    injected: `[V, D]` each, added to the visual tokens that leave the first layers.
     """
     hidden = embeds_SD.detach()
     if positions is None:
@@ -116,10 +126,14 @@ def prefill(
         token_of[start:stop] = torch.arange(count, count + stop - start)
         count += stop - start
     out = Outcome(logits_V=torch.empty(0))
-    for layer in range(len(text.layers)):
+    back = {"next": 0, "previous": 1}[proxy_layer]
+    scoring_head = {"output": head, "input_embedding": embedding_head(text)}[proxy_head]
+    for layer in range(len(text.layers) + 1):
         goals = [dict(own).get(layer) for own in stages]
         if any(goal is not None for goal in goals):
-            scores, _ = saliency(text, head, layer, hidden, positions, proxy_positions)
+            scores, _ = saliency(
+                text, scoring_head, layer - back, hidden, positions, proxy_positions
+            )
             stays = torch.ones(hidden.shape[0], dtype=torch.bool)
             for image, goal in enumerate(goals):
                 places = (image_of == image).nonzero()[:, 0]
@@ -136,10 +150,16 @@ def prefill(
                 positions = torch.arange(hidden.shape[0]).expand_as(positions)
                 behind = hidden.shape[0]
             out.kept.append(token_of[token_of >= 0].tolist())
+        if layer == len(text.layers):
+            break
         out.lengths.append(hidden.shape[0])
         out.next_positions.append(behind)
         with torch.no_grad():
             hidden = run_layer(text, layer, hidden, positions)
+            if layer < len(injected):
+                for place, token in enumerate(token_of.tolist()):
+                    if token >= 0:
+                        hidden[place] += injected[layer][token]
     with torch.no_grad():
         out.logits_V = head(text.norm(hidden[-1]))
     return out

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from transformers import (
+    PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
 )
@@ -108,17 +109,25 @@ def tiny_qwen(
 
 def tiny_qwen_processor() -> ImageProcessor:
     """A word-level tokenizer without a first token, image processor on PIL and chat template."""
-    fast = word_tokenizer(
+    return ImageProcessor(
+        image_processor=image_processor(), tokenizer=tokenizer(), chat_template=CHAT_TEMPLATE
+    )
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    return word_tokenizer(
         SPECIAL,
         pad_token="<|endoftext|>",
         eos_token="<|im_end|>",
         additional_special_tokens=[*SPECIAL[1:2], *SPECIAL[4:]],
     )
-    images = Qwen2VLImageProcessorPil(
+
+
+def image_processor() -> Qwen2VLImageProcessorPil:
+    return Qwen2VLImageProcessorPil(
         patch_size=PATCH,
         size={"shortest_edge": 4 * (2 * PATCH) ** 2, "longest_edge": LARGEST * (2 * PATCH) ** 2},
     )
-    return ImageProcessor(image_processor=images, tokenizer=fast, chat_template=CHAT_TEMPLATE)
 
 
 def save_tiny_qwen(directory: Path, **options: Any) -> Path:

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -241,6 +242,37 @@ def test_images_of_many_shapes_from_parquet_to_parquet(tmp_path: Path, name: str
     assert got["9"]["num_images"] == 3
 
 
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_local")
+def test_a_users_adapter_and_a_system_message(
+    tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"id": str(n), "image": cell(png_of(n)), "prompt": PROMPT} for n in range(6)]
+    shard = write_shard(tmp_path / "in.parquet", rows, SCHEMA)
+    system = "describe the digit please"
+    flags = ["--input", str(shard), "--model", model, "--retention", "0.4", "--max-new-tokens", "9"]
+    spoken = [*flags, "--system-prompt", system, "--output", str(tmp_path / "spoken")]
+    theirs = ["--adapters", "llava=tests.families.theirs:Theirs"]
+    assert run(*spoken) == 0
+    assert run(*flags, *theirs, "--output", str(tmp_path / "theirs")) == 0
+    options: dict[str, Any] = {"sampling": Sampling(max_new_tokens=9)}
+    keeping = Pruning(retention=0.4, position_ids="keep")
+    wanted = {
+        "spoken": said(model, rows, pruning=Pruning(retention=0.4), system=system, **options),
+        "theirs": said(model, rows, pruning=keeping, **options),
+    }
+    for name, results in wanted.items():
+        got = answers(tmp_path / name)
+        assert {key: row["response"] for key, row in got.items()} == {
+            key: result.response for key, result in results.items()
+        }
+    assert run(*spoken, "--system-prompt", "other") == 2
+    assert "system_prompt" in capsys.readouterr().err
+    gone = ["--adapters", "llava=no_such_module:Theirs", "--output", str(tmp_path / "gone")]
+    assert run(*flags, *gone) == 2
+    assert "no_such_module:Theirs, cannot be loaded" in capsys.readouterr().err
+
+
 def summary_of(output: Path) -> dict[str, Any]:
     loaded: dict[str, Any] = json.loads((output / "summary.json").read_text())
     return loaded
@@ -258,6 +290,39 @@ def test_a_retention_out_of_reach_is_the_users_mistake(
     assert error.startswith("caption.py: ") and "retention" in error
 
 
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_local")
+@pytest.mark.parametrize(
+    ("spoilt", "flags", "message"),
+    [
+        ("config.json", [], "is quantised (awq, 4 bit)"),
+        ("model.safetensors", [], "no readable safetensors file"),
+        (None, ["--max-pixels", "50000"], "max_pixels cannot be set"),
+    ],
+)
+def test_a_model_that_cannot_be_served_is_the_users_mistake(
+    model: str,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    spoilt: str | None,
+    flags: Sequence[str],
+    message: str,
+) -> None:
+    directory = shutil.copytree(model, tmp_path / "model")
+    if spoilt == "config.json":
+        config = json.loads((directory / spoilt).read_text())
+        config["quantization_config"] = {"quant_method": "awq", "bits": 4}
+        (directory / spoilt).write_text(json.dumps(config))
+    elif spoilt is not None:
+        (directory / spoilt).write_bytes((directory / spoilt).read_bytes()[:-64])
+    shard = write_shard(tmp_path / "in.parquet", good_rows()[:2], SCHEMA)
+    paths = ["--input", str(shard), "--output", str(tmp_path / "out"), "--model", str(directory)]
+    assert run(*paths, "--retention", "0.4", *flags) == 2
+    errors = capfd.readouterr().err
+    (line,) = [line for line in errors.splitlines() if line.startswith("caption.py: ")]
+    assert message in line and "Traceback" not in errors
+
+
 MISTAKES = [
     (["--method", "fastv"], "not available in this version; available: trio, none"),
     (["--encoder", "scan"], "not available in this version; available: none"),
@@ -266,6 +331,7 @@ MISTAKES = [
     (["--input", "{shard}", "--model", "./nowhere"], "no model there"),
     (["--input", "{shard}", "--output", "{dir}"], "holds other files"),
     (["--retention", "0.5", "--schedule", "1:9"], "exclude each other"),
+    (["--adapters", "my_module.MyAdapter"], "--adapters: expected TYPE=MODULE:CLASS"),
     (["--config", "{dir}/nowhere.yaml"], "cannot be read"),
     (["--frobnicate"], "unrecognized arguments"),
 ]

@@ -31,6 +31,20 @@ def test_a_schedule_too_deep_for_the_model() -> None:
         Pruning(schedule="1:92,10:54").stages(576, 8)
 
 
+def test_the_proxys_layer_decides_which_stages_there_can_be() -> None:
+    assert Pruning(schedule="0:9,7:5").stages(64, 8) == [(0, 9), (7, 5)]
+    with pytest.raises(UserError, match="last possible stage is at 7"):
+        Pruning(schedule="8:9").stages(64, 8)
+    previous = Pruning(schedule="1:9,8:5", proxy_layer="previous")
+    assert previous.stages(64, 8) == [(1, 9), (8, 5)]
+    assert [previous.proxy_index(layer) for layer in (1, 8)] == [0, 7]
+    with pytest.raises(UserError, match="last possible stage is at 7"):
+        previous.stages(64, 7)
+    with pytest.raises(UserError, match="begin at layer 1, or set proxy_layer to next"):
+        Pruning(schedule="0:9,7:5", proxy_layer="previous")
+    assert Pruning(retention=1 / 9, proxy_layer="previous").stages(576, 32)[0] == (1, 92)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -41,6 +55,8 @@ def test_a_schedule_too_deep_for_the_model() -> None:
         ({"retention": 0.5, "schedule": "1:5"}, "not both"),
         ({"method": "fastest"}, "trio, none, random, gradient"),
         ({"proxy_positions": "first"}, "reference, with_last, last"),
+        ({"proxy_layer": "last"}, "next, previous"),
+        ({"proxy_head": "lm_head"}, "output, input_embedding"),
         ({"position_ids": "shift"}, "renumber, keep"),
         ({"similarity_threshold": 1.5}, "similarity_threshold"),
         ({"schedule": "1"}, "not layer:keep"),

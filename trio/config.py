@@ -10,6 +10,8 @@ from trio.pruning.schedule import LLAVA, Schedule, ScheduleShape, check_retentio
 METHODS = ("trio", "none", "random", "gradient")
 PROXY_POSITIONS = ("reference", "with_last", "last")
 POSITION_IDS = ("renumber", "keep")
+PROXY_LAYERS = ("next", "previous")
+PROXY_HEADS = ("output", "input_embedding")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,6 +26,13 @@ class Pruning:
         or `none`.
     proxy_positions: which rows of the proxy give the loss, for a sequence of n tokens:
         `reference` n-5..n-2, `with_last` n-4..n-1, `last` n-1.
+    proxy_layer: the layer that stands for those still to come, for a stage after l layers: `next`
+        (index l) or `previous` (index l-1, run once more on its own output: the published code
+        for Qwen2.5-VL). `previous` rules out a stage at 0 and allows one behind the last layer.
+    proxy_head: what makes the proxy's logits: `output` (the model's own head) or
+        `input_embedding` (the matrix of token embeddings, also where the head has its own: the
+        published code for Qwen2.5-VL). Qwen2.5-VL has `next` and `output` by default too: they
+        stand nearer to the result that the loss is a stand-in for.
     position_ids: `renumber` (0, 1, 2, ... after each stage, on all axes that a position has) or
         `keep` (each token keeps its own); None takes the model family's default.
     similarity_threshold: cosine from which the NMS calls two tokens the same.
@@ -34,6 +43,8 @@ class Pruning:
     schedule: Schedule | str | None = None
     method: str = "trio"
     proxy_positions: str = "reference"
+    proxy_layer: str = "next"
+    proxy_head: str = "output"
     position_ids: str | None = None
     similarity_threshold: float = 0.8
     seed: int = 0
@@ -52,11 +63,22 @@ class Pruning:
             )
         _one_of("method", self.method, METHODS)
         _one_of("proxy_positions", self.proxy_positions, PROXY_POSITIONS)
+        _one_of("proxy_layer", self.proxy_layer, PROXY_LAYERS)
+        _one_of("proxy_head", self.proxy_head, PROXY_HEADS)
         if self.position_ids is not None:
             _one_of("position_ids", self.position_ids, POSITION_IDS)
         if not -1.0 < self.similarity_threshold <= 1.0:
             raise UserError(
                 f"similarity_threshold must be in (-1, 1], got {self.similarity_threshold!r}"
+            )
+        if isinstance(self.schedule, Schedule) and self.schedule.layers:
+            self._check_first_layer(self.schedule)
+
+    def _check_first_layer(self, schedule: Schedule) -> None:
+        if self.proxy_index(schedule.layers[0]) < 0:
+            raise UserError(
+                f"schedule {schedule}: proxy_layer previous takes the layer that has just run, and "
+                "none has at layer 0; begin at layer 1, or set proxy_layer to next"
             )
 
     @property
@@ -68,6 +90,10 @@ class Pruning:
             return bool(self.schedule.stages)
         return self.retention is not None and self.retention < 1.0
 
+    def proxy_index(self, layer: int) -> int:
+        """The decoder layer (0-based) that scores at a stage after `layer` layers."""
+        return layer - 1 if self.proxy_layer == "previous" else layer
+
     def stages(self, visual_tokens: int, num_layers: int) -> list[tuple[int, int]]:
         """`(layer, kept)` for one image.
 
@@ -76,7 +102,7 @@ class Pruning:
             num_layers: layers of the decoder.
 
         Raises:
-            UserError: the retention is out of reach, or a stage lies behind the last layer.
+            UserError: the retention is out of reach, or a stage has no layer for its proxy.
         """
         if not self.active or visual_tokens == 0:
             return []
@@ -85,7 +111,7 @@ class Pruning:
             assert self.retention is not None
             shape = self.schedule_shape or LLAVA
             schedule = Schedule.for_retention(self.retention, num_layers, visual_tokens, shape)
-        schedule.check_depth(num_layers)
+        schedule.check_depth(num_layers, behind_last=self.proxy_layer == "previous")
         return schedule.counts(visual_tokens)
 
 

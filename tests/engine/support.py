@@ -80,7 +80,7 @@ def batch_inputs(processor: Any, requests: Sequence[Request]) -> dict[str, Any]:
         content.append({"type": "text", "text": request.prompt})
         message = [{"role": "user", "content": content}]
         texts.append(processor.apply_chat_template(message, add_generation_prompt=True))
-    images = [image for request in requests for image in request.images]
+    images = [list(request.images) for request in requests if request.images]
     return processor(images=images or None, text=texts, padding=True, return_tensors="pt")
 
 

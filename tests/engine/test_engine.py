@@ -42,6 +42,12 @@ PRUNINGS = {
     "trio": Pruning(retention=0.4),
     "trio-keep-positions": Pruning(retention=0.4, position_ids="keep"),
     "trio-last": Pruning(schedule="2:20,4:6", proxy_positions="last"),
+    "trio-as-for-qwen": Pruning(
+        schedule="2:30,6:9",
+        proxy_layer="previous",
+        proxy_head="input_embedding",
+        position_ids="keep",
+    ),
     "trio-from-embeddings": Pruning(schedule="0:30,3:9"),
     "gradient": Pruning(schedule="1:0.5,3:0.2", method="gradient"),
     "random": Pruning(schedule="1:20,4:5", method="random", seed=3),

@@ -38,9 +38,20 @@ def test_an_engine_comes_from_a_directory(checkpoint: Path) -> None:
 
 @pytest.mark.parametrize(
     ("dtype", "expected"),
-    [(None, torch.float32), ("bfloat16", torch.bfloat16), (torch.float64, torch.float64)],
+    [
+        (None, torch.float32),
+        ("auto", torch.float32),
+        ("float32", torch.float32),
+        ("bfloat16", torch.bfloat16),
+        ("float16", torch.float16),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float16, torch.float16),
+        (torch.float64, torch.float64),
+    ],
 )
-def test_dtype_on_a_cpu(checkpoint: Path, dtype: str | None, expected: torch.dtype) -> None:
+def test_dtype_on_a_cpu(
+    checkpoint: Path, dtype: str | torch.dtype | None, expected: torch.dtype
+) -> None:
     model, _ = load(str(checkpoint), device="cpu", dtype=dtype)
     assert model.dtype == expected
     assert not model.training
@@ -126,6 +137,33 @@ def test_the_checkpoint_is_what_is_served(checkpoint: Path) -> None:
     stored = load_file(checkpoint / "model.safetensors")
     name = next(name for name in stored if name.endswith("lm_head.weight"))
     assert torch.equal(model.lm_head.weight, stored[name].float())
+
+
+@pytest.mark.parametrize(
+    "dtype", ["bf16", "torch.float16", "float8_e4m3fn", "", torch.int8, torch.float8_e4m3fn]
+)
+def test_a_wrong_dtype_is_told_the_right_ones(checkpoint: Path, dtype: str | torch.dtype) -> None:
+    with pytest.raises(UserError) as caught:
+        load(str(checkpoint), device="cpu", dtype=dtype)
+    assert str(caught.value) == (
+        f"dtype {dtype!r} is none of auto, float32, bfloat16, float16, float64"
+    )
+
+
+@pytest.mark.parametrize(
+    ("device", "said"),
+    [
+        ("gpu", "'gpu' is no device; give cpu, cuda or cuda:0"),
+        ("", "'' is no device"),
+        ("cuda:x", "'cuda:x' is no device"),
+        ("meta", "device meta has no weights"),
+        ("xpu:7", "no device xpu:7 here"),
+    ],
+)
+def test_a_wrong_device_is_the_users_mistake(checkpoint: Path, device: str, said: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load(str(checkpoint), device=device)
+    assert said in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="only without a CUDA device")

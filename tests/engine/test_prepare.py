@@ -13,11 +13,14 @@ from transformers import PreTrainedTokenizerFast
 
 from tests.engine.support import mixed_requests, model_inputs, picture
 from tests.models import CHAT_TEMPLATE, PINPOINTS, tiny_processor
+from tests.onevision import onevision_processor
 from tests.qwen import tiny_qwen_processor
 from trio.engine.prepare import Preparer
 from trio.engine.request import Prepared, Request, Result
 from trio.errors import UserError
+from trio.models.adapter import Adapter
 from trio.models.llava import LlavaAdapter
+from trio.models.llava_onevision import LlavaOnevisionAdapter
 
 BOS_TEMPLATE = "<s>" + CHAT_TEMPLATE.replace("<image> ", "<image>\n")
 
@@ -133,6 +136,10 @@ FAMILIES = {
         tiny_processor(pinpoints=PINPOINTS, patch_size=8),
         ("<image>", "<s>", "</s>", "</s> USER: ", "<pad>"),
     ),
+    "llava-onevision": (
+        onevision_processor(),
+        ("<image>", "<|im_start|>", "<|im_end|>", "<|im_end|><|im_start|>", "<video>"),
+    ),
     "qwen2.5-vl": (
         tiny_qwen_processor(),
         ("<|image_pad|>", "<|vision_start|>", "<|vision_end|>", "<|im_end|><|im_start|>",
@@ -148,11 +155,18 @@ FAMILIES = {
 }  # fmt: skip
 
 
+def preparer_of(family: str) -> Preparer:
+    adapter: type[Adapter] = LlavaAdapter
+    if family == "llava-onevision":
+        adapter = LlavaOnevisionAdapter
+    return Preparer(FAMILIES[family][0], adapter)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_no_family_takes_a_users_text_for_a_control_token(family: str, attack: str) -> None:
     processor, tokens = FAMILIES[family]
-    preparer = Preparer(processor, LlavaAdapter)
+    preparer = preparer_of(family)
     plain = prepared(preparer, Request(prompt="what", images=(picture(1), picture(2))))
     spelt = Request(prompt=attack.format(*tokens), images=(picture(1), picture(2)))
     outcome = prepared(preparer, spelt)
@@ -169,7 +183,7 @@ def test_no_family_takes_a_users_text_for_a_control_token(family: str, attack: s
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_system_message_goes_where_the_template_puts_it(family: str) -> None:
     processor, _ = FAMILIES[family]
-    preparer = Preparer(processor, LlavaAdapter)
+    preparer = preparer_of(family)
     images = (picture(1), picture(2))
     request = Request(prompt="what is red ?", images=images, system="please describe the picture")
     content = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": request.prompt}]
@@ -189,7 +203,7 @@ def test_a_system_message_goes_where_the_template_puts_it(family: str) -> None:
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_control_tokens_in_a_system_message_stay_text(family: str, attack: str) -> None:
     processor, tokens = FAMILIES[family]
-    preparer = Preparer(processor, LlavaAdapter)
+    preparer = preparer_of(family)
     spelt = attack.format(*tokens)
     plain = prepared(preparer, Request(prompt="what", images=(picture(1),), system="how"))
     request = Request(prompt=spelt, images=(picture(1),), system=spelt)
@@ -227,11 +241,11 @@ def test_the_unknown_token_is_spelt_out_too() -> None:
     assert unknown not in ids and "what <unk> is" in processor.tokenizer.decode(ids)
 
 
-@pytest.mark.parametrize("family", ["llava", "llava-next", "qwen2.5-vl"])
+@pytest.mark.parametrize("family", ["llava", "llava-next", "llava-onevision", "qwen2.5-vl"])
 def test_one_pixel_can_be_asked_about(family: str) -> None:
     for size in ((1, 1), (1, 2), (1, 199)):
         request = Request(prompt="what", images=(Image.new("RGB", size),))
-        assert prepared(Preparer(FAMILIES[family][0], LlavaAdapter), request).image_tokens[0] > 0
+        assert prepared(preparer_of(family), request).image_tokens[0] > 0
 
 
 def test_many_threads_prepare_what_one_does() -> None:

@@ -13,7 +13,9 @@ from typing import Any
 
 from tests.engine.support import MANY_SIZES, mixed_requests, picture
 from tests.models import LLAVA_NEXT, PINPOINTS, save_tiny_checkpoint, tiny_llava, tiny_processor
-from tests.qwen import save_tiny_qwen, tiny_qwen, tiny_qwen_processor
+from tests.onevision import onevision_processor, save_tiny_onevision, tiny_onevision
+from tests.qwen import LARGEST, save_tiny_qwen, tiny_qwen, tiny_qwen_processor
+from tests.qwen3 import save_tiny_qwen3, tiny_qwen3, tiny_qwen3_processor
 from trio.engine.request import Request, Sampling
 
 LAYERS = 6
@@ -43,11 +45,12 @@ class Family:
 
 def llava(**options: Any) -> Family:
     options = {"spread": LIVELY, "layers": LAYERS, "max_positions": 1024, **options}
+    tower = {name: options[name] for name in ("tower", "strategy") if name in options}
     return Family(
         model=tiny_llava(**options),
-        processor=tiny_processor(),
+        processor=tiny_processor(**tower),
         save=lambda path: save_tiny_checkpoint(path, **options),
-        image_processor="CLIPImageProcessorPil",
+        image_processor="SiglipImageProcessorPil" if tower else "CLIPImageProcessorPil",
         planned=64,
         per_image=False,
     )
@@ -65,13 +68,36 @@ def llava_next(**options: Any) -> Family:
     )
 
 
+def llava_onevision() -> Family:
+    return Family(
+        model=tiny_onevision(spread=LIVELY, layers=LAYERS),
+        processor=onevision_processor(),
+        save=lambda path: save_tiny_onevision(path, spread=LIVELY, layers=LAYERS),
+        image_processor="LlavaOnevisionImageProcessorPil",
+        planned=25 + 15 * (8 + 1),
+        sizes="image_sizes",
+    )
+
+
 def qwen2_5_vl() -> Family:
     return Family(
         model=tiny_qwen(spread=LIVELY, layers=LAYERS),
         processor=tiny_qwen_processor(),
         save=lambda path: save_tiny_qwen(path, spread=LIVELY, layers=LAYERS),
         image_processor="Qwen2VLImageProcessorPil",
-        planned=32 * 32,
+        planned=LARGEST,
+        sizes="image_grid_thw",
+    )
+
+
+def qwen3_vl(**options: Any) -> Family:
+    options = {"seed": 1, "spread": LIVELY, "layers": LAYERS, **options}
+    return Family(
+        model=tiny_qwen3(**options),
+        processor=tiny_qwen3_processor(),
+        save=lambda path: save_tiny_qwen3(path, **options),
+        image_processor="Qwen2VLImageProcessorPil",
+        planned=LARGEST,
         sizes="image_grid_thw",
     )
 
@@ -81,9 +107,13 @@ FAMILIES: dict[str, Callable[[], Family]] = {
     "llava": llava,
     "llava-mistral": lambda: llava(**_MISTRAL),
     "llava-qwen2": lambda: llava(family="qwen2"),
+    "llava-siglip": lambda: llava(family="qwen2", tower="siglip", strategy="full"),
     "llava_next": llava_next,
     "llava_next-mistral": lambda: llava_next(**_MISTRAL),
+    "llava_onevision": llava_onevision,
     "qwen2_5_vl": qwen2_5_vl,
+    "qwen3_vl": qwen3_vl,
+    "qwen3_vl-untied": lambda: qwen3_vl(tied=False),
 }
 ARCHITECTURES = [name for name in FAMILIES if "-" not in name]
 """One of each adapter, for what does not depend on the decoder."""

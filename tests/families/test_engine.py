@@ -134,7 +134,7 @@ def test_every_image_keeps_what_the_schedule_says_of_its_own_count(
         present = [text + 1 + sum(image[start] for image in layers) for start, _ in cache.spans]
         assert held[item.id] == tuple(present)
         counts.update(item.image_tokens)
-    assert len(counts) > 5 if family.per_image else counts == {family.planned}
+    assert len(counts) >= 5 if family.per_image else counts == {family.planned}
 
 
 def test_the_memory_plan_is_for_the_largest_or_a_usual_image(family: Family) -> None:

@@ -69,6 +69,38 @@ def test_a_call_of_the_model_itself_prunes_as_generate_does(family: Family, mode
             model(**inputs, logits_to_keep=1)
 
 
+def test_images_whose_places_nobody_tells_are_refused(family: Family, model: Any) -> None:
+    """Where `generate` would give them those of words."""
+    rows = requests_with(IMAGES)
+    inputs, text = batch(family, rows), batch(family, [rows[2], rows[6]])
+    trio.patch(model, PRUNING)
+    logits = run(model, inputs, max_new_tokens=1)[1]
+    kinds = inputs.pop("mm_token_type_ids", None)
+    text.pop("mm_token_type_ids", None)
+    assert ("mm_token_type_ids" in inspect.signature(model.forward).parameters) == (
+        kinds is not None
+    )
+    assert run(model, text)[0].shape == (2, 6)
+    if kinds is None:
+        return
+    with pytest.raises(UserError, match="without mm_token_type_ids"):
+        run(model, inputs)
+    with pytest.raises(UserError, match="without mm_token_type_ids"):
+        model(**inputs, logits_to_keep=1)
+    encoded = {name: inputs[name] for name in inputs if name not in ("pixel_values", family.sizes)}
+    encoded["mm_encoder_outputs"] = {
+        "image": model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"])
+    }
+    with pytest.raises(UserError, match="without mm_token_type_ids"):
+        run(model, encoded)
+    positions, _ = model.model.get_rope_index(**inputs, mm_token_type_ids=kinds)
+    out = model(**inputs, position_ids=positions, logits_to_keep=1)
+    torch.testing.assert_close(out.logits, logits)
+    unpruned = run(trio.unpatch(model), inputs, max_new_tokens=1)[1]
+    right = run(model, {**inputs, "mm_token_type_ids": kinds}, max_new_tokens=1)[1]
+    assert not torch.allclose(unpruned, right, atol=1e-3)
+
+
 def test_beams_keep_the_images_of_their_prompt(family: Family, model: Any) -> None:
     rows = requests_with(IMAGES)[:5]
     trio.patch(model, PRUNING)

@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PixtralVisionConfig,
+)
 
-from tests.models import IMAGE_TOKEN_ID, Family, tiny_llava
+from tests.engine.support import (
+    assert_lively,
+    expected_tokens,
+    lively_llava,
+    mixed_requests,
+    tokens,
+)
+from tests.models import IMAGE_TOKEN_ID, Family, Strategy, Tower, tiny_llava, tiny_processor
+from trio.engine.engine import Engine
 from trio.errors import UserError
 from trio.models.prefill import PackedPrompts, prefill
 from trio.models.registry import adapt
@@ -58,6 +75,36 @@ def test_features_do_not_depend_on_the_batch() -> None:
     for number in range(3):
         (alone,) = adapter.encode_images(inputs(pixels[number : number + 1]))
         torch.testing.assert_close(together[number].tokens, alone.tokens, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("tower", "strategy", "count"),
+    [("clip", "full", VISUAL + 1), ("siglip", "full", VISUAL), ("siglip", "default", VISUAL - 1)],
+)
+def test_towers_with_and_without_a_class_token(
+    tower: Tower, strategy: Strategy, count: int
+) -> None:
+    """LLaVA-Interleave, for one, has a SigLIP tower with all its features."""
+    model = lively_llava(family="qwen2", tower=tower, strategy=strategy)
+    adapter = adapt(model)
+    image = {"pixel_values": torch.zeros(1, 3, 32, 32)}
+    (features,) = adapter.encode_images([image])
+    assert len(features) == adapter.max_visual_tokens == count
+    assert adapter.visual_tokens(image) == [count]
+    processor = tiny_processor(tower=tower, strategy=strategy)
+    requests = mixed_requests(6)
+    expected = expected_tokens(model, processor, requests)
+    assert_lively(expected)
+    assert tokens(Engine(model, processor, kv_bytes=1 << 24).generate(requests)) == expected
+
+
+def test_a_tower_that_takes_pictures_of_any_size_is_refused() -> None:
+    sizes: dict[str, Any] = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    vision = PixtralVisionConfig(**sizes, intermediate_size=8, image_size=32, patch_size=8)
+    text = LlamaConfig(**sizes, intermediate_size=8, vocab_size=80)
+    model = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text))
+    with pytest.raises(UserError, match="over a 'pixtral' tower is not supported; supported are c"):
+        adapt(model)
 
 
 def test_spans_of_several_images() -> None:

@@ -80,6 +80,10 @@ SETTINGS = [
     Pruning(schedule="2:64,4:64"),
     Pruning(schedule="1:10", method="gradient", proxy_positions="last"),
     Pruning(retention=0.35),
+    Pruning(schedule="1:20,3:12", proxy_layer="previous"),
+    Pruning(schedule="2:20,6:5", proxy_layer="previous", proxy_head="input_embedding"),
+    Pruning(schedule="6:7", proxy_layer="previous", position_ids="keep", method="gradient"),
+    Pruning(schedule="0:24,2:8", proxy_head="input_embedding"),
 ]
 
 
@@ -100,6 +104,8 @@ def test_equals_the_textbook_prompt_by_prompt(pruning: Pruning, kv_heads: int) -
             spans,
             [pruning.stages(stop - start, LAYERS) for start, stop in spans],
             proxy_positions=pruning.proxy_positions,
+            proxy_layer=pruning.proxy_layer,
+            proxy_head=pruning.proxy_head,
             position_ids=pruning.position_ids or "renumber",
             threshold=pruning.similarity_threshold,
             suppress=pruning.method == "trio",
@@ -213,4 +219,6 @@ def test_what_cannot_be_served_is_refused() -> None:
         run(model, pack(32), Pruning(retention=0.1))
     with pytest.raises(UserError, match="decoder has 4 layers"):
         run(model, pack(32), Pruning(schedule="4:3"))
+    with pytest.raises(UserError, match="decoder has 4 layers"):
+        run(model, pack(32), Pruning(schedule="5:3", proxy_layer="previous"))
     assert model.config.text_config._attn_implementation != "trio_ragged"

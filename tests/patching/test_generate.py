@@ -23,6 +23,7 @@ SETTINGS = [
     trio.Pruning(schedule="0:40,2:9,5:1"),
     trio.Pruning(schedule="1:0.2", method="random", seed=3),
     trio.Pruning(schedule="2:12", method="gradient"),
+    trio.Pruning(schedule="2:20,6:5", proxy_layer="previous", proxy_head="input_embedding"),
 ]
 
 

@@ -1,11 +1,19 @@
-"""How an actor shares a node's cores."""
+"""How an actor shares a node's cores, and makes its engine."""
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from PIL import Image
 
+from tests.qwen import save_tiny_qwen
+from trio.engine.engine import Engine
+from trio.engine.request import Prepared, Request
 from trio.pipeline import actor
+from trio.pipeline.cluster import Resources
+from trio.pipeline.config import JobConfig
+from trio.pipeline.runner import engine_settings
 
 
 @pytest.mark.parametrize(
@@ -18,3 +26,19 @@ def test_an_engine_on_a_cpu_leaves_a_core_where_there_are_many(
     monkeypatch.setattr(actor, "usable", lambda: cpus)
     settings: Any = SimpleNamespace(actors_per_node=actors)
     assert actor.engine_threads(settings) == threads
+
+
+def test_limits_on_the_size_of_images_reach_the_engine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.set_num_threads", lambda count: None)
+    model = str(save_tiny_qwen(tmp_path))
+    config = JobConfig(model=model, min_pixels=20 * 64, max_pixels=30 * 64, retention=1.0)
+    resources = Resources(
+        cpus=1, gpus=0, nodes=1, actors=1, gpus_per_actor=0, cpus_per_actor=1, attached=False
+    )
+    engine = actor.build_engine(engine_settings(config, resources))
+    assert isinstance(engine, Engine)
+    for size, tokens in (((16, 16), 25), ((240, 200), 30)):
+        made = engine.prepare(Request(prompt="what", images=(Image.new("RGB", size),)))
+        assert isinstance(made, Prepared) and made.image_tokens == (tokens,)

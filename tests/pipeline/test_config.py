@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from trio.config import Pruning
 from trio.errors import UserError
 from trio.pipeline import cli, config
 from trio.pipeline.config import FIELDS, JobConfig
@@ -38,6 +39,10 @@ def test_flags_that_users_rely_on_exist() -> None:
         "max-error-rate",
         "save-kept",
         "row-timeout",
+        "min-pixels",
+        "max-pixels",
+        "max-image-pixels",
+        "dtype",
         "image-roots",
         "allow-remote-images",
         "remote-images-from",
@@ -63,6 +68,24 @@ def test_flags_are_read() -> None:
     assert got.retention == pytest.approx(2 / 9)
     assert (got.actors, got.gpus_per_actor, got.save_kept, got.seed) == (3, 0.5, True, 7)
     assert got.pruning().retention == got.retention and got.pruning().seed == 7
+
+
+def test_settings_of_the_pruning_reach_the_engine() -> None:
+    got = from_flags(
+        "--schedule", "1:9", "--proxy-positions", "last", "--proxy-layer", "previous",
+        "--proxy-head", "input_embedding", "--position-ids", "keep",
+    )  # fmt: skip
+    assert got.pruning() == Pruning(
+        schedule="1:9",
+        proxy_positions="last",
+        proxy_layer="previous",
+        proxy_head="input_embedding",
+        position_ids="keep",
+    )
+    plain = JobConfig().pruning()
+    assert (plain.proxy_layer, plain.proxy_head) == ("next", "output")
+    assert config.results(got)["proxy_layer"] == "previous"
+    assert config.results(got)["proxy_head"] == "input_embedding"
 
 
 def test_run_yaml_reads_back_to_the_same_settings(tmp_path: Path) -> None:
@@ -112,6 +135,9 @@ def test_files_with_mistakes(tmp_path: Path, text: str, message: str) -> None:
         (["--encoder", "visionzip"], "not available in this version; available: none"),
         (["--encoder", "scan"], "not available in this version; available: none"),
         (["--method", "magic"], "unknown method 'magic'"),
+        (["--proxy-layer", "last"], "unknown proxy-layer 'last'; available: next, previous"),
+        (["--proxy-head", "lm"], "unknown proxy-head 'lm'; available: output, input_embedding"),
+        (["--schedule", "0:9", "--proxy-layer", "previous"], "begin at layer 1"),
         (["--retention", "0"], "--retention: must be above 0 and at most 1"),
         (["--retention", "9/1"], "--retention: must be above 0 and at most 1"),
         (["--retention", "1/0"], "--retention: expected a number"),
@@ -121,6 +147,10 @@ def test_files_with_mistakes(tmp_path: Path, text: str, message: str) -> None:
         (["--actors", "0"], "--actors: must be at least 1"),
         (["--max-error-rate", "2"], "--max-error-rate: must be between 0 and 1"),
         (["--columns", "photo=x"], "ROLE=COLUMN"),
+        (["--min-pixels", "0"], "--min-pixels: must be at least 1"),
+        (["--max-pixels", "1e6"], "--max-pixels: expected a whole number"),
+        (["--min-pixels", "9", "--max-pixels", "8"], "--min-pixels 9 is above --max-pixels 8"),
+        (["--dtype", "int4"], "unknown dtype 'int4'; available: auto, float32, bfloat16, float16"),
         (["--row-timeout", "0"], "--row-timeout: must be between"),
         (["--remote-images-from", "https://a.org"], "needs --allow-remote-images"),
         (["--remote-images-from", "a.org/x"], "--remote-images-from: an origin is scheme://host"),
@@ -146,6 +176,16 @@ def test_nothing_is_pruned_where_nothing_is_asked() -> None:
     assert not JobConfig(method="none", retention=0.5).pruning().active
     assert not JobConfig(retention=1.0).pruning().active
     assert JobConfig(retention=0.5).pruning().active
+
+
+def test_limits_on_the_size_of_images_change_rows(tmp_path: Path) -> None:
+    got = from_flags("--min-pixels", "3136", "--max-pixels", "1003520")
+    assert (got.min_pixels, got.max_pixels) == (3136, 1003520)
+    assert got.image_policy() == ImagePolicy()
+    (tmp_path / "run.yaml").write_text(config.dump(got))
+    assert from_flags("--config", str(tmp_path / "run.yaml")) == got
+    changed = config.results(JobConfig()) | {"min_pixels": 3136, "max_pixels": 1003520}
+    assert config.results(got) == changed
 
 
 def test_where_images_may_come_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,13 +42,15 @@ def test_it_survives_json(model: Path) -> None:
 
 
 def test_what_differs_is_named(model: Path) -> None:
-    before = take(model, prompt="a")
+    before = take(model, prompt="a", max_pixels=1000)
     (model / "config.json").write_text('{"x": 1}')
     (model / "tokenizer.json").write_text("{}")
     (model / "additional_chat_templates" / "tool.jinja").unlink()
     (model / "README.md").write_text("edited")
-    assert before.differences(take(model, prompt="b", actors=3)) == [
+    assert before.differences(take(model, prompt="b", actors=3, min_pixels=100)) == [
         "prompt: 'a', now 'b'",
+        "min_pixels: None, now 100",
+        "max_pixels: 1000, now None",
         "model file additional_chat_templates/tool.jinja is gone",
         "model file config.json has changed",
         "model file tokenizer.json is new",

@@ -11,8 +11,10 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode, bmm_flop
 from transformers import LlamaConfig
 
-from tests.models import HUB_PINPOINTS, LLAVA_NEXT, meta_7b, tiny_llava, tiny_processor
+from tests.models import HUB_PINPOINTS, LLAVA_NEXT, Strategy, meta_7b, tiny_llava, tiny_processor
+from tests.onevision import meta_onevision_7b, onevision_processor, tiny_onevision
 from tests.qwen import meta_qwen_7b
+from tests.qwen3 import meta_qwen3_8b, tiny_qwen3
 from trio.models.attention import Packed
 from trio.models.registry import adapt
 from trio.models.tiles import TiledAdapter
@@ -120,13 +122,71 @@ def test_retention_of_a_ninth_on_the_7b_shape_of_qwen2_5_vl() -> None:
     assert shape.kv_bytes(full, 2) / shape.kv_bytes(pruned, 2) == pytest.approx(6.646, abs=1e-3)
 
 
-def test_layers_cost_what_the_operations_add_up_to() -> None:
+def test_retention_of_a_ninth_on_the_7b_shape_of_llava_onevision() -> None:
+    """One image at its largest, in 13 tiles, and 32 frames of a video, each seen once. Published
+    for this model is nothing."""
+    adapter = adapt(meta_onevision_7b())
+    assert isinstance(adapter, TiledAdapter)
+    shape = adapter.shape()
+    assert adapter.planned_visual_tokens == 729 + 98 * 82
+    width, height = adapter.largest_image
+    image = {"image_sizes": torch.tensor([[height, width]])}
+    frames = {
+        "image_sizes": torch.tensor([[height, width]] * 32),
+        "batch_num_images": torch.tensor([32]),
+    }
+
+    def ratios(inputs: dict[str, torch.Tensor]) -> tuple[float, float, float]:
+        """As above, and of keys and values."""
+        counts = adapter.visual_tokens(inputs)
+        stages = [Schedule.for_retention(1 / 9, 28, count).counts(count) for count in counts]
+        each = [tokens_per_layer(count, own, 28) for count, own in zip(counts, stages, strict=True)]
+        pruned = [sum(layer) + TEXT_TOKENS for layer in zip(*each, strict=True)]
+        full = sum(counts) + TEXT_TOKENS
+        later = [sum(own[stage][1] for own in stages) + TEXT_TOKENS for stage in range(2)]
+        before, after = shape.prefill_flops([full] * 28), shape.prefill_flops(pruned)
+        own = sum(shape.proxy_flops(count, rows=4) for count in (full, *later))
+        vision = adapter.vision_flops(inputs)
+        return (
+            before / (after + own),
+            (before + vision) / (after + own + vision),
+            shape.kv_bytes([full] * 28, 2) / shape.kv_bytes(pruned, 2),
+        )
+
+    assert adapter.visual_tokens(image) == [8765] and adapter.tiles(image) == [13]
+    assert ratios(image) == pytest.approx((9.729, 6.540, 8.534), abs=1e-3)
+    assert ratios(frames) == pytest.approx((11.773, 8.291, 8.846), abs=1e-3)
+
+
+def test_retention_of_a_ninth_on_the_8b_shape_of_qwen3_vl() -> None:
+    """The image of 1024 x 1024."""
+    adapter = adapt(meta_qwen3_8b())
+    shape, unpruned = adapter.shape(), adapter.planned_visual_tokens
+    stages = Schedule.for_retention(1 / 9, 36, unpruned).counts(unpruned)
+    present = tokens_per_layer(unpruned, stages, 36)
+    assert layer_average(unpruned, present) == pytest.approx(1 / 9, abs=1 / unpruned)
+    pruned = [count + TEXT_TOKENS for count in present]
+    scored = [unpruned + TEXT_TOKENS, *(keep + TEXT_TOKENS for _, keep in stages[:-1])]
+    full = [scored[0]] * 36
+    before, after = shape.prefill_flops(full), shape.prefill_flops(pruned)
+    own = sum(shape.proxy_flops(count, rows=4) for count in scored)
+    vision = adapter.vision_flops({"image_grid_thw": torch.tensor([[1, 64, 64]])})
+    ratios = (before / after, before / (after + own), (before + vision) / (after + own + vision))
+    assert stages == [(1, 170), (11, 100), (17, 41)]
+    assert ratios == pytest.approx((6.428, 6.221, 2.587), abs=1e-3)
+    assert vision / before == pytest.approx(0.368, abs=1e-3)
+
+
+TINY = {"llava": tiny_llava, "qwen3_vl": tiny_qwen3}
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_layers_cost_what_the_operations_add_up_to(family: str) -> None:
     """Torch counts two operations a multiply-add, and none in the attention kernel of a CPU."""
-    model = tiny_llava(layers=3, kv_heads=2)
-    decoder = adapt(model).decoder
-    shape = adapt(model).shape()
+    adapter = adapt(TINY[family](layers=3))
+    decoder, shape = adapter.decoder, adapter.shape()
     tokens = 40
-    hidden = torch.randn(tokens, 32)
+    hidden = torch.randn(tokens, shape.hidden_size)
     rotary = decoder.rotary(torch.arange(tokens))  # in some versions a product, too
     with torch.no_grad(), decoder.ragged(), FlopCounterMode(display=False) as counter:
         decoder.run_layers(0, 3, hidden, rotary, Packed((tokens,)), None)
@@ -134,12 +194,13 @@ def test_layers_cost_what_the_operations_add_up_to() -> None:
     assert counter.get_total_flops() == 2 * (shape.prefill_flops([tokens] * 3) - attention)
 
 
-def test_the_proxy_costs_what_its_operations_add_up_to() -> None:
-    model = tiny_llava(layers=3, kv_heads=2, vocab_size=80)
-    decoder = adapt(model).decoder
-    shape = adapt(model).shape()
+@pytest.mark.parametrize("family", TINY)
+def test_the_proxy_costs_what_its_operations_add_up_to(family: str) -> None:
+    adapter = adapt(TINY[family](layers=3))
+    decoder, shape = adapter.decoder, adapter.shape()
+    assert shape.normed_keys == (family == "qwen3_vl")
     tokens, rows = 400, [395, 396, 397, 398]
-    hidden = torch.randn(tokens, 32)
+    hidden = torch.randn(tokens, shape.hidden_size)
     proxy = decoder.proxy(1)
     in_place = {torch.ops.aten.baddbmm_: lambda *shapes, **_: bmm_flop(*shapes[1:3])}
     with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
@@ -173,9 +234,46 @@ def test_vision_tower_and_projector_cost_what_their_operations_add_up_to(options
     tiles = sum(adapter.tiles(image)[0] for image in images)
     assert tiles == (5 + 3 if options else 2)
     shape = VisionShape.of_llava_config(adapter.model.config)
-    attention = tiles * shape.layers_run * 2 * shape.tokens**2 * shape.hidden_size
     counted = sum(adapter.vision_flops(image) for image in images)
-    assert counter.get_total_flops() == 2 * (counted - attention)
+    assert counter.get_total_flops() == 2 * (counted - tiles * _attention(shape))
+
+
+def _attention(shape: VisionShape) -> int:
+    """Of the tower for a picture, which torch does not count on a CPU."""
+    return shape.layers_run * 2 * shape.tokens**2 * shape.hidden_size
+
+
+def test_the_tower_of_llava_onevision_costs_what_its_operations_add_up_to() -> None:
+    """For an image in tiles, and for two of a prompt that are seen once each."""
+    adapter, processor = adapt(tiny_onevision(layers=1)), onevision_processor()
+    pictures = [Image.new("RGB", size) for size in ((64, 64), (20, 60), (90, 90))]
+    images = [
+        image
+        for own in (pictures[:1], pictures[1:])
+        for image in adapter.process_images(processor, own)
+    ]
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        adapter.encode_images(images)
+    assert isinstance(adapter, TiledAdapter)
+    tiles = [adapter.tiles(image)[0] for image in images]
+    assert tiles == [5, 1, 1]
+    shape = VisionShape.of_llava_config(adapter.model.config)
+    counted = sum(adapter.vision_flops(image) for image in images)
+    assert counter.get_total_flops() == 2 * (counted - 7 * _attention(shape))
+
+
+@pytest.mark.parametrize("head", [False, True])
+@pytest.mark.parametrize("strategy", ["default", "full"])
+def test_a_siglip_tower_costs_what_its_operations_add_up_to(strategy: Strategy, head: bool) -> None:
+    """Without a class token, and with the head that it has by default."""
+    model = tiny_llava(layers=1, tower="siglip", strategy=strategy, vision_use_head=head)
+    adapter = adapt(model)
+    image = {"pixel_values": torch.zeros(1, 3, 32, 32)}
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        adapter.encode_images([image])
+    shape = VisionShape.of_llava_config(model.config)
+    assert shape.pooled == head
+    assert counter.get_total_flops() == 2 * (adapter.vision_flops(image) - _attention(shape))
 
 
 def test_kv_bytes_are_those_of_the_tensors() -> None:

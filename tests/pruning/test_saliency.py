@@ -23,10 +23,12 @@ def score(
     lengths: tuple[int, ...],
     rows: str = "reference",
     wanted: list[tuple[int, int]] | None = None,
+    proxy_head: str = "output",
 ) -> Saliency:
     decoder = Decoder(model.model.language_model, model.lm_head)
     positions = torch.cat([torch.arange(n) for n in lengths])
-    return saliency(decoder.proxy(LAYER), hidden_TD, positions, lengths, rows, wanted)
+    used = decoder.proxy(LAYER, head=proxy_head)
+    return saliency(used, hidden_TD, positions, lengths, rows, wanted)
 
 
 def by_the_book(
@@ -35,8 +37,11 @@ def by_the_book(
     lengths: tuple[int, ...],
     rows: str = "reference",
     dtype: torch.dtype = torch.float64,
+    proxy_head: str = "output",
 ) -> tuple[list[Tensor], list[Tensor]]:
     text, head = oracle.text_parts(model, dtype)
+    if proxy_head == "input_embedding":
+        head = oracle.embedding_head(text)
     scores, losses = [], []
     for hidden in hidden_TD.to(dtype).split(list(lengths)):
         positions = torch.arange(len(hidden))
@@ -51,7 +56,7 @@ def hidden_for(lengths: tuple[int, ...], seed: int = 3) -> Tensor:
     return torch.randn(sum(lengths), 32, generator=generator)
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
 @pytest.mark.parametrize("kv_heads", [4, 2])
 @pytest.mark.parametrize("rows", ["reference", "with_last", "last"])
 def test_equals_the_textbook_gradient_of_each_prompt(
@@ -67,6 +72,20 @@ def test_equals_the_textbook_gradient_of_each_prompt(
     torch.testing.assert_close(got.loss_B.double(), torch.stack(losses), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_input_embedding_as_head_equals_the_textbook(dtype: torch.dtype) -> None:
+    lengths = (40, 7, 23)
+    model = tiny_llava(layers=4, dtype=dtype)
+    hidden = hidden_for(lengths).to(dtype)
+    got = score(model, hidden, lengths, proxy_head="input_embedding")
+    expected, losses = by_the_book(model, hidden, lengths, proxy_head="input_embedding")
+    for mine, book in zip(got.true_scores(lengths).split(list(lengths)), expected, strict=True):
+        torch.testing.assert_close(mine.double(), book, rtol=5e-5, atol=1e-8)
+    torch.testing.assert_close(got.loss_B.double(), torch.stack(losses), rtol=1e-5, atol=1e-6)
+    other = score(model, hidden, lengths).loss_B
+    assert not torch.isclose(got.loss_B, other, rtol=1e-2).any()
+
+
 @pytest.mark.parametrize("length", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize("rows", ["reference", "with_last", "last"])
 def test_short_prompts_have_fewer_rows(length: int, rows: str) -> None:
@@ -79,15 +98,16 @@ def test_short_prompts_have_fewer_rows(length: int, rows: str) -> None:
         torch.testing.assert_close(mine.double(), book, rtol=2e-5, atol=1e-9)
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
 @pytest.mark.parametrize("tile_tokens", [1, 7, 16, 64, 1000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_tiles_of_any_size_give_the_same(
-    tile_tokens: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    family: Family, tile_tokens: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Sequences cut into several tiles, and several of equal and different lengths in one."""
     monkeypatch.setattr(proxy, "_TILE", tile_tokens * 32)
     lengths = (40, 7, 7, 7, 3, 40, 23, 1)
-    model = tiny_llava(layers=4, dtype=dtype)
+    model = tiny_llava(family=family, layers=4, dtype=dtype)
     hidden = hidden_for(lengths).to(dtype)
     got = score(model, hidden, lengths, "with_last")
     expected, _ = by_the_book(model, hidden, lengths, "with_last")
@@ -95,12 +115,15 @@ def test_tiles_of_any_size_give_the_same(
         torch.testing.assert_close(mine.double(), book, rtol=5e-5, atol=1e-8)
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
 @pytest.mark.parametrize("tile_tokens", [5, 1000])
-def test_only_what_is_wanted_is_scored(tile_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_what_is_wanted_is_scored(
+    family: Family, tile_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(proxy, "_TILE", tile_tokens * 32)
     lengths = (40, 9, 40, 23)
     wanted = [(3, 30), (0, 9), (36, 40), (8, 21)]  # without rows, with all, with some
-    model = tiny_llava(layers=4)
+    model = tiny_llava(family=family, layers=4)
     hidden = hidden_for(lengths)
     whole = score(model, hidden, lengths).scores_T.split(list(lengths))
     part = score(model, hidden, lengths, wanted=wanted).scores_T.split(list(lengths))
@@ -130,10 +153,11 @@ def test_a_neighbour_changes_nothing_and_no_loss_is_averaged() -> None:
         start += length
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_models_are_scored_in_float32(dtype: torch.dtype) -> None:
+def test_half_precision_models_are_scored_in_float32(family: Family, dtype: torch.dtype) -> None:
     lengths = (60, 33)
-    model = tiny_llava(layers=4, dtype=dtype)
+    model = tiny_llava(family=family, layers=4, dtype=dtype)
     hidden = hidden_for(lengths).to(dtype)
     got = score(model, hidden, lengths)
     assert got.scores_T.dtype == torch.float32

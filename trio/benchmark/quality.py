@@ -8,7 +8,7 @@ objects named rightly. Intervals are 95 % Wilson intervals.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
@@ -27,7 +27,9 @@ from trio.tables import aligned
 QUESTIONS_PER_SCENE = 3
 MAX_NEW_TOKENS = 32
 PROXY_METHODS = ("gradient", "trio")
-"""Methods that look at a proxy's loss, so that its positions matter."""
+"""Methods that look at a proxy's loss, so that its settings matter."""
+USUAL_PROXY = ("next", "output")
+"""Layer and head of a proxy that a label does not name."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,6 +53,8 @@ class Setting:
         words = [self.pruning.method]
         if self.pruning.method in PROXY_METHODS:
             words.append(self.pruning.proxy_positions)
+            parts = (self.pruning.proxy_layer, self.pruning.proxy_head)
+            words += [part for part in parts if part not in USUAL_PROXY]
         if self.pruning.position_ids:
             words.append(self.pruning.position_ids)
         return " ".join(words)
@@ -60,12 +64,15 @@ def settings(
     methods: Sequence[str],
     retentions: Sequence[float],
     encoders: Sequence[str],
-    proxy_positions: Sequence[str | None],
+    proxies: Sequence[Mapping[str, Any]],
     position_ids: Sequence[str | None],
     seed: int,
 ) -> list[Setting]:
     """The unpruned model first, then every method at every retention; methods without a proxy
-    appear once per position handling."""
+    appear once per position handling.
+
+    proxies: settings of the proxy to try, by their names in `Pruning`.
+    """
     unknown = [encoder for encoder in encoders if encoder != "none"]
     if unknown:
         raise UserError(f"--encoders {unknown[0]} is not available in this version; there is: none")
@@ -73,9 +80,8 @@ def settings(
     pruned = [method for method in methods if method != "none"]
     for retention, method, handling in product(retentions, pruned, position_ids):
         pruning = Pruning(method=method, retention=retention, position_ids=handling, seed=seed)
-        for positions in proxy_positions if method in PROXY_METHODS else (None,):
-            varied = replace(pruning, proxy_positions=positions) if positions else pruning
-            rows.append(Setting(pruning=varied))
+        for proxy in proxies if method in PROXY_METHODS else ({},):
+            rows.append(Setting(pruning=replace(pruning, **proxy)))
     return rows
 
 
@@ -133,14 +139,15 @@ def _summary(
     captions = [index for index, one in enumerate(asked) if one.kind == "caption"]
     accuracy = float(np.mean(right))
     measured = [result.retention for result in results if result.retention is not None]
+    has_proxy = row.pruning.method in PROXY_METHODS
     return {
         "method": row.pruning.method,
         "encoder": row.encoder,
         "retention": row.pruning.retention,
         "retention_measured": float(np.mean(measured)),
-        "proxy_positions": row.pruning.proxy_positions
-        if row.pruning.method in PROXY_METHODS
-        else None,
+        "proxy_positions": row.pruning.proxy_positions if has_proxy else None,
+        "proxy_layer": row.pruning.proxy_layer if has_proxy else None,
+        "proxy_head": row.pruning.proxy_head if has_proxy else None,
         "position_ids": row.pruning.position_ids,
         "accuracy": accuracy,
         "accuracy_interval": wilson(sum(right), len(right)),

@@ -14,11 +14,15 @@ TOLERANCE = 2e-5
 
 @dataclass(slots=True)
 class Checks:
-    """What was compared in one case: largest errors by quantity, and every miss."""
+    """What was compared in one case: largest errors by quantity, and every miss.
+
+    limit: why a part of the record was left out, in a sentence; None if none was.
+    """
 
     errors: dict[str, float] = field(default_factory=dict)
     misses: list[str] = field(default_factory=list)
     compared: int = 0
+    limit: str | None = None
 
     def equal(self, name: str, got: object, expected: object) -> None:
         """Exact: indices, positions, lengths."""

@@ -13,6 +13,7 @@ from torch import cuda
 
 from trio.config import Pruning
 from trio.engine.admission import Admission
+from trio.engine.limits import most_visual_tokens
 from trio.engine.loading import default_kv_bytes, load
 from trio.engine.plan import TEXT_TOKENS, MemoryPlan
 from trio.engine.prepare import Preparer
@@ -37,6 +38,7 @@ class Engine:
     `batch_tokens`: tokens that one step computes at most; bounds the prefill's memory.
     `max_running`: most requests in the running batch.
     `kv_bytes`: memory for keys and values; None takes a part of what the device has free.
+    `system`: message for requests without their own; None leaves it to the chat template.
     `memory_share`: of a GPU's memory, where several engines share one; for `kv_bytes` None.
 
     `memory_plan` says how many requests the memory holds at once. One thread submits and steps;
@@ -57,11 +59,14 @@ class Engine:
         max_running: int = 64,
         kv_bytes: int | None = None,
         memory_share: float = 1.0,
+        system: str | None = None,
     ) -> None:
         if batch_tokens < 1 or max_running < 1:
             raise UserError("batch_tokens and max_running must be at least 1")
         adapter = adapt(model)
-        self.prepare = Preparer(processor, type(adapter))
+        if adapter.decoder.device.type == "meta":
+            raise UserError("the model is on the meta device, without weights; load them first")
+        self.prepare = Preparer(processor, type(adapter), system)
         _check_fit(self.prepare, adapter)
         if kv_bytes is None:
             kv_bytes = default_kv_bytes(adapter.decoder.device, memory_share)
@@ -80,7 +85,7 @@ class Engine:
             sampling=sampling or Sampling(),
             eos=_end_of_sequence(model, processor),
         )
-        self.memory_plan = self._plan(sampling or Sampling())
+        self.memory_plan = self._plan(sampling or Sampling(), most_visual_tokens(processor))
         self._done: list[Result] = []
         self._under_way: deque[tuple[list[Task], Chosen]] = deque()
         """Decode steps whose outcome has not been looked at."""
@@ -95,21 +100,37 @@ class Engine:
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
         revision: str | None = None,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
         **options: Any,
     ) -> Engine:
         """Load a model and its processor from a directory or the hub.
 
         Args:
-            model: directory, or hub id; safetensors only, and no code of the repository is run.
+            model: directory, or hub id; safetensors only, not quantised, and no code of the
+                repository is run.
             device: None takes the GPU if there is one.
-            dtype: None takes the checkpoint's on a GPU, float32 on a CPU.
+            dtype: float32, bfloat16, float16, float64, or "auto" for the checkpoint's; None takes
+                the checkpoint's on a GPU, float32 on a CPU.
             revision: commit, tag or branch of a hub id; None takes its main branch.
+            min_pixels, max_pixels: width times height to which an image is enlarged or reduced
+                before the model sees it, for models that take images at many sizes (Qwen2.5-VL);
+                None leaves the processor's own limit.
             options: as for `Engine`.
 
         Raises:
-            UserError: nothing usable there, or an architecture that is not supported.
+            UserError: nothing usable there, files that are missing or damaged, an architecture, a
+                quantisation, a device or a setting that is not supported.
         """
-        return cls(*load(model, device=device, dtype=dtype, revision=revision), **options)
+        loaded = load(
+            model,
+            device=device,
+            dtype=dtype,
+            revision=revision,
+            min_pixels=min_pixels,
+            max_pixels=max_pixels,
+        )
+        return cls(*loaded, **options)
 
     def generate(self, requests: Iterable[Request | Prepared]) -> Generator[Result, None, None]:
         """Serve requests, pulled as there is room for them; results come as they finish."""
@@ -196,8 +217,10 @@ class Engine:
                 cuda.reset_peak_memory_stats(device)
         return counted
 
-    def _plan(self, sampling: Sampling) -> MemoryPlan:
+    def _plan(self, sampling: Sampling, most: int | None) -> MemoryPlan:
+        """most: visual tokens of an image within the processor's limits, if it has any."""
         room, visual = self._cache.room, self._runner.adapter.planned_visual_tokens
+        visual = visual if most is None else min(visual, most)
         need = self._runner.need(visual + TEXT_TOKENS, [visual], sampling.max_new_tokens)
         longest = (visual + TEXT_TOKENS + sampling.max_new_tokens - 1,) * len(need)
         return MemoryPlan(
@@ -355,7 +378,7 @@ def _check_fit(prepare: Preparer, adapter: Adapter) -> None:
     """Serve the encoder one image: a processor of another model would spoil every request."""
     sample = prepare(Request(prompt="", images=(Image.new("RGB", (64, 64)),)))
     if isinstance(sample, Result):
-        raise UserError(f"the processor cannot prepare an image: {sample.error}")
+        raise UserError(f"the processor cannot prepare a request: {sample.error}")
     try:
         adapter.check_inputs(sample.image_inputs[0])
     except UserError as error:

@@ -9,8 +9,16 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
+from trio.engine.checkpoint import (
+    check_directory,
+    check_tensors,
+    explaining_processor,
+    explaining_weights,
+)
+from trio.engine.limits import limit_images
 from trio.errors import UserError, first_line
 from trio.models.registry import adapter_class
+from trio.models.weights import DTYPES, check_unquantised
 
 
 def load(
@@ -19,54 +27,121 @@ def load(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     revision: str | None = None,
+    min_pixels: int | None = None,
+    max_pixels: int | None = None,
 ) -> tuple[Any, Any]:
     """Model and processor, see `Engine.from_pretrained`."""
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if where.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"device {where} was asked for, but torch sees no CUDA device")
-    if dtype is None:
-        dtype = "auto" if where.type == "cuda" else torch.float32
+    where = _device(device)
+    kind = _dtype(dtype, where)
     model = _expanded(model)
-    _check_directory(model)
-    which = _which(revision)
-    try:
-        config = AutoConfig.from_pretrained(model, trust_remote_code=False, **which)
-    except (OSError, ValueError) as error:
-        raise UserError(f"no model at {model!r}: {first_line(error, None)}") from error
-    adapter_class(config)  # refuses what is not supported before weights are fetched
-    try:
-        loaded: Any = AutoModelForImageTextToText.from_pretrained(
+    config = _config(model, revision)
+    processor = _processor(model, config, revision)
+    limit_images(processor, min_pixels=min_pixels, max_pixels=max_pixels)
+    with explaining_weights(model, revision):
+        found: Any = AutoModelForImageTextToText.from_pretrained(
             model,
             config=config,
-            dtype=dtype,
+            dtype=kind,
             use_safetensors=True,
             trust_remote_code=False,
-            **which,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are in `info` and refused there, by name
+            **_which(revision),
         )
-        processor = _processor(model, config, which)
-    except OSError as error:
-        raise UserError(f"{model!r} is incomplete: {first_line(error, None)}") from error
+    loaded, info = found
+    check_tensors(model, info)
     return loaded.to(where).eval(), processor
 
 
-def load_processor(model: str, *, revision: str | None = None) -> Any:
+def load_processor(
+    model: str,
+    *,
+    revision: str | None = None,
+    min_pixels: int | None = None,
+    max_pixels: int | None = None,
+) -> Any:
     """The processor alone, for workers that only prepare requests.
 
     Images go through PIL wherever it runs: torchvision resizes differently, and a result must not
     depend on whether it happens to be installed.
+
+    Args: as for `Engine.from_pretrained`.
+
+    Raises:
+        UserError: nothing usable there, or limits that the processor does not take.
     """
-    model, which = _expanded(model), _which(revision)
-    config = AutoConfig.from_pretrained(model, trust_remote_code=False, **which)
-    return _processor(model, config, which)
+    model = _expanded(model)
+    processor = _processor(model, _config(model, revision), revision)
+    limit_images(processor, min_pixels=min_pixels, max_pixels=max_pixels)
+    return processor
 
 
-def _processor(model: str, config: Any, which: dict[str, str]) -> Any:
+def _config(model: str, revision: str | None) -> Any:
+    """A model's config, if it is one that can be served."""
+    check_directory(model)
+    try:
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False, **_which(revision))
+    except (OSError, ValueError) as error:
+        raise UserError(f"no model at {model!r}: {first_line(error, None)}") from error
+    adapter_class(config)  # refuses what is not supported
+    check_unquantised(config, repr(model))
+    return config
+
+
+def _processor(model: str, config: Any, revision: str | None) -> Any:
     kind = adapter_class(config).processor_class
-    return kind.from_pretrained(model, backend="pil", trust_remote_code=False, **which)
+    with explaining_processor(model, revision):
+        processor = kind.from_pretrained(
+            model, backend="pil", trust_remote_code=False, **_which(revision)
+        )
+    _fill_in(processor, config)
+    return processor
+
+
+def _fill_in(processor: Any, config: Any) -> None:
+    """What LLaVA's first checkpoints leave out of the processor stands in the model's config."""
+    if getattr(processor, "patch_size", 0) is None:
+        vision = config.vision_config
+        processor.patch_size = vision.patch_size
+        processor.vision_feature_select_strategy = config.vision_feature_select_strategy
+        processor.num_additional_image_tokens = int(vision.model_type == "clip_vision_model")
 
 
 def _which(revision: str | None) -> dict[str, str]:
     return {} if revision is None else {"revision": revision}
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    """A device that is there; for None the GPU if there is one."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        where = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise UserError(f"{device!r} is no device; give cpu, cuda or cuda:0") from error
+    if where.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"device {where} was asked for, but torch sees no CUDA device")
+    if where.type == "meta":
+        raise UserError("a model on device meta has no weights; give cpu or cuda")
+    try:
+        torch.empty(0, device=where)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"no device {where} here: {first_line(error)}") from error
+    return where
+
+
+def _dtype(dtype: str | torch.dtype | None, where: torch.device) -> str | torch.dtype:
+    """As transformers takes it; the default is the checkpoint's on a GPU, float32 on a CPU."""
+    if dtype is None:
+        return "auto" if where.type == "cuda" else torch.float32
+    known: dict[Any, str | torch.dtype] = {
+        str(kind).removeprefix("torch."): kind for kind in DTYPES
+    }
+    names = ", ".join(known)
+    known |= {"auto": "auto"} | {kind: kind for kind in DTYPES}
+    if dtype not in known:
+        raise UserError(f"dtype {dtype!r} is none of auto, {names}")
+    return known[dtype]
 
 
 def default_kv_bytes(device: torch.device, share: float = 1.0) -> int:
@@ -96,14 +171,3 @@ def _free_memory() -> int:
 def _expanded(model: str) -> str:
     """With `~` written out, which transformers would take for the name of a model."""
     return os.path.expanduser(model)
-
-
-def _check_directory(model: str) -> None:
-    path = Path(model)
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise UserError(f"{model!r} is no model directory: it has no config.json")
-        if not any(path.glob("*.safetensors")):
-            raise UserError(f"{model!r} has no *.safetensors; other weight files are not loaded")
-    elif path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
-        raise UserError(f"there is no model directory {model!r}")

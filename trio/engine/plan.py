@@ -12,7 +12,8 @@ TEXT_TOKENS = 64
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MemoryPlan:
     """For requests of one image with as many visual tokens as one can give (where the model sets
-    no bound, of a usual size), `TEXT_TOKENS` of text and the longest answer asked for.
+    no bound, of a usual size, or of the processor's limit if that is less), `TEXT_TOKENS` of text
+    and the longest answer asked for.
 
     kv_budget_bytes: memory set aside for keys and values.
     request_bytes: what such a request may come to take of it, pruned as set.

@@ -42,9 +42,10 @@ class Preparer:
 
     `processor`: a transformers processor with a chat template and a fast tokenizer.
     `family`: adapter of the model's family, which knows how to use it.
+    `system`: message for requests without their own; None leaves it to the chat template.
     """
 
-    def __init__(self, processor: Any, family: type[Adapter]) -> None:
+    def __init__(self, processor: Any, family: type[Adapter], system: str | None = None) -> None:
         backend = getattr(processor.tokenizer, "backend_tokenizer", None)
         if backend is None:
             raise UserError("the model's tokenizer has no tokenizer.json; save it as a fast one")
@@ -52,6 +53,7 @@ class Preparer:
             raise UserError("the model's processor has no chat template (chat_template.jinja)")
         self._processor = processor
         self._family = family
+        self._system = system
         # Our own copy: calls of the shared one change its truncation and padding under way.
         self._tokenizer = Tokenizer.from_str(backend.to_str())
         self._tokenizer.no_padding()
@@ -60,7 +62,7 @@ class Preparer:
         self.image_token_id: int = processor.image_token_id
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"processor": self._processor, "family": self._family}
+        return {"processor": self._processor, "family": self._family, "system": self._system}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
@@ -114,10 +116,11 @@ class Preparer:
     def _prompt(self, request: Request, expansions: Sequence[list[int]]) -> list[int]:
         """Token ids of the whole prompt, with each image's placeholders in its place."""
         _check_text(request.prompt, "prompt")
-        if request.system is not None:
-            _check_text(request.system, "system message")
-        text = self._render(request.prompt, len(expansions), request.system)
-        theirs = self._their_parts(text, len(expansions), request.system)
+        system = self._system if request.system is None else request.system
+        if system is not None:
+            _check_text(system, "system message")
+        text = self._render(request.prompt, len(expansions), system)
+        theirs = self._their_parts(text, len(expansions), system)
         bos = self._processor.tokenizer.bos_token
         add_special = not (bos and text.startswith(bos))
         encoded = self._tokenizer.encode(text, add_special_tokens=add_special)

@@ -67,7 +67,7 @@ class Request:
     images: tuple[Image, ...] = ()
     id: Any = None
     system: str | None = None
-    """The system message, for models whose chat template has one; None: the template's own."""
+    """The system message, where the chat template has a place for one; None: the engine's."""
     sampling: Sampling | None = None
     """None: the engine's default."""
 

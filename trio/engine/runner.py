@@ -42,7 +42,8 @@ class Runner:
         # largest is in reach for all.
         stages = self.pruning.stages(adapter.max_visual_tokens, self.num_layers)
         self.cache = Cache(
-            group_starts=sorted({0, *(layer for layer, _ in stages)}),
+            # A stage behind the last layer leaves keys and values as they are.
+            group_starts=sorted({0, *(layer for layer, _ in stages if layer < self.num_layers)}),
             num_layers=self.num_layers,
             num_kv_heads=self.decoder.num_kv_heads,
             head_dim=self.decoder.head_dim,

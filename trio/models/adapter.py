@@ -219,7 +219,8 @@ class Adapter(ABC):
 
     def shape(self) -> DecoderShape:
         """The decoder's size, for counting its cost."""
-        return DecoderShape.of_config(self.model.config.text_config)
+        text = self.model.config.text_config
+        return DecoderShape.of_config(text, normed_keys=self.decoder.normed_keys)
 
     def settle(self, pruning: Pruning) -> Pruning:
         """The settings with this family's defaults where they leave something open.

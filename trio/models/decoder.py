@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from trio.errors import UserError
 from trio.models.attention import NAME, Layout
+from trio.models.layers import check_layers
 from trio.models.products import linear
 from trio.models.proxy import Proxy
 
@@ -42,13 +43,17 @@ class Decoder:
     function in its config while `ragged()` is entered.
 
     Args:
-        text_model: `LlamaModel`, `MistralModel`, `Qwen2Model`, `Qwen2_5_VLTextModel`: embeddings,
-            layers, norm, rotary.
+        text_model: `LlamaModel`, `MistralModel`, `Qwen2Model`, `Qwen2_5_VLTextModel`,
+            `Qwen3VLTextModel`: embeddings, layers, norm, rotary.
         lm_head: hidden state to logits.
+
+    Raises:
+        UserError: it is none of LLaMA's type.
     """
 
     def __init__(self, text_model: nn.Module, lm_head: nn.Module) -> None:
         model: Any = text_model
+        check_layers(model, lm_head)
         config = model.config
         rope_type = model.rotary_emb.rope_type
         if rope_type in _BATCH_DEPENDENT_ROPE:
@@ -58,7 +63,7 @@ class Decoder:
                 "scaling, yarn and llama3"
             )
         self.model = model
-        self.lm_head = lm_head
+        self.lm_head: Any = lm_head
         self.config = config
         self.num_layers: int = config.num_hidden_layers
         self.hidden_size: int = config.hidden_size
@@ -67,6 +72,7 @@ class Decoder:
         self.head_dim: int = model.layers[0].self_attn.head_dim
         self.intermediate_size: int = config.intermediate_size
         self.gated = hasattr(model.layers[0].mlp, "gate_proj")
+        self.normed_keys = getattr(model.layers[0].self_attn, "k_norm", None) is not None
         self.vocab_size: int = config.vocab_size
         self.max_positions = _max_positions(model)
         self.position_axes = 3 if hasattr(model.rotary_emb, "mrope_section") else 1
@@ -129,16 +135,16 @@ class Decoder:
 
     def project(self, normed: Tensor) -> Tensor:
         """Logits `[N, V]` of hidden states `[N, D]` that are normed already."""
-        if type(self.lm_head) is not nn.Linear:
-            return self.lm_head(normed)
         return linear(normed, self.lm_head.weight, self.lm_head.bias)
 
-    def proxy(self, layer: int, batch_tokens: int = 0) -> Proxy:
-        """One layer, the final norm and the head in float32, for the saliency.
+    def proxy(self, layer: int, batch_tokens: int = 0, head: str = "output") -> Proxy:
+        """One layer, the final norm and a head in float32, for the saliency.
 
+        layer: index of the layer.
         batch_tokens: tokens of the batch before any pruning.
+        head: `output` or `input_embedding`, as in `trio.Pruning`.
         """
-        return Proxy(self, layer, batch_tokens)
+        return Proxy(self, layer, batch_tokens, head)
 
     @contextmanager
     def ragged(self) -> Iterator[None]:

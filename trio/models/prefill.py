@@ -18,6 +18,7 @@ from trio.config import Pruning
 from trio.errors import UserError
 from trio.models.attention import Packed
 from trio.models.decoder import Decoder, LayerCache, Rotary
+from trio.models.proxy import Proxy
 from trio.models.stopwatch import Stopwatch
 from trio.pruning.compaction import Ragged, compact, contiguous_positions
 from trio.pruning.select import StageChoice, choose
@@ -168,7 +169,7 @@ class _Prefill:
         lengths, positions = [], []
         start = 0
         plan = self._plan()
-        for stop in [*sorted(plan), self.decoder.num_layers]:
+        for stop in sorted({*plan, self.decoder.num_layers}):
             self._run(start, stop)
             lengths += [list(self.ragged.lengths)] * (stop - start)
             positions += [list(self.next_positions)] * (stop - start)
@@ -228,7 +229,7 @@ class _Prefill:
         with self.pruning_time.running():
             choice = choose(
                 self.pruning,
-                lambda: self.decoder.proxy(layer, self.batch_tokens),
+                lambda: self._proxy(layer),
                 hidden_in,
                 positions_in,
                 before,
@@ -258,6 +259,10 @@ class _Prefill:
                     self.positions_T,
                 )
             )
+
+    def _proxy(self, layer: int) -> Proxy:
+        index = self.pruning.proxy_index(layer)
+        return self.decoder.proxy(index, self.batch_tokens, self.pruning.proxy_head)
 
     def _renumber(self, keeps: list[list[int] | None]) -> None:
         """Requests with a stage here count on from 0, also where it removed nothing."""

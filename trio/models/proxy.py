@@ -3,7 +3,8 @@
 TRIO (arXiv 2602.04657), method section. The loss is read at a few rows. Only these need queries,
 output projection, MLP, norm and head; every other token reaches them through its key and value in
 this one layer. So autograd sees the rows alone, and what they do to all other tokens is written
-out here: attention scores forwards, and backwards through keys, values and the input norm.
+out here: attention scores forwards, and backwards through keys (and their norm, where there is
+one), values and the input norm.
 
 Nothing of the size tokens x hidden is ever held: tokens are gone through in *tiles*, and keys are
 worked out where they are needed. Values are projected after attention has summed up their inputs.
@@ -43,13 +44,17 @@ class Proxy:
 
     float64 models stay in float64. Gradients flow to hidden states, never to weights.
 
+    layer: index of the decoder layer.
     batch_tokens: tokens of the whole batch before any pruning; memory stays small beside theirs.
+    head: `output`, or `input_embedding` for the matrix of token embeddings.
     """
 
-    def __init__(self, decoder: Decoder, layer: int, batch_tokens: int) -> None:
+    def __init__(self, decoder: Decoder, layer: int, batch_tokens: int, head: str) -> None:
         self._decoder = decoder
         self._layer: Any = decoder.model.layers[layer]
-        self._head_weight: Any = decoder.lm_head.weight
+        self._head_is_embedding = head == "input_embedding"
+        source = decoder.model.embed_tokens if self._head_is_embedding else decoder.lm_head
+        self._head_weight: Any = source.weight
         self.dtype = torch.promote_types(decoder.dtype, torch.float32)
         if decoder.device.type == "cpu":
             self._tile_tokens = max(1, _TILE // decoder.hidden_size)
@@ -102,10 +107,16 @@ class Proxy:
                 )
             normed_RD = self._decoder.model.norm(out[0])
             with torch.no_grad():
-                gradient_RV, factor_R = gradient(self._decoder.project(normed_RD))
+                gradient_RV, factor_R = gradient(self._project(normed_RD))
                 by_normed_RD = times(gradient_RV, self._head_weight).mul_(factor_R[:, None])
             (grad_RD,) = torch.autograd.grad(normed_RD, rows_RD, by_normed_RD)
             return others.norms(index_R, grad_RD)
+
+    def _project(self, normed_RD: Tensor) -> Tensor:
+        """Logits `[R, V]`."""
+        if self._head_is_embedding:
+            return linear(normed_RD, self._head_weight)
+        return self._decoder.project(normed_RD)
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,6 +300,7 @@ class _Others:
         self._key_weight = attention.k_proj.weight.detach()
         bias = attention.k_proj.bias
         self._key_bias = None if bias is None else bias.detach()
+        self._key_norm: Any = getattr(attention, "k_norm", None)
         self._value = attention.v_proj
         self._head_dim: int = cos_TE.shape[-1]
         self.kv_heads: int = len(self._key_weight) // self._head_dim
@@ -347,7 +359,10 @@ class _Others:
             cos, sin = self._angles(tile)
             by_key = torch.matmul(score_NKCQ, cosine).mul_(cos)
             by_key.addcmul_(torch.matmul(score_NKCQ, sine), sin)
-            by_normed = times(by_key.transpose(1, 2).flatten(0, 1).flatten(1), self._key_weight)
+            by_key_NCKE = by_key.transpose(1, 2)
+            if self._key_norm is not None:
+                self._through_key_norm(tile, by_key_NCKE)
+            by_normed = times(by_key_NCKE.flatten(0, 1).flatten(1), self._key_weight)
             by_unit = by_normed.mul_(self._norm_D).view_as(tile.unit)
             own = share[..., tile.start : tile.stop].flatten(1, 2)
             by_unit.baddbmm_(own.transpose(1, 2), gradient)
@@ -401,20 +416,36 @@ class _Others:
 
     def _tile(self, group: _Group, start: int, stop: int) -> _Tile:
         hidden_NCD = self._gather(self._hidden_TD, group, start, stop).to(self._dtype)
-        norm = torch.linalg.vector_norm(hidden_NCD, dim=-1, keepdim=True)
-        inverse = norm.square_().div_(hidden_NCD.shape[-1]).add_(self._epsilon).rsqrt_()
+        inverse = _inverse_root(hidden_NCD, self._epsilon)
         return _Tile(group, start, stop, hidden_NCD * inverse, inverse)
 
     def _keys(self, tile: _Tile) -> tuple[Tensor, Tensor, Tensor]:
         """Keys `[N, K, C, E]` before rotation, and the rotation's cosines and sines."""
+        keys_NCKE = self._projected_keys(tile)
+        if self._key_norm is not None:
+            inverse = _inverse_root(keys_NCKE, self._key_norm.variance_epsilon)
+            keys_NCKE.mul_(inverse).mul_(self._key_norm.weight.detach())
+        keys = keys_NCKE.transpose(1, 2)
+        # One sequence's heads are multiplied as they lie; several would be copied at each use.
+        return keys if len(keys) == 1 else keys.contiguous(), *self._angles(tile)
+
+    def _projected_keys(self, tile: _Tile) -> Tensor:
+        """`[N, C, K, E]`, as the projection gives them."""
         normed = (tile.unit * self._norm_D).flatten(0, 1)
         keys = times(normed, self._key_weight.T)
         if self._key_bias is not None:
             keys = keys.add_(self._key_bias)
-        heads = (self.kv_heads, self._head_dim)
-        keys = keys.view(*tile.unit.shape[:2], *heads).transpose(1, 2)
-        # One sequence's heads are multiplied as they lie; several would be copied at each use.
-        return keys if len(keys) == 1 else keys.contiguous(), *self._angles(tile)
+        return keys.view(*tile.unit.shape[:2], self.kv_heads, self._head_dim)
+
+    def _through_key_norm(self, tile: _Tile, by_key_NCKE: Tensor) -> None:
+        """In place from the gradient by normed keys to that by projected ones, in which the part
+        along the key itself is gone."""
+        unit = self._projected_keys(tile)
+        inverse = _inverse_root(unit, self._key_norm.variance_epsilon)
+        unit.mul_(inverse)
+        by_key_NCKE.mul_(self._key_norm.weight.detach())
+        along = (unit * by_key_NCKE).mean(dim=-1, keepdim=True)
+        by_key_NCKE.addcmul_(unit, along, value=-1).mul_(inverse)
 
     def _angles(self, tile: _Tile) -> tuple[Tensor, Tensor]:
         """`[N, 1, C, E]` each."""
@@ -428,6 +459,12 @@ class _Others:
         count, length = len(group.lengths), group.lengths[0]
         own = x_T[group.start : group.start + count * length]
         return own.unflatten(0, (count, length))[:, start:stop]
+
+
+def _inverse_root(x: Tensor, epsilon: float) -> Tensor:
+    """One over the root mean square along the last dimension, which stays."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return norm.square_().div_(x.shape[-1]).add_(epsilon).rsqrt_()
 
 
 @dataclass(frozen=True, slots=True)

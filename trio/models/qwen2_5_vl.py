@@ -1,132 +1,29 @@
-"""Qwen2.5-VL: an image is seen at about its own size, and its tokens stand in rows and columns.
-
-The tower takes the patches of many images back to back and attends within windows of them, in few
-blocks to a whole image. Positions of the decoder have three axes: time, row and column.
-
-Shapes: P patches of all images, C numbers of a patch, I images, N visual tokens of one image,
-T packed tokens.
-"""
+"""Qwen2.5-VL: its tower attends within windows of an image, and in few blocks to all of it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from math import isqrt, prod
-from typing import Any
+from collections.abc import Sequence
 
-import torch
-from torch import Tensor
 from transformers import Qwen2_5_VLProcessor
 
-from trio.errors import UserError
-from trio.models.adapter import (
-    Adapter,
-    Features,
-    ImageOnly,
-    Inputs,
-    Span,
-    check_pixels,
-    tensor_of,
-)
+from trio.models.adapter import Features, ImageOnly, Inputs
+from trio.models.grids import GridAdapter
 from trio.pruning.cost import WindowedVisionShape
-
-_USUAL_EDGE = 36
-"""Visual tokens along an edge of an image of 1008 x 1008 pixels, with the published patches."""
 
 
 class ImageProcessor(ImageOnly, Qwen2_5_VLProcessor):
     """The model's processor for images."""
 
 
-class Qwen25VLAdapter(Adapter):
-    """Of a `Qwen2_5_VLForConditionalGeneration`.
-
-    It takes `pixel_values [P, C]` and `image_grid_thw [I, 3]`: frames of each image, always 1, and
-    its rows and columns of patches.
-    """
+class Qwen25VLAdapter(GridAdapter):
+    """Of a `Qwen2_5_VLForConditionalGeneration`."""
 
     text_models = ("qwen2_5_vl_text",)
-    default_position_ids = "keep"
     processor_class = ImageProcessor
 
-    def __init__(self, model: Any) -> None:
-        super().__init__(model)
-        vision = model.config.vision_config
-        self._merge: int = vision.spatial_merge_size
-        # What bounds an image beside the processor is that the context must hold it.
-        self.max_visual_tokens = self.decoder.max_positions
-        self._edge = min(_USUAL_EDGE, isqrt(self.max_visual_tokens))
-        side = self._edge * self._merge * vision.patch_size
-        self.largest_image = (side, side)
-
-    @property
-    def planned_visual_tokens(self) -> int:
-        return self._edge**2
-
-    def visual_tokens(self, inputs: Inputs) -> list[int]:
-        return [rows * columns // self._merge**2 for rows, columns in _grids(inputs)]
-
-    def check_inputs(self, inputs: Inputs) -> None:
-        vision = self.model.config.vision_config
-        grids = list(_grids(inputs))
-        if len(grids) != 1 or any(edge < 1 or edge % self._merge for edge in grids[0]):
-            raise UserError(
-                f"image_grid_thw of an image is {tensor_of(inputs, 'image_grid_thw').tolist()}, "
-                f"and the model takes one grid with edges in multiples of {self._merge}; use the "
-                "model's own processor"
-            )
-        numbers = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-        check_pixels(inputs, [prod(grids[0]), numbers])
-
-    def vision_flops(self, inputs: Inputs) -> int:
+    def image_flops(self, rows: int, columns: int) -> int:
         shape = WindowedVisionShape.of_config(self.model.config.vision_config)
-        return sum(shape.flops(rows, columns) for rows, columns in _grids(inputs))
+        return shape.flops(rows, columns)
 
     def _features(self, inputs: Sequence[Inputs]) -> Sequence[Features]:
-        weight = self.model.model.visual.patch_embed.proj.weight
-        pixels = torch.cat([tensor_of(image, "pixel_values") for image in inputs])
-        grids = torch.cat([tensor_of(image, "image_grid_thw") for image in inputs])
-        pooled = self.model.model.get_image_features(
-            pixels.to(weight.device, weight.dtype), grids.to(weight.device), return_dict=True
-        ).pooler_output
-        return [Features(image) for image in pooled]
-
-    def positions(
-        self, lengths: Sequence[int], spans: Sequence[Sequence[Span]], inputs: Sequence[Inputs]
-    ) -> Tensor:
-        """As of all families, with A = 3.
-
-        Text counts on in all axes alike. The tokens of an image share their time; row and column
-        start where the time is, and what follows the image comes after the larger of them.
-        """
-        grids = (grid for image in inputs for grid in _grids(image))
-        prompts = zip(lengths, spans, strict=True)
-        return torch.cat([self._positions(length, own, grids) for length, own in prompts], dim=1)
-
-    def _positions(
-        self, length: int, spans: Sequence[Span], grids: Iterator[tuple[int, int]]
-    ) -> Tensor:
-        """`[3, length]` of one prompt; takes its images' grids off the front."""
-        pieces = []
-        place = position = 0
-        for start, stop in spans:
-            pieces.append(torch.arange(position, position + start - place).expand(3, -1))
-            position += start - place
-            rows, columns = (edge // self._merge for edge in next(grids))
-            row_N = torch.arange(rows).repeat_interleave(columns)
-            column_N = torch.arange(columns).repeat(rows)
-            pieces.append(torch.stack([torch.zeros_like(row_N), row_N, column_N]) + position)
-            position += max(rows, columns)
-            place = stop
-        pieces.append(torch.arange(position, position + length - place).expand(3, -1))
-        return torch.cat(pieces, dim=1)
-
-
-def _grids(inputs: Inputs) -> Iterator[tuple[int, int]]:
-    """Rows and columns of patches of each image."""
-    for frames, rows, columns in tensor_of(inputs, "image_grid_thw").tolist():
-        if frames != 1:
-            raise UserError(
-                f"image_grid_thw says {frames} frames: videos are not supported; give single "
-                "images, each with its own grid"
-            )
-        yield rows, columns
+        return [Features(image) for image in self._encode(inputs).pooler_output]

@@ -8,13 +8,16 @@ from typing import Any
 
 from trio.errors import UserError, first_line
 from trio.models.adapter import Adapter
+from trio.models.weights import check_weights
 
 GROUP = "trio_vlm.adapters"
 """Entry points by which installed packages add families: `model_type = "module:AdapterClass"`."""
 _BUILT_IN = {
     "llava": "trio.models.llava:LlavaAdapter",
     "llava_next": "trio.models.llava_next:LlavaNextAdapter",
+    "llava_onevision": "trio.models.llava_onevision:LlavaOnevisionAdapter",
     "qwen2_5_vl": "trio.models.qwen2_5_vl:Qwen25VLAdapter",
+    "qwen3_vl": "trio.models.qwen3_vl:Qwen3VLAdapter",
 }
 _registered: dict[str, type[Adapter]] = {}
 
@@ -22,8 +25,8 @@ _registered: dict[str, type[Adapter]] = {}
 def register(model_type: str, adapter: type[Adapter]) -> None:
     """Add a family of models to this process, or put another adapter in the place of one.
 
-    A job's engines are processes of their own: there, and wherever else a package is installed, an
-    entry point of the group `trio_vlm.adapters` does the same.
+    A job's engines are processes of their own: there the job's flag --adapters does the same, and
+    wherever a package is installed that has an entry point of the group `trio_vlm.adapters`.
 
     Args:
         model_type: what the models' config.json says.
@@ -37,16 +40,27 @@ def register(model_type: str, adapter: type[Adapter]) -> None:
     _registered[model_type] = adapter
 
 
+def register_named(model_type: str, name: str) -> None:
+    """As `register`, with the adapter as `module:Class`.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+    register(model_type, _load(EntryPoint(model_type, name, GROUP)))
+
+
 def adapt(model: Any) -> Adapter:
     """The adapter for a model.
 
     Raises:
-        UserError: the family is not supported.
+        UserError: the family is not supported, or the weights are quantised or on many devices.
     """
     config = getattr(model, "config", None)
     if not hasattr(config, "model_type") or not hasattr(model, "lm_head"):
         raise _unsupported(type(model).__name__)
-    return adapter_class(config)(model)
+    adapter = adapter_class(config)
+    check_weights(model)
+    return adapter(model)
 
 
 def adapter_class(config: Any) -> type[Adapter]:
@@ -80,8 +94,7 @@ def _load(entry: EntryPoint) -> type[Adapter]:
         found = entry.load()
     except (ImportError, AttributeError) as error:
         raise UserError(
-            f"the adapter for {entry.name!r}, {entry.value}, cannot be loaded: "
-            f"{first_line(error)}; mend or remove the package that brings it"
+            f"the adapter for {entry.name!r}, {entry.value}, cannot be loaded: {first_line(error)}"
         ) from error
     if not (isinstance(found, type) and issubclass(found, Adapter)):
         raise UserError(f"the adapter for {entry.name!r}, {entry.value}, is no trio.Adapter")

@@ -1,5 +1,9 @@
 """What the LLaVA families share: a CLIP-like tower that takes pictures of one size.
 
+With *any resolution* an image is seen whole and, larger, in a grid of tiles. The tiles' features
+are laid out as the image is, without those of its padding, and each row of them ends in a newline
+feature; so the number of visual tokens varies with the image's shape.
+
 Shapes: I images, N visual tokens of one image, D hidden size of the decoder.
 """
 
@@ -9,17 +13,22 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
+from transformers.models.llava_next.modeling_llava_next import (
+    get_anyres_image_grid_shape,
+    unpad_image,
+)
 
 from trio.errors import UserError
-from trio.models.adapter import Adapter, Features, Inputs, check_pixels
+from trio.models.adapter import Adapter, Features, Inputs, check_pixels, tensor_of
 from trio.pruning.cost import CLASS_TOKENS, VisionShape
 
 
 class TiledAdapter(Adapter):
     """Of a model that sees an image in one or several *tiles*, pictures as its tower takes them."""
 
-    text_models = ("llama", "mistral", "qwen2")
+    text_models: tuple[str, ...] = ("llama", "mistral", "qwen2")
 
     def __init__(self, model: Any) -> None:
         tower = model.config.vision_config.model_type
@@ -62,6 +71,49 @@ class TiledAdapter(Adapter):
     def _to_tower(self, pixels: Tensor) -> Tensor:
         parameter = next(self.model.model.vision_tower.parameters())
         return pixels.to(parameter.device, parameter.dtype)
+
+
+class AnyResolutionAdapter(TiledAdapter):
+    """Of a model whose config has `image_grid_pinpoints`: heights and widths that images are scaled
+    into, the padding around them included, before they are cut into tiles."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        features, edge = tokens_per_tile(model.config), patches_per_edge(model.config)
+        if features != edge**2:
+            strategy = model.config.vision_feature_select_strategy
+            raise UserError(
+                f"vision_feature_select_strategy {strategy!r} leaves {features} features of a tile "
+                f"of {edge} x {edge} patches, which cannot be laid out"
+            )
+        side, sizes = model.config.vision_config.image_size, model.config.image_grid_pinpoints
+        if not sizes or any(edge < 1 or edge % side for size in sizes for edge in size):
+            raise UserError(
+                f"image_grid_pinpoints {sizes} are no multiples of {side}, the pixels of a tile"
+            )
+
+    def _tile_dimensions(self, inputs: Inputs) -> list[int]:
+        return self.tiles(inputs)
+
+    def _grid(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns of tiles for an image of this height and width."""
+        config = self.model.config
+        return get_anyres_image_grid_shape(
+            size, config.image_grid_pinpoints, config.vision_config.image_size
+        )
+
+    def _layout(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns of features that the tiles of such an image have without padding."""
+        rows, columns = self._grid(size)
+        edge = patches_per_edge(self.model.config)
+        padded = torch.empty(1, rows * edge, columns * edge, device="meta")
+        _, height, width = unpad_image(padded, size).shape
+        return height, width
+
+
+def image_sizes(inputs: Inputs) -> list[tuple[int, int]]:
+    """Height and width of each image, before any resizing."""
+    return [(height, width) for height, width in tensor_of(inputs, "image_sizes").tolist()]
 
 
 def patches_per_edge(config: Any) -> int:

@@ -36,14 +36,15 @@ def patch(model: Model, pruning: Pruning) -> Model:
     Refused with a UserError where a prompt has images: logits of other positions than the last
     (and so a loss), `output_attentions`, `output_hidden_states`, `use_cache=False`, caches that are
     not a plain DynamicCache, prefill in chunks, assisted generation, `inputs_embeds`, videos,
-    position ids of one's own (those of an M-RoPE are taken as they come), and images on top of a
-    filled cache. No gradient flows through a pruned prompt. Calls of `model.model` and its parts,
-    past the model itself, are not pruned. Under `torch.compile` a patched model runs eagerly. One
-    thread at a time.
+    position ids of one's own (those of an M-RoPE are taken as they come), images of a model with an
+    M-RoPE without `mm_token_type_ids`, and images on top of a filled cache. No gradient flows
+    through a pruned prompt. Calls of `model.model` and its parts, past the model itself, are not
+    pruned. Under `torch.compile` a patched model runs eagerly. One thread at a time.
 
     Args:
-        model: a `LlavaForConditionalGeneration` or `LlavaNextForConditionalGeneration` over a
-            LLaMA-type decoder, or a `Qwen2_5_VLForConditionalGeneration`.
+        model: a `...ForConditionalGeneration` of any family that has an adapter: those that the
+            README lists under "Limits", and what is added with `trio.register`; not quantised, on
+            one device.
         pruning: how much to keep and how to choose.
 
     Returns:

@@ -98,6 +98,7 @@ class PatchedForward(Override):
         visual_BS = self._visual(call)
         if visual_BS is not None and bool(visual_BS.any()):
             _check_prefill(call)
+            _check_places_of_images(self.module, call)
             return True
         # transformers predicts a right-padded row's first token from its padding.
         mask = call.get("attention_mask")
@@ -297,9 +298,13 @@ class PatchedGenerate(Override):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         call = _by_name(self.original, args, kwargs)
-        if self.pruning.active and call.get("pixel_values") is not None:
+        has_pixels = call.get("pixel_values") is not None
+        encoded = (call.get("mm_encoder_outputs") or {}).get("image")
+        if self.pruning.active and has_pixels:
             self._check_whole_prompt(call)
             self._check_image_order(call)
+        if self.pruning.active and (has_pixels or encoded is not None):
+            _check_places_of_images(self.module, call)
         return self.original(**call)
 
     def _given(self, call: dict[str, Any], name: str) -> Any:
@@ -394,6 +399,17 @@ def _check_prefill(call: dict[str, Any]) -> None:
         raise UserError(
             f"attention_mask must be [rows, tokens] to be pruned, got {list(mask.shape)}: use a "
             f"DynamicCache and a 2-dimensional mask, {UNPATCH}"
+        )
+
+
+def _check_places_of_images(model: nn.Module, call: dict[str, Any]) -> None:
+    """Without knowing which tokens are an image's, `generate` of a model with M-RoPE numbers them
+    like words, and says nothing."""
+    told = call.get("mm_token_type_ids") is not None or call.get("position_ids") is not None
+    if not told and "mm_token_type_ids" in inspect.signature(model.forward).parameters:
+        raise UserError(
+            "images without mm_token_type_ids, by which the model finds their rows and columns: "
+            "pass on all that its own processor returns"
         )
 
 

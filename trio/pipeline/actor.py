@@ -77,6 +77,13 @@ class EngineSettings:
     # rows prepared or in the engine at a time
     revision: str | None = None
     # commit of a hub id
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+    # of an image after resizing; None: the processor's own limits
+    system: str | None = None
+    # message of all requests; None: the chat template's own
+    adapters: tuple[str, ...] = ()
+    # families to register, "model_type=module:Class"
 
     @property
     def gpu(self) -> bool:
@@ -91,9 +98,12 @@ def build_engine(settings: EngineSettings) -> EngineLike:
     import torch
 
     from trio.engine.engine import Engine
+    from trio.models.registry import register_named
 
     if not settings.gpu:
         torch.set_num_threads(engine_threads(settings))
+    for adapter in settings.adapters:
+        register_named(*adapter.split("=", 1))
     optional = {"batch_tokens": settings.batch_tokens, "max_running": settings.max_running}
     return Engine.from_pretrained(
         model_directory(settings.model) or settings.model,
@@ -103,6 +113,9 @@ def build_engine(settings: EngineSettings) -> EngineLike:
         sampling=settings.sampling,
         memory_share=settings.gpu_share,
         revision=settings.revision,
+        min_pixels=settings.min_pixels,
+        max_pixels=settings.max_pixels,
+        system=settings.system,
         **{name: value for name, value in optional.items() if value is not None},
     )
 

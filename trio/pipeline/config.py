@@ -13,7 +13,14 @@ from typing import Any
 
 import yaml
 
-from trio.config import METHODS, POSITION_IDS, PROXY_POSITIONS, Pruning
+from trio.config import (
+    METHODS,
+    POSITION_IDS,
+    PROXY_HEADS,
+    PROXY_LAYERS,
+    PROXY_POSITIONS,
+    Pruning,
+)
 from trio.errors import UserError
 from trio.pipeline import parse
 from trio.pipeline.columns import parse_mapping
@@ -71,8 +78,24 @@ class JobConfig:
         " to (default: the newest of the main branch)",
         results=True,
     )
+    adapters: tuple[str, ...] = option(
+        (),
+        parse.adapters,
+        "families of models that this package does not have, as in my_vl=my_module:MyAdapter; the"
+        " module must be importable where engines run (see Adding a family in the README)",
+        results=True,
+        metavar="TYPE=MODULE:CLASS",
+    )
     prompt: str | None = option(
         None, parse.text, "prompt for rows that bring none", results=True, metavar="TEXT"
+    )
+    system_prompt: str | None = option(
+        None,
+        parse.text,
+        "system message of all rows, if the model's chat template has a place for one (default: the"
+        " template's own)",
+        results=True,
+        metavar="TEXT",
     )
     columns: str | None = option(
         None,
@@ -117,6 +140,20 @@ class JobConfig:
         f"{', '.join(PROXY_POSITIONS)} (default: reference; the demo model's own for it)",
         results=True,
     )
+    proxy_layer: str = option(
+        "next",
+        parse.choice("proxy-layer", PROXY_LAYERS),
+        "layer whose loss gives the saliency: next (the one that would run next) or previous (the"
+        " one that has just run)",
+        results=True,
+    )
+    proxy_head: str = option(
+        "output",
+        parse.choice("proxy-head", PROXY_HEADS),
+        "what makes the logits of that loss: output (the model's head) or input_embedding (the"
+        " matrix of token embeddings)",
+        results=True,
+    )
     position_ids: str | None = option(
         None,
         parse.choice("position-ids", POSITION_IDS),
@@ -142,6 +179,22 @@ class JobConfig:
         "auto",
         parse.choice("dtype", DTYPES),
         f"of the model's weights: {', '.join(DTYPES)}; auto: as saved on a GPU, float32 on a CPU",
+        results=True,
+    )
+    min_pixels: int | None = option(
+        None,
+        parse.at_least(1),
+        "smaller images are enlarged to this width times height before the model sees them; for"
+        " models that take images at many sizes, as Qwen2.5-VL (default: the processor's)",
+        unit="pixels",
+        results=True,
+    )
+    max_pixels: int | None = option(
+        None,
+        parse.at_least(1),
+        "larger images are reduced to this width times height before the model sees them, which"
+        " bounds their visual tokens; for the same models (default: the processor's)",
+        unit="pixels",
         results=True,
     )
     actors: int | None = option(
@@ -220,7 +273,11 @@ class JobConfig:
         metavar="DIR",
     )
     max_image_pixels: int = option(
-        MAX_PIXELS, parse.at_least(1), "largest image that is decoded", unit="pixels", results=True
+        MAX_PIXELS,
+        parse.at_least(1),
+        "larger images are not decoded: their rows end in error (--max-pixels reduces images)",
+        unit="pixels",
+        results=True,
     )
     row_timeout: float = option(
         ROW_TIMEOUT_S,
@@ -250,6 +307,10 @@ class JobConfig:
     def __post_init__(self) -> None:
         if self.retention is not None and self.schedule is not None:
             raise UserError("--retention and --schedule exclude each other: give one of them")
+        if self.min_pixels and self.max_pixels and self.min_pixels > self.max_pixels:
+            raise UserError(
+                f"--min-pixels {self.min_pixels} is above --max-pixels {self.max_pixels}"
+            )
         if self.remote_images_from and not self.allow_remote_images:
             raise UserError("--remote-images-from needs --allow-remote-images: give both or none")
         for uri in (*self.input, self.output, self.model):
@@ -271,6 +332,8 @@ class JobConfig:
             schedule=None if off else self.schedule,
             method=self.method,
             proxy_positions=self.proxy_positions or "reference",
+            proxy_layer=self.proxy_layer,
+            proxy_head=self.proxy_head,
             position_ids=self.position_ids,
             seed=self.seed,
         )

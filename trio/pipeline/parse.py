@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import os
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -42,6 +43,17 @@ def directories(value: Any) -> tuple[str, ...]:
         if "://" in item:
             raise UserError(f"expected a local directory, got {redact(item)!r}")
     return tuple(os.path.abspath(os.path.expanduser(item)) for item in read)
+
+
+def adapters(value: Any) -> tuple[str, ...]:
+    """`model_type=module:Class`, any number of them."""
+    read = texts(value) if value not in ([], ()) else ()
+    for item in read:
+        if not re.fullmatch(r"[\w.-]+=[\w.]+:\w+", item):
+            raise UserError(
+                f"expected TYPE=MODULE:CLASS, as in my_vl=my_module:MyAdapter: {item!r}"
+            )
+    return read
 
 
 def flag(value: Any) -> bool:

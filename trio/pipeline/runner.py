@@ -389,4 +389,8 @@ def engine_settings(config: JobConfig, resources: Resources) -> EngineSettings:
         threads=config.threads,
         ahead=2 * config.max_running if config.max_running else AHEAD[gpu],
         revision=config.revision,
+        min_pixels=config.min_pixels,
+        max_pixels=config.max_pixels,
+        system=config.system_prompt,
+        adapters=config.adapters,
     )

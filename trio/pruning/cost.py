@@ -17,6 +17,7 @@ class DecoderShape:
     """Sizes of a decoder.
 
     ffn_products: matrix products of the FFN, 3 if it is gated; published figures count 2.
+    normed_keys: whether each head's keys are divided by their root mean square.
     """
 
     num_layers: int
@@ -27,10 +28,11 @@ class DecoderShape:
     head_dim: int
     vocab_size: int
     ffn_products: int = 3
+    normed_keys: bool = False
 
     @classmethod
-    def of_config(cls, config: Any) -> DecoderShape:
-        """From the config of a LLaMA-type text model (gated FFN)."""
+    def of_config(cls, config: Any, *, normed_keys: bool = False) -> DecoderShape:
+        """From the config of a LLaMA-type text model (gated FFN), which does not tell of norms."""
         heads = config.num_attention_heads
         return cls(
             num_layers=config.num_hidden_layers,
@@ -40,6 +42,7 @@ class DecoderShape:
             num_kv_heads=config.num_key_value_heads,
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
             vocab_size=config.vocab_size,
+            normed_keys=normed_keys,
         )
 
     @property
@@ -64,12 +67,12 @@ class DecoderShape:
     def proxy_flops(self, tokens: int, rows: int) -> int:
         """One stage's scoring of a sequence with `tokens` tokens and a loss at `rows` rows.
 
-        Keys of all tokens, forwards and backwards. Attention of the rows: scores by keys in two
-        products, for the rotation's cosines and sines, and their gradients; sums of hidden states,
-        and two products for their gradients. For the rows the rest of a layer and the head,
-        forwards and backwards (weights get no gradient).
+        Keys of all tokens, forwards and backwards, and once more where they are normed. Attention
+        of the rows: scores by keys in two products, for the rotation's cosines and sines, and their
+        gradients; sums of hidden states, and two products for their gradients. For the rows the
+        rest of a layer and the head, forwards and backwards (weights get no gradient).
         """
-        keys = 2 * tokens * self.hidden_size * self.kv_size
+        keys = (2 + self.normed_keys) * tokens * self.hidden_size * self.kv_size
         # Query, value and output projection.
         per_row = 3 * self.hidden_size * self.query_size
         per_row += self.ffn_products * self.hidden_size * self.intermediate_size
@@ -98,6 +101,8 @@ class VisionShape:
 
     layers_run: tower layers. tokens: patches and the class token, if there is one.
     features: tokens that the projector gets.
+    pooled: whether the tower also sums a picture up in one vector, by a query with attention and
+        an FFN, though nobody uses it.
     """
 
     layers_run: int
@@ -108,6 +113,7 @@ class VisionShape:
     features: int
     patch_inputs: int
     decoder_hidden_size: int
+    pooled: bool = False
 
     @classmethod
     def of_llava_config(cls, config: Any) -> VisionShape:
@@ -126,11 +132,14 @@ class VisionShape:
             features=tokens - dropped,
             patch_inputs=vision.num_channels * vision.patch_size**2,
             decoder_hidden_size=config.text_config.hidden_size,
+            pooled=getattr(vision, "vision_use_head", False),
         )
 
     def flops(self) -> int:
         n, d, m = self.tokens, self.hidden_size, self.intermediate_size
         tower = self.layers_run * (4 * n * d * d + 2 * n * n * d + 2 * n * d * m)
+        if self.pooled:
+            tower += 2 * d * (d + n * d + n + m)
         patches = self.patches * self.patch_inputs * d
         out = self.decoder_hidden_size
         return tower + patches + self.features * (d * out + out * out)
@@ -188,6 +197,49 @@ class WindowedVisionShape:
         """Pairs of places along an edge that lie in the same window."""
         whole, rest = divmod(edge, self.window)
         return whole * self.window**2 + rest**2
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StackedVisionShape:
+    """Sizes of a Qwen3-VL tower, whose blocks all attend to a whole image, and of its mergers: one
+    behind the last block, and one for each decoder layer that gets more of an image.
+
+    merge: patches along the edge of what becomes one token.
+    """
+
+    blocks: int
+    mergers: int
+    hidden_size: int
+    intermediate_size: int
+    merge: int
+    patch_inputs: int
+    decoder_hidden_size: int
+
+    @classmethod
+    def of_config(cls, vision: Any) -> StackedVisionShape:
+        """From a Qwen3VLVisionConfig."""
+        return cls(
+            blocks=vision.depth,
+            mergers=1 + len({*vision.deepstack_visual_indexes} & {*range(vision.depth)}),
+            hidden_size=vision.hidden_size,
+            intermediate_size=vision.intermediate_size,
+            merge=vision.spatial_merge_size,
+            patch_inputs=vision.in_channels * vision.temporal_patch_size * vision.patch_size**2,
+            decoder_hidden_size=vision.out_hidden_size,
+        )
+
+    def flops(self, rows: int, columns: int) -> int:
+        """One image of this many patches; the FFN of a block has two products."""
+        n, d, m = rows * columns, self.hidden_size, self.intermediate_size
+        merged = d * self.merge**2
+        blocks = self.blocks * n * (4 * d * d + 2 * d * m)
+        merger = n // self.merge**2 * (merged * merged + merged * self.decoder_hidden_size)
+        attention = self.attention_flops(rows, columns)
+        return n * self.patch_inputs * d + blocks + attention + self.mergers * merger
+
+    def attention_flops(self, rows: int, columns: int) -> int:
+        """Of them those of scores and of sums of values."""
+        return 2 * self.hidden_size * self.blocks * (rows * columns) ** 2
 
 
 def layer_average(visual_tokens: int, present: Sequence[int]) -> float:

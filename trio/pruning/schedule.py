@@ -183,13 +183,15 @@ class Schedule:
             result.append((stage.layer, left))
         return result
 
-    def check_depth(self, num_layers: int) -> None:
-        """Raise UserError unless every stage lies before the last layer has run."""
+    def check_depth(self, num_layers: int, *, behind_last: bool = False) -> None:
+        """Raise UserError unless every stage comes before the last layer, or right behind it where
+        `behind_last` allows that."""
+        last = num_layers if behind_last else num_layers - 1
         for stage in self.stages:
-            if stage.layer >= num_layers:
+            if stage.layer > last:
                 raise UserError(
                     f"schedule {self}: stage at layer {stage.layer}, but the decoder has "
-                    f"{num_layers} layers; the last possible stage is at {num_layers - 1}"
+                    f"{num_layers} layers; the last possible stage is at {last}"
                 )
 
 

@@ -1,0 +1,118 @@
+"""What the Qwen-VL families share: an image is seen at about its own size, and its tokens stand in
+rows and columns.
+
+The tower takes the patches of many images back to back. Positions of the decoder have three axes:
+time, row and column.
+
+Shapes: P patches of all images, C numbers of a patch, I images, N visual tokens of one image,
+T packed tokens.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from math import isqrt, prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trio.errors import UserError
+from trio.models.adapter import Adapter, Inputs, Span, check_pixels, tensor_of
+
+_USUAL_SIDE = 1024
+"""Pixels that an image of a usual size has at most along an edge."""
+
+
+class GridAdapter(Adapter):
+    """Of a model that takes `pixel_values [P, C]` and `image_grid_thw [I, 3]`: of each image its
+    frames, always 1, and its rows and columns of patches."""
+
+    default_position_ids = "keep"
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        vision = model.config.vision_config
+        self._merge: int = vision.spatial_merge_size
+        # What bounds an image beside the processor is that the context must hold it.
+        self.max_visual_tokens = self.decoder.max_positions
+        token_side = self._merge * vision.patch_size
+        self._edge = min(_USUAL_SIDE // token_side, isqrt(self.max_visual_tokens))
+        self.largest_image = (self._edge * token_side, self._edge * token_side)
+
+    @property
+    def planned_visual_tokens(self) -> int:
+        return self._edge**2
+
+    @abstractmethod
+    def image_flops(self, rows: int, columns: int) -> int:
+        """FLOPs of tower and mergers for one image of this many patches."""
+
+    def visual_tokens(self, inputs: Inputs) -> list[int]:
+        return [rows * columns // self._merge**2 for rows, columns in _grids(inputs)]
+
+    def check_inputs(self, inputs: Inputs) -> None:
+        vision = self.model.config.vision_config
+        grids = list(_grids(inputs))
+        if len(grids) != 1 or any(edge < 1 or edge % self._merge for edge in grids[0]):
+            raise UserError(
+                f"image_grid_thw of an image is {tensor_of(inputs, 'image_grid_thw').tolist()}, "
+                f"and the model takes one grid with edges in multiples of {self._merge}; use the "
+                "model's own processor"
+            )
+        numbers = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+        check_pixels(inputs, [prod(grids[0]), numbers])
+
+    def vision_flops(self, inputs: Inputs) -> int:
+        return sum(self.image_flops(rows, columns) for rows, columns in _grids(inputs))
+
+    def _encode(self, inputs: Sequence[Inputs]) -> Any:
+        """What the model's `get_image_features` makes of images, one in each of `inputs`."""
+        weight = self.model.model.visual.patch_embed.proj.weight
+        pixels = torch.cat([tensor_of(image, "pixel_values") for image in inputs])
+        grids = torch.cat([tensor_of(image, "image_grid_thw") for image in inputs])
+        return self.model.model.get_image_features(
+            pixels.to(weight.device, weight.dtype), grids.to(weight.device), return_dict=True
+        )
+
+    def positions(
+        self, lengths: Sequence[int], spans: Sequence[Sequence[Span]], inputs: Sequence[Inputs]
+    ) -> Tensor:
+        """As of all families, with A = 3.
+
+        Text counts on in all axes alike. The tokens of an image share their time; row and column
+        start where the time is, and what follows the image comes after the larger of them.
+        """
+        grids = (grid for image in inputs for grid in _grids(image))
+        prompts = zip(lengths, spans, strict=True)
+        return torch.cat([self._positions(length, own, grids) for length, own in prompts], dim=1)
+
+    def _positions(
+        self, length: int, spans: Sequence[Span], grids: Iterator[tuple[int, int]]
+    ) -> Tensor:
+        """`[3, length]` of one prompt; takes its images' grids off the front."""
+        pieces = []
+        place = position = 0
+        for start, stop in spans:
+            pieces.append(torch.arange(position, position + start - place).expand(3, -1))
+            position += start - place
+            rows, columns = (edge // self._merge for edge in next(grids))
+            row_N = torch.arange(rows).repeat_interleave(columns)
+            column_N = torch.arange(columns).repeat(rows)
+            pieces.append(torch.stack([torch.zeros_like(row_N), row_N, column_N]) + position)
+            position += max(rows, columns)
+            place = stop
+        pieces.append(torch.arange(position, position + length - place).expand(3, -1))
+        return torch.cat(pieces, dim=1)
+
+
+def _grids(inputs: Inputs) -> Iterator[tuple[int, int]]:
+    """Rows and columns of patches of each image."""
+    for frames, rows, columns in tensor_of(inputs, "image_grid_thw").tolist():
+        if frames != 1:
+            raise UserError(
+                f"image_grid_thw says {frames} frames: videos are not supported; give single "
+                "images, each with its own grid"
+            )
+        yield rows, columns

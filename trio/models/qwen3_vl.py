@@ -1,0 +1,40 @@
+"""Qwen3-VL: the decoder gets more of an image behind each of its first layers (DeepStack,
+arXiv 2406.04334)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+from transformers import Qwen3VLProcessor
+
+from trio.models.adapter import Features, ImageOnly, Inputs
+from trio.models.grids import GridAdapter
+from trio.pruning.cost import StackedVisionShape
+
+
+class ImageProcessor(ImageOnly, Qwen3VLProcessor):
+    """The model's processor for images."""
+
+
+class Qwen3VLAdapter(GridAdapter):
+    """Of a `Qwen3VLForConditionalGeneration`."""
+
+    text_models = ("qwen3_vl_text",)
+    processor_class = ImageProcessor
+
+    def image_flops(self, rows: int, columns: int) -> int:
+        shape = StackedVisionShape.of_config(self.model.config.vision_config)
+        return shape.flops(rows, columns)
+
+    def _features(self, inputs: Sequence[Inputs]) -> Sequence[Features]:
+        out = self._encode(inputs)
+        layers = out.deepstack_features or ()
+        return [
+            Features(tokens, tuple(layer[number] for layer in layers))
+            for number, tokens in enumerate(out.pooler_output)
+        ]
+
+    def injected(self, call: Mapping[str, Any]) -> Sequence[Tensor]:
+        return call.get("deepstack_visual_embeds") or ()
