@@ -128,11 +128,9 @@ def speed(options: argparse.Namespace) -> int:
 
 def cost(options: argparse.Namespace) -> int:
     """FLOPs and cache of one prompt in the published sizes, from shapes alone."""
-    import torch
-
     from trio.benchmark.cost import cost as count
     from trio.benchmark.cost import table
-    from trio.benchmark.shapes import PUBLISHED, build
+    from trio.benchmark.shapes import PUBLISHED, blueprint, processor
 
     retention = options.retention
     if retention is None and options.schedule is None:
@@ -148,10 +146,9 @@ def cost(options: argparse.Namespace) -> int:
     print(f"unpruned / pruned; {_line(conditions)}", flush=True)
     rows = []
     for name in options.shape or PUBLISHED:
-        model, processor = build(name, torch.device("meta"), torch.bfloat16)
         found = count(
-            model,
-            processor,
+            blueprint(name),
+            processor(name),
             pruning,
             image=options.image,
             prompt_tokens=options.prompt_tokens,

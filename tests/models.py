@@ -145,25 +145,6 @@ def tiny_llava(
     return model.to(dtype)
 
 
-def meta_7b(pinpoints: Pinpoints | None = None) -> Any:
-    """LLaVA-1.5-7B's shape, with `pinpoints` that of LLaVA-NeXT-7B, without weights."""
-    common: dict[str, Any] = {
-        "vision_config": CLIPVisionConfig(
-            hidden_size=1024,
-            intermediate_size=4096,
-            num_hidden_layers=24,
-            num_attention_heads=16,
-            image_size=336,
-            patch_size=14,
-            projection_dim=768,
-        ),
-        "text_config": LlamaConfig(vocab_size=32064, max_position_embeddings=4096),
-        "image_token_index": 32000,
-    }
-    with torch.device("meta"):
-        return _model(common, pinpoints)
-
-
 def _model(common: dict[str, Any], pinpoints: Pinpoints | None) -> Any:
     if pinpoints is None:
         return LlavaForConditionalGeneration(LlavaConfig(**common))

@@ -158,20 +158,3 @@ def save_tiny_onevision(directory: Path, **options: Any) -> Path:
     processor.tokenizer.save_pretrained(directory)
     (directory / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     return directory
-
-
-def meta_onevision_7b() -> Any:
-    """LLaVA-OneVision-7B's shape without weights; tower, tiles and their bound are the config's
-    own defaults, which are its."""
-    text = Qwen2Config(
-        hidden_size=3584,
-        intermediate_size=18944,
-        num_hidden_layers=28,
-        num_attention_heads=28,
-        num_key_value_heads=4,
-        vocab_size=152000,
-        max_position_embeddings=32768,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
-    )
-    with torch.device("meta"):
-        return LlavaOnevisionForConditionalGeneration(LlavaOnevisionConfig(text_config=text))

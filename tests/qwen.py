@@ -156,30 +156,3 @@ def _flatten(file: Path) -> None:
     text.pop("layer_types")
     config["vision_config"]["model_type"] = "qwen2_5_vl"
     file.write_text(json.dumps({**text, **config}))
-
-
-def meta_qwen_7b() -> Any:
-    """Qwen2.5-VL-7B's shape without weights."""
-    text = Qwen2_5_VLTextConfig(
-        hidden_size=3584,
-        intermediate_size=18944,
-        num_hidden_layers=28,
-        num_attention_heads=28,
-        num_key_value_heads=4,
-        vocab_size=152064,
-        max_position_embeddings=128000,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
-    )
-    vision = Qwen2_5_VLVisionConfig(
-        depth=32,
-        hidden_size=1280,
-        intermediate_size=3420,
-        num_heads=16,
-        patch_size=14,
-        window_size=112,
-        fullatt_block_indexes=[7, 15, 23, 31],
-        out_hidden_size=3584,
-    )
-    with torch.device("meta"):
-        config = Qwen2_5_VLConfig(text_config=text, vision_config=vision)
-        return Qwen2_5_VLForConditionalGeneration(config)

@@ -147,27 +147,3 @@ def _rename(file: Path) -> None:
     config["vision_config"].pop("rope_parameters", None)
     config["vision_config"]["model_type"] = "qwen3_vl"
     file.write_text(json.dumps(config))
-
-
-def meta_qwen3_8b() -> Any:
-    """Qwen3-VL-8B's shape without weights."""
-    text = Qwen3VLTextConfig(
-        hidden_size=4096,
-        intermediate_size=12288,
-        num_hidden_layers=36,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=128,
-        vocab_size=151936,
-        max_position_embeddings=262144,
-        rope_parameters={
-            "rope_type": "default",
-            "rope_theta": 5e6,
-            "mrope_section": [24, 20, 20],
-            "mrope_interleaved": True,
-        },
-    )
-    vision = Qwen3VLVisionConfig(out_hidden_size=4096)
-    with torch.device("meta"):
-        config = Qwen3VLConfig(text_config=text, vision_config=vision)
-        return Qwen3VLForConditionalGeneration(config)

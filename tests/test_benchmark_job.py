@@ -7,12 +7,13 @@ from pathlib import Path
 import benchmark
 import pytest
 import torch
+from PIL import Image
 
-from tests.models import HUB_PINPOINTS, meta_7b
-from tests.qwen import meta_qwen_7b
 from trio.benchmark import shapes, targets
-from trio.benchmark.qwen import QWEN_7B
-from trio.demo.build import tokenizer
+from trio.benchmark.llava import LlavaShape
+from trio.benchmark.onevision import ONEVISION_7B
+from trio.benchmark.qwen import QWEN2_5_7B, QWEN3_8B
+from trio.benchmark.shapes import blueprint
 from trio.models.registry import adapt
 
 
@@ -86,7 +87,7 @@ def test_speed_compares_four_ways_on_the_same_requests(
 def test_speed_of_llava_next_counts_tiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The shape `tiny` with images of 5 tiles, 144 visual tokens each, and 24 newlines."""
     tiny = shapes.SHAPES["tiny"]
-    assert isinstance(tiny, shapes.Shape)
+    assert isinstance(tiny, LlavaShape)
     grids = ((96, 192), (192, 96), (192, 192))
     monkeypatch.setitem(shapes.SHAPES, "next-tiny", replace(tiny, pinpoints=grids))
     told = {}
@@ -104,23 +105,30 @@ def test_speed_of_llava_next_counts_tiles(tmp_path: Path, monkeypatch: pytest.Mo
     assert encoder[0] == 5 * encoder[1] > 0
 
 
-def test_the_7b_shape_of_llava_next_is_the_published_one() -> None:
-    shape = shapes.SHAPES["llava-next-7b"]
-    with torch.device("meta"):
-        adapter = adapt(shapes._model(shape, tokenizer()))
-    published = adapt(meta_7b(HUB_PINPOINTS))
-    assert adapter.shape() == published.shape()
-    image = {"image_sizes": torch.tensor([[672, 672]])}
-    assert adapter.vision_flops(image) == published.vision_flops(image)
-    assert adapter.largest_image == (672, 672)
-    assert adapter.max_visual_tokens == published.max_visual_tokens == 2928
-    assert adapter.model.config.image_grid_pinpoints == published.model.config.image_grid_pinpoints
+SIZES = {
+    "llava-1.5-7b": (7_063_427_072, (336, 336), 576),
+    "llava-next-7b": (7_063_431_168, (672, 672), 2928),
+    "qwen2.5-vl-7b": (8_292_166_656, (1008, 1008), 1296),
+    "qwen3-vl-8b": (8_767_123_696, (1024, 1024), 1024),
+    "llava-onevision-7b": (8_029_890_080, (1152, 1393), 8765),
+}
+"""Parameters, and the largest or a usual image with its visual tokens."""
+
+
+@pytest.mark.parametrize("name", shapes.PUBLISHED)
+def test_the_published_sizes(name: str) -> None:
+    parameters, size, tokens = SIZES[name]
+    adapter = adapt(blueprint(name))
+    assert sum(weight.numel() for weight in adapter.model.parameters()) == parameters
+    assert adapter.largest_image == size and adapter.planned_visual_tokens == tokens
+    (image,) = adapter.process_images(shapes.processor(name), [Image.new("RGB", size)])
+    assert adapter.visual_tokens(image) == [tokens]
 
 
 def test_speed_of_qwen2_5_vl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In miniature; its images of 288 x 288 pixels are scaled down to 12 x 12 visual tokens."""
     shape = replace(
-        QWEN_7B,
+        QWEN2_5_7B,
         hidden=64,
         intermediate=128,
         layers=12,
@@ -148,26 +156,95 @@ def test_speed_of_qwen2_5_vl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert engine["kv_bytes"] == token * 2 * (144 + 8 + 1) == generate["kv_bytes"]
     assert pruned["flops"] == patched["flops"] < engine["flops"] == generate["flops"]
     assert pruned["kv_bytes"] == patched["kv_bytes"] < engine["kv_bytes"] / 3
-    with torch.device("meta"):
-        adapter = adapt(shapes._model(shape, tokenizer()))
+    adapter = adapt(blueprint("qwen-tiny"))
     encoder = adapter.vision_flops({"image_grid_thw": torch.tensor([[1, 24, 24]])})
     assert engine["flops_total"] - engine["flops"] == 2 * encoder
 
 
-def test_the_7b_shape_of_qwen2_5_vl_is_the_published_one() -> None:
-    with torch.device("meta"):
-        model = shapes._model(shapes.SHAPES["qwen2.5-vl-7b"], tokenizer())
-    adapter, published = adapt(model), adapt(meta_qwen_7b())
-    assert adapter.shape() == published.shape()
-    image = {"image_grid_thw": torch.tensor([[1, 72, 72]])}
-    assert adapter.vision_flops(image) == published.vision_flops(image)
-    assert adapter.visual_tokens(image) == [1296] == [adapter.planned_visual_tokens]
-    assert adapter.largest_image == (1008, 1008)
-    # 8.29 billion parameters: of the checkpoint's index on the hub, 16.58 GB in half precision.
-    assert sum(parameter.numel() for parameter in model.parameters()) == 8_292_166_656
-    sizes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    wanted = {name: tuple(p.shape) for name, p in published.model.named_parameters()}
-    assert sizes == wanted
+TINY = {
+    "qwen3": replace(
+        QWEN3_8B,
+        hidden=64,
+        intermediate=96,
+        layers=6,
+        heads=4,
+        kv_heads=2,
+        head=16,
+        vocabulary=1000,
+        positions=2048,
+        sections=(2, 3, 3),
+        patch=4,
+        vision_hidden=24,
+        vision_intermediate=40,
+        vision_layers=4,
+        vision_heads=2,
+        max_pixels=64 * 8**2,
+        positions_learnt=64,
+        deepstack=(1, 2),
+    ),
+    "onevision": replace(
+        ONEVISION_7B,
+        hidden=64,
+        intermediate=96,
+        layers=6,
+        heads=4,
+        kv_heads=2,
+        vocabulary=1000,
+        image=32,
+        patch=8,
+        vision_hidden=24,
+        vision_intermediate=40,
+        vision_layers=2,
+        vision_heads=2,
+        edge=2,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_speed_of_other_families(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(shapes.SHAPES, name, TINY[name])
+    file = tmp_path / "speed.json"
+    flags = ["--shape", name, "--batch", "2", "--prompt-tokens", "8", "--output-tokens", "2"]
+    more = ["--retention", "0.4", "--rounds", "1", "--json", str(file)]
+    assert benchmark.main(["speed", *flags, *more]) == 0
+    generate, engine, pruned, patched = json.loads(file.read_text())["rows"]
+    assert pruned["flops"] == patched["flops"] < engine["flops"] == generate["flops"]
+    assert pruned["kv_bytes"] == patched["kv_bytes"] < engine["kv_bytes"] == generate["kv_bytes"]
+
+
+def test_cost_of_the_published_setting(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of LLaVA-1.5-7B, whose published cache is 5.13 times smaller."""
+    file = tmp_path / "cost.json"
+    assert benchmark.main(["cost", "--shape", "llava-1.5-7b,tiny", "--json", str(file)]) == 0
+    row, tiny = json.loads(file.read_text())["rows"]
+    assert row["visual_tokens"] == 576 and row["stages"] == [[1, 92], [10, 54], [15, 22]]
+    assert row["retention"] == pytest.approx(1 / 9)
+    assert row["kv_cache"] == pytest.approx(5.129, abs=1e-3)
+    ratios = [row[key] for key in ("decoder", "chosen", "whole")]
+    assert ratios == pytest.approx((5.219, 4.974, 4.207), abs=5e-3)
+    assert tiny["shape"] == "tiny" and tiny["whole"] < tiny["chosen"] < tiny["decoder"]
+    printed = capsys.readouterr().out
+    assert "1:92,10:54,15:22" in printed and "5.13" in printed
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--shape", "huge"], "--shape huge is not available"),
+        (["--retention", "1"], "prune nothing"),
+        (["--retention", "0.001"], "smallest retention"),
+        (["--image", "300"], "no integer"),
+        (["--schedule", "40:3"], "32 layers"),
+    ],
+)
+def test_cost_that_cannot_be_told(
+    flags: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert benchmark.main(["cost", "--shape", "llava-1.5-7b", *flags]) == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from tests.models import meta_7b, tiny_llava
+from tests.models import tiny_llava
 from tests.qwen import tiny_qwen
-from tests.qwen3 import meta_qwen3_8b, tiny_qwen3
+from tests.qwen3 import tiny_qwen3
+from trio.benchmark.shapes import blueprint
 from trio.errors import UserError
 from trio.models.registry import adapt
 
@@ -131,5 +132,5 @@ def test_known_layers_are_taken(dtype: torch.dtype) -> None:
 
 
 def test_models_without_weights_are_taken() -> None:
-    for model in (meta_7b(), meta_qwen3_8b()):
+    for model in (blueprint("llava-1.5-7b"), blueprint("qwen3-vl-8b")):
         adapt(model)

@@ -16,10 +16,10 @@ from tests.models import (
     IMAGE_TOKEN_ID,
     LLAVA_NEXT,
     PINPOINTS,
-    meta_7b,
     tiny_llava,
     tiny_processor,
 )
+from trio.benchmark.shapes import blueprint
 from trio.errors import UserError
 from trio.models.registry import adapt
 from trio.models.tiles import TiledAdapter
@@ -53,7 +53,7 @@ def singles() -> list[dict[str, torch.Tensor]]:
 
 
 def test_counts_of_a_7b_shape() -> None:
-    adapter = tiled(meta_7b(HUB_PINPOINTS))
+    adapter = tiled(blueprint("llava-next-7b"))
     assert adapter.largest_image == (672, 672)
     assert adapter.max_visual_tokens == 5 * 576 + 48 == 2928
 

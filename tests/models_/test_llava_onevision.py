@@ -25,12 +25,12 @@ from tests.onevision import (
     IMAGE_TOKEN_ID,
     SIDE,
     TILE_TOKENS,
-    meta_onevision_7b,
     onevision_processor,
     pinpoints,
     tiny_onevision,
 )
 from tests.patching.prompts import run
+from trio.benchmark.shapes import blueprint
 from trio.config import Pruning
 from trio.engine.engine import Engine
 from trio.engine.request import Request, Sampling
@@ -89,7 +89,7 @@ def many_sizes(count: int) -> list[tuple[int, int]]:
 
 
 def test_counts_of_a_7b_shape() -> None:
-    adapter = onevision(meta_onevision_7b())
+    adapter = onevision(blueprint("llava-onevision-7b"))
     # Up to 1.21 times the features of 9 tiles are left as they are, 7938.
     assert adapter.max_visual_tokens == 27 * 27 + 98 * (81 + 1) == 8765
     width, height = adapter.largest_image

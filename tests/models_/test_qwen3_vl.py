@@ -16,10 +16,10 @@ from tests.qwen3 import (
     HEAD,
     INJECTED,
     SECTIONS,
-    meta_qwen3_8b,
     tiny_qwen3,
     tiny_qwen3_processor,
 )
+from trio.benchmark.shapes import blueprint
 from trio.models.adapter import Features, joined
 from trio.models.prefill import PackedPrompts, Prefilled, prefill
 from trio.models.registry import adapt
@@ -39,7 +39,7 @@ def batch(images: tuple[int, ...]) -> dict[str, Any]:
 
 
 def test_counts_of_an_8b_shape() -> None:
-    adapter = adapt(meta_qwen3_8b())
+    adapter = adapt(blueprint("qwen3-vl-8b"))
     assert adapter.largest_image == (1024, 1024)
     assert adapter.planned_visual_tokens == 32 * 32
     assert adapter.max_visual_tokens == 262144 == adapter.decoder.max_positions

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, GPTQConfig
 
 import trio
-from tests.models import meta_7b, tiny_llava, tiny_processor
+from tests.models import tiny_llava, tiny_processor
+from trio.benchmark.shapes import blueprint
 from trio.engine.engine import Engine
 from trio.errors import UserError
 from trio.models.registry import adapt
@@ -125,13 +126,13 @@ def test_a_part_on_the_meta_device(model: Any) -> None:
 
 
 def test_a_model_without_weights_is_measured_and_not_served() -> None:
-    model = meta_7b()
+    model = blueprint("llava-1.5-7b")
     assert adapt(model).max_visual_tokens == 576
     with pytest.raises(UserError, match="on the meta device, without weights"):
         Engine(model, tiny_processor())
 
 
 def test_a_model_that_is_offloaded_whole() -> None:
-    model = meta_7b()
+    model = blueprint("llava-1.5-7b")
     model.model.language_model.layers[0].mlp._hf_hook = object()
     assert "offloaded by accelerate" in refusal(model)

@@ -11,10 +11,12 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode, bmm_flop
 from transformers import LlamaConfig
 
-from tests.models import HUB_PINPOINTS, LLAVA_NEXT, Strategy, meta_7b, tiny_llava, tiny_processor
-from tests.onevision import meta_onevision_7b, onevision_processor, tiny_onevision
-from tests.qwen import meta_qwen_7b
-from tests.qwen3 import meta_qwen3_8b, tiny_qwen3
+from tests.models import LLAVA_NEXT, Strategy, tiny_llava, tiny_processor
+from tests.onevision import onevision_processor, tiny_onevision
+from tests.qwen3 import tiny_qwen3
+from trio.benchmark.cost import cost
+from trio.benchmark.shapes import blueprint, processor
+from trio.config import Pruning
 from trio.models.attention import Packed
 from trio.models.registry import adapt
 from trio.models.tiles import TiledAdapter
@@ -25,7 +27,7 @@ TEXT_TOKENS = 60
 
 
 def test_the_published_setting_on_a_7b_shape() -> None:
-    adapter = adapt(meta_7b())
+    adapter = adapt(blueprint("llava-1.5-7b"))
     shape = adapter.shape()
     assert adapter.max_visual_tokens == 576
     stages = Schedule.for_retention(1 / 9, shape.num_layers, 576).counts(576)
@@ -65,67 +67,48 @@ def test_the_published_setting_on_a_7b_shape() -> None:
         assert ratios == pytest.approx(expected, abs=1e-3)
 
 
-def test_retention_of_a_ninth_on_the_7b_shape_of_llava_next() -> None:
-    """The image of 672 x 672: 5 tiles, and a newline for each of 48 rows."""
-    adapter = adapt(meta_7b(HUB_PINPOINTS))
-    shape = replace(adapter.shape(), ffn_products=2)
-    unpruned = adapter.max_visual_tokens
-    assert unpruned == 5 * 576 + 48
-
-    def ratios(schedule: Schedule) -> tuple[float, float, float]:
-        """Unpruned over pruned: the decoder, with a layer for each proxy, with what ours costs and
-        the vision tower."""
-        stages = schedule.counts(unpruned)
-        pruned = [count + TEXT_TOKENS for count in tokens_per_layer(unpruned, stages, 32)]
-        scored = [unpruned + TEXT_TOKENS, *(keep + TEXT_TOKENS for _, keep in stages[:-1])]
-        before, after = shape.prefill_flops([scored[0]] * 32), shape.prefill_flops(pruned)
-        forwards = sum(map(shape.layer_flops, scored))
-        own = sum(shape.proxy_flops(count, rows=4) for count in scored)
-        vision = adapter.vision_flops({"image_sizes": torch.tensor([[672, 672]])})
-        return (
-            before / after,
-            before / (after + forwards),
-            (before + vision) / (after + own + vision),
-        )
-
-    ninth = Schedule.for_retention(1 / 9, 32, unpruned)
-    assert ninth.counts(unpruned) == [(1, 468), (10, 274), (15, 112)]
-    present = tokens_per_layer(unpruned, ninth.counts(unpruned), 32)
-    assert layer_average(unpruned, present) == pytest.approx(1 / 9, abs=1 / unpruned)
-    # Published: 6.22x, by counts that keep 11.8 % of this image. Which images and how much text
-    # is not said; with this one, 60 tokens and a layer forward for each proxy we come near it.
-    published = Schedule.parse("1:436,10:255,15:173")
-    assert ratios(ninth) == pytest.approx((8.510, 6.380, 5.749), abs=1e-3)
-    assert ratios(published) == pytest.approx((8.100, 6.165, 5.572), abs=1e-3)
+NINTH = Pruning(retention=1 / 9)
+PUBLISHED_NEXT = Pruning(schedule="1:436,10:255,15:173")
+# Of LLaVA-NeXT: 5 tiles and a newline for each of 48 rows; of an image of 3:2 only 32 rows.
+README = [
+    ("llava-1.5-7b", NINTH, (336, 336), 576, (5.219, 4.976, 4.208, 5.129)),
+    ("llava-next-7b", NINTH, (672, 672), 2928, (8.361, 7.919, 6.048, 7.755)),
+    ("llava-next-7b", PUBLISHED_NEXT, (672, 672), 2928, (7.941, 7.535, 5.831, 7.362)),
+    ("llava-next-7b", PUBLISHED_NEXT, (672, 448), 2144, (6.122, 5.850, 4.509, 5.779)),
+    ("qwen2.5-vl-7b", NINTH, (1008, 1008), 1296, (6.825, 6.683, 2.565, 6.646)),
+    ("qwen3-vl-8b", NINTH, (1024, 1024), 1024, (6.428, 6.218, 2.587, 6.231)),
+    ("llava-onevision-7b", NINTH, (1008, 1008), 7371, (9.551, 9.404, 6.507, 8.454)),
+]
+STAGES = {
+    "llava-1.5-7b": [(1, 92), (10, 54), (15, 22)],
+    "llava-next-7b": [(1, 401), (10, 234), (15, 159)],
+    "qwen2.5-vl-7b": [(1, 196), (9, 116), (13, 47)],
+    "qwen3-vl-8b": [(1, 170), (11, 100), (17, 41)],
+    "llava-onevision-7b": [(1, 1117), (9, 655), (13, 267)],
+}
 
 
-def test_retention_of_a_ninth_on_the_7b_shape_of_qwen2_5_vl() -> None:
-    """The image of 1008 x 1008. Published for this model is a schedule with compression in the
-    tower, which this is not; so no published figure stands beside these."""
-    adapter = adapt(meta_qwen_7b())
-    shape, unpruned = adapter.shape(), adapter.planned_visual_tokens
-    assert unpruned == 36 * 36
-    stages = Schedule.for_retention(1 / 9, 28, unpruned).counts(unpruned)
-    present = tokens_per_layer(unpruned, stages, 28)
-    assert layer_average(unpruned, present) == pytest.approx(1 / 9, abs=1 / unpruned)
-    pruned = [count + TEXT_TOKENS for count in present]
-    scored = [unpruned + TEXT_TOKENS, *(keep + TEXT_TOKENS for _, keep in stages[:-1])]
-    full = [scored[0]] * 28
-    # Keys and values of 4 heads of 128, in half precision.
-    assert shape.kv_bytes(full, 2) == 28 * (1296 + TEXT_TOKENS) * 2 * 4 * 128 * 2
-    before, after = shape.prefill_flops(full), shape.prefill_flops(pruned)
-    own = sum(shape.proxy_flops(count, rows=4) for count in scored)
-    vision = adapter.vision_flops({"image_grid_thw": torch.tensor([[1, 72, 72]])})
-    ratios = (before / after, before / (after + own), (before + vision) / (after + own + vision))
-    assert stages == [(1, 196), (9, 116), (13, 47)]
-    assert ratios == pytest.approx((6.825, 6.688, 2.565), abs=1e-3)
-    assert shape.kv_bytes(full, 2) / shape.kv_bytes(pruned, 2) == pytest.approx(6.646, abs=1e-3)
+@pytest.mark.parametrize(("name", "pruning", "image", "tokens", "ratios"), README)
+def test_the_table_in_the_readme(
+    name: str, pruning: Pruning, image: tuple[int, int], tokens: int, ratios: tuple[float, ...]
+) -> None:
+    model = blueprint(name)
+    found = cost(model, processor(name), pruning, image=image, prompt_tokens=TEXT_TOKENS)
+    assert found.visual_tokens == tokens
+    got = (found.decoder, found.chosen, found.whole, found.kv_cache)
+    assert got == pytest.approx(ratios, abs=1e-3)
+    if pruning is NINTH:
+        assert found.stages == STAGES[name]
+        layers = adapt(model).decoder.num_layers
+        present = tokens_per_layer(tokens, found.stages, layers)
+        assert sum(present) / layers == pytest.approx(tokens / 9, abs=1)
+        assert found.retention == pytest.approx(sum(present) / layers / tokens)
 
 
 def test_retention_of_a_ninth_on_the_7b_shape_of_llava_onevision() -> None:
     """One image at its largest, in 13 tiles, and 32 frames of a video, each seen once. Published
     for this model is nothing."""
-    adapter = adapt(meta_onevision_7b())
+    adapter = adapt(blueprint("llava-onevision-7b"))
     assert isinstance(adapter, TiledAdapter)
     shape = adapter.shape()
     assert adapter.planned_visual_tokens == 729 + 98 * 82
@@ -156,25 +139,6 @@ def test_retention_of_a_ninth_on_the_7b_shape_of_llava_onevision() -> None:
     assert adapter.visual_tokens(image) == [8765] and adapter.tiles(image) == [13]
     assert ratios(image) == pytest.approx((9.729, 6.540, 8.534), abs=1e-3)
     assert ratios(frames) == pytest.approx((11.773, 8.291, 8.846), abs=1e-3)
-
-
-def test_retention_of_a_ninth_on_the_8b_shape_of_qwen3_vl() -> None:
-    """The image of 1024 x 1024."""
-    adapter = adapt(meta_qwen3_8b())
-    shape, unpruned = adapter.shape(), adapter.planned_visual_tokens
-    stages = Schedule.for_retention(1 / 9, 36, unpruned).counts(unpruned)
-    present = tokens_per_layer(unpruned, stages, 36)
-    assert layer_average(unpruned, present) == pytest.approx(1 / 9, abs=1 / unpruned)
-    pruned = [count + TEXT_TOKENS for count in present]
-    scored = [unpruned + TEXT_TOKENS, *(keep + TEXT_TOKENS for _, keep in stages[:-1])]
-    full = [scored[0]] * 36
-    before, after = shape.prefill_flops(full), shape.prefill_flops(pruned)
-    own = sum(shape.proxy_flops(count, rows=4) for count in scored)
-    vision = adapter.vision_flops({"image_grid_thw": torch.tensor([[1, 64, 64]])})
-    ratios = (before / after, before / (after + own), (before + vision) / (after + own + vision))
-    assert stages == [(1, 170), (11, 100), (17, 41)]
-    assert ratios == pytest.approx((6.428, 6.221, 2.587), abs=1e-3)
-    assert vision / before == pytest.approx(0.368, abs=1e-3)
 
 
 TINY = {"llava": tiny_llava, "qwen3_vl": tiny_qwen3}

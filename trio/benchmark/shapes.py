@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
@@ -68,21 +67,34 @@ def build(name: str, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any
     Raises:
         UserError: no such shape.
     """
-    shape, words = _shape(SHAPES, name), tokenizer()
     with torch.device(device):
-        model = shape.model(words)
+        model = _shape(name).model(tokenizer())
     model = model.to(dtype).eval()
-    if device.type != "meta":
-        _fill(model)
-    return model, shape.processor(words)
+    _fill(model)
+    return model, processor(name)
 
 
-def _shape(shapes: Mapping[str, Shape], name: str) -> Shape:
-    if name not in shapes:
+def blueprint(name: str) -> Any:
+    """A model of this shape without weights, on the meta device, to count on.
+
+    Raises:
+        UserError: no such shape.
+    """
+    with torch.device("meta"):
+        return _shape(name).model(tokenizer()).to(torch.bfloat16).eval()
+
+
+def processor(name: str) -> Any:
+    """One that fits the models of this shape."""
+    return _shape(name).processor(tokenizer())
+
+
+def _shape(name: str) -> Shape:
+    if name not in SHAPES:
         raise UserError(
-            f"--shape {name} is not available in this version; there are: {', '.join(shapes)}"
+            f"--shape {name} is not available in this version; there are: {', '.join(SHAPES)}"
         )
-    return shapes[name]
+    return SHAPES[name]
 
 
 @torch.no_grad()
