@@ -105,9 +105,11 @@ def _level_features(model: Any) -> None:
     out = model.get_image_features(pixels, torch.tensor([[1, 16, 16]]), return_dict=True)
     hidden = decoder(inputs_embeds=torch.randn(1, 64, 64), output_hidden_states=True).hidden_states
     levels = [(tower.merger, out.pooler_output[0], 1.0)]
-    for merger, (features,), beside in zip(
+    for merger, layer, beside in zip(
         tower.deepstack_merger_list, out.deepstack_features, hidden[1:], strict=False
     ):
+        # In some versions of transformers divided into images, of which there is one here.
+        features = layer if isinstance(layer, torch.Tensor) else layer[0]
         levels.append((merger, features, float(beside.std())))
     for merger, features, size in levels:
         merger.linear_fc2.weight.mul_(size / features.std())

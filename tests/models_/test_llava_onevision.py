@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 import random
 from collections.abc import Sequence
@@ -230,6 +231,8 @@ def test_patch_takes_several_images_in_tiles_if_the_call_has_them(said: bool) ->
 def test_patch_counts_as_generate_was_told_to(ratio: str) -> None:
     """`generate` passes a `vision_aspect_ratio` on, whatever the config says."""
     model = tiny_onevision(layers=2, spread=0.4)
+    if "mm_encoder_outputs" not in inspect.signature(model.forward).parameters:
+        pytest.skip("this transformers takes it from the config alone")
     processor = onevision_processor(aspect_ratio=ratio)
     image = Image.new("RGB", (3 * SIDE, 3 * SIDE))
     inputs = dict(processor(images=[image], text=["<image> what"], return_tensors="pt"))

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import Qwen3VLProcessor
 
@@ -30,7 +31,12 @@ class Qwen3VLAdapter(GridAdapter):
 
     def _features(self, inputs: Sequence[Inputs]) -> Sequence[Features]:
         out = self._encode(inputs)
-        layers = out.deepstack_features or ()
+        counts = [len(tokens) for tokens in out.pooler_output]
+        # In transformers 5.17 all images of a layer come in one tensor.
+        layers = [
+            (layer if isinstance(layer, Tensor) else torch.cat(layer)).split(counts)
+            for layer in out.deepstack_features or ()
+        ]
         return [
             Features(tokens, tuple(layer[number] for layer in layers))
             for number, tokens in enumerate(out.pooler_output)
