@@ -17,8 +17,6 @@ from tests.engine.support import (
     tokens,
 )
 from tests.families.family import (
-    ARCHITECTURES,
-    FAMILIES,
     LAYERS,
     Family,
     requests_of_many_sizes,
@@ -36,16 +34,6 @@ PRUNINGS = {
     "shares-from-embeddings": Pruning(schedule="0:0.5,3:0.2", method="gradient"),
     "random": Pruning(schedule="1:0.4", method="random", seed=3),
 }
-
-
-@pytest.fixture(scope="module", params=FAMILIES)
-def any_family(request: Any) -> Family:
-    return FAMILIES[request.param]()
-
-
-@pytest.fixture(scope="module", params=ARCHITECTURES)
-def family(request: Any) -> Family:
-    return FAMILIES[request.param]()
 
 
 def engine(family: Family, pruning: Pruning | None = None, **options: Any) -> Engine:

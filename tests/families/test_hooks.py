@@ -17,7 +17,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import AttentionInterface
 
 from tests.engine.support import model_inputs, picture
-from tests.families.family import ARCHITECTURES, FAMILIES, LAYERS, Family, requests_with
+from tests.families.family import LAYERS, Family, requests_with
 from tests.patching.prompts import run
 from trio.engine.prepare import Preparer
 from trio.engine.request import Prepared, Request
@@ -27,16 +27,6 @@ from trio.models.registry import adapt, adapter_class
 from trio.patching.cache import RaggedLayer
 
 TOKENS = 7
-
-
-@pytest.fixture(scope="module", params=FAMILIES)
-def any_family(request: Any) -> Family:
-    return FAMILIES[request.param]()
-
-
-@pytest.fixture(scope="module", params=ARCHITECTURES)
-def family(request: Any) -> Family:
-    return FAMILIES[request.param]()
 
 
 @dataclass

@@ -11,7 +11,7 @@ import torch
 
 import trio
 from tests.engine.support import batch_inputs
-from tests.families.family import ARCHITECTURES, FAMILIES, Family, requests_with
+from tests.families.family import Family, requests_with
 from tests.patching.prompts import run
 from trio.engine.request import Request
 from trio.errors import UserError
@@ -19,11 +19,6 @@ from trio.errors import UserError
 PRUNING = trio.Pruning(retention=0.4)
 IMAGES = (1, 2, 0, 1, 3, 1, 0, 1)
 """Of each row."""
-
-
-@pytest.fixture(scope="module", params=ARCHITECTURES)
-def family(request: Any) -> Family:
-    return FAMILIES[request.param]()
 
 
 @pytest.fixture
