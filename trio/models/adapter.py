@@ -154,7 +154,10 @@ class Adapter(ABC):
     def positions(
         self, lengths: Sequence[int], spans: Sequence[Sequence[Span]], inputs: Sequence[Inputs]
     ) -> Tensor | None:
-        """Where the tokens of packed prompts stand.
+        """Where the tokens of packed prompts with images stand.
+
+        `patch` asks where positions have one axis; those on several it takes from the model, which
+        knows videos too.
 
         Args:
             lengths: tokens of each prompt.
