@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -64,7 +65,9 @@ class Adapter(ABC):
     """Width and height, in pixels, of an image that gives as many visual tokens as any can; where
     the model itself sets no bound, of one of a usual size."""
     max_visual_tokens: int
-    """No image gives more."""
+    """No image gives more; a video may."""
+    video_token_id: int | None = None
+    """Stands for the tokens of a video in a prompt; None where the family has no videos."""
 
     def __init__(self, model: Any) -> None:
         text = model.config.text_config.model_type
@@ -108,6 +111,11 @@ class Adapter(ABC):
     def visual_tokens(self, inputs: Inputs) -> list[int]:
         """Visual tokens that the model will make of each image, told without running it."""
 
+    def video_tokens(self, inputs: Inputs) -> list[int]:
+        """Visual tokens that the model will make of each video in a call of it, told without
+        running it; asked only where there is a `video_token_id`."""
+        raise NotImplementedError(f"{type(self).__name__}.video_tokens")
+
     @abstractmethod
     def check_inputs(self, inputs: Inputs) -> None:
         """Raise UserError unless the model can take these, of one image."""
@@ -135,7 +143,8 @@ class Adapter(ABC):
         return [image.to(like) for image in features]
 
     def injected(self, call: Mapping[str, Any]) -> Sequence[Tensor]:
-        """`Features.injected` of all images of a batch, in a call of the model's text decoder.
+        """`Features.injected` of all images and videos of a batch, in a call of the model's text
+        decoder.
 
         Returns:
             `[V, D]` each, where V counts the batch's visual tokens, row by row.
@@ -145,7 +154,10 @@ class Adapter(ABC):
     def positions(
         self, lengths: Sequence[int], spans: Sequence[Sequence[Span]], inputs: Sequence[Inputs]
     ) -> Tensor | None:
-        """Where the tokens of packed prompts stand.
+        """Where the tokens of packed prompts with images stand.
+
+        `patch` asks where positions have one axis; those on several it takes from the model, which
+        knows videos too.
 
         Args:
             lengths: tokens of each prompt.
@@ -168,8 +180,7 @@ class Adapter(ABC):
         Raises:
             UserError: placeholders and features do not match, with both numbers.
         """
-        tokens = input_ids.tolist() if isinstance(input_ids, Tensor) else input_ids
-        places = [i for i, token in enumerate(tokens) if token == self.image_token_id]
+        places = _places(input_ids, self.image_token_id)
         if len(places) != sum(features):
             raise UserError(
                 f"prompt has {len(places)} image placeholder tokens but its {len(features)} images "
@@ -177,17 +188,34 @@ class Adapter(ABC):
                 "per image"
             )
         spans = []
-        used = 0
-        for count in features:
-            start, last = places[used], places[used + count - 1]
-            if last - start != count - 1:
+        for count, runs in zip(features, _runs(places, features), strict=True):
+            if len(runs) > 1:
                 raise UserError(
-                    f"the {count} placeholder tokens of an image at position {start} are not "
+                    f"the {count} placeholder tokens of an image at position {runs[0][0]} are not "
                     "side by side"
                 )
-            spans.append((start, last + 1))
-            used += count
+            spans += runs
         return spans
+
+    def video_spans(self, input_ids: Sequence[int] | Tensor, features: Sequence[int]) -> list[Span]:
+        """Where videos' placeholder tokens stand in a prompt: one span of each video, or several
+        where something stands between its frames, as their times do in some families.
+
+        Args:
+            input_ids: the prompt's tokens `[S]`, without padding.
+            features: feature count of each of the prompt's videos.
+
+        Raises:
+            UserError: placeholders and features do not match, with both numbers.
+        """
+        assert self.video_token_id is not None
+        places = _places(input_ids, self.video_token_id)
+        if len(places) != sum(features):
+            raise UserError(
+                f"prompt has {len(places)} video placeholder tokens but its {len(features)} videos "
+                f"give {sum(features)} features; use the model's own processor"
+            )
+        return [span for runs in _runs(places, features) for span in runs]
 
     def embed(self, input_ids: Tensor, features: Sequence[Features]) -> Tensor:
         """Decoder input of packed prompts.
@@ -247,6 +275,26 @@ class ImageOnly:
         return [name for name in own.get_attributes() if name != "video_processor"]
 
 
+def _places(input_ids: Sequence[int] | Tensor, token_id: int) -> list[int]:
+    tokens = input_ids.tolist() if isinstance(input_ids, Tensor) else input_ids
+    return [place for place, token in enumerate(tokens) if token == token_id]
+
+
+def _runs(places: Sequence[int], counts: Sequence[int]) -> list[list[Span]]:
+    """So many of the places for each count, those side by side as one span."""
+    left = iter(places)
+    found: list[list[Span]] = []
+    for count in counts:
+        runs: list[Span] = []
+        for place in islice(left, count):
+            if runs and runs[-1][1] == place:
+                runs[-1] = (runs[-1][0], place + 1)
+            else:
+                runs.append((place, place + 1))
+        found.append(runs)
+    return found
+
+
 def joined(features: Sequence[Features]) -> list[Tensor]:
     """`Features.injected` of many images one behind another, `[V, D]` each."""
     layers = zip(*(image.injected for image in features), strict=True)
@@ -267,7 +315,8 @@ def tensor_of(inputs: Inputs, name: str) -> Tensor:
     """One of the tensors; a UserError if it is not there."""
     tensor = inputs.get(name)
     if tensor is None:
+        kind = "videos" if "video" in name else "images"
         raise UserError(
-            f"images without {name}; pass on all that the model's own processor returns"
+            f"{kind} without {name}; pass on all that the model's own processor returns"
         )
     return tensor

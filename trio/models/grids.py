@@ -2,10 +2,10 @@
 rows and columns.
 
 The tower takes the patches of many images back to back. Positions of the decoder have three axes:
-time, row and column.
+time, row and column. Videos are known to `trio.patch` alone, and their positions to transformers.
 
-Shapes: P patches of all images, C numbers of a patch, I images, N visual tokens of one image,
-T packed tokens.
+Shapes: P patches of all images, C numbers of a patch, I images, F videos, N visual tokens of one
+image, T packed tokens.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ _USUAL_SIDE = 1024
 
 class GridAdapter(Adapter):
     """Of a model that takes `pixel_values [P, C]` and `image_grid_thw [I, 3]`: of each image its
-    frames, always 1, and its rows and columns of patches."""
+    frames, always 1, and its rows and columns of patches; and `video_grid_thw [F, 3]`, the same of
+    videos."""
 
     default_position_ids = "keep"
 
@@ -35,6 +36,7 @@ class GridAdapter(Adapter):
         super().__init__(model)
         vision = model.config.vision_config
         self._merge: int = vision.spatial_merge_size
+        self.video_token_id = model.config.video_token_id
         # What bounds an image beside the processor is that the context must hold it.
         self.max_visual_tokens = self.decoder.max_positions
         token_side = self._merge * vision.patch_size
@@ -51,6 +53,10 @@ class GridAdapter(Adapter):
 
     def visual_tokens(self, inputs: Inputs) -> list[int]:
         return [rows * columns // self._merge**2 for rows, columns in _grids(inputs)]
+
+    def video_tokens(self, inputs: Inputs) -> list[int]:
+        grids = tensor_of(inputs, "video_grid_thw").tolist()
+        return [prod(grid) // self._merge**2 for grid in grids]
 
     def check_inputs(self, inputs: Inputs) -> None:
         vision = self.model.config.vision_config

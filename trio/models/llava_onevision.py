@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from math import sqrt
+from math import ceil, sqrt
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import LlavaOnevisionProcessor
 
 from trio.errors import UserError
-from trio.models.adapter import ImageOnly, Inputs
+from trio.models.adapter import ImageOnly, Inputs, tensor_of
 from trio.models.tiles import (
     AnyResolutionAdapter,
     image_sizes,
@@ -53,6 +53,7 @@ class LlavaOnevisionAdapter(AnyResolutionAdapter):
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)
+        self.video_token_id = model.config.video_token_id
         self._max_features = _max_tiles(model.config) * patches_per_edge(model.config) ** 2
         found = sorted(self._extremes(), key=lambda extreme: self._count(extreme[0]), reverse=True)
         self.max_visual_tokens = self._count(found[0][0])
@@ -90,6 +91,11 @@ class LlavaOnevisionAdapter(AnyResolutionAdapter):
     def visual_tokens(self, inputs: Inputs) -> list[int]:
         untiled = tokens_per_tile(self.model.config) + 1
         return [self._tokens(size) if tiled else untiled for size, tiled in _images(inputs)]
+
+    def video_tokens(self, inputs: Inputs) -> list[int]:
+        videos, frames = tensor_of(inputs, "pixel_values_videos").shape[:2]
+        edge = ceil(patches_per_edge(self.model.config) / 2)
+        return [frames * edge**2 + 1] * videos  # 1 for the newline behind the last frame
 
     def _pool(self, inputs: Sequence[Inputs], **settings: Any) -> Sequence[Tensor]:
         # The model takes images prompt by prompt: one of each in tiles, and all others together.

@@ -39,7 +39,7 @@ class PackedPrompts:
     embeds_TD: text embeddings and visual features of all requests, in order.
     lengths: tokens of each request.
     images: for each request the visual spans `(start, stop)` in its own coordinates; one span is
-        one image, with its own budget.
+        one image, or one run of a video's tokens, with its own budget.
     positions_T: positions `[T]`, or `[A, T]` where they differ by axis; None is 0, 1, 2, ... in
         each request. A request goes on behind the largest of its own.
     injected: for each of the first layers what is added to the hidden states of visual tokens that

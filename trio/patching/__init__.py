@@ -27,19 +27,23 @@ def patch(model: Model, pruning: Pruning) -> Model:
     Only the instance changes (its `forward` and `generate`, and the `forward` of its text decoder),
     no class and no config. Patching again replaces the settings.
 
-    What is pruned is a prefill: a call with images, an empty cache and `logits_to_keep=1`, which
-    is what `generate` makes of a prompt. Rows may be padded on either side; each gets the result
-    that it gets alone. Text-only prompts run as before, except that right-padded ones become right.
-    The cache that comes back reports the unpruned length and holds, in each layer, `lengths_B`
-    tokens per row; the same model can go on from it with more text.
+    What is pruned is a prefill: a call with images or videos, an empty cache and
+    `logits_to_keep=1`, which is what `generate` makes of a prompt. Rows may be padded on either
+    side; each gets the result that it gets alone. Text-only prompts run as before, except that
+    right-padded ones become right. The cache that comes back reports the unpruned length and holds,
+    in each layer, `lengths_B` tokens per row; the same model can go on from it with more text.
 
-    Refused with a UserError where a prompt has images: logits of other positions than the last
-    (and so a loss), `output_attentions`, `output_hidden_states`, `use_cache=False`, caches that are
-    not a plain DynamicCache, prefill in chunks, assisted generation, `inputs_embeds`, videos,
-    position ids of one's own (those of an M-RoPE are taken as they come), images of a model with an
-    M-RoPE without `mm_token_type_ids`, and images on top of a filled cache. No gradient flows
-    through a pruned prompt. Calls of `model.model` and its parts, past the model itself, are not
-    pruned. Under `torch.compile` a patched model runs eagerly. One thread at a time.
+    A video has one budget, as an image has; where text stands between its frames, as the times of
+    Qwen3-VL do, each run of its tokens has its own.
+
+    Refused with a UserError where a prompt has images or videos: logits of other positions than the
+    last (and so a loss), `output_attentions`, `output_hidden_states`, `use_cache=False`, caches
+    that are not a plain DynamicCache, prefill in chunks, assisted generation, `inputs_embeds`,
+    position ids of one's own (those of an M-RoPE are taken as they come), an M-RoPE without
+    `mm_token_type_ids`, images or videos on top of a filled cache, and videos of a family whose
+    adapter has none (LLaVA-1.5, LLaVA-NeXT). No gradient flows through a pruned prompt. Calls of
+    `model.model` and its parts, past the model itself, are not pruned. Under `torch.compile` a
+    patched model runs eagerly. One thread at a time.
 
     Args:
         model: a `...ForConditionalGeneration` of any family that has an adapter: those that the

@@ -28,6 +28,8 @@ from trio.patching.override import Override
 from trio.pruning.select import salt_of
 
 UNPATCH = "or call trio.unpatch(model) first"
+_PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
+"""By what a call brings each kind of visual tokens, unless encoded, in `mm_encoder_outputs`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,7 +39,7 @@ class Prompts:
     real_BS: True at tokens, False at padding.
     lengths: real tokens of each row.
     images: visual spans (start, stop) of each row, counted in its real tokens.
-    positions_T: positions, [T] or [A, T]; None is 0, 1, 2, ... in each row.
+    positions_T: positions [T], where they have one axis; None is 0, 1, 2, ... in each row.
     salts: a number of each row's tokens, for method `random`.
     """
 
@@ -73,32 +75,31 @@ class PatchedForward(Override):
         return self.original(**call)
 
     def _visual(self, call: dict[str, Any]) -> Tensor | None:
-        """Which token ids stand for image features [B, S], None if the call brings no image."""
-        encoded = call.get("mm_encoder_outputs") or {}
-        if call.get("pixel_values_videos") is not None or encoded.get("video") is not None:
-            raise UserError(f"videos are not pruned: generate from images and text, {UNPATCH}")
-        if call.get("pixel_values") is None and encoded.get("image") is None:
+        """Which token ids stand for features [B, S], None if the call brings no image or video."""
+        kinds = _brought(call, self.adapter)
+        if not kinds:
             return None
         if call.get("input_ids") is None:
             raise UserError(
                 "a patched model tells visual tokens from text by input_ids, got inputs_embeds: "
                 f"pass input_ids and pixel_values, {UNPATCH}"
             )
-        return call["input_ids"] == self.adapter.image_token_id
+        token_ids = [_token_id(self.adapter, kind) for kind in kinds]
+        return torch.isin(call["input_ids"], torch.tensor(token_ids).to(call["input_ids"]))
 
     def _refuse_new_images(self, call: dict[str, Any]) -> None:
         visual_BS = self._visual(call)
         if visual_BS is not None and bool(visual_BS.any()):
             raise UserError(
-                "images on top of a filled cache cannot be pruned: generate from the whole prompt "
-                f"without past_key_values, {UNPATCH}"
+                "images or videos on top of a filled cache cannot be pruned: generate from the "
+                f"whole prompt without past_key_values, {UNPATCH}"
             )
 
     def _is_ours(self, call: dict[str, Any]) -> bool:
         visual_BS = self._visual(call)
         if visual_BS is not None and bool(visual_BS.any()):
             _check_prefill(call)
-            _check_places_of_images(self.module, call)
+            _check_places_told(self.module, call)
             return True
         # transformers predicts a right-padded row's first token from its padding.
         mask = call.get("attention_mask")
@@ -130,35 +131,38 @@ class PatchedForward(Override):
         lengths: Sequence[int],
         images: Sequence[Sequence[tuple[int, int]]],
     ) -> Tensor | None:
-        given, axes = call.get("position_ids"), self.adapter.decoder.position_axes
-        if axes > 1 and given is not None:
-            # `generate` has worked them out, and put those that a text would have before them.
-            own = given[-axes:] if given.ndim == 3 else given
-            return own.to(real_BS.device).expand(*own.shape[:-2], *real_BS.shape)[..., real_BS]
-        _check_positions(given, real_BS)
+        if self.adapter.decoder.position_axes > 1:
+            return None  # the text decoder will get them
+        _check_positions(call.get("position_ids"), real_BS)
         return self.adapter.positions(lengths, images, [call])
 
     def _spans(
         self, call: dict[str, Any], tokens: Sequence[Sequence[int]]
     ) -> Iterator[tuple[tuple[int, int], ...]]:
         """Visual spans of each row. Images come in the order of rows, so many for each as its
-        placeholders need."""
-        counts = iter(self._visual_tokens(call))
+        placeholders need, and so do videos."""
+        counts = {kind: iter(self._counts(call, kind)) for kind in _brought(call, self.adapter)}
         for row in tokens:
-            needed = row.count(self.adapter.image_token_id)
-            own: list[int] = []
-            while sum(own) < needed and (count := next(counts, None)) is not None:
-                own.append(count)
-            yield tuple(self.adapter.spans(row, own))
+            spans = self.adapter.spans(row, self._drawn(counts, "image", row))
+            if "video" in counts:
+                spans += self.adapter.video_spans(row, self._drawn(counts, "video", row))
+            yield tuple(sorted(spans))
 
-    def _visual_tokens(self, call: dict[str, Any]) -> list[int]:
-        """Of each image of the batch."""
-        encoded = (call.get("mm_encoder_outputs") or {}).get("image")
+    def _drawn(self, counts: dict[str, Iterator[int]], kind: str, row: Sequence[int]) -> list[int]:
+        """Visual tokens of each image, or video, of a row, taken off the front."""
+        needed = row.count(_token_id(self.adapter, kind))
+        own: list[int] = []
+        while sum(own) < needed and (count := next(counts.get(kind, iter(())), None)) is not None:
+            own.append(count)
+        return own
+
+    def _counts(self, call: dict[str, Any], kind: str) -> list[int]:
+        """Visual tokens of each image, or video, of the batch."""
+        encoded = (call.get("mm_encoder_outputs") or {}).get(kind)
         if encoded is not None:
-            return [len(image) for image in encoded.pooler_output]
-        if call.get("pixel_values") is None:
-            return []
-        return self.adapter.visual_tokens(call)
+            return [len(features) for features in encoded.pooler_output]
+        adapter = self.adapter
+        return adapter.video_tokens(call) if kind == "video" else adapter.visual_tokens(call)
 
 
 class PatchedDecoder(Override):
@@ -192,12 +196,39 @@ class PatchedDecoder(Override):
             last = self._decode(hidden, call.get("attention_mask"), layers)
         else:
             cache = DynamicCache() if cache is None else cache
+            positions_T = self._positions(call.get("position_ids"), trio_prompts)
             injected = self.adapter.injected(call)
-            last = self._prefill(hidden, trio_prompts, injected, cache)
+            last = self._prefill(hidden, trio_prompts, positions_T, injected, cache)
         return BaseModelOutputWithPast(last_hidden_state=last, past_key_values=cache)
 
+    def _positions(self, given: Tensor | None, prompts: Prompts) -> Tensor | None:
+        """Of the real tokens, [T] or [A, T]; None is 0, 1, 2, ... in each row.
+
+        Those on several axes are what `generate` or the model has worked out, of any images and
+        videos.
+        """
+        axes = self.adapter.decoder.position_axes
+        if axes == 1:
+            return prompts.positions_T
+        if given is None:
+            if any(prompts.images):
+                raise UserError(
+                    "images or videos whose rows and columns the model does not find: pass on all "
+                    f"that its own processor returns, or position_ids, {UNPATCH}"
+                )
+            return None
+        # Those that a text would have may come before them.
+        own = given[-axes:] if given.ndim == 3 else given
+        real_BS = prompts.real_BS.to(given.device)
+        return own.expand(*own.shape[:-2], *real_BS.shape)[..., real_BS]
+
     def _prefill(
-        self, embeds_BSD: Tensor, prompts: Prompts, injected: Sequence[Tensor], cache: Cache
+        self,
+        embeds_BSD: Tensor,
+        prompts: Prompts,
+        positions_T: Tensor | None,
+        injected: Sequence[Tensor],
+        cache: Cache,
     ) -> Tensor:
         """Fills the cache; final-normed hidden state of each row's last token [B, 1, D]."""
         self._check_window(max(prompts.lengths))
@@ -205,7 +236,7 @@ class PatchedDecoder(Override):
         try:
             # Saliency takes gradients, which inference mode rules out for good.
             with torch.inference_mode(False), torch.no_grad():
-                return self._fill(embeds_BSD, prompts, injected, layers)[:, None]
+                return self._fill(embeds_BSD, prompts, positions_T, injected, layers)[:, None]
         except BaseException:
             make_plain(cache)
             raise
@@ -214,6 +245,7 @@ class PatchedDecoder(Override):
         self,
         embeds_BSD: Tensor,
         prompts: Prompts,
+        positions_T: Tensor | None,
         injected: Sequence[Tensor],
         layers: list[RaggedLayer],
     ) -> Tensor:
@@ -224,7 +256,7 @@ class PatchedDecoder(Override):
             embeds_TD=embeds_BSD[prompts.real_BS.to(embeds_BSD.device)],
             lengths=prompts.lengths,
             images=prompts.images,
-            positions_T=prompts.positions_T,
+            positions_T=positions_T,
             injected=injected,
             salts=prompts.salts,
         )
@@ -294,17 +326,14 @@ class PatchedGenerate(Override):
     def __init__(self, model: nn.Module, pruning: Pruning, adapter: Adapter) -> None:
         super().__init__(model)
         self.pruning = pruning
-        self.image_token_id = adapter.image_token_id
+        self.adapter = adapter
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         call = _by_name(self.original, args, kwargs)
-        has_pixels = call.get("pixel_values") is not None
-        encoded = (call.get("mm_encoder_outputs") or {}).get("image")
-        if self.pruning.active and has_pixels:
+        if self.pruning.active and _brought(call, self.adapter):
             self._check_whole_prompt(call)
-            self._check_image_order(call)
-        if self.pruning.active and (has_pixels or encoded is not None):
-            _check_places_of_images(self.module, call)
+            self._check_order(call)
+            _check_places_told(self.module, call)
         return self.original(**call)
 
     def _given(self, call: dict[str, Any], name: str) -> Any:
@@ -320,9 +349,10 @@ class PatchedGenerate(Override):
                     f"guessed behind it: leave it out, {UNPATCH}"
                 )
 
-    def _check_image_order(self, call: dict[str, Any]) -> None:
+    def _check_order(self, call: dict[str, Any]) -> None:
         """Before transformers encoded images ahead of the prefill, it repeated each image of a
-        prompt by itself for beams and return sequences, so a prompt got its first image twice."""
+        prompt by itself for beams and return sequences, so a prompt got its first image twice; and
+        so with videos."""
         if "mm_encoder_outputs" in inspect.signature(self.module.forward).parameters:
             return
         if "_expand_inputs_for_generation" in vars(type(self.module)):
@@ -331,13 +361,14 @@ class PatchedGenerate(Override):
         copies = [self._given(call, name) or 1 for name in ("num_beams", "num_return_sequences")]
         if ids_BS is None or max(copies) == 1:
             return
-        prompts = int((ids_BS == self.image_token_id).any(dim=1).sum())
-        if call["pixel_values"].shape[0] > prompts:
-            raise UserError(
-                f"transformers {transformers.__version__} mixes up the images of a prompt that has "
-                "several under num_beams or num_return_sequences: upgrade it, or generate one "
-                "sequence a prompt"
-            )
+        for kind in _brought(call, self.adapter):
+            prompts = int((ids_BS == _token_id(self.adapter, kind)).any(dim=1).sum())
+            if call[_PIXELS[kind]].shape[0] > prompts:
+                raise UserError(
+                    f"transformers {transformers.__version__} mixes up the {kind}s of a prompt "
+                    "that has several under num_beams or num_return_sequences: upgrade it, or "
+                    "generate one sequence a prompt"
+                )
 
 
 class _Store:
@@ -378,6 +409,26 @@ def _by_name(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> di
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
+def _brought(call: dict[str, Any], adapter: Adapter) -> list[str]:
+    """Kinds of visual tokens that the call brings, as pixels or encoded."""
+    encoded = call.get("mm_encoder_outputs") or {}
+    kinds = [
+        kind
+        for kind, pixels in _PIXELS.items()
+        if call.get(pixels) is not None or encoded.get(kind) is not None
+    ]
+    if "video" in kinds and adapter.video_token_id is None:
+        raise UserError(
+            "videos are not pruned in this family: generate from images, which may be frames, and "
+            f"text, {UNPATCH}"
+        )
+    return kinds
+
+
+def _token_id(adapter: Adapter, kind: str) -> int | None:
+    return adapter.video_token_id if kind == "video" else adapter.image_token_id
+
+
 def _wants_last_logits(call: dict[str, Any]) -> bool:
     """Whether the call is what `generate` makes of a prompt."""
     keep = call.get("logits_to_keep")
@@ -402,14 +453,14 @@ def _check_prefill(call: dict[str, Any]) -> None:
         )
 
 
-def _check_places_of_images(model: nn.Module, call: dict[str, Any]) -> None:
+def _check_places_told(model: nn.Module, call: dict[str, Any]) -> None:
     """Without knowing which tokens are an image's, `generate` of a model with M-RoPE numbers them
     like words, and says nothing."""
     told = call.get("mm_token_type_ids") is not None or call.get("position_ids") is not None
     if not told and "mm_token_type_ids" in inspect.signature(model.forward).parameters:
         raise UserError(
-            "images without mm_token_type_ids, by which the model finds their rows and columns: "
-            "pass on all that its own processor returns"
+            "images or videos without mm_token_type_ids, by which the model finds their rows and "
+            "columns: pass on all that its own processor returns"
         )
 
 
