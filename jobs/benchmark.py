@@ -7,6 +7,7 @@ import _bootstrap  # noqa: F401  # isort: skip
 import argparse
 import dataclasses
 import json
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
@@ -127,10 +128,11 @@ def speed(options: argparse.Namespace) -> int:
 
 
 def cost(options: argparse.Namespace) -> int:
-    """FLOPs and cache of one prompt in the published sizes, from shapes alone."""
+    """FLOPs and cache of one prompt, from shapes alone: in the published sizes, or of a model."""
     from trio.benchmark.cost import cost as count
     from trio.benchmark.cost import table
     from trio.benchmark.shapes import PUBLISHED, blueprint, processor
+    from trio.engine.loading import load_outline
 
     retention = options.retention
     if retention is None and options.schedule is None:
@@ -145,10 +147,11 @@ def cost(options: argparse.Namespace) -> int:
     }
     print(f"unpruned / pruned; {_line(conditions)}", flush=True)
     rows = []
-    for name in options.shape or PUBLISHED:
+    for name in [options.model] if options.model else options.shape or PUBLISHED:
+        model, prepare = load_outline(name) if options.model else (blueprint(name), processor(name))
         found = count(
-            blueprint(name),
-            processor(name),
+            model,
+            prepare,
             pruning,
             image=options.image,
             prompt_tokens=options.prompt_tokens,
@@ -360,6 +363,7 @@ def _add_cost(parser: argparse.ArgumentParser) -> None:
     add = partial(parser.add_argument, default=argparse.SUPPRESS)
     parser.set_defaults(
         run=cost,
+        model=None,
         shape=None,
         retention=None,
         schedule=None,
@@ -367,7 +371,11 @@ def _add_cost(parser: argparse.ArgumentParser) -> None:
         prompt_tokens=60,
         json=None,
     )
-    add("--shape", type=_words, help="as for speed, several with commas (all of 7B and 8B)")
+    either = parser.add_mutually_exclusive_group()
+    either.add_argument("--model", help="directory or hub id; its weights are not loaded")
+    either.add_argument(
+        "--shape", type=_words, help="as for speed, several with commas (all of 7B and 8B)"
+    )
     add("--retention", type=_fraction, help="layer-average share kept (1/9)")
     add("--schedule", help="explicit stages instead: 1:436,10:255,15:173")
     add("--image", type=_size, help="width and height of the one image, in pixels (1008x1008)")
@@ -448,8 +456,10 @@ def _range(text: str) -> tuple[int, int]:
 
 
 def _size(text: str) -> tuple[int, int]:
-    width, _, height = text.partition("x")
-    return _positive(width), _positive(height)
+    found = re.fullmatch(r"(\d+)x(\d+)", text)
+    if not found or not all(map(int, found.groups())):
+        raise argparse.ArgumentTypeError(f"{text!r} is no WIDTHxHEIGHT in pixels, as in 1008x1008")
+    return int(found[1]), int(found[2])
 
 
 if __name__ == "__main__":

@@ -8,13 +8,18 @@ import benchmark
 import pytest
 import torch
 from PIL import Image
+from transformers import LlamaConfig
 
+from tests.models import save_tiny_checkpoint
 from trio.benchmark import shapes, targets
+from trio.benchmark.cost import choosing_flops
 from trio.benchmark.llava import LlavaShape
 from trio.benchmark.onevision import ONEVISION_7B
 from trio.benchmark.qwen import QWEN2_5_7B, QWEN3_8B
 from trio.benchmark.shapes import blueprint
+from trio.config import Pruning
 from trio.models.registry import adapt
+from trio.pruning.cost import DecoderShape
 
 
 @pytest.mark.parametrize(
@@ -230,13 +235,42 @@ def test_cost_of_the_published_setting(tmp_path: Path, capsys: pytest.CaptureFix
     assert "1:92,10:54,15:22" in printed and "5.13" in printed
 
 
+def test_cost_of_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of its shape alone: its weights may be damaged."""
+    model = save_tiny_checkpoint(tmp_path / "model")
+    (model / "model.safetensors").write_bytes(b"")
+    file = tmp_path / "cost.json"
+    flags = ["--retention", "0.4", "--image", "90x20", "--json", str(file)]
+    assert benchmark.main(["cost", "--model", str(model), *flags]) == 0
+    (row,) = json.loads(file.read_text())["rows"]
+    assert row["visual_tokens"] == 64 and row["shape"] == str(model)
+    assert benchmark.main(["cost", "--model", str(tmp_path), *flags]) == 2
+    assert "no config.json" in capsys.readouterr().err
+    assert benchmark.main(["cost", "--model", str(model), "--shape", "tiny"]) == 2
+    assert "not allowed with" in capsys.readouterr().err
+
+
+def test_cost_where_nothing_goes() -> None:
+    """Then nothing is scored either."""
+    shape, everything = DecoderShape.of_config(LlamaConfig()), Pruning(schedule="1:576,3:576")
+    assert choosing_flops(shape, everything, 576, 60) == 0
+    halves = [
+        choosing_flops(shape, Pruning(schedule="1:288,3:288", method=method), 576, 60)
+        for method in ("trio", "gradient", "random")
+    ]
+    assert halves[0] - halves[1] == shape.nms_flops(576, 288) > 0 == halves[2]
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--shape", "huge"], "--shape huge is not available"),
         (["--retention", "1"], "prune nothing"),
         (["--retention", "0.001"], "smallest retention"),
-        (["--image", "300"], "no integer"),
+        (["--image", "300"], "WIDTHxHEIGHT"),
+        (["--image", "0x9"], "WIDTHxHEIGHT"),
+        (["--image", "2000x2"], "at most 200 times"),
+        (["--image", "99999x99999"], "100000000 pixels"),
         (["--schedule", "40:3"], "32 layers"),
     ],
 )

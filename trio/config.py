@@ -61,6 +61,10 @@ class Pruning:
             raise UserError(
                 f"schedule must be a trio.Schedule or text like 1:92,10:54, got {self.schedule!r}"
             )
+        if not isinstance(self.schedule_shape, ScheduleShape | None):
+            raise UserError(
+                f"schedule_shape must be a ScheduleShape or None, got {self.schedule_shape!r:.100}"
+            )
         _one_of("method", self.method, METHODS)
         _one_of("proxy_positions", self.proxy_positions, PROXY_POSITIONS)
         _one_of("proxy_layer", self.proxy_layer, PROXY_LAYERS)

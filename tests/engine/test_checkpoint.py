@@ -211,9 +211,47 @@ def test_a_tied_head_is_not_missing(copy: Callable[[str], Path], family: str) ->
     assert model.lm_head.weight is model.get_input_embeddings().weight
 
 
-def test_tensors_too_many_are_no_error(llava: Path) -> None:
-    edit_weights(llava, lambda tensors: tensors.update(position_ids=torch.arange(5)))
-    assert load(str(llava), device="cpu")[0].config.model_type == "llava"
+@pytest.mark.parametrize("surplus", ["extra.weight", "ROTARY"])
+def test_leftovers_of_older_versions_are_no_error(llava: Path, surplus: str) -> None:
+    name = surplus.replace("ROTARY", "language_model.model.layers.0.self_attn.rotary_emb.inv_freq")
+    edit_weights(llava, lambda tensors: tensors.update({name: torch.ones(2)}))
+    load(str(llava), device="cpu")
+
+
+def test_layers_that_the_config_leaves_out_are_an_error(
+    copy: Callable[[str], Path], family: str
+) -> None:
+    """The model would answer, and otherwise."""
+    directory = copy(family)
+
+    def shorten(config: dict[str, Any]) -> None:
+        text = config.get("text_config", config)
+        text["num_hidden_layers"] -= 2
+        text.pop("layer_types", None)
+
+    edit(directory / "config.json", shorten)
+    text = message(directory)
+    assert "config.json describes a model without " in text and ".layers.4." in text
+
+
+def test_scales_of_quantised_weights_are_an_error(llava: Path) -> None:
+    """Also where the config does not speak of them."""
+
+    def scale(tensors: dict[str, torch.Tensor]) -> None:
+        name = next(name for name in tensors if name.endswith("q_proj.weight"))
+        tensors[f"{name}_scale_inv"] = torch.ones(1)
+
+    edit_weights(llava, scale)
+    assert "q_proj.weight_scale_inv" in message(llava)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("hidden_size", "32"), ("num_attention_heads", 3), ("rope_parameters", {"rope_type": "foo"})],
+)
+def test_settings_that_no_model_has_are_named(llava: Path, setting: str, value: object) -> None:
+    edit(llava / "config.json", lambda config: config["text_config"].update({setting: value}))
+    assert "config.json" in message(llava)
 
 
 @pytest.mark.parametrize("content", ["", '{"a": ', "[]", "3", "\x00\x01"])

@@ -228,6 +228,13 @@ def test_templates_and_texts_that_a_system_message_does_not_go_with() -> None:
     )
     fault = error(Preparer(processor, LlavaAdapter), request)
     assert "changes the prompt or what is before it" in fault
+    processor.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no such role') }}{% endif %}"
+        "{{ messages[-1]['content'][-1]['text'] }}"
+    )
+    strict = Preparer(processor, LlavaAdapter)
+    assert "the chat template refuses it: TemplateError: no such role" in error(strict, request)
+    assert prepared(strict, Request(prompt="what"))
     for wrong in (3, "\ud800"):
         fault = error(Preparer(processor, LlavaAdapter), Request(prompt="a", system=wrong))  # type: ignore[arg-type]
         assert fault.startswith("prompt: the system message is")

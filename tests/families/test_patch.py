@@ -96,6 +96,17 @@ def test_images_whose_places_nobody_tells_are_refused(family: Family, model: Any
     assert not torch.allclose(unpruned, right, atol=1e-3)
 
 
+def test_generate_says_what_its_inputs_lack(family: Family, model: Any) -> None:
+    inputs = batch(family, requests_with(IMAGES))
+    trio.patch(model, PRUNING)
+    with pytest.raises(UserError, match="DynamicCache"):
+        model.generate(**inputs, max_new_tokens=2, cache_implementation="static")
+    if family.sizes is not None:
+        del inputs[family.sizes]
+        with pytest.raises(UserError, match=f"without {family.sizes}"):
+            model.generate(**inputs, max_new_tokens=2)
+
+
 def test_beams_keep_the_images_of_their_prompt(family: Family, model: Any) -> None:
     rows = requests_with(IMAGES)[:5]
     trio.patch(model, PRUNING)

@@ -61,7 +61,9 @@ def test_a_registered_adapter_is_used_and_may_replace_one(monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("adapter", [object, "LlavaAdapter", None])
 def test_only_adapters_can_be_registered(adapter: object) -> None:
-    with pytest.raises(UserError, match=r"'my_vl': .* no subclass of trio\.Adapter"):
+    with pytest.raises(UserError, match="is not complete"):
+        trio.register("my_vl", trio.Adapter)  # type: ignore[type-abstract]
+    with pytest.raises(UserError, match=r"'my_vl', .* no subclass of trio\.Adapter"):
         trio.register("my_vl", adapter)  # type: ignore[arg-type]
 
 
@@ -74,6 +76,7 @@ def test_an_unsupported_type_is_told_what_is_supported() -> None:
 
 def test_installed_packages_bring_families(tmp_path: Path) -> None:
     (tmp_path / "their_vl.py").write_text(PLUGIN)
+    (tmp_path / "their_broken_vl.py").write_text("class Adapter(")
     info = tmp_path / "their_vl-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: their-vl\nVersion: 1.0\n")
@@ -82,10 +85,20 @@ def test_installed_packages_bring_families(tmp_path: Path) -> None:
         "gone = no_such_module:Adapter",
         "odd = their_vl:PLUGIN",
         "function = json:dumps",
+        "broken = their_broken_vl:Adapter",
+        "half = trio.models.adapter:Adapter",
+        "llava = their_vl:Adapter",
     ]
     (info / "entry_points.txt").write_text("\n".join(["[trio_vlm.adapters]", *lines]))
     out = subprocess.run(
-        [sys.executable, "-c", ASKS, "their_vl", "llava", "gone", "odd", "function"],
+        [
+            sys.executable,
+            "-c",
+            ASKS,
+            "their_vl",
+            "llava",
+            *("gone", "odd", "function", "broken", "half"),
+        ],
         env={"PYTHONPATH": f"{ROOT}:{tmp_path}"},
         capture_output=True,
         text=True,
@@ -93,6 +106,8 @@ def test_installed_packages_bring_families(tmp_path: Path) -> None:
     ).stdout.splitlines()
     assert "'their_vl'" in out[0] and "'llava'" in out[0]
     assert out[1:3] == ["their_vl keep", "llava renumber"]
-    assert "no_such_module:Adapter, cannot be loaded: No module named" in out[3]
+    assert "no_such_module:Adapter, cannot be loaded: ModuleNotFoundError: No module" in out[3]
     assert "their_vl:PLUGIN, cannot be loaded" in out[4]
-    assert out[5] == "the adapter for 'function', json:dumps, is no trio.Adapter"
+    assert "their_broken_vl:Adapter, cannot be loaded: SyntaxError" in out[6]
+    assert "is not complete: it lacks _features, check_inputs" in out[7]
+    assert out[5] == "the adapter for 'function', json:dumps, is no subclass of trio.Adapter"

@@ -93,6 +93,21 @@ def test_the_bundled_model_is_its_files() -> None:
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(files)
 
 
+def test_the_code_of_a_users_adapter_is_part_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    code = tmp_path / "their_adapter.py"
+    config = JobConfig(adapters=("my_vl=their_adapter:Theirs", "other=not_here:Other"))
+    code.write_text("import nothing_of_this_is_run")
+    before = fingerprint.take(config)
+    assert before.model_files["not_here (of --adapters)"] == ""
+    code.write_text("changed = True")
+    assert before.differences(fingerprint.take(config)) == [
+        "model file their_adapter (of --adapters) has changed"
+    ]
+
+
 def test_a_directory_has_no_revision(model: Path) -> None:
     config = JobConfig(model=str(model))
     assert fingerprint.pin_revision(config) == config

@@ -12,6 +12,7 @@ from typing import Any
 from PIL import Image
 
 from trio.config import Pruning
+from trio.engine.prepare import MAX_ASPECT_RATIO
 from trio.errors import UserError
 from trio.models.registry import adapt
 from trio.pruning.cost import DecoderShape, layer_average
@@ -20,6 +21,7 @@ from trio.pruning.schedule import tokens_per_layer
 from trio.tables import aligned
 
 Stages = list[tuple[int, int]]
+_MOST_PIXELS = 100_000_000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,8 +29,7 @@ class Cost:
     """One image and some text, unpruned over pruned.
 
     decoder: FLOPs of the decoder's layers. chosen: with scoring and choosing. whole: with the
-        vision encoder, too. forwards: with one whole layer for each stage instead, as published
-        figures seem to count. kv_cache: bytes.
+        vision encoder, too. kv_cache: bytes.
     """
 
     visual_tokens: int
@@ -37,7 +38,6 @@ class Cost:
     decoder: float
     chosen: float
     whole: float
-    forwards: float
     kv_cache: float
 
 
@@ -61,6 +61,11 @@ def cost(
         UserError: the model cannot be pruned like that.
     """
     adapter = adapt(model)
+    if max(image) > MAX_ASPECT_RATIO * min(image) or image[0] * image[1] > _MOST_PIXELS:
+        raise UserError(
+            f"--image {image[0]}x{image[1]}: one edge may be at most {MAX_ASPECT_RATIO} times the "
+            f"other, and there may be {_MOST_PIXELS} pixels"
+        )
     (inputs,) = adapter.process_images(processor, [Image.new("RGB", image)])
     shape, (visual,) = adapter.shape(), adapter.visual_tokens(inputs)
     settled = adapter.settle(pruning)
@@ -71,9 +76,7 @@ def cost(
     pruned = [tokens + prompt_tokens for tokens in present]
     full = [visual + prompt_tokens] * shape.num_layers
     before, after = shape.prefill_flops(full), shape.prefill_flops(pruned)
-    entering = [visual, *(keep for _, keep in stages[:-1])]
     choosing = choosing_flops(shape, settled, visual, prompt_tokens)
-    forwards = sum(shape.layer_flops(tokens + prompt_tokens) for tokens in entering)
     vision = adapter.vision_flops(inputs)
     return Cost(
         visual_tokens=visual,
@@ -82,7 +85,6 @@ def cost(
         decoder=before / after,
         chosen=before / (after + choosing),
         whole=(before + vision) / (after + choosing + vision),
-        forwards=before / (after + forwards),
         kv_cache=shape.kv_bytes(full, 2) / shape.kv_bytes(pruned, 2),
     )
 
@@ -98,9 +100,12 @@ def choosing_flops(
         return 0
     flops, left = 0, visual_tokens
     for _, keep in pruning.stages(visual_tokens, shape.num_layers):
+        if keep == left:
+            continue
         tokens = left + prompt_tokens
         flops += shape.proxy_flops(tokens, len(proxy_rows(tokens, pruning.proxy_positions)))
-        flops += shape.nms_flops(left, keep)
+        if pruning.method == "trio":
+            flops += shape.nms_flops(left, keep)
         left = keep
     return flops
 

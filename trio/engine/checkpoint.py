@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,13 @@ JSON_FILES = (
     INDEX,
 )
 """Those that loading may read; transformers passes over some of them when they are broken."""
+_WOULD_BE_MISSED = re.compile(
+    r"\.(layers|blocks|h)\.\d+\.(?!.*rotary_emb)|scale|qweight|qzeros|absmax|quant_"
+)
+"""Tensors without which a model answers otherwise. Others are left over from older versions."""
 _LFS = b"version https://git-lfs"
+_BROKEN_FILES = (OSError, ValueError, LookupError, AttributeError, TypeError, SafetensorError)
+"""What broken files make transformers raise; not what a device does."""
 _SHOWN = 3
 """Tensors that a message names."""
 
@@ -54,7 +61,8 @@ def check_tensors(model: str, info: Mapping[str, Any]) -> None:
     info: its `output_loading_info`; with tensors of other shapes in it, not raised.
 
     Raises:
-        UserError: tensors of the model are not in the files, or have another shape there.
+        UserError: tensors of the model are not in the files or have another shape there, or the
+            files hold layers or scales that the model has no place for.
     """
     misfits = sorted(info["mismatched_keys"])
     if misfits:
@@ -68,15 +76,29 @@ def check_tensors(model: str, info: Mapping[str, Any]) -> None:
         raise UserError(
             f"{model!r} is incomplete: its weights lack {_some(missing)}; save or copy it again"
         )
+    surplus = sorted(name for name in info["unexpected_keys"] if _WOULD_BE_MISSED.search(name))
+    if surplus:
+        raise UserError(
+            f"{model!r}: config.json describes a model without {_some(surplus)}, which the weights "
+            "have; take both from one checkpoint, and one that is not quantised"
+        )
 
 
 @contextmanager
-def explaining_weights(model: str, revision: str | None) -> Iterator[None]:
-    """Turn the errors that broken weight files raise into a UserError."""
+def explaining_weights(
+    model: str, revision: str | None, build: Callable[[], object]
+) -> Iterator[None]:
+    """Turn the errors that broken weight files raise into a UserError.
+
+    build: makes the model without weights, to tell whether its config is at fault.
+    """
     try:
         yield
-    except (OSError, ValueError, LookupError, SafetensorError) as error:
+    except UserError:
+        raise
+    except _BROKEN_FILES as error:
         _check_weight_files(model, revision)
+        _check_config(model, build)
         raise UserError(
             f"{model!r} is incomplete or damaged: {type(error).__name__}: {first_line(error, None)}"
         ) from error
@@ -94,6 +116,16 @@ def explaining_processor(model: str, revision: str | None) -> Iterator[None]:
         raise UserError(
             f"the processor of {model!r} cannot be loaded: {type(error).__name__}: "
             f"{first_line(error, None)}"
+        ) from error
+
+
+def _check_config(model: str, build: Callable[[], object]) -> None:
+    try:
+        build()
+    except Exception as error:  # what transformers raises over odd settings is not documented
+        raise UserError(
+            f"no model can be built by config.json of {model!r}: {type(error).__name__}: "
+            f"{first_line(error)}"
         ) from error
 
 

@@ -32,8 +32,8 @@ def limit_images(processor: Any, *, min_pixels: int | None, max_pixels: int | No
             raise UserError(f"{name} must be a whole number of pixels, at least 1, got {value!r}")
     if not _has_limits(processor):
         raise UserError(
-            f"{' and '.join(asked)} cannot be set: this model ({type(processor).__name__}) takes "
-            "pictures of fixed size, whatever the size of an image; leave it out"
+            f"{' and '.join(asked)} cannot be set: this model's processor makes pictures or tiles "
+            "of fixed size of images; leave it out"
         )
     images = processor.image_processor
     limits = {name: images.size[key] for name, key in _KEYS.items()} | asked
@@ -56,7 +56,8 @@ def limit_images(processor: Any, *, min_pixels: int | None, max_pixels: int | No
 def most_visual_tokens(processor: Any) -> int | None:
     """Of an image within the processor's limits; None where it has none.
 
-    An image many times as long as it is wide may get some more: it keeps at least one row.
+    An image many times as long as it is wide may get some more, as it keeps at least one row, and
+    so may small ones where the smallest and the largest size are close: edges are rounded.
     """
     if not _has_limits(processor):
         return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def load(
     config = _config(model, revision)
     processor = _processor(model, config, revision)
     limit_images(processor, min_pixels=min_pixels, max_pixels=max_pixels)
-    with explaining_weights(model, revision):
+    with explaining_weights(model, revision, partial(_outline, config)):
         found: Any = AutoModelForImageTextToText.from_pretrained(
             model,
             config=config,
@@ -51,6 +52,17 @@ def load(
     loaded, info = found
     check_tensors(model, info)
     return loaded.to(where).eval(), processor
+
+
+def load_outline(model: str, *, revision: str | None = None) -> tuple[Any, Any]:
+    """Model without weights, on the meta device, and its processor: enough to count on.
+
+    Raises:
+        UserError: nothing usable there, or an architecture that is not supported.
+    """
+    model = _expanded(model)
+    config = _config(model, revision)
+    return _outline(config), _processor(model, config, revision)
 
 
 def load_processor(
@@ -76,6 +88,11 @@ def load_processor(
     return processor
 
 
+def _outline(config: Any) -> Any:
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(config, trust_remote_code=False).eval()
+
+
 def _config(model: str, revision: str | None) -> Any:
     """A model's config, if it is one that can be served."""
     check_directory(model)
@@ -83,6 +100,10 @@ def _config(model: str, revision: str | None) -> Any:
         config = AutoConfig.from_pretrained(model, trust_remote_code=False, **_which(revision))
     except (OSError, ValueError) as error:
         raise UserError(f"no model at {model!r}: {first_line(error, None)}") from error
+    except Exception as error:  # what transformers raises over odd settings is not documented
+        raise UserError(
+            f"config.json of {model!r} cannot be used: {type(error).__name__}: {first_line(error)}"
+        ) from error
     adapter_class(config)  # refuses what is not supported
     check_unquantised(config, repr(model))
     return config
@@ -139,7 +160,7 @@ def _dtype(dtype: str | torch.dtype | None, where: torch.device) -> str | torch.
     }
     names = ", ".join(known)
     known |= {"auto": "auto"} | {kind: kind for kind in DTYPES}
-    if dtype not in known:
+    if not isinstance(dtype, str | torch.dtype) or dtype not in known:
         raise UserError(f"dtype {dtype!r} is none of auto, {names}")
     return known[dtype]
 

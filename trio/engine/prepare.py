@@ -15,7 +15,7 @@ from PIL.Image import Image
 from tokenizers import Tokenizer
 
 from trio.engine.request import FailureKind, Prepared, Request, Result, failed
-from trio.errors import UserError
+from trio.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _MARK = "\ue000user text\ue000"
 _SYSTEM_MARK = "\ue000system text\ue000"
 _TEXT_KEYS = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"}
-_MAX_ASPECT_RATIO = 200
+MAX_ASPECT_RATIO = 200
 """Resizing by the shorter edge makes the longer one this many times as long."""
 
 
@@ -105,11 +105,11 @@ class Preparer:
             rgb = image.convert("RGB")
         except Exception as fault:  # what a decoder raises on broken data is not documented
             raise _Unservable("image", f"{where}: {type(fault).__name__}: {fault}") from fault
-        if min(rgb.size) < 1 or max(rgb.size) > _MAX_ASPECT_RATIO * min(rgb.size):
+        if min(rgb.size) < 1 or max(rgb.size) > MAX_ASPECT_RATIO * min(rgb.size):
             raise _Unservable(
                 "image",
                 f"{where} is {rgb.width} x {rgb.height}; one edge may be at most "
-                f"{_MAX_ASPECT_RATIO} times the other",
+                f"{MAX_ASPECT_RATIO} times the other",
             )
         return rgb
 
@@ -148,7 +148,11 @@ class Preparer:
         if system is not None:
             spoken = [{"type": "text", "text": system}]
             messages = [{"role": "system", "content": spoken}, *messages]
-        return self._processor.apply_chat_template(messages, add_generation_prompt=True)
+        try:
+            return self._processor.apply_chat_template(messages, add_generation_prompt=True)
+        except Exception as fault:  # whatever the template's author chose to raise
+            message = f"the chat template refuses it: {type(fault).__name__}: {first_line(fault)}"
+            raise _Unservable("prompt", message) from fault
 
     def _their_parts(self, text: str, images: int, system: str | None) -> list[tuple[int, int]]:
         """Where the words of others than the template lie in the rendered prompt."""

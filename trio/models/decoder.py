@@ -71,7 +71,6 @@ class Decoder:
         self.num_kv_heads: int = config.num_key_value_heads
         self.head_dim: int = model.layers[0].self_attn.head_dim
         self.intermediate_size: int = config.intermediate_size
-        self.gated = hasattr(model.layers[0].mlp, "gate_proj")
         self.normed_keys = getattr(model.layers[0].self_attn, "k_norm", None) is not None
         self.vocab_size: int = config.vocab_size
         self.max_positions = _max_positions(model)

@@ -208,21 +208,19 @@ class _Prefill:
             self.cache.begin_prefill(start, self.ragged.lengths)
         rotary = self.decoder.rotary(self.positions_T)
         layout = Packed(self.ragged.lengths)
-        for layer in range(start, min(stop, len(self.injected))):
+        injected = self.injected[start:stop]
+        if injected:
+            packed, encoded = (index.to(self.decoder.device) for index in self.ragged.visual())
+        for layer, layer_VD in enumerate(injected, start):
             self._run_layers(layer, layer + 1, rotary, layout)
-            self._inject(self.injected[layer])
-            start = layer + 1
-        self._run_layers(start, stop, rotary, layout)
+            # To each visual token that is still here what the encoder has for it.
+            self.hidden_TD.index_add_(0, packed, layer_VD[encoded].to(self.hidden_TD))
+        self._run_layers(start + len(injected), stop, rotary, layout)
 
     def _run_layers(self, start: int, stop: int, rotary: Rotary, layout: Packed) -> None:
         self.hidden_TD = self.decoder.run_layers(
             start, stop, self.hidden_TD, rotary, layout, self.cache
         )
-
-    def _inject(self, layer_VD: Tensor) -> None:
-        """Add to each visual token that is still here what the encoder has for it."""
-        packed, encoded = (index.to(layer_VD.device) for index in self.ragged.visual())
-        self.hidden_TD.index_add_(0, packed, layer_VD[encoded].to(self.hidden_TD))
 
     def _prune(self, layer: int, keeps: list[list[int] | None]) -> None:
         hidden_in, positions_in, before = self.hidden_TD, self.positions_T, self.ragged

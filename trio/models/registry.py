@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
@@ -35,9 +36,7 @@ def register(model_type: str, adapter: type[Adapter]) -> None:
     Raises:
         UserError: no such class.
     """
-    if not (isinstance(adapter, type) and issubclass(adapter, Adapter)):
-        raise UserError(f"register {model_type!r}: {adapter!r:.100} is no subclass of trio.Adapter")
-    _registered[model_type] = adapter
+    _registered[model_type] = _checked(model_type, adapter, f"{adapter!r:.100}")
 
 
 def register_named(model_type: str, name: str) -> None:
@@ -84,20 +83,29 @@ def supported() -> list[str]:
 
 @functools.cache
 def _entries() -> dict[str, EntryPoint]:
-    """Installed ones win over those built in."""
+    """Those built in are replaced by `register` alone, and not because something is installed."""
     own = [EntryPoint(kind, value, GROUP) for kind, value in _BUILT_IN.items()]
-    return {entry.name: entry for entry in [*own, *entry_points(group=GROUP)]}
+    return {entry.name: entry for entry in [*entry_points(group=GROUP), *own]}
 
 
 def _load(entry: EntryPoint) -> type[Adapter]:
     try:
         found = entry.load()
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # the module is not ours
         raise UserError(
-            f"the adapter for {entry.name!r}, {entry.value}, cannot be loaded: {first_line(error)}"
+            f"the adapter for {entry.name!r}, {entry.value}, cannot be loaded: "
+            f"{type(error).__name__}: {first_line(error)}"
         ) from error
+    return _checked(entry.name, found, entry.value)
+
+
+def _checked(model_type: str, found: object, name: str) -> type[Adapter]:
+    what = f"the adapter for {model_type!r}, {name},"
     if not (isinstance(found, type) and issubclass(found, Adapter)):
-        raise UserError(f"the adapter for {entry.name!r}, {entry.value}, is no trio.Adapter")
+        raise UserError(f"{what} is no subclass of trio.Adapter")
+    if inspect.isabstract(found):
+        lacking = ", ".join(sorted(found.__abstractmethods__))
+        raise UserError(f"{what} is not complete: it lacks {lacking}")
     return found
 
 

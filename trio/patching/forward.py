@@ -103,7 +103,9 @@ class PatchedForward(Override):
             return True
         # transformers predicts a right-padded row's first token from its padding.
         mask = call.get("attention_mask")
-        padded_right = mask is not None and mask.ndim == 2 and not bool(mask[:, -1].all())
+        if not (isinstance(mask, Tensor) and mask.ndim == 2):
+            return False
+        padded_right = not bool(mask[:, -1].all())
         return padded_right and call.get("input_ids") is not None and _wants_last_logits(call)
 
     def _prompts(self, call: dict[str, Any]) -> Prompts:
@@ -161,8 +163,7 @@ class PatchedForward(Override):
         encoded = (call.get("mm_encoder_outputs") or {}).get(kind)
         if encoded is not None:
             return [len(features) for features in encoded.pooler_output]
-        adapter = self.adapter
-        return adapter.video_tokens(call) if kind == "video" else adapter.visual_tokens(call)
+        return _counts(self.adapter, call, kind)
 
 
 class PatchedDecoder(Override):
@@ -330,10 +331,14 @@ class PatchedGenerate(Override):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         call = _by_name(self.original, args, kwargs)
-        if self.pruning.active and _brought(call, self.adapter):
+        kinds = _brought(call, self.adapter) if self.pruning.active else []
+        if kinds:
             self._check_whole_prompt(call)
             self._check_order(call)
             _check_places_told(self.module, call)
+            for kind in kinds:
+                if call.get(_PIXELS[kind]) is not None:
+                    _counts(self.adapter, call, kind)  # says what is missing, if anything is
         return self.original(**call)
 
     def _given(self, call: dict[str, Any], name: str) -> Any:
@@ -425,6 +430,11 @@ def _brought(call: dict[str, Any], adapter: Adapter) -> list[str]:
     return kinds
 
 
+def _counts(adapter: Adapter, call: dict[str, Any], kind: str) -> list[int]:
+    """Visual tokens of each image, or video, that the call brings as pixels."""
+    return adapter.video_tokens(call) if kind == "video" else adapter.visual_tokens(call)
+
+
 def _token_id(adapter: Adapter, kind: str) -> int | None:
     return adapter.video_token_id if kind == "video" else adapter.image_token_id
 
@@ -446,10 +456,11 @@ def _check_prefill(call: dict[str, Any]) -> None:
             f"model(..., logits_to_keep=1), {UNPATCH}"
         )
     mask = call.get("attention_mask")
-    if mask is not None and mask.ndim != 2:
+    if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
+        given = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise UserError(
-            f"attention_mask must be [rows, tokens] to be pruned, got {list(mask.shape)}: use a "
-            f"DynamicCache and a 2-dimensional mask, {UNPATCH}"
+            f"attention_mask must be [rows, tokens] to be pruned, got {given}: use a DynamicCache "
+            f"and a 2-dimensional mask, {UNPATCH}"
         )
 
 

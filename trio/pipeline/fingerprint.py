@@ -9,10 +9,11 @@ days must survive a new image. No torch.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -91,10 +92,27 @@ def take(config: JobConfig) -> Fingerprint:
     directory = model_directory(config.model)
     return Fingerprint(
         settings=results(config),
-        model_files={} if directory is None else model_files(directory),
+        model_files={
+            **({} if directory is None else model_files(directory)),
+            **adapter_files(config.adapters),
+        },
         version=VERSION,
         libraries={name: _installed(name) for name in LIBRARIES},
     )
+
+
+def adapter_files(adapters: Iterable[str]) -> dict[str, str]:
+    """Digest of each module of `--adapters`, by its name; empty where this process has none."""
+    out = {}
+    for module in (adapter.partition("=")[2].partition(":")[0] for adapter in adapters):
+        try:
+            spec = importlib.util.find_spec(module)
+        except Exception:  # its package may be broken, which engines will say
+            spec = None
+        origin = Path(spec.origin if spec and spec.origin else "")
+        digest = hashlib.sha256(origin.read_bytes()).hexdigest() if origin.is_file() else ""
+        out[f"{module} (of --adapters)"] = digest
+    return out
 
 
 def _installed(name: str) -> str:

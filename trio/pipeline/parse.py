@@ -49,7 +49,7 @@ def adapters(value: Any) -> tuple[str, ...]:
     """`model_type=module:Class`, any number of them."""
     read = texts(value) if value not in ([], ()) else ()
     for item in read:
-        if not re.fullmatch(r"[\w.-]+=[\w.]+:\w+", item):
+        if not re.fullmatch(r"[\w.-]+=\w+(\.\w+)*:\w+", item):
             raise UserError(
                 f"expected TYPE=MODULE:CLASS, as in my_vl=my_module:MyAdapter: {item!r}"
             )
