@@ -211,7 +211,7 @@ def test_a_tied_head_is_not_missing(copy: Callable[[str], Path], family: str) ->
     assert model.lm_head.weight is model.get_input_embeddings().weight
 
 
-@pytest.mark.parametrize("surplus", ["extra.weight", "ROTARY"])
+@pytest.mark.parametrize("surplus", ["extra.weight", "logit_scale", "ROTARY"])
 def test_leftovers_of_older_versions_are_no_error(llava: Path, surplus: str) -> None:
     name = surplus.replace("ROTARY", "language_model.model.layers.0.self_attn.rotary_emb.inv_freq")
     edit_weights(llava, lambda tensors: tensors.update({name: torch.ones(2)}))

@@ -28,7 +28,8 @@ JSON_FILES = (
 )
 """Those that loading may read; transformers passes over some of them when they are broken."""
 _WOULD_BE_MISSED = re.compile(
-    r"\.(layers|blocks|h)\.\d+\.(?!.*rotary_emb)|scale|qweight|qzeros|absmax|quant_"
+    r"\.(layers|blocks)\.\d+\.(?!.*rotary_emb)"
+    r"|(weight|input|[kv])_scale(_inv)?$|\.(scales|qweight|qzeros|absmax|quant_map|quant_state)\b"
 )
 """Tensors without which a model answers otherwise. Others are left over from older versions."""
 _LFS = b"version https://git-lfs"
