@@ -114,7 +114,7 @@ class Engine:
                 the checkpoint's on a GPU, float32 on a CPU.
             revision: commit, tag or branch of a hub id; None takes its main branch.
             min_pixels, max_pixels: width times height to which an image is enlarged or reduced
-                before the model sees it, for models that take images at many sizes (Qwen2.5-VL);
+                before the model sees it, for models that take images at many sizes (Qwen-VL);
                 None leaves the processor's own limit.
             options: as for `Engine`.
 
