@@ -185,7 +185,7 @@ class JobConfig:
         None,
         parse.at_least(1),
         "smaller images are enlarged to this width times height before the model sees them; for"
-        " models that take images at many sizes, as Qwen2.5-VL and Qwen3-VL (default: the processor's)",
+        " models that take images at many sizes, as Qwen's (default: the processor's)",
         unit="pixels",
         results=True,
     )
