@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from trio.config import Pruning
     from trio.engine.engine import Engine
     from trio.engine.request import Request, Result, Sampling
-    from trio.models.adapter import Adapter
+    from trio.models.adapter import Adapter, Features
     from trio.models.registry import register
     from trio.patching import patch, unpatch
     from trio.pruning.schedule import Schedule
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Adapter",
     "Engine",
+    "Features",
     "Pruning",
     "Request",
     "Result",
@@ -35,6 +36,7 @@ __all__ = [
 _HOME = {
     "Adapter": "trio.models.adapter",
     "Engine": "trio.engine.engine",
+    "Features": "trio.models.adapter",
     "Pruning": "trio.config",
     "Request": "trio.engine.request",
     "Result": "trio.engine.request",

@@ -25,6 +25,9 @@ from trio.config import Pruning
 from trio.engine.engine import Engine
 from trio.engine.plan import TEXT_TOKENS
 from trio.engine.request import Prepared, Request, Sampling
+from trio.errors import UserError
+from trio.models.adapter import Adapter, Inputs
+from trio.models.registry import adapter_class
 from trio.patching import patch
 from trio.pruning.schedule import tokens_per_layer
 
@@ -139,3 +142,17 @@ def test_a_checkpoint_is_loaded_and_served(family: Family, tmp_path: Path) -> No
     requests = requests_of_many_sizes(6, seed=4)
     assert tokens(loaded.generate(requests)) == tokens(engine(family).generate(requests))
     assert type(loaded.prepare._processor.image_processor).__name__ == family.image_processor
+
+
+def test_an_adapter_that_counts_wrongly_is_refused(
+    family: Family, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind = adapter_class(family.model.config)
+    counted = kind.visual_tokens
+
+    def one_more(self: Adapter, inputs: Inputs) -> list[int]:
+        return [count + 1 for count in counted(self, inputs)]
+
+    monkeypatch.setattr(kind, "visual_tokens", one_more)
+    with pytest.raises(UserError, match=rf"{kind.__name__}.visual_tokens says \[\d+\] of an image"):
+        engine(family)

@@ -14,6 +14,7 @@ import trio
 from tests.models import tiny_llava
 from trio.errors import UserError
 from trio.models import registry
+from trio.models.decoder import Decoder
 from trio.models.llava import LlavaAdapter
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -57,6 +58,24 @@ def test_a_registered_adapter_is_used_and_may_replace_one(monkeypatch: pytest.Mo
     model.config.model_type = "my_llava"
     assert type(registry.adapt(model)) is Renumbering
     assert "my_llava" in registry.supported()
+
+
+class Elsewhere(LlavaAdapter):
+    """Its head is not where others have it."""
+
+    def _decoder(self) -> Decoder:
+        return Decoder(self.model.model.language_model, self.model.out)
+
+
+def test_an_adapter_says_where_decoder_and_head_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_registered", {})
+    model = tiny_llava(layers=2)
+    model.out = model.lm_head
+    del model.lm_head
+    with pytest.raises(UserError, match="is not supported: it has no .* lm_head"):
+        registry.adapt(model)
+    trio.register("llava", Elsewhere)
+    assert registry.adapt(model).decoder.lm_head is model.out
 
 
 @pytest.mark.parametrize("adapter", [object, "LlavaAdapter", None])

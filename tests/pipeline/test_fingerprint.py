@@ -122,6 +122,10 @@ def test_a_run_that_goes_on_keeps_to_its_commit() -> None:
     assert fingerprint.pin_revision(config.replace(revision=OTHER), earlier).revision == OTHER
 
 
+class LibrarysOwnError(Exception):
+    """Of whatever library of HTTP a version of the hub's client has."""
+
+
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Stands in for the hub's answer: a commit, or an error."""
@@ -144,9 +148,10 @@ def test_the_commit_of_a_hub_id(hub: Any, tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     hub(COMMIT)
     assert fingerprint.pin_revision(JobConfig(model="org/name")).revision == COMMIT
-    hub(ConnectionError("no network"))
-    with pytest.raises(UserError, match=r"org/name: the hub does not answer \(no network\)"):
-        fingerprint.commit("org/name", None)
+    for error in (ConnectionError("no network"), LibrarysOwnError("no network")):
+        hub(error)
+        with pytest.raises(UserError, match=r"org/name: the hub does not answer \(no network\)"):
+            fingerprint.commit("org/name", None)
     assert fingerprint.commit("org/name", OTHER) == OTHER
     refs = tmp_path / "models--org--name" / "refs"
     refs.mkdir(parents=True)

@@ -384,6 +384,12 @@ def _check_fit(prepare: Preparer, adapter: Adapter) -> None:
     except UserError as error:
         raise UserError(f"the processor does not fit the model: {error}") from error
     (features,) = adapter.encode_images(sample.image_inputs)
+    counted = adapter.visual_tokens(sample.image_inputs[0])
+    if counted != [len(features)]:
+        raise UserError(
+            f"{type(adapter).__name__}.visual_tokens says {counted} of an image, and the encoder "
+            f"gives {len(features)} features"
+        )
     if len(features) != sample.image_tokens[0]:
         raise UserError(
             f"the processor does not fit the model: it writes {sample.image_tokens[0]} placeholder "

@@ -98,8 +98,13 @@ def _config(model: str, revision: str | None) -> Any:
     check_directory(model)
     try:
         config = AutoConfig.from_pretrained(model, trust_remote_code=False, **_which(revision))
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise UserError(f"no model at {model!r}: {first_line(error, None)}") from error
+    except ValueError as error:
+        raise UserError(
+            f"config.json of {model!r} cannot be used: {first_line(error, None)} (a family of your "
+            "own is registered by its adapter's module: trio.register, or a job's --adapters)"
+        ) from error
     except Exception as error:  # what transformers raises over odd settings is not documented
         raise UserError(
             f"config.json of {model!r} cannot be used: {type(error).__name__}: {first_line(error)}"

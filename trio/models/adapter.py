@@ -82,7 +82,14 @@ class Adapter(ABC):
 
     def _decoder(self) -> Decoder:
         """The text decoder of `self.model` and its output head."""
-        return Decoder(self.model.model.language_model, self.model.lm_head)
+        text = getattr(getattr(self.model, "model", None), "language_model", None)
+        head = getattr(self.model, "lm_head", None)
+        if text is None or head is None:
+            raise UserError(
+                f"a {type(self.model).__name__} is not supported: it has no model.language_model "
+                "or no lm_head; give the whole ...ForConditionalGeneration"
+            )
+        return Decoder(text, head)
 
     @property
     def planned_visual_tokens(self) -> int:

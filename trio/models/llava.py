@@ -27,9 +27,6 @@ class LlavaAdapter(TiledAdapter):
     def visual_tokens(self, inputs: Inputs) -> list[int]:
         return [self.max_visual_tokens] * len(inputs["pixel_values"])
 
-    def _tile_dimensions(self, inputs: Inputs) -> list[int]:
-        return []
-
     def _pool(self, inputs: Sequence[Inputs], **settings: Any) -> Sequence[Tensor]:
         pixels = torch.cat([image["pixel_values"] for image in inputs])
         return self.model.model.get_image_features(self._to_tower(pixels), **settings).pooler_output

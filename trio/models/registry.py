@@ -55,7 +55,7 @@ def adapt(model: Any) -> Adapter:
         UserError: the family is not supported, or the weights are quantised or on many devices.
     """
     config = getattr(model, "config", None)
-    if not hasattr(config, "model_type") or not hasattr(model, "lm_head"):
+    if not hasattr(config, "model_type"):
         raise _unsupported(type(model).__name__)
     adapter = adapter_class(config)
     check_weights(model)

@@ -43,9 +43,10 @@ class TiledAdapter(Adapter):
     def tiles(self, inputs: Inputs) -> list[int]:
         """Tiles of each image."""
 
-    @abstractmethod
     def _tile_dimensions(self, inputs: Inputs) -> list[int]:
-        """Of one image's `pixel_values`, between those of images and of colours."""
+        """Of one image's `pixel_values`, between those of images and of colours; none where an
+        image is one picture."""
+        return []
 
     @abstractmethod
     def _pool(self, inputs: Sequence[Inputs], **settings: Any) -> Sequence[Tensor]:
