@@ -72,7 +72,7 @@ def test_an_adapter_says_where_decoder_and_head_are(monkeypatch: pytest.MonkeyPa
     model = tiny_llava(layers=2)
     model.out = model.lm_head
     del model.lm_head
-    with pytest.raises(UserError, match="is not supported: it has no .* lm_head"):
+    with pytest.raises(UserError, match=r"is not supported: it has no .* lm_head"):
         registry.adapt(model)
     trio.register("llava", Elsewhere)
     assert registry.adapt(model).decoder.lm_head is model.out
