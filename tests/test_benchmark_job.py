@@ -307,6 +307,7 @@ def test_a_dry_run_of_pipeline_starts_nothing(capsys: pytest.CaptureFixture[str]
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_local")
 def test_pipeline_runs_job_engine_and_instant_engine(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]

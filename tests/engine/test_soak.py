@@ -8,6 +8,7 @@ import tracemalloc
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import pytest
 import torch
 
 from tests.engine.support import MANY_SIZES, picture
@@ -59,6 +60,7 @@ def mixed(numbers: range) -> Iterator[Request]:
         )
 
 
+@pytest.mark.slow
 def test_two_thousand_requests_leave_nothing_behind() -> None:
     model = tiny_llava(layers=2, spread=0.4, **LLAVA_NEXT)
     engine = Engine(
