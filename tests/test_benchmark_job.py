@@ -89,6 +89,7 @@ def test_speed_compares_four_ways_on_the_same_requests(
     assert "patch + generate" in printed and "flops_ratio_total" in printed
 
 
+@pytest.mark.slow
 def test_speed_of_llava_next_counts_tiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The shape `tiny` with images of 5 tiles, 144 visual tokens each, and 24 newlines."""
     tiny = shapes.SHAPES["tiny"]

@@ -38,6 +38,12 @@ PRUNINGS = {
     "random": Pruning(schedule="1:0.4", method="random", seed=3),
 }
 
+# Each takes some seconds over the families; all run in CI.
+QUICKLY = [
+    pytest.param(pruning, marks=[pytest.mark.slow] if name in ("counts", "random") else [])
+    for name, pruning in PRUNINGS.items()
+]
+
 
 def engine(family: Family, pruning: Pruning | None = None, **options: Any) -> Engine:
     return Engine(family.model, family.processor, pruning=pruning, kv_bytes=1 << 26, **options)
@@ -72,7 +78,7 @@ def test_unpruned_equals_generate_on_the_padded_batch(family: Family) -> None:
     assert tokens(engine(family).generate(requests)) == answers
 
 
-@pytest.mark.parametrize("pruning", PRUNINGS.values(), ids=PRUNINGS)
+@pytest.mark.parametrize("pruning", QUICKLY, ids=PRUNINGS)
 def test_pruned_equals_patch_and_generate_alone_and_in_batches(
     family: Family, pruning: Pruning
 ) -> None:

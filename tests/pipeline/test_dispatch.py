@@ -100,6 +100,7 @@ def test_a_row_that_kills_the_process_ends_as_an_error_row(tmp_path: Path, fault
     assert sum(s["images"] for s in pq.read_table(out / "stats").to_pylist()) == 39
 
 
+@pytest.mark.slow
 def test_an_engine_in_which_nothing_moves_is_started_anew(tmp_path: Path) -> None:
     shard(tmp_path / "in", ["p0", "hang", "p2"])
     execute(tmp_path / "in", tmp_path / "out", faulty(), stall_timeout=1.0)
