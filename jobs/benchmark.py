@@ -92,10 +92,7 @@ def speed(options: argparse.Namespace) -> int:
         raise UserError(
             f"--encoder {options.encoder} is not available in this version; there is: none"
         )
-    retention = options.retention
-    if retention is None and options.schedule is None:
-        retention = 1 / 9
-    pruning = Pruning(retention=retention, schedule=options.schedule)
+    pruning = _pruning(options)
     _check_file(options.json)
     device, dtype = _device(options)
     conditions = {
@@ -103,7 +100,7 @@ def speed(options: argparse.Namespace) -> int:
         "batch": options.batch,
         "prompt_tokens": options.prompt_tokens,
         "output_tokens": options.output_tokens,
-        "retention": retention,
+        "retention": pruning.retention,
         "schedule": options.schedule,
         "rounds": options.rounds,
         "seed": options.seed,
@@ -134,15 +131,12 @@ def cost(options: argparse.Namespace) -> int:
     from trio.benchmark.shapes import PUBLISHED, blueprint, processor
     from trio.engine.loading import load_outline
 
-    retention = options.retention
-    if retention is None and options.schedule is None:
-        retention = 1 / 9
-    pruning = Pruning(retention=retention, schedule=options.schedule)
+    pruning = _pruning(options)
     _check_file(options.json)
     conditions = {
         "image": "x".join(map(str, options.image)),
         "prompt_tokens": options.prompt_tokens,
-        "retention": retention,
+        "retention": pruning.retention,
         "schedule": options.schedule,
     }
     print(f"unpruned / pruned; {_line(conditions)}", flush=True)
@@ -199,6 +193,14 @@ def targets(options: argparse.Namespace) -> int:
     print(table(rows))
     _write(options.json, {"conditions": conditions, "targets": rows, "runs": results})
     return 0
+
+
+def _pruning(options: argparse.Namespace) -> Pruning:
+    """One ninth, unless the flags say something."""
+    retention = options.retention
+    if retention is None and options.schedule is None:
+        retention = 1 / 9
+    return Pruning(retention=retention, schedule=options.schedule)
 
 
 def _device(options: argparse.Namespace) -> tuple[torch.device, str]:

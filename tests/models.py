@@ -132,17 +132,22 @@ def tiny_llava(
         torch.manual_seed(seed)
         model = _model(common, pinpoints).eval()
         with torch.no_grad():
-            for name, param in model.named_parameters():
-                if param.ndim > 1:
-                    param.normal_(0.0, spread)
-                elif name.endswith("bias"):
-                    param.normal_(0.0, 0.05)
-                elif name.endswith(("q_norm.weight", "k_norm.weight")):
-                    param.uniform_(0.5, 1.5)
+            randomise(model, spread, bias_spread=0.05)
             _level_embeddings(model, image_size)
     model.generation_config.pad_token_id = SPECIAL.index("<pad>")
     model.generation_config.eos_token_id = SPECIAL.index("</s>")
     return model.to(dtype)
+
+
+def randomise(model: Any, spread: float, *, bias_spread: float) -> None:
+    """New weights for all but the norms; those of queries and keys are no longer 1."""
+    for name, param in model.named_parameters():
+        if param.ndim > 1:
+            param.normal_(0.0, spread)
+        elif name.endswith("bias"):
+            param.normal_(0.0, bias_spread)
+        elif name.endswith(("q_norm.weight", "k_norm.weight")):
+            param.uniform_(0.5, 1.5)
 
 
 def _model(common: dict[str, Any], pinpoints: Pinpoints | None) -> Any:

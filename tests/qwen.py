@@ -18,7 +18,7 @@ from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import (
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from tests.models import word_tokenizer
+from tests.models import randomise, word_tokenizer
 from trio.models.qwen2_5_vl import ImageProcessor
 
 SPECIAL = (
@@ -89,11 +89,7 @@ def tiny_qwen(
         torch.manual_seed(seed)
         model = Qwen2_5_VLForConditionalGeneration(config).eval()
         with torch.no_grad():
-            for name, param in model.named_parameters():
-                if param.ndim > 1:
-                    param.normal_(0.0, spread)
-                elif name.endswith("bias"):
-                    param.normal_(0.0, 0.2)
+            randomise(model, spread, bias_spread=0.2)
             model.get_input_embeddings().weight.normal_()
             pixels = torch.randn(256, 3 * 2 * PATCH**2)
             merger = model.model.visual.merger.mlp[2]

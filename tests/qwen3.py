@@ -13,6 +13,7 @@ from transformers.models.qwen3_vl.configuration_qwen3_vl import (
     Qwen3VLVisionConfig,
 )
 
+from tests.models import randomise
 from tests.qwen import CHAT_TEMPLATE, IMAGE_TOKEN_ID, PATCH, SPECIAL, image_processor, tokenizer
 from trio.models.qwen3_vl import ImageProcessor
 
@@ -84,13 +85,7 @@ def tiny_qwen3(
         torch.manual_seed(seed)
         model = Qwen3VLForConditionalGeneration(config).eval()
         with torch.no_grad():
-            for name, param in model.named_parameters():
-                if param.ndim > 1:
-                    param.normal_(0.0, spread)
-                elif name.endswith("bias"):
-                    param.normal_(0.0, 0.2)
-                elif name.endswith(("q_norm.weight", "k_norm.weight")):
-                    param.uniform_(0.5, 1.5)
+            randomise(model, spread, bias_spread=0.2)
             model.get_input_embeddings().weight.normal_()
             _level_features(model)
     model.generation_config.pad_token_id = text.pad_token_id

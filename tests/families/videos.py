@@ -5,6 +5,7 @@ A prompt is told by letters: w is a word, i an image, v a video.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import cycle
@@ -42,7 +43,7 @@ class Row:
 
 
 @dataclass(slots=True)
-class Writer:
+class Writer(ABC):
     """Writes the prompts of one model, each with other images."""
 
     model: Any
@@ -87,11 +88,13 @@ class Writer:
     def pixels(self, *shape: int) -> Tensor:
         return torch.randn(*shape, generator=self.generator)
 
+    @abstractmethod
     def visual(self, video: bool, images: int) -> None:
-        raise NotImplementedError
+        """An image or a video, of a prompt with so many images."""
 
+    @abstractmethod
     def complete(self, inputs: Inputs, images: int) -> None:
-        raise NotImplementedError
+        """What the model takes beside ids and pixels."""
 
 
 @dataclass(slots=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -22,7 +22,7 @@ from trio.errors import UserError
 from trio.models.adapter import Adapter, Span
 from trio.models.prefill import PackedPrompts, prefill
 from trio.models.registry import adapt
-from trio.pruning.cost import StackedVisionShape, WindowedVisionShape
+from trio.pruning.cost import GridVisionShape
 from trio.pruning.saliency import saliency
 
 PICTURES = [picture(number, size) for number, size in enumerate(MANY_SIZES)]
@@ -36,7 +36,7 @@ class Kind:
 
     model: Any
     processor: Any
-    shape: type[StackedVisionShape | WindowedVisionShape]
+    shape: Callable[[Any], GridVisionShape]
     injected: int
 
     @cached_property
@@ -56,8 +56,8 @@ class Kind:
 
 
 KINDS = {
-    "qwen2_5_vl": Kind(tiny_qwen, tiny_qwen_processor(), WindowedVisionShape, 0),
-    "qwen3_vl": Kind(tiny_qwen3, tiny_qwen3_processor(), StackedVisionShape, INJECTED),
+    "qwen2_5_vl": Kind(tiny_qwen, tiny_qwen_processor(), GridVisionShape.of_qwen2_5_config, 0),
+    "qwen3_vl": Kind(tiny_qwen3, tiny_qwen3_processor(), GridVisionShape.of_qwen3_config, INJECTED),
 }
 
 
@@ -281,7 +281,7 @@ def test_the_tower_costs_what_its_operations_add_up_to(kind: Kind) -> None:
     adapter, images = kind.adapter, kind.singles
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         adapter.encode_images(images)
-    shape = kind.shape.of_config(adapter.model.config.vision_config)
+    shape = kind.shape(adapter.model.config.vision_config)
     grids = [image["image_grid_thw"][0].tolist()[1:] for image in images]
     attention = sum(shape.attention_flops(rows, columns) for rows, columns in grids)
     counted = sum(adapter.vision_flops(image) for image in images)

@@ -8,7 +8,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from tests.qwen import SECTIONS, tiny_qwen
 from trio.benchmark.shapes import blueprint
 from trio.models.registry import adapt
-from trio.pruning.cost import WindowedVisionShape
+from trio.pruning.cost import GridVisionShape
 
 
 def test_counts_of_a_7b_shape() -> None:
@@ -42,6 +42,6 @@ def test_rotation_takes_each_axis_for_its_section() -> None:
 
 
 def test_attention_of_the_tower_is_counted_in_windows() -> None:
-    shape = WindowedVisionShape.of_config(blueprint("qwen2.5-vl-7b").config.vision_config)
+    shape = GridVisionShape.of_qwen2_5_config(blueprint("qwen2.5-vl-7b").config.vision_config)
     # 72 rows and columns of patches: 9 x 9 whole windows of 64 patches.
     assert shape.attention_flops(72, 72) == 2 * 1280 * (28 * 81 * 64**2 + 4 * 5184**2)

@@ -165,15 +165,13 @@ class Preparer:
         between, *after = rest.split(_MARK)
         if len(after) != 1 or not text.endswith(after[0]):
             raise _Unservable("prompt", "the chat template does not place the prompt exactly once")
-        parts = []
         start, stop = len(before), len(text) - len(after[0])
-        for said in [] if system is None else [system, system.strip()]:
+        # Templates may strip what they are given.
+        for said in ("",) if system is None else (system.strip(), system):
             if text.startswith(said + between, start):
-                parts = [(start, start + len(said))]
-        start = parts[0][1] if parts else start
-        if len(parts) != (system is not None) or not text.startswith(between, start):
-            raise _Unservable("prompt", "the chat template changes the prompt or what is before it")
-        return [*parts, (start + len(between), stop)]
+                end = start + len(said)
+                return [(start, end), (end + len(between), stop)]
+        raise _Unservable("prompt", "the chat template changes the prompt or what is before it")
 
     @property
     def _unknown(self) -> str | None:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from trio.errors import UserError
 from trio.models.adapter import Adapter, Inputs, Span, check_pixels, tensor_of
+from trio.pruning.cost import GridVisionShape
 
 _USUAL_SIDE = 1024
 """Pixels that an image of a usual size has at most along an edge."""
@@ -48,8 +49,8 @@ class GridAdapter(Adapter):
         return self._edge**2
 
     @abstractmethod
-    def image_flops(self, rows: int, columns: int) -> int:
-        """FLOPs of tower and mergers for one image of this many patches."""
+    def _vision_shape(self) -> GridVisionShape:
+        """Sizes of tower and mergers."""
 
     def visual_tokens(self, inputs: Inputs) -> list[int]:
         return [rows * columns // self._merge**2 for rows, columns in _grids(inputs)]
@@ -71,7 +72,8 @@ class GridAdapter(Adapter):
         check_pixels(inputs, [prod(grids[0]), numbers])
 
     def vision_flops(self, inputs: Inputs) -> int:
-        return sum(self.image_flops(rows, columns) for rows, columns in _grids(inputs))
+        shape = self._vision_shape()
+        return sum(shape.flops(rows, columns) for rows, columns in _grids(inputs))
 
     def _encode(self, inputs: Sequence[Inputs]) -> Any:
         """What the model's `get_image_features` makes of images, one in each of `inputs`."""

@@ -8,7 +8,7 @@ from transformers import Qwen2_5_VLProcessor
 
 from trio.models.adapter import Features, ImageOnly, Inputs
 from trio.models.grids import GridAdapter
-from trio.pruning.cost import WindowedVisionShape
+from trio.pruning.cost import GridVisionShape
 
 
 class ImageProcessor(ImageOnly, Qwen2_5_VLProcessor):
@@ -21,9 +21,8 @@ class Qwen25VLAdapter(GridAdapter):
     text_models = ("qwen2_5_vl_text",)
     processor_class = ImageProcessor
 
-    def image_flops(self, rows: int, columns: int) -> int:
-        shape = WindowedVisionShape.of_config(self.model.config.vision_config)
-        return shape.flops(rows, columns)
+    def _vision_shape(self) -> GridVisionShape:
+        return GridVisionShape.of_qwen2_5_config(self.model.config.vision_config)
 
     def _features(self, inputs: Sequence[Inputs]) -> Sequence[Features]:
         return [Features(image) for image in self._encode(inputs).pooler_output]

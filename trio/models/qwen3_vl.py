@@ -12,7 +12,7 @@ from transformers import Qwen3VLProcessor
 
 from trio.models.adapter import Features, ImageOnly, Inputs
 from trio.models.grids import GridAdapter
-from trio.pruning.cost import StackedVisionShape
+from trio.pruning.cost import GridVisionShape
 
 
 class ImageProcessor(ImageOnly, Qwen3VLProcessor):
@@ -25,9 +25,8 @@ class Qwen3VLAdapter(GridAdapter):
     text_models = ("qwen3_vl_text",)
     processor_class = ImageProcessor
 
-    def image_flops(self, rows: int, columns: int) -> int:
-        shape = StackedVisionShape.of_config(self.model.config.vision_config)
-        return shape.flops(rows, columns)
+    def _vision_shape(self) -> GridVisionShape:
+        return GridVisionShape.of_qwen3_config(self.model.config.vision_config)
 
     def _features(self, inputs: Sequence[Inputs]) -> Sequence[Features]:
         out = self._encode(inputs)

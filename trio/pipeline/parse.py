@@ -28,9 +28,13 @@ def texts(value: Any) -> tuple[str, ...]:
     return tuple(text(item) for item in items)
 
 
+def _any_number(value: Any) -> tuple[str, ...]:
+    return texts(value) if value not in ([], ()) else ()
+
+
 def origins(value: Any) -> tuple[str, ...]:
     """Schemes and hosts, any number of them."""
-    read = texts(value) if value not in ([], ()) else ()
+    read = _any_number(value)
     for item in read:
         parse_origin(item)
     return read
@@ -38,7 +42,7 @@ def origins(value: Any) -> tuple[str, ...]:
 
 def directories(value: Any) -> tuple[str, ...]:
     """Local directories, any number of them, made absolute: workers have other working ones."""
-    read = texts(value) if value not in ([], ()) else ()
+    read = _any_number(value)
     for item in read:
         if "://" in item:
             raise UserError(f"expected a local directory, got {redact(item)!r}")
@@ -47,7 +51,7 @@ def directories(value: Any) -> tuple[str, ...]:
 
 def adapters(value: Any) -> tuple[str, ...]:
     """`model_type=module:Class`, any number of them."""
-    read = texts(value) if value not in ([], ()) else ()
+    read = _any_number(value)
     for item in read:
         if not re.fullmatch(r"[\w.-]+=\w+(\.\w+)*:\w+", item):
             raise UserError(

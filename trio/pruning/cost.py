@@ -7,7 +7,7 @@ instead of two, `3ndm`. Grouped key/value heads make `4nd²` smaller: `2nd² + 2
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -146,15 +146,19 @@ class VisionShape:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class WindowedVisionShape:
-    """Sizes of a Qwen2.5-VL tower, in which few blocks attend to a whole image and the others
-    within windows, and of the merger behind it.
+class GridVisionShape:
+    """Sizes of a Qwen-VL tower, which takes rows and columns of patches, and of its mergers.
 
+    blocks: of the tower. whole_blocks: those that attend to a whole image; others do within
+        windows. ffn_products: matrix products of a block's FFN.
+    mergers: one behind the last block, and one for each decoder layer that gets more of an image.
     window: patches along a window's edge. merge: those along the edge of what becomes one token.
     """
 
     blocks: int
     whole_blocks: int
+    ffn_products: int
+    mergers: int
     hidden_size: int
     intermediate_size: int
     window: int
@@ -163,28 +167,36 @@ class WindowedVisionShape:
     decoder_hidden_size: int
 
     @classmethod
-    def of_config(cls, vision: Any) -> WindowedVisionShape:
+    def of_qwen2_5_config(cls, vision: Any) -> GridVisionShape:
         """From a Qwen2_5_VLVisionConfig."""
         merge = vision.spatial_merge_size
         return cls(
-            blocks=vision.depth,
-            whole_blocks=len({*vision.fullatt_block_indexes} & {*range(vision.depth)}),
-            hidden_size=vision.hidden_size,
-            intermediate_size=vision.intermediate_size,
+            whole_blocks=_blocks_among(vision.fullatt_block_indexes, vision),
+            ffn_products=3,
+            mergers=1,
             window=vision.window_size // vision.patch_size // merge * merge,
-            merge=merge,
-            patch_inputs=vision.in_channels * vision.temporal_patch_size * vision.patch_size**2,
-            decoder_hidden_size=vision.out_hidden_size,
+            **_common_sizes(vision),
+        )
+
+    @classmethod
+    def of_qwen3_config(cls, vision: Any) -> GridVisionShape:
+        """From a Qwen3VLVisionConfig, whose blocks all attend to a whole image."""
+        return cls(
+            whole_blocks=vision.depth,
+            ffn_products=2,
+            mergers=1 + _blocks_among(vision.deepstack_visual_indexes, vision),
+            window=vision.spatial_merge_size,
+            **_common_sizes(vision),
         )
 
     def flops(self, rows: int, columns: int) -> int:
-        """One image of this many patches; the FFN of a block has three products."""
+        """One image of this many patches."""
         n, d, m = rows * columns, self.hidden_size, self.intermediate_size
         merged = d * self.merge**2
-        blocks = self.blocks * n * (4 * d * d + 3 * d * m)
+        blocks = self.blocks * n * (4 * d * d + self.ffn_products * d * m)
         merger = n // self.merge**2 * (merged * merged + merged * self.decoder_hidden_size)
         attention = self.attention_flops(rows, columns)
-        return n * self.patch_inputs * d + blocks + attention + merger
+        return n * self.patch_inputs * d + blocks + attention + self.mergers * merger
 
     def attention_flops(self, rows: int, columns: int) -> int:
         """Of them those of scores and of sums of values."""
@@ -199,47 +211,21 @@ class WindowedVisionShape:
         return whole * self.window**2 + rest**2
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StackedVisionShape:
-    """Sizes of a Qwen3-VL tower, whose blocks all attend to a whole image, and of its mergers: one
-    behind the last block, and one for each decoder layer that gets more of an image.
+def _common_sizes(vision: Any) -> dict[str, int]:
+    """Of a Qwen-VL tower's config, whatever its version."""
+    return {
+        "blocks": vision.depth,
+        "hidden_size": vision.hidden_size,
+        "intermediate_size": vision.intermediate_size,
+        "merge": vision.spatial_merge_size,
+        "patch_inputs": vision.in_channels * vision.temporal_patch_size * vision.patch_size**2,
+        "decoder_hidden_size": vision.out_hidden_size,
+    }
 
-    merge: patches along the edge of what becomes one token.
-    """
 
-    blocks: int
-    mergers: int
-    hidden_size: int
-    intermediate_size: int
-    merge: int
-    patch_inputs: int
-    decoder_hidden_size: int
-
-    @classmethod
-    def of_config(cls, vision: Any) -> StackedVisionShape:
-        """From a Qwen3VLVisionConfig."""
-        return cls(
-            blocks=vision.depth,
-            mergers=1 + len({*vision.deepstack_visual_indexes} & {*range(vision.depth)}),
-            hidden_size=vision.hidden_size,
-            intermediate_size=vision.intermediate_size,
-            merge=vision.spatial_merge_size,
-            patch_inputs=vision.in_channels * vision.temporal_patch_size * vision.patch_size**2,
-            decoder_hidden_size=vision.out_hidden_size,
-        )
-
-    def flops(self, rows: int, columns: int) -> int:
-        """One image of this many patches; the FFN of a block has two products."""
-        n, d, m = rows * columns, self.hidden_size, self.intermediate_size
-        merged = d * self.merge**2
-        blocks = self.blocks * n * (4 * d * d + 2 * d * m)
-        merger = n // self.merge**2 * (merged * merged + merged * self.decoder_hidden_size)
-        attention = self.attention_flops(rows, columns)
-        return n * self.patch_inputs * d + blocks + attention + self.mergers * merger
-
-    def attention_flops(self, rows: int, columns: int) -> int:
-        """Of them those of scores and of sums of values."""
-        return 2 * self.hidden_size * self.blocks * (rows * columns) ** 2
+def _blocks_among(indexes: Iterable[int], vision: Any) -> int:
+    """How many of the indexes are those of a block that the tower has."""
+    return len({*indexes} & {*range(vision.depth)})
 
 
 def layer_average(visual_tokens: int, present: Sequence[int]) -> float:
