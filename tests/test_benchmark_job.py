@@ -27,7 +27,7 @@ from trio.pruning.cost import DecoderShape
     [
         (["--json", "{dir}/nowhere/x.json"], "no file can be written there"),
         (["--json", "{dir}"], "no file can be written there"),
-        (["--methods", "fastv"], "method must be one of"),
+        (["--methods", "fastest"], "method must be one of"),
         (["--encoders", "scan"], "not available in this version"),
         (["--retention", "x"], "no list of numbers"),
         (["--seed", "-1"], "at least 0"),

@@ -53,7 +53,7 @@ def test_the_proxys_layer_decides_which_stages_there_can_be() -> None:
         ({"retention": "0.1"}, "retention must be"),
         ({"schedule": [(1, 92)]}, r"trio\.Schedule or text"),
         ({"retention": 0.5, "schedule": "1:5"}, "not both"),
-        ({"method": "fastest"}, "trio, none, random, gradient"),
+        ({"method": "fastest"}, "trio, none, random, fastv, divprune, eadp, gradient"),
         ({"proxy_positions": "first"}, "reference, with_last, last"),
         ({"proxy_layer": "last"}, "next, previous"),
         ({"proxy_head": "lm_head"}, "output, input_embedding"),

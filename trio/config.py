@@ -5,9 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from trio.errors import UserError
-from trio.pruning.schedule import LLAVA, Schedule, ScheduleShape, check_retention
+from trio.pruning.schedule import (
+    AFTER_ENCODER,
+    AT_ONCE,
+    LLAVA,
+    Schedule,
+    ScheduleShape,
+    check_retention,
+)
 
-METHODS = ("trio", "none", "random", "gradient")
+METHODS = ("trio", "none", "random", "fastv", "divprune", "eadp", "gradient")
+BEFORE_DECODER = ("divprune", "eadp")
+"""Methods that choose once, before the decoder's first layer."""
+ENCODERS = ("none", "visionzip", "scan")
 PROXY_POSITIONS = ("reference", "with_last", "last")
 POSITION_IDS = ("renumber", "keep")
 PROXY_LAYERS = ("next", "previous")
@@ -22,8 +32,14 @@ class Pruning:
         Exclusive with `schedule`; with neither, nothing is pruned.
     schedule_shape: how `retention` is spread over the layers; None takes the model family's.
     schedule: explicit stages, `"1:92,10:54,15:22"` (counts per image) or ratios `"1:0.16,..."`.
-    method: `trio` (gradient saliency, then NMS), `gradient` (saliency alone), `random` (seeded)
-        or `none`.
+    method: `trio` (gradient saliency, then NMS), `gradient` (saliency alone), `fastv` (attention of
+        the prompt's last token), `random` (seeded) or `none`; `divprune` (tokens far from each
+        other) and `eadp` (relevant to the prompt in the encoder's image-text space) choose once,
+        before the decoder.
+    encoder: what reduces the tokens in the vision encoder already: `visionzip`, `scan` or `none`.
+        It keeps half as many again as the layer average, and the decoder's stages, then at half
+        depth, do the rest; with method `none` it does all. A schedule says with a stage at layer 0
+        how many it keeps.
     proxy_positions: which rows of the proxy give the loss, for a sequence of n tokens:
         `reference` n-5..n-2, `with_last` n-4..n-1, `last` n-1.
     proxy_layer: the layer that stands for those still to come, for a stage after l layers: `next`
@@ -49,6 +65,7 @@ class Pruning:
     similarity_threshold: float = 0.8
     seed: int = 0
     schedule_shape: ScheduleShape | None = None
+    encoder: str = "none"
 
     def __post_init__(self) -> None:
         if self.retention is not None and self.schedule is not None:
@@ -66,6 +83,7 @@ class Pruning:
                 f"schedule_shape must be a ScheduleShape or None, got {self.schedule_shape!r:.100}"
             )
         _one_of("method", self.method, METHODS)
+        _one_of("encoder", self.encoder, ENCODERS)
         _one_of("proxy_positions", self.proxy_positions, PROXY_POSITIONS)
         _one_of("proxy_layer", self.proxy_layer, PROXY_LAYERS)
         _one_of("proxy_head", self.proxy_head, PROXY_HEADS)
@@ -76,19 +94,46 @@ class Pruning:
                 f"similarity_threshold must be in (-1, 1], got {self.similarity_threshold!r}"
             )
         if isinstance(self.schedule, Schedule) and self.schedule.layers:
-            self._check_first_layer(self.schedule)
+            self._check_layers(self.schedule)
 
-    def _check_first_layer(self, schedule: Schedule) -> None:
-        if self.proxy_index(schedule.layers[0]) < 0:
+    def _check_layers(self, schedule: Schedule) -> None:
+        """What a schedule's layers may be, given the other settings."""
+        layers = schedule.layers
+        if self.encoder != "none" and layers[0] != 0:
+            raise UserError(
+                f"schedule {schedule}: with encoder {self.encoder} it must say what the encoder "
+                "keeps, as a stage at layer 0, for example 0:96,16:32"
+            )
+        if self._at_once and layers != (0,):
+            raise UserError(
+                f"schedule {schedule}: {self._at_once} chooses before the decoder; give one stage "
+                "at layer 0, for example 0:64"
+            )
+        first = layers[1:] if self.encoder != "none" else layers
+        if self.method == "fastv" and 0 in first:
+            raise UserError(
+                f"schedule {schedule}: fastv takes the attention of the layer that has just run, "
+                "and none has at layer 0; begin at layer 1"
+            )
+        if self.proxy_layer == "previous" and 0 in first and not self._at_once:
             raise UserError(
                 f"schedule {schedule}: proxy_layer previous takes the layer that has just run, and "
                 "none has at layer 0; begin at layer 1, or set proxy_layer to next"
             )
 
     @property
+    def _at_once(self) -> str | None:
+        """What chooses all tokens before the decoder's first layer, if something does."""
+        if self.method in BEFORE_DECODER:
+            return f"method {self.method}"
+        if self.method == "none" and self.encoder != "none":
+            return f"encoder {self.encoder} without a method"
+        return None
+
+    @property
     def active(self) -> bool:
         """False when no prompt can lose a token under these settings."""
-        if self.method == "none":
+        if self.method == "none" and self.encoder == "none":
             return False
         if isinstance(self.schedule, Schedule):
             return bool(self.schedule.stages)
@@ -99,21 +144,43 @@ class Pruning:
         return layer - 1 if self.proxy_layer == "previous" else layer
 
     def stages(self, visual_tokens: int, num_layers: int) -> list[tuple[int, int]]:
-        """`(layer, kept)` for one image.
+        """`(layer, kept)` for one image, of the stages in the decoder.
 
         Args:
-            visual_tokens: tokens that the encoder gave for this image.
+            visual_tokens: tokens that the encoder gave for this image, before any reduction.
             num_layers: layers of the decoder.
 
         Raises:
             UserError: the retention is out of reach, or a stage has no layer for its proxy.
         """
+        counts = self._counts(visual_tokens, num_layers)
+        if self.encoder == "none" or self.method in BEFORE_DECODER:
+            return counts
+        return counts[1:]
+
+    def encoded(self, visual_tokens: int, num_layers: int) -> int:
+        """Visual tokens of one image that enter the decoder; arguments as of `stages`."""
+        if self.encoder == "none" or not (counts := self._counts(visual_tokens, num_layers)):
+            return visual_tokens
+        ((_, keep), *_) = counts
+        if self.method in BEFORE_DECODER:
+            # As many as other methods are given to choose from.
+            ((_, encoder), (_, last)) = AFTER_ENCODER.stages
+            keep = min(visual_tokens, round(2 * keep * encoder / (encoder + last)))
+        return keep
+
+    def _counts(self, visual_tokens: int, num_layers: int) -> list[tuple[int, int]]:
+        """All stages, in the encoder (layer 0) and in the decoder."""
         if not self.active or visual_tokens == 0:
             return []
         schedule = self.schedule
         if not isinstance(schedule, Schedule):
             assert self.retention is not None
             shape = self.schedule_shape or LLAVA
+            if self.encoder != "none":
+                shape = AFTER_ENCODER
+            if self._at_once:
+                shape = AT_ONCE
             schedule = Schedule.for_retention(self.retention, num_layers, visual_tokens, shape)
         schedule.check_depth(num_layers, behind_last=self.proxy_layer == "previous")
         return schedule.counts(visual_tokens)

@@ -302,7 +302,7 @@ class Engine:
         """Visual features of the tasks; those whose placeholders do not fit them are failed."""
         fitting = []
         for task, features in zip(tasks, self._runner.encode(tasks), strict=True):
-            counts, expected = [len(image) for image in features], list(task.prepared.image_tokens)
+            counts, expected = [len(image) for image in features], self._runner.encoded(task)
             if counts == expected:
                 fitting.append((task, features))
                 continue

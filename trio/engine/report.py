@@ -39,7 +39,7 @@ def report(
         output_tokens=len(task.token_ids),
         num_images=len(task.spans),
         visual_tokens=visual,
-        visual_tokens_encoder=visual,
+        visual_tokens_encoder=len(task.entered) or visual,
         visual_tokens_stages=[len(stage) for stage in task.kept],
         retention=layer_average(visual, present) if visual else None,
         prefill_flops=shape.prefill_flops(task.layer_tokens),
@@ -49,5 +49,5 @@ def report(
         prefill_s=task.prefill_s,
         decode_s=task.decode_s,
         latency_s=time.perf_counter() - task.submitted,
-        kept_tokens=task.kept,
+        kept_tokens=[task.entered, *task.kept] if task.entered else task.kept,
     )

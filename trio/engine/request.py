@@ -124,8 +124,10 @@ class Result:
     """This request's share of the decode steps it took part in, in seconds."""
     latency_s: float | None = None
     """Seconds from being handed to the engine to the last token."""
-    kept_tokens: list[list[int]] | None = None
-    """Per stage, the kept visual tokens as indices into the prompt's visual tokens."""
+    kept_tokens: list[list[int | None]] | None = None
+    """Per stage, the kept visual tokens as indices into the prompt's visual tokens before any
+    reduction; first those that the encoder left, if it reduced them. A merged token counts as the
+    one that it was merged into, and None is the class token of the encoder."""
 
     @property
     def logprob_mean(self) -> float | None:

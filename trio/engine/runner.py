@@ -14,6 +14,7 @@ from torch import Tensor
 
 from trio.config import Pruning
 from trio.engine.cache import Cache
+from trio.engine.entry import Entry, entered
 from trio.engine.graphs import StepGraphs, rounded_up
 from trio.engine.room import Need
 from trio.engine.task import Task
@@ -63,7 +64,7 @@ class Runner:
         removed = [0] * len(self.cache.spans)
         for count in image_tokens:
             kept = dict(self.pruning.stages(count, self.num_layers))
-            left = count
+            left = self.pruning.encoded(count, self.num_layers)
             for group, (start, _) in enumerate(self.cache.spans):
                 left = kept.get(start, left)
                 removed[group] += count - left
@@ -77,36 +78,56 @@ class Runner:
         inputs = [image for task in tasks for image in task.prepared.image_inputs]
         if not inputs:
             return [[] for _ in tasks]
-        features = iter(self.adapter.encode_images(inputs))
+        keeps = [keep for task in tasks for keep in self.encoded(task)]
+        features = iter(self.adapter.encode_images(inputs, self.pruning.encoder, keeps))
         return [[next(features) for _ in task.prepared.image_inputs] for task in tasks]
+
+    def encoded(self, task: Task) -> list[int]:
+        """Visual tokens of each of the task's images that enter the decoder."""
+        counts = task.prepared.image_tokens
+        return [self.pruning.encoded(count, self.num_layers) for count in counts]
 
     def prefill(
         self, tasks: Sequence[Task], features: Sequence[Sequence[Features]]
     ) -> tuple[Tensor, float]:
         """Run the prompts of fresh tasks; returns logits [B, V] and the seconds of pruning."""
-        ids_T = torch.tensor([token for task in tasks for token in task.prepared.input_ids])
-        lengths, spans = tuple(t.prompt_tokens for t in tasks), tuple(t.spans for t in tasks)
-        images = [image for task in tasks for image in task.prepared.image_inputs]
-        salted = self.pruning.method == "random"
-        own = list(chain.from_iterable(features))
         done = prefill(
             self.decoder,
-            PackedPrompts(
-                embeds_TD=self.adapter.embed(ids_T, own),
-                lengths=lengths,
-                images=spans,
-                positions_T=self.adapter.positions(lengths, spans, images),
-                injected=joined(own),
-                salts=tuple(salt_of(t.prepared.input_ids) for t in tasks) if salted else (),
-            ),
+            self._packed(tasks, features),
             self.pruning,
             self.cache.prefill([task.key for task in tasks]),
         )
         for row, task in enumerate(tasks):
             task.layer_tokens = [lengths[row] for lengths in done.cache_lengths]
             task.positions = [done.next_positions[start][row] for start, _ in self.cache.spans]
-            task.kept = done.kept[row]
+            task.entered = entered(task.prepared.image_tokens, features[row])
+            task.kept = [_by_source(stage, task.entered) for stage in done.kept[row]]
         return done.logits_BV, done.prune_seconds
+
+    def _packed(
+        self, tasks: Sequence[Task], features: Sequence[Sequence[Features]]
+    ) -> PackedPrompts:
+        """The tasks' prompts with as many placeholders as the encoder has left tokens."""
+        lengths, spans = tuple(t.prompt_tokens for t in tasks), tuple(t.spans for t in tasks)
+        images = [image for task in tasks for image in task.prepared.image_inputs]
+        ids_T = torch.tensor([token for task in tasks for token in task.prepared.input_ids])
+        positions_T = self.adapter.positions(lengths, spans, images)
+        if self.pruning.encoder != "none":
+            entry = Entry.of(lengths, spans, features)
+            lengths, spans, ids_T = entry.lengths, entry.spans, ids_T[entry.index_T]
+            if positions_T is not None:
+                positions_T = positions_T[..., entry.index_T]
+        own = list(chain.from_iterable(features))
+        salted = self.pruning.method == "random"
+        return PackedPrompts(
+            embeds_TD=self.adapter.embed(ids_T, own),
+            lengths=lengths,
+            images=spans,
+            positions_T=positions_T,
+            injected=joined(own),
+            given=[task.prepared.image_tokens for task in tasks],
+            salts=tuple(salt_of(t.prepared.input_ids) for t in tasks) if salted else (),
+        )
 
     def start(self, tasks: Sequence[Task]) -> None:
         """Let tasks whose prompts and first tokens are there take part in decoding."""
@@ -150,3 +171,7 @@ class Runner:
         if self.decoder.device.type == "cuda":
             torch.cuda.synchronize(self.decoder.device)
         return time.perf_counter()
+
+
+def _by_source(stage: Sequence[int], sources: Sequence[int | None]) -> list[int | None]:
+    return [sources[token] for token in stage] if sources else list(stage)

@@ -32,8 +32,10 @@ class Task:
     """Prompt tokens present in each layer."""
     positions: list[int] = field(default_factory=list)
     """Position of the next token, per layer group."""
-    kept: list[list[int]] = field(default_factory=list)
-    """Visual tokens left after each stage."""
+    kept: list[list[int | None]] = field(default_factory=list)
+    """Visual tokens left after each stage; None is a tower's class token."""
+    entered: list[int | None] = field(default_factory=list)
+    """Visual tokens that entered the decoder, where the encoder reduced them."""
     prefill_s: float = 0.0
     decode_s: float = 0.0
     tried_alone: bool = False
@@ -59,5 +61,6 @@ class Task:
     def restart(self, stream: random.Random) -> None:
         """Forget the answer so far; `stream` is the request's random stream from its start."""
         self.stream = stream
-        for grown in (self.token_ids, self.logprobs, self.layer_tokens, self.positions, self.kept):
+        answer = (self.token_ids, self.logprobs)
+        for grown in (*answer, self.layer_tokens, self.positions, self.kept, self.entered):
             grown.clear()

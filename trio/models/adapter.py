@@ -37,17 +37,22 @@ class Features:
     tokens: `[N, D]`, that stand in the decoder's input.
     injected: `[N, D]` each; the i-th is added to the hidden states of these tokens that leave layer
         i of the decoder (DeepStack, arXiv 2406.04334). All images of a model have as many.
+    sources: after a reduction in the encoder, for each token the one that it stands for, as an
+        index into all that the image has without it; None for the tower's class token. Empty where
+        nothing was reduced.
     """
 
     tokens: Tensor
     injected: tuple[Tensor, ...] = ()
+    sources: tuple[int | None, ...] = ()
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def to(self, like: Tensor) -> Features:
         """On the device of a tensor and in its dtype."""
-        return Features(self.tokens.to(like), tuple(layer.to(like) for layer in self.injected))
+        injected = tuple(layer.to(like) for layer in self.injected)
+        return replace(self, tokens=self.tokens.to(like), injected=injected)
 
 
 class Adapter(ABC):
@@ -66,6 +71,8 @@ class Adapter(ABC):
     the model itself sets no bound, of one of a usual size."""
     max_visual_tokens: int
     """No image gives more; a video may."""
+    encoders: tuple[str, ...] = ()
+    """Reductions in the tower (`Pruning.encoder`) that this model can have."""
     video_token_id: int | None = None
     """Stands for the tokens of a video in a prompt; None where the family has no videos."""
 
@@ -135,17 +142,30 @@ class Adapter(ABC):
     def _features(self, inputs: Sequence[Inputs]) -> Sequence[Features]:
         """The model's features of images, one in each of `inputs`, in one pass."""
 
-    def encode_images(self, inputs: Sequence[Inputs]) -> list[Features]:
+    def _reduced(
+        self, inputs: Sequence[Inputs], encoder: str, keeps: Sequence[int]
+    ) -> Sequence[Features]:
+        """As `_features`, reduced in the tower; asked only for what is in `encoders`."""
+        raise NotImplementedError(f"{type(self).__name__}._reduced")
+
+    def encode_images(
+        self, inputs: Sequence[Inputs], encoder: str = "none", keeps: Sequence[int] = ()
+    ) -> list[Features]:
         """Visual features, all images in one pass of the tower.
 
         Args:
             inputs: for each image what `process_images` made of it.
+            encoder: what reduces them in the tower, one of `encoders`, or `none`.
+            keeps: for each image the tokens that are to be left; ignored with `none`.
 
         Returns:
             For each image its features in the decoder's dtype and on its device.
         """
         with torch.no_grad():
-            features = self._features(inputs)
+            if encoder == "none":
+                features = self._features(inputs)
+            else:
+                features = self._reduced(inputs, encoder, keeps)
         like = torch.empty(0, dtype=self.decoder.dtype, device=self.decoder.device)
         return [image.to(like) for image in features]
 
@@ -263,6 +283,12 @@ class Adapter(ABC):
         Raises:
             UserError: an image of this model cannot be pruned as they say.
         """
+        if pruning.encoder not in ("none", *self.encoders):
+            there = ", ".join(("none", *self.encoders))
+            raise UserError(
+                f"encoder {pruning.encoder} is not available for this {type(self.model).__name__}; "
+                f"there is: {there}"
+            )
         settled = replace(
             pruning,
             position_ids=pruning.position_ids or self.default_position_ids,

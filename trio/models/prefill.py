@@ -44,6 +44,8 @@ class PackedPrompts:
         each request. A request goes on behind the largest of its own.
     injected: for each of the first layers what is added to the hidden states of visual tokens that
         leave it, `[V, D]`, where V counts those of all requests in order.
+    given: for each request the visual tokens that the encoder gave of each image before it reduced
+        them, for the schedule; empty where it did not.
     salts: for method `random`, a number per request that depends on that request alone
         (`trio.pruning.select.salt_of(token_ids)`); empty means 0 for all.
     """
@@ -53,6 +55,7 @@ class PackedPrompts:
     images: Sequence[Sequence[tuple[int, int]]]
     positions_T: Tensor | None = None
     injected: Sequence[Tensor] = ()
+    given: Sequence[Sequence[int]] = ()
     salts: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
@@ -74,7 +77,7 @@ class Prefilled:
     logits_BV: logits there, for the first new token.
     cache_lengths: `[layer][request]`, keys that the layer holds.
     next_positions: `[layer][request]`, position of the next token in that layer.
-    kept: `[request][stage]`, visual tokens left, numbered as the encoder gave them.
+    kept: `[request][stage]`, visual tokens left, numbered as they entered.
     visual_tokens_stages: `[request][stage]`, how many those are.
     prune_seconds: time in scoring, choosing and compacting, all requests together.
     """
@@ -156,6 +159,9 @@ class _Prefill:
         self.injected = prompts.injected
         _check_injected(prompts)
         self.ragged = Ragged.of_spans(prompts.lengths, prompts.images)
+        self.given = prompts.given or [
+            [image.count for image in images] for images in self.ragged.images
+        ]
         if prompts.positions_T is None:
             self.positions_T = contiguous_positions(prompts.lengths, decoder.device)
             self.next_positions = list(prompts.lengths)
@@ -194,9 +200,9 @@ class _Prefill:
         """`{layer: [request] -> tokens to keep of each image}`; None has no stage there."""
         plan: dict[int, list[list[int] | None]] = {}
         requests = len(self.ragged.lengths)
-        for request, images in enumerate(self.ragged.images):
-            for image in images:
-                for layer, keep in self.pruning.stages(image.count, self.decoder.num_layers):
+        for request, counts in enumerate(self.given):
+            for count in counts:
+                for layer, keep in self.pruning.stages(count, self.decoder.num_layers):
                     row = plan.setdefault(layer, [None] * requests)
                     row[request] = [*(row[request] or []), keep]
         return plan

@@ -59,6 +59,11 @@ def patch(model: Model, pruning: Pruning) -> Model:
     """
     if not isinstance(pruning, Pruning):
         raise UserError(f"pruning must be a trio.Pruning, got {pruning!r:.100}")
+    if pruning.encoder != "none":
+        raise UserError(
+            f"encoder {pruning.encoder}: a patched model takes its features as the encoder gives "
+            "them; use trio.Engine for a reduction in the encoder, or encoder none"
+        )
     adapter = adapt(model)
     pruning = adapter.settle(pruning)
     if PatchedForward.of(model) is not None:

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from trio.config import (
+    ENCODERS,
     METHODS,
     POSITION_IDS,
     PROXY_HEADS,
@@ -29,9 +30,6 @@ from trio.pipeline.storage import check_no_secret
 
 DEMO = "demo"
 # stands for the bundled shard and the bundled model, wherever the package is installed
-LATER_METHODS = ("fastv", "divprune", "eadp")
-ENCODERS = ("none",)
-LATER_ENCODERS = ("visionzip", "scan")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -123,13 +121,13 @@ class JobConfig:
     )
     method: str = option(
         "trio",
-        parse.choice("method", METHODS, LATER_METHODS),
+        parse.choice("method", METHODS),
         f"how visual tokens are chosen: {', '.join(METHODS)}",
         results=True,
     )
     encoder: str = option(
         "none",
-        parse.choice("encoder", ENCODERS, LATER_ENCODERS),
+        parse.choice("encoder", ENCODERS),
         f"reduction in the vision encoder: {', '.join(ENCODERS)}",
         results=True,
     )
@@ -322,15 +320,16 @@ class JobConfig:
     @property
     def pruning_asked(self) -> bool:
         """Whether these settings ask for any pruning (a default retention counts)."""
-        return self.method != "none" and self.retention != 1.0
+        return (self.method != "none" or self.encoder != "none") and self.retention != 1.0
 
     def pruning(self) -> Pruning:
         """The engine's pruning settings."""
-        off = self.method == "none" or (self.retention is None and self.schedule is None)
+        off = self.retention is None and self.schedule is None
         return Pruning(
             retention=None if off else self.retention,
             schedule=None if off else self.schedule,
             method=self.method,
+            encoder=self.encoder,
             proxy_positions=self.proxy_positions or "reference",
             proxy_layer=self.proxy_layer,
             proxy_head=self.proxy_head,

@@ -117,16 +117,13 @@ def at_least(low: int) -> Reader:
     return read
 
 
-def choice(name: str, allowed: tuple[str, ...], later: tuple[str, ...] = ()) -> Reader:
-    """One of ``allowed``; names in ``later`` are known but not built into this version."""
+def choice(name: str, allowed: tuple[str, ...]) -> Reader:
+    """One of ``allowed``."""
 
     def read(value: Any) -> str:
         if value in allowed:
             return str(value)
-        known = f"available: {', '.join(allowed)}"
-        if value in later:
-            raise UserError(f"{value} is not available in this version; {known}")
-        raise UserError(f"unknown {name} {value!r}; {known}")
+        raise UserError(f"unknown {name} {value!r}; available: {', '.join(allowed)}")
 
     return read
 

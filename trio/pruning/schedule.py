@@ -67,7 +67,7 @@ class ScheduleShape:
         """`(layer, share)` at another depth; merged where layers fall together."""
         scaled: dict[int, float] = {}
         for layer, share in self.stages:
-            place = max(1, math.floor(layer * num_layers / self.layers + 0.5))
+            place = layer and max(1, math.floor(layer * num_layers / self.layers + 0.5))
             if place < num_layers:
                 scaled[place] = share
         return list(scaled.items())
@@ -78,6 +78,11 @@ LLAVA = ScheduleShape(32, ((1, 92 / 576), (10, 54 / 576), (15, 22 / 576)))
 """LLaVA-1.5-7B; scaled, for all models without a published setting."""
 LLAVA_NEXT = ScheduleShape(32, ((1, 436 / 2880), (10, 255 / 2880), (15, 173 / 2880)))
 """LLaVA-NeXT-7B, of whose largest images these are shares."""
+AFTER_ENCODER = ScheduleShape(32, ((0, 96 / 576), (16, 32 / 576)))
+"""With a reduction in the encoder, which is the stage at 0; LLaVA-1.5-7B, and Qwen2.5-VL-7B's are
+the same shares at its own half depth."""
+AT_ONCE = ScheduleShape(1, ((0, 1.0),))
+"""Everything before the first layer."""
 
 
 @dataclass(frozen=True, slots=True)
