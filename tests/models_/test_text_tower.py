@@ -49,7 +49,10 @@ def tiny_clip(seed: int = 0, **vision: Any) -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         config = CLIPConfig(
-            text_config=text, vision_config=VISION | vision, projection_dim=20, initializer_factor=5
+            text_config=text,
+            vision_config=VISION | vision,
+            projection_dim=20,
+            initializer_factor=5.0,
         )
         return CLIPModel(config).eval()
 
@@ -167,11 +170,9 @@ def test_a_tower_of_other_weights(saved: str) -> None:
 
 
 def test_a_tower_that_was_trained_on(clip: Any, saved: str) -> None:
-    with torch.no_grad():
-        weight = clip.vision_model.encoder.layers[1].mlp.fc1.weight
-        weight.add_(0.05 * weight.std() * torch.randn_like(weight))
+    clip.vision_model.encoder.layers[1].mlp.fc1.weight.data.mul_(1.05)
     text = refusal(saved, clip.vision_model)
-    assert "encoder.layers.1.mlp.fc1.weight differs by 0.05" in text and "more than 0.01" in text
+    assert "encoder.layers.1.mlp.fc1.weight differs by 0.050" in text and "more than 0.01" in text
     load(saved, clip.vision_model, tolerance=0.1)
 
 

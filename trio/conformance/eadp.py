@@ -31,16 +31,15 @@ def replay(case: Case) -> Checks:
     checks = Checks()
     _check_sizes(case, recorded, checks)
     grids = _grids(case.fact("N"))
+    texts = recorded["text_embeds_seq"], recorded["text_embeds"]
     traces, final = [], []
     for patches_NP in recorded["image_embeds"]:
         trace = Trace()
-        texts = recorded["text_embeds_seq"], recorded["text_embeds"]
         final.append(importance(patches_NP, *texts, grids, settings, trace=trace))
         traces.append(trace)
     _check_matches([trace.matches[0] for trace in traces], recorded, checks)
-    checks.equal(
-        "text_tokens_kept", len(traces[0].matches[0][0].kept_R), case.fact("text_tokens_kept")
-    )
+    kept = len(traces[0].matches[0][0].kept_R)
+    checks.equal("text_tokens_kept", kept, case.fact("text_tokens_kept"))
     checks.equal("smoothed", grids is not None, case.fact("smoothed"))
     for name, got in {
         "text_sim": [trace.text_N for trace in traces],
@@ -48,7 +47,7 @@ def replay(case: Case) -> Checks:
         "importance_smoothed": [trace.smoothed_N for trace in traces],
         "importance_final": final,
     }.items():
-        checks.close(name, torch.stack([own for own in got if own is not None]), recorded[name])
+        checks.close(name, torch.stack(got), recorded[name])
     _check_choice(case, torch.stack(final), recorded, checks)
     return checks
 

@@ -91,11 +91,11 @@ class TextTower:
         Raises:
             UserError: nothing usable there, or it does not belong to the tower.
         """
-        where = {} if revision is None else {"revision": revision}
-        config = _config(source, where)
+        revision = revision or "main"
+        config = _config(source, revision)
         _check_sizes(source, config.vision_config, vision_tower)
-        tokenizer = _tokenizer(source, config.text_config, where)
-        clip = _model(source, config, dtype, where)
+        tokenizer = _tokenizer(source, config.text_config, revision)
+        clip = _model(source, config, dtype, revision)
         _check_weights(source, clip.vision_model, vision_tower, tolerance)
         return cls(clip.to(device).eval(), tokenizer)
 
@@ -167,9 +167,9 @@ def _explaining(what: str, source: str) -> Iterator[None]:
         ) from error
 
 
-def _config(source: str, where: dict[str, str]) -> Any:
+def _config(source: str, revision: str) -> Any:
     with _explaining("config.json", source):
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False, **where)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False, revision=revision)
     if config.model_type != "clip":
         raise UserError(
             f"the text tower {source!r} is a {config.model_type!r} checkpoint and no 'clip'; "
@@ -198,9 +198,11 @@ def _check_sizes(source: str, config: Any, vision_tower: Any) -> None:
         )
 
 
-def _tokenizer(source: str, config: Any, where: dict[str, str]) -> Any:
+def _tokenizer(source: str, config: Any, revision: str) -> Any:
     with _explaining("the tokenizer", source):
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **where)
+        tokenizer = AutoTokenizer.from_pretrained(
+            source, trust_remote_code=False, revision=revision
+        )
     # Without its files transformers makes a tokenizer that knows special tokens only.
     words = len(tokenizer) - len(tokenizer.all_special_ids)
     named = tokenizer.bos_token_id is not None and tokenizer.eos_token_id is not None
@@ -212,7 +214,7 @@ def _tokenizer(source: str, config: Any, where: dict[str, str]) -> Any:
     return tokenizer
 
 
-def _model(source: str, config: Any, dtype: torch.dtype, where: dict[str, str]) -> Any:
+def _model(source: str, config: Any, dtype: torch.dtype, revision: str) -> Any:
     with _explaining("the weights", source):
         found: Any = CLIPModel.from_pretrained(
             source,
@@ -220,7 +222,7 @@ def _model(source: str, config: Any, dtype: torch.dtype, where: dict[str, str]) 
             dtype=dtype,
             use_safetensors=True,
             output_loading_info=True,
-            **where,
+            revision=revision,
         )
     clip, info = found
     missing = sorted(info["missing_keys"])

@@ -90,10 +90,10 @@ class Trace:
     smoothed_N: the same, smoothed within each tile.
     """
 
-    matches: list[list[Match]] = field(default_factory=list)
-    text_N: Tensor | None = None
-    minmax_N: Tensor | None = None
-    smoothed_N: Tensor | None = None
+    matches: list[list[Match]] = field(init=False)
+    text_N: Tensor = field(init=False)
+    minmax_N: Tensor = field(init=False)
+    smoothed_N: Tensor = field(init=False)
 
 
 @torch.no_grad()
@@ -254,7 +254,8 @@ def _lazily(importance_N: np.ndarray, similar_NN: np.ndarray, keep: int) -> np.n
     chosen_K = np.empty(keep, dtype=np.int64)
 
     def look_again(candidates: np.ndarray) -> None:
-        more = similar_NN[candidates] - best_N
+        more = similar_NN.take(candidates, axis=0)
+        more -= best_N
         np.maximum(more, 0, out=more)
         more *= importance_N
         bound_N[candidates] = more.sum(axis=1)
@@ -293,19 +294,18 @@ def share_out(importance_N: Tensor, sizes: Sequence[int], keep: int) -> list[int
     sums = torch.stack([tile.double().sum() for tile in importance_N.split(list(sizes))]).tolist()
     # Tiles of no importance at all share evenly what no other has room for.
     weights = [max(own, sys.float_info.min) for own in sums]
-    shares, roomy = [0.0] * len(sizes), set(range(len(sizes)))
-    left = keep
-    while roomy:
-        whole = math.fsum(weights[tile] for tile in roomy)
-        for tile in roomy:
-            shares[tile] = left * (weights[tile] / whole)
-        full = {tile for tile in roomy if shares[tile] >= sizes[tile]}
+    shares = [float(size) for size in sizes]
+    left, rest = keep, list(range(len(sizes)))
+    while rest:
+        whole = math.fsum(weights[tile] for tile in rest)
+        asked = {tile: left * (weights[tile] / whole) for tile in rest}
+        full = {tile for tile, share in asked.items() if share >= sizes[tile]}
         if not full:
+            for tile, share in asked.items():
+                shares[tile] = share
             break
-        for tile in full:
-            shares[tile] = sizes[tile]
-        roomy -= full
         left -= sum(sizes[tile] for tile in full)
+        rest = [tile for tile in rest if tile not in full]
     counts = [int(share) for share in shares]
     by_remainder = sorted(range(len(sizes)), key=lambda tile: counts[tile] - shares[tile])
     for tile in by_remainder[: keep - sum(counts)]:
