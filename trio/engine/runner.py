@@ -18,10 +18,12 @@ from trio.engine.entry import Entry, entered
 from trio.engine.graphs import StepGraphs, rounded_up
 from trio.engine.room import Need
 from trio.engine.task import Task
+from trio.errors import UserError
 from trio.models.adapter import Adapter, Features, joined
 from trio.models.attention import Padded
 from trio.models.prefill import PackedPrompts, prefill
 from trio.models.products import few_row_linears
+from trio.models.text_tower import TextTower
 from trio.pruning.select import salt_of
 
 
