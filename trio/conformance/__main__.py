@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from trio.conformance import trio_llama, trio_qwen
+from trio.conformance import trio_llama, trio_qwen, visionzip
 from trio.conformance.checks import Checks
 from trio.conformance.files import Case, read_cases
 from trio.errors import UserError
@@ -22,6 +22,7 @@ from trio.errors import UserError
 _REPLAYS: dict[str, Callable[[Case], Checks]] = {
     "trio_llama": trio_llama.replay,
     "trio_qwen": trio_qwen.replay,
+    "visionzip": visionzip.replay,
 }
 
 
