@@ -283,7 +283,7 @@ def retrieval(
 def presence(clip: CLIPModel, words: PreTrainedTokenizerFast, seen: Seen) -> dict[str, float]:
     """How well a question's closeness to scenes tells those that show what it names: mean AUC."""
     asked = {
-        "digit asked for": [about("is there a {digit} ?", (digit, "")) for digit in range(10)],
+        "digit asked for": [about("is there a {digit} ?", (digit, "red")) for digit in range(10)],
         "color asked for": [about("which digit is {color} ?", (0, color)) for color in COLOURS],
     }
     image = image_space(clip, seen.features)
