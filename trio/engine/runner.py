@@ -22,7 +22,7 @@ from trio.models.adapter import Adapter, Features, joined
 from trio.models.attention import Padded
 from trio.models.prefill import PackedPrompts, prefill
 from trio.models.products import few_row_linears
-from trio.pruning.select import salt_of
+from trio.pruning.methods.random import salt_of
 
 
 class Runner:
