@@ -125,7 +125,6 @@ def test_attention_takes_less_than_a_twentieth_of_one_layers_activations() -> No
 
 def test_diversity_takes_one_copy_of_the_features_and_no_matrix() -> None:
     """In float32, beside what is gathered of them; at layer 0 no layer's activations are there."""
-    own = decoder()
     hidden_TD = torch.randn(TOKENS, 512, generator=torch.Generator().manual_seed(0)).bfloat16()
     counted = Allocations()
     counted.watch(hidden_TD)
