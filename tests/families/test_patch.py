@@ -37,7 +37,7 @@ def batch(family: Family, rows: list[Request], side: str = "left") -> dict[str, 
     [
         ("left", PRUNING),
         ("right", PRUNING),
-        ("left", trio.Pruning(schedule="2:0.3", method="fastv")),
+        ("left", trio.Pruning(schedule="2:0.4", method="fastv")),
         ("right", trio.Pruning(retention=0.4, method="divprune")),
     ],
     ids=["left", "right", "fastv", "divprune"],

@@ -50,6 +50,9 @@ def test_far_apart_begins_with_the_loneliest_and_takes_no_token_twice() -> None:
     axes = torch.eye(4)
     same = torch.cat([axes[:2], 3 * axes[:2], axes[2:]])
     assert orders([same], (6,)) == [[4, 0, 1, 5, 2, 3]]
+    noise = torch.randn(40, 67, generator=torch.Generator().manual_seed(0))
+    ends = torch.cat([noise, noise[7:8].expand(20, -1)])
+    assert set(orders([ends], (40,))[0]) == set(range(40))
     assert orders([torch.ones(5, 4)], (4,)) == [[0, 1, 2, 3]]
     assert orders([same.bfloat16()], (6,)) == [[4, 0, 1, 5, 2, 3]]
 

@@ -88,11 +88,22 @@ def _greedy(unit_NVD: Tensor, there_NV: Tensor, most_kept: int) -> Tensor:
     nearest_NV = torch.full_like(unit_NVD[..., 0], -torch.inf).masked_fill_(~there_NV, torch.inf)
     picks = [pick_N]
     while len(picks) < most_kept:
-        own_ND1 = unit_NVD.take_along_dim(pick_N[:, None, None], dim=1).transpose(1, 2)
-        nearest_NV = torch.maximum(nearest_NV, torch.bmm(unit_NVD, own_ND1)[..., 0])
+        own_N1D = unit_NVD.take_along_dim(pick_N[:, None, None], dim=1)
+        nearest_NV = torch.maximum(nearest_NV, _cosines(unit_NVD, own_N1D))
         pick_N = nearest_NV.scatter_(1, pick_N[:, None], torch.inf).argmin(dim=1)
         picks.append(pick_N)
     return torch.stack(picks, dim=1)
+
+
+def _cosines(unit_NVD: Tensor, own_N1D: Tensor) -> Tensor:
+    """`[N, V]` of all tokens with one.
+
+    Not as a matrix product, whose rounding depends on where a token stands: copies, as the ends of
+    an image's rows are in some families, have to tie.
+    """
+    images, _, size = unit_NVD.shape
+    step = max(1, _GROUP.get(unit_NVD.device.type, _GROUP_ON_DEVICE) // (images * size))
+    return torch.cat([(x * own_N1D).sum(dim=-1) for x in unit_NVD.split(step, dim=1)], dim=1)
 
 
 def _nearest(unit_NVD: Tensor, there_NV: Tensor) -> Tensor:
