@@ -41,8 +41,8 @@ class Joint:
 
     tokens: `[M, P]`, patches, tile after tile; after a reduction what is left of them.
     grids: rows and columns of patches of each tile; None where the tokens stand in no grid.
-    places: `[N]`, on the CPU, for each visual token of the image its row of `tokens`; -1 for what is
-        no patch, as newlines.
+    places: `[N]`, on the CPU, for each visual token of the image its row of `tokens`; -1 for what
+        is no patch, as newlines.
     """
 
     tokens: Tensor
