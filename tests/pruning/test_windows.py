@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from trio.pruning.windows import best_in_windows, scan, windows
+from trio.pruning.reduce import scanned, windows
 
 GRIDS = [(4, 4), (1, 1), (1, 50), (9, 3), (10, 13), (8, 12), (3, 17)]
 
@@ -44,30 +44,30 @@ def members_of(rows: int, columns: int, edge: int) -> list[list[int]]:
 @pytest.mark.parametrize(("rows", "columns"), GRIDS)
 @pytest.mark.parametrize("edge", [1, 4, 6])
 def test_windows_are_those_of_a_loop(rows: int, columns: int, edge: int) -> None:
-    window = windows(rows, columns, edge)
+    window = windows(rows * columns, columns, edge)
     found = [(window == number).nonzero().flatten().tolist() for number in window.unique()]
     assert found == members_of(rows, columns, edge)
 
 
 @pytest.mark.parametrize(("rows", "columns"), GRIDS)
+@pytest.mark.parametrize("edge", [4, 6])
 @pytest.mark.parametrize("ties", [False, True])
-def test_choice_equals_a_loop(rows: int, columns: int, ties: bool) -> None:
+def test_choice_equals_a_loop(rows: int, columns: int, edge: int, ties: bool) -> None:
     generator = torch.Generator().manual_seed(rows * columns)
     shallow, deep = torch.rand(2, rows * columns, generator=generator)
     if ties:
         shallow, deep = (shallow * 3).floor(), (deep * 3).floor()
-    members, window = members_of(rows, columns, 4), windows(rows, columns, 4)
+    members = members_of(rows, columns, edge)
     for keep in range(rows * columns + 1):
-        local = looped(shallow.tolist(), members, keep)
-        assert sorted(best_in_windows(shallow, window, keep).tolist()) == local
         local = looped(shallow.tolist(), members, keep // 2)
         left = [token for token in range(rows * columns) if token not in local]
         wanted = sorted([*local, *by_score(deep.tolist(), left)[: keep - len(local)]])
-        assert scan(shallow, deep, window, keep).tolist() == wanted
+        kept = scanned(shallow[None], deep[None], [keep], columns, edge)
+        assert kept[0].nonzero().flatten().tolist() == wanted
 
 
-def test_a_window_of_the_highest_attention_does_not_take_all() -> None:
-    shallow = torch.zeros(8, 8)
-    shallow[:4, :4] = 1 + torch.arange(16).view(4, 4)
-    chosen = best_in_windows(shallow.flatten(), windows(8, 8, 4), 10)
-    assert sum(index // 8 < 4 and index % 8 < 4 for index in chosen.tolist()) == 3
+def test_a_window_with_all_of_the_attention_does_not_take_all() -> None:
+    attention = torch.zeros(8, 8)
+    attention[:4, :4] = 1 + torch.arange(16).view(4, 4)
+    kept = scanned(attention.view(1, -1), -attention.view(1, -1), [20], 8, 4)
+    assert int(kept.view(8, 8)[:4, :4].sum()) == 3

@@ -115,9 +115,11 @@ class Runner:
         if self.pruning.encoder != "none":
             entry = Entry.of(lengths, spans, features)
             lengths, spans, ids_T = entry.lengths, entry.spans, ids_T[entry.index_T]
-            # The encoder's reduction is a stage like the others, after which tokens count on from 0.
-            keep = positions_T is not None and self.pruning.position_ids == "keep"
-            positions_T = positions_T[..., entry.index_T] if keep else None
+            # A stage like those in the decoder: numbered anew what is left stands at 0, 1, 2, ...
+            if self.pruning.position_ids == "renumber":
+                positions_T = None
+            if positions_T is not None:
+                positions_T = positions_T[..., entry.index_T]
         own = list(chain.from_iterable(features))
         salted = self.pruning.method == "random"
         return PackedPrompts(

@@ -23,8 +23,7 @@ from trio.errors import UserError
 from trio.models.adapter import Adapter, Features, Inputs, Span, check_pixels, tensor_of
 from trio.models.received import attention_received
 from trio.pruning.cost import GridVisionShape
-from trio.pruning.reduce import averaged, groups
-from trio.pruning.windows import scan, windows
+from trio.pruning.reduce import averaged, groups, scanned
 
 _WINDOW = 4
 """Visual tokens along the edge of a window in which a scan takes its first half."""
@@ -109,7 +108,9 @@ class GridAdapter(Adapter):
         with attention_received([blocks[block].attn for block in self._scanned()]) as received:
             images = self._features(inputs)
         grids = [grid for image in inputs for grid in _grids(image)]
-        layers = [layer_P.split([rows * columns for rows, columns in grids]) for layer_P in received]
+        layers = [
+            layer_P.split([rows * columns for rows, columns in grids]) for layer_P in received
+        ]
         return [
             self._scan(image, grid, own, keep)
             for image, grid, own, keep in zip(
@@ -125,7 +126,8 @@ class GridAdapter(Adapter):
             return replace(image, sources=tuple(range(keep)))
         rows, columns = (edge // self._merge for edge in grid)
         shallow_N, deep_N = (self._by_token(layer_P, rows, columns) for layer_P in received)
-        kept_K = scan(shallow_N, deep_N, windows(rows, columns, _WINDOW).to(deep_N.device), keep)
+        kept_1N = scanned(shallow_N[None], deep_N[None], [keep], columns, _WINDOW)
+        kept_K = kept_1N[0].nonzero().flatten()
         group_KN = groups(image.tokens, kept_K)
         return Features(
             tokens=averaged(group_KN, image.tokens),

@@ -10,7 +10,7 @@ from transformers import Qwen2_5_VLProcessor
 from trio.models.adapter import Features, ImageOnly, Inputs
 from trio.models.grids import GridAdapter
 from trio.pruning.cost import GridVisionShape
-from trio.pruning.windows import windows
+from trio.pruning.reduce import windows
 
 
 class ImageProcessor(ImageOnly, Qwen2_5_VLProcessor):
@@ -35,7 +35,7 @@ class Qwen25VLAdapter(GridAdapter):
         """Window by window."""
         vision = self.model.config.vision_config
         edge = vision.window_size // vision.patch_size // vision.spatial_merge_size
-        return windows(rows, columns, edge).argsort(stable=True)
+        return windows(rows * columns, columns, edge).argsort(stable=True)
 
     def _features(self, inputs: Sequence[Inputs]) -> Sequence[Features]:
         return [Features(image) for image in self._encode(inputs).pooler_output]
