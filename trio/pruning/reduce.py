@@ -94,6 +94,19 @@ def zip_split(keep: int) -> tuple[int, int]:
     return keep - contextual, contextual
 
 
+def shared(budget: int, sizes: Sequence[int]) -> list[int]:
+    """A number of tokens shared out over parts of an image in proportion to their sizes, none of
+    them more than its size; what is left over goes to the largest fractions, the earlier first."""
+    total = sum(sizes)
+    budget = min(budget, total)
+    shares = [budget * size // total for size in sizes]
+    fractions = [budget * size % total for size in sizes]
+    order = sorted(range(len(sizes)), key=lambda part: -fractions[part])
+    for part in order[: budget - sum(shares)]:
+        shares[part] += 1
+    return shares
+
+
 def visionzip(
     attention_IP: Tensor,
     keys_ISE: Tensor,
