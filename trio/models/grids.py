@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from trio.errors import UserError
-from trio.models.adapter import Adapter, Features, Inputs, Span, check_pixels, tensor_of
+from trio.models.adapter import Adapter, Features, Inputs, Join, Span, check_pixels, tensor_of
 from trio.models.received import attention_received
 from trio.pruning.cost import GridVisionShape
 from trio.pruning.reduce import averaged, groups, scanned
@@ -100,7 +100,7 @@ class GridAdapter(Adapter):
         )
 
     def _reduced(
-        self, inputs: Sequence[Inputs], encoder: str, keeps: Sequence[int]
+        self, inputs: Sequence[Inputs], encoder: str, keeps: Sequence[int], join: Join | None
     ) -> Sequence[Features]:
         """As of all families, with `scan`: a tower without a class token is asked which patches
         receive attention, and what enters the decoder is merged."""
