@@ -148,6 +148,9 @@ class Runner:
         if self.pruning.encoder != "none":
             entry = Entry.of(lengths, spans, features)
             lengths, spans, ids_T = entry.lengths, entry.spans, ids_T[entry.index_T]
+            # A stage like those in the decoder: numbered anew what is left stands at 0, 1, 2, ...
+            if self.pruning.position_ids == "renumber":
+                positions_T = None
             if positions_T is not None:
                 positions_T = positions_T[..., entry.index_T]
         own = list(chain.from_iterable(features))

@@ -321,6 +321,7 @@ class Adapter(ABC):
             )
         settled = replace(
             pruning,
+            encoder=pruning.encoder if pruning.active else "none",
             position_ids=pruning.position_ids or self.default_position_ids,
             schedule_shape=pruning.schedule_shape or self.schedule_shape,
         )

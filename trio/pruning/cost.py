@@ -271,6 +271,19 @@ class GridVisionShape:
         attention = self.attention_flops(rows, columns)
         return n * self.patch_inputs * d + blocks + attention + self.mergers * merger
 
+    def scan_flops(self, rows: int, columns: int, keep: int) -> int:
+        """Reducing one image of this many patches to `keep` tokens by the attention that they get.
+
+        Scores of all pairs of patches once more, at two blocks that attend to the whole image. For
+        merging, cosines of all tokens with the kept ones, and a product for the means of what each
+        merger gives; nothing where all are kept.
+        """
+        patches = rows * columns
+        tokens = patches // self.merge**2
+        pairs = tokens * keep if keep < tokens else 0
+        merging = (1 + self.mergers) * pairs * self.decoder_hidden_size
+        return 2 * self.hidden_size * patches**2 + merging
+
     def attention_flops(self, rows: int, columns: int) -> int:
         """Of them those of scores and of sums of values."""
         # The windows are all pairs of a piece of the rows and a piece of the columns.
