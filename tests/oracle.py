@@ -65,7 +65,13 @@ def order(scores: Tensor) -> list[int]:
     return sorted(range(len(values)), key=lambda i: (-values[i], i))
 
 
-def walk(features_VD: Tensor, ranked: list[int], keep: int, threshold: float) -> list[int]:
+def walk(
+    features_VD: Tensor,
+    ranked: list[int],
+    keep: int,
+    threshold: float,
+    fill_up: str = "reference",
+) -> list[int]:
     normed = F.normalize(features_VD.float(), dim=-1)
     cosine = (normed @ normed.T).tolist()
     kept: list[int] = []
@@ -77,11 +83,13 @@ def walk(features_VD: Tensor, ranked: list[int], keep: int, threshold: float) ->
             continue
         kept.append(token)
         suppressed |= {other for other in ranked if cosine[token][other] >= threshold}
-    for token in ranked:
-        if len(kept) == keep:
-            break
-        if token not in kept:
-            kept.append(token)
+    salient = {"reference": keep, "mixed": (len(kept) + keep) // 2, "farthest": 0}[fill_up]
+    while len(kept) < keep:
+        left = [token for token in ranked if token not in kept]
+        if len(kept) >= salient:
+            kept.append(min(left, key=lambda token: max(cosine[token][own] for own in kept)))
+        else:
+            kept.append(left[0])
     return sorted(kept)
 
 
@@ -105,6 +113,7 @@ def prefill(
     proxy_head: str = "output",
     position_ids: str = "renumber",
     threshold: float = 0.8,
+    fill_up: str = "mixed",
     suppress: bool = True,
     positions: Tensor | None = None,
     injected: Sequence[Tensor] = (),
@@ -141,7 +150,9 @@ def prefill(
                     continue
                 ranked = order(scores[places])
                 features = hidden[places]
-                picks = walk(features, ranked, goal, threshold) if suppress else ranked[:goal]
+                picks = ranked[:goal]
+                if suppress:
+                    picks = walk(features, ranked, goal, threshold, fill_up)
                 stays[places] = False
                 stays[places[picks]] = True
             hidden, positions = hidden[stays], positions[..., stays]

@@ -116,8 +116,16 @@ def _by_saliency(
     if pruning.method == "gradient":
         kept_NK = order_NV[:, :most_kept]
     else:
-        threshold = pruning.similarity_threshold
-        kept_NK = suppress(hidden_TD, start_N, count_N, order_NV, keep_N, most_kept, threshold)
+        kept_NK = suppress(
+            hidden_TD,
+            start_N,
+            count_N,
+            order_NV,
+            keep_N,
+            most_kept,
+            pruning.similarity_threshold,
+            pruning.fill_up,
+        )
     rows = zip(goals.items(), kept_NK.tolist(), strict=True)
     picks = {place: sorted(row[:keep]) for (place, keep), row in rows}
     orders = {
