@@ -65,7 +65,13 @@ def order(scores: Tensor) -> list[int]:
     return sorted(range(len(values)), key=lambda i: (-values[i], i))
 
 
-def walk(features_VD: Tensor, ranked: list[int], keep: int, threshold: float) -> list[int]:
+def walk(
+    features_VD: Tensor,
+    ranked: list[int],
+    keep: int,
+    threshold: float,
+    fill_up: str = "reference",
+) -> list[int]:
     normed = F.normalize(features_VD.float(), dim=-1)
     cosine = (normed @ normed.T).tolist()
     kept: list[int] = []
@@ -77,11 +83,13 @@ def walk(features_VD: Tensor, ranked: list[int], keep: int, threshold: float) ->
             continue
         kept.append(token)
         suppressed |= {other for other in ranked if cosine[token][other] >= threshold}
-    for token in ranked:
-        if len(kept) == keep:
-            break
-        if token not in kept:
-            kept.append(token)
+    salient = {"reference": keep, "mixed": (len(kept) + keep) // 2}[fill_up]
+    while len(kept) < keep:
+        left = [token for token in ranked if token not in kept]
+        if len(kept) >= salient:
+            kept.append(min(left, key=lambda token: max(cosine[token][own] for own in kept)))
+        else:
+            kept.append(left[0])
     return sorted(kept)
 
 
@@ -138,6 +146,7 @@ def prefill(
     position_ids: str = "renumber",
     threshold: float = 0.8,
     method: str = "trio",
+    fill_up: str = "mixed",
     positions: Tensor | None = None,
     injected: Sequence[Tensor] = (),
 ) -> Outcome:
@@ -179,7 +188,7 @@ def prefill(
                 features = hidden[places]
                 picks = ranked[:goal]
                 if method == "trio":
-                    picks = walk(features, ranked, goal, threshold)
+                    picks = walk(features, ranked, goal, threshold, fill_up)
                 if method == "divprune":
                     picks = far_apart(features, goal)
                 stays[places] = False

@@ -59,6 +59,7 @@ def test_the_proxys_layer_decides_which_stages_there_can_be() -> None:
         ({"proxy_head": "lm_head"}, "output, input_embedding"),
         ({"position_ids": "shift"}, "renumber, keep"),
         ({"similarity_threshold": 1.5}, "similarity_threshold"),
+        ({"fill_up": "saliency"}, "mixed, reference"),
         ({"schedule": "1"}, "not layer:keep"),
     ],
 )

@@ -22,6 +22,7 @@ PROXY_POSITIONS = ("reference", "with_last", "last")
 POSITION_IDS = ("renumber", "keep")
 PROXY_LAYERS = ("next", "previous")
 PROXY_HEADS = ("output", "input_embedding")
+FILL_UPS = ("mixed", "reference")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,6 +54,10 @@ class Pruning:
         axes that a position has) or `keep` (each token keeps its own); None takes the model
         family's default.
     similarity_threshold: cosine from which the NMS calls two tokens the same.
+    fill_up: what makes up the number where the NMS leaves fewer tokens than are to be kept:
+        `reference` (those of the highest saliency, near-duplicates though they be: the published
+        code) or `mixed` (half of what is missing that way; the rest one after another, each time
+        the token least like all that are kept).
     seed: for `random`.
     """
 
@@ -64,6 +69,7 @@ class Pruning:
     proxy_head: str = "output"
     position_ids: str | None = None
     similarity_threshold: float = 0.8
+    fill_up: str = "mixed"
     seed: int = 0
     schedule_shape: ScheduleShape | None = None
     encoder: str = "none"
@@ -88,6 +94,7 @@ class Pruning:
         _one_of("proxy_positions", self.proxy_positions, PROXY_POSITIONS)
         _one_of("proxy_layer", self.proxy_layer, PROXY_LAYERS)
         _one_of("proxy_head", self.proxy_head, PROXY_HEADS)
+        _one_of("fill_up", self.fill_up, FILL_UPS)
         if self.position_ids is not None:
             _one_of("position_ids", self.position_ids, POSITION_IDS)
         if not -1.0 < self.similarity_threshold <= 1.0:

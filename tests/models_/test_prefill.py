@@ -75,6 +75,8 @@ def run(
 SETTINGS = [
     Pruning(schedule="1:20,3:12,5:5"),
     Pruning(schedule="0:24,2:8"),
+    Pruning(schedule="0:40,2:30"),
+    Pruning(schedule="0:40,2:30", fill_up="reference"),
     Pruning(schedule="2:0.5,4:0.2", position_ids="keep"),
     Pruning(schedule="1:40,2:32,4:6", proxy_positions="with_last", similarity_threshold=0.6),
     Pruning(schedule="2:64,4:64"),
@@ -113,6 +115,7 @@ def test_equals_the_textbook_prompt_by_prompt(pruning: Pruning, kv_heads: int) -
             position_ids=pruning.position_ids or "renumber",
             threshold=pruning.similarity_threshold,
             method=pruning.method,
+            fill_up=pruning.fill_up,
         )
         assert got.kept[request] == book.kept
         assert got.visual_tokens_stages[request] == [len(stage) for stage in book.kept]

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from tests import oracle
+from trio.config import FILL_UPS
 from trio.pruning import nms
 from trio.pruning.walk import device_walk, launch
 
@@ -18,6 +19,7 @@ def suppress(
     orders: list[list[int]],
     keeps: list[int],
     threshold: float,
+    fill_up: str = "reference",
 ) -> list[list[int]]:
     width = max(counts)
     order_NV = torch.tensor([[*order, *range(len(order), width)] for order in orders])
@@ -29,6 +31,7 @@ def suppress(
         torch.tensor(keeps),
         max(keeps),
         threshold,
+        fill_up,
     )
     assert all(set(own[n:]) <= {width} for own, n in zip(kept.tolist(), keeps, strict=True))
     return [own[:n] for own, n in zip(kept.tolist(), keeps, strict=True)]
@@ -42,27 +45,29 @@ def clustered(count: int, clusters: int, noise: float, seed: int) -> Tensor:
     return centres[which] + noise * torch.randn(count, 16, generator=generator)
 
 
+@pytest.mark.parametrize("fill_up", FILL_UPS)
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("keep", [1, 7, 40, 100, 199, 200])
-def test_equals_the_sequential_walk(seed: int, keep: int) -> None:
+def test_equals_the_sequential_walk(seed: int, keep: int, fill_up: str) -> None:
     # 200 tokens are more than three rounds; with 30 clusters large budgets need the fill-up.
     features = clustered(200, 30, 0.35, seed)
     order = torch.randperm(200, generator=torch.Generator().manual_seed(seed + 99)).tolist()
-    (got,) = suppress(features, [0], [200], [order], [keep], 0.8)
-    assert got == oracle.walk(features, order, keep, 0.8)
+    (got,) = suppress(features, [0], [200], [order], [keep], 0.8, fill_up)
+    assert got == oracle.walk(features, order, keep, 0.8, fill_up)
     assert len(got) == keep
 
 
-def test_several_images_of_different_sizes_at_once() -> None:
+@pytest.mark.parametrize("fill_up", FILL_UPS)
+def test_several_images_of_different_sizes_at_once(fill_up: str) -> None:
     counts, keeps, starts = [150, 9, 70, 64], [60, 9, 5, 20], [3, 160, 180, 260]
     features = torch.randn(330, 16, generator=torch.Generator().manual_seed(0))
     orders = []
     for number, (start, count) in enumerate(zip(starts, counts, strict=True)):
         features[start : start + count] = clustered(count, 12, 0.4, number)
         orders.append(torch.randperm(count).tolist())
-    got = suppress(features, starts, counts, orders, keeps, 0.8)
+    got = suppress(features, starts, counts, orders, keeps, 0.8, fill_up)
     for start, count, order, keep, own in zip(starts, counts, orders, keeps, got, strict=True):
-        assert own == oracle.walk(features[start : start + count], order, keep, 0.8)
+        assert own == oracle.walk(features[start : start + count], order, keep, 0.8, fill_up)
 
 
 def test_fill_up_takes_the_same_order_again() -> None:
@@ -72,17 +77,36 @@ def test_fill_up_takes_the_same_order_again() -> None:
     assert suppress(features, [0], [4], [order], [3], 0.8) == [[1, 2, 3]]  # 1 comes before 0
 
 
+def test_fill_up_takes_what_is_least_like_the_kept() -> None:
+    degrees = torch.tensor([0.0, 4.0, 8.0, 20.0, 90.0, 4.0]).deg2rad()
+    features = torch.stack([degrees.cos(), degrees.sin()], dim=1)
+    order = [0, 1, 2, 3, 4, 5]
+    picks = [suppress(features, [0], [6], [order], [n], 0.8, "mixed")[0] for n in (3, 4, 5)]
+    # 0 and 4 are unlike each other, and 3 is the farthest from them, 20 degrees from 0. Of two
+    # missing the more salient 1 comes first, of three 2 is the last, 4 degrees from 1.
+    assert picks == [[0, 3, 4], [0, 1, 3, 4], [0, 1, 2, 3, 4]]
+
+
+def test_fill_up_goes_on_among_equal_tokens_and_zeros() -> None:
+    features = torch.cat([torch.ones(5, 4), torch.zeros(5, 4)])
+    order = list(range(10))
+    for keep in range(1, 11):
+        (got,) = suppress(features, [0], [10], [order], [keep], 0.8, "mixed")
+        assert len(set(got)) == keep
+
+
 def test_the_threshold_itself_suppresses() -> None:
     features = torch.tensor([[1.0, 0.0], [2.0, 0.0], [0.0, 1.0]])
     assert suppress(features, [0], [3], [[0, 1, 2]], [2], 1.0) == [[0, 2]]
     assert suppress(features, [0], [3], [[0, 2, 1]], [2], 0.5) == [[0, 2]]
 
 
-def test_half_precision_features_are_compared_in_float32() -> None:
-    features = clustered(80, 10, 0.3, 5).bfloat16()
-    order = list(range(80))
-    (got,) = suppress(features, [0], [80], [order], [20], 0.8)
-    assert got == oracle.walk(features.float(), order, 20, 0.8)
+@pytest.mark.parametrize("fill_up", FILL_UPS)
+def test_half_precision_features_are_compared_in_float32(fill_up: str) -> None:
+    features = clustered(300, 10, 0.3, 5).bfloat16()
+    order = list(range(300))
+    (got,) = suppress(features, [0], [300], [order], [60], 0.8, fill_up)
+    assert got == oracle.walk(features.float(), order, 60, 0.8, fill_up)
 
 
 def rounds(images: int, candidates: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -105,7 +129,8 @@ def test_the_kernel_walks_as_the_host_does(candidates: int) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_gpu_chooses_as_the_sequential_walk() -> None:
+@pytest.mark.parametrize("fill_up", FILL_UPS)
+def test_a_gpu_chooses_as_the_sequential_walk(fill_up: str) -> None:
     features = clustered(900, 60, 0.35, 1)
     order = torch.randperm(900, generator=torch.Generator().manual_seed(2))
     kept = nms.suppress(
@@ -116,5 +141,6 @@ def test_a_gpu_chooses_as_the_sequential_walk() -> None:
         torch.tensor([200]).cuda(),
         200,
         0.8,
+        fill_up,
     )
-    assert kept[0].tolist() == oracle.walk(features, order.tolist(), 200, 0.8)
+    assert kept[0].tolist() == oracle.walk(features, order.tolist(), 200, 0.8, fill_up)

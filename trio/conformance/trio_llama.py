@@ -76,6 +76,7 @@ def _pruning(case: Case) -> Pruning:
         proxy_positions="reference",
         position_ids="renumber",
         similarity_threshold=case.fact("tau"),
+        fill_up="reference",
     )
 
 

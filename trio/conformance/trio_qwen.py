@@ -34,6 +34,7 @@ REFERENCE: dict[str, Any] = {
     "proxy_head": "input_embedding",
     "position_ids": "keep",
     "similarity_threshold": 0.8,
+    "fill_up": "reference",
 }
 """How the reference prunes; the record does not say so."""
 

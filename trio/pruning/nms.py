@@ -1,7 +1,9 @@
 """Non-maximum suppression in feature space.
 
 TRIO (arXiv 2602.04657): walk down the saliency order, keep a token unless its cosine with a kept
-one reaches the threshold, stop at K; if short, fill up from the same order.
+one reaches the threshold, stop at K; if short, fill up from the same order. A budget larger than
+the number of different things in an image then goes to more of the same few. `mixed` fills up half
+of it so, and the rest with what is least like all that is kept.
 
 Shapes: N images, V visual tokens of the widest image, K tokens kept at most, C candidates looked at
 in one round, T packed tokens, D hidden size.
@@ -21,6 +23,7 @@ from trio.pruning.walk import device_walk
 # On a CPU a round more costs little, and most walks end early; a GPU is not asked whether they did.
 _ROUND = {"cpu": 64}
 _ROUND_ON_DEVICE = 128
+_BLOCK = 256
 
 Walk = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Near `[N, C, C]`, blocked `[N, C]`, room `[N]` to the candidates taken `[N, C]`."""
@@ -34,12 +37,13 @@ def suppress(
     keep_N: Tensor,
     most_kept: int,
     threshold: float,
+    fill_up: str = "reference",
 ) -> Tensor:
     """Choose tokens of several images at once.
 
     The walk goes in rounds of some candidates of every image, whose cosines with each other and
     with what is kept are two products: no V x V matrix and no copy of all features is made. All
-    tensors lie on one device; on a GPU nothing is read back before the end.
+    tensors lie on one device; on a GPU nothing is read back before the end of the walk.
 
     Args:
         features_TD: packed features.
@@ -50,6 +54,7 @@ def suppress(
         keep_N: tokens to keep of each, at most its count.
         most_kept: the largest of `keep_N`, on the host.
         threshold: cosine from which a token is suppressed.
+        fill_up: as in `trio.Pruning`.
 
     Returns:
         `[N, K]`, for each image the kept local indices, rising; past its own number V.
@@ -83,7 +88,80 @@ def suppress(
         kept_NKD.scatter_(1, place_NC[..., None].expand_as(block_NCD), block_NCD)
         taken_NV[:, first : first + step] = taken_NC
         room_N -= taken_NC.sum(dim=1)
+    del kept_NKD
+    if fill_up != "reference" and int(room_N.max()) > 0:
+        there_NV = torch.arange(most, device=device) < count_N[:, None]
+        free_NV = there_NV & ~taken_NV
+        taken_NV |= free_NV & (free_NV.cumsum(dim=1) <= room_N[:, None] // 2)
+        index_NV = start_N[:, None] + order_NV.where(there_NV, 0)
+        near_NV = _nearest(features_TD, index_NV, taken_NV, most_kept, step)
+        near_NV.masked_fill_(taken_NV | ~there_NV, torch.inf)
+        room_N = keep_N - taken_NV.sum(dim=1)
+        taken_NV |= _farthest(features_TD, index_NV, near_NV, room_N, int(room_N.max()))
     return _filled_up(order_NV, taken_NV, count_N, keep_N, most_kept)
+
+
+def _nearest(
+    features_TD: Tensor, index_NV: Tensor, taken_NV: Tensor, most_kept: int, step: int
+) -> Tensor:
+    """Largest cosine `[N, V]` of each token with one that is taken; at most `most_kept` are."""
+    slots_NK = taken_NV.int().argsort(dim=1, descending=True, stable=True)[:, :most_kept]
+    is_kept_NK = taken_NV.gather(1, slots_NK)
+    dtype = torch.promote_types(features_TD.dtype, torch.float32)
+    kept_NKD = features_TD.new_empty((*slots_NK.shape, features_TD.shape[1]), dtype=dtype)
+    for own_NC, part_NCD in zip(
+        index_NV.gather(1, slots_NK).split(step, dim=1), kept_NKD.split(step, dim=1), strict=True
+    ):
+        part_NCD.copy_(F.normalize(features_TD[own_NC].to(dtype), dim=-1))
+    pieces = []
+    for index_NC in index_NV.split(step, dim=1):
+        block_NCD = F.normalize(features_TD[index_NC].to(dtype), dim=-1)
+        cosine_NCK = torch.bmm(block_NCD, kept_NKD.transpose(1, 2))
+        cosine_NCK.masked_fill_(~is_kept_NK[:, None], -torch.inf)
+        pieces.append(cosine_NCK.amax(dim=2))
+    return torch.cat(pieces, dim=1)
+
+
+def _farthest(
+    features_TD: Tensor, index_NV: Tensor, near_NV: Tensor, room_N: Tensor, rounds: int
+) -> Tensor:
+    """One token of each image after another: that whose largest cosine with a kept one is smallest,
+    of equal ones the first in the order.
+
+    Args:
+        features_TD: packed features.
+        index_NV: packed indices of each image's tokens, most salient first.
+        near_NV: each token's largest cosine with a kept one; infinite for tokens that are kept or
+            not there. Overwritten.
+        room_N: how many to take of each.
+        rounds: the largest of them, on the host.
+
+    Returns:
+        Tokens taken `[N, V]`, bool.
+    """
+    image_N1 = torch.arange(len(index_NV), device=index_NV.device)[:, None]
+    norm_T = torch.linalg.vector_norm(features_TD, dim=1, dtype=near_NV.dtype).clamp_(min=1e-12)
+    norm_NV = norm_T[index_NV]
+    taken_NV = torch.zeros_like(near_NV, dtype=torch.bool)
+    for number in range(rounds):
+        place_N1 = near_NV.argmin(dim=1, keepdim=True)
+        taken_NV.scatter_(1, place_N1, (room_N > number)[:, None])
+        near_NV.scatter_(1, place_N1, torch.inf)
+        # One product over the batch as it lies; of its N columns each token needs its image's.
+        dot_TN = _products(features_TD, features_TD[index_NV.gather(1, place_N1)[:, 0]])
+        scale_NV = norm_NV * norm_NV.gather(1, place_N1)
+        near_NV = torch.maximum(near_NV, dot_TN[index_NV, image_N1] / scale_NV)
+    return taken_NV
+
+
+def _products(features_TD: Tensor, own_ND: Tensor) -> Tensor:
+    """`[T, N]`, in float32 or better."""
+    if features_TD.dtype in (torch.float32, torch.float64):
+        return features_TD @ own_ND.T
+    if features_TD.is_cuda:
+        return torch.mm(features_TD, own_ND.T, out_dtype=torch.float32)
+    own_ND = own_ND.float()
+    return torch.cat([block.float() @ own_ND.T for block in features_TD.split(_BLOCK)])
 
 
 def _filled_up(

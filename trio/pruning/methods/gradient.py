@@ -30,6 +30,7 @@ def by_saliency_and_distance(candidates: Candidates) -> StageChoice:
         keep_N,
         candidates.most_kept,
         candidates.pruning.similarity_threshold,
+        candidates.pruning.fill_up,
     )
     return candidates.choice(kept_NK, order_NV, scores)
 
