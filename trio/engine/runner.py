@@ -18,24 +18,36 @@ from trio.engine.entry import Entry, entered
 from trio.engine.graphs import StepGraphs, rounded_up
 from trio.engine.room import Need
 from trio.engine.task import Task
-from trio.models.adapter import Adapter, Features, joined
+from trio.models.adapter import Adapter, Features, Inputs, joined
 from trio.models.attention import Padded
 from trio.models.prefill import PackedPrompts, prefill
 from trio.models.products import few_row_linears
 from trio.pruning.select import salt_of
 
+EncodeImages = Callable[[Sequence[Inputs], str, Sequence[int]], Sequence[Features]]
+"""As `Adapter.encode_images`."""
+
 
 class Runner:
     """Model, pruning and cache, one step at a time.
+
+    encode_images: stands in for the adapter's, if given.
 
     Raises:
         UserError: the pruning settings cannot be met by this model.
     """
 
     def __init__(
-        self, adapter: Adapter, pruning: Pruning, *, kv_bytes: int, max_running: int
+        self,
+        adapter: Adapter,
+        pruning: Pruning,
+        *,
+        kv_bytes: int,
+        max_running: int,
+        encode_images: EncodeImages | None = None,
     ) -> None:
         self.adapter = adapter
+        self._encode_images = encode_images or adapter.encode_images
         self.decoder = adapter.decoder
         self.pruning = adapter.settle(pruning)
         self.num_layers = self.decoder.num_layers
@@ -79,7 +91,7 @@ class Runner:
         if not inputs:
             return [[] for _ in tasks]
         keeps = [keep for task in tasks for keep in self.encoded(task)]
-        features = iter(self.adapter.encode_images(inputs, self.pruning.encoder, keeps))
+        features = iter(self._encode_images(inputs, self.pruning.encoder, keeps))
         return [[next(features) for _ in task.prepared.image_inputs] for task in tasks]
 
     def encoded(self, task: Task) -> list[int]:
