@@ -13,6 +13,8 @@ from trio.errors import UserError
 PARTS = ("questions", "captions")
 STYLES = (("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"))
 """Line and marker of each encoder in turn."""
+ASIDE = 0.008
+"""Settings of one retention stand so much beside each other."""
 ALONE = "encoder alone"
 Line = tuple[str, str]
 """What the decoder prunes with, and the encoder."""
@@ -46,18 +48,18 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     encoders = dict.fromkeys(encoder for _, encoder in lines)
     styles = {encoder: STYLES[i % len(STYLES)] for i, encoder in enumerate(encoders)}
     for part, (by_retention, by_flops) in zip(PARTS, panels, strict=True):
-        by_retention.set_ylabel(f"{part}: % of the unpruned model's right answers")
+        by_retention.set_ylabel(f"{part}: right, % of unpruned")
         for panel, places in (
             (by_retention, lambda row: row["retention"]),
             (by_flops, lambda row: row["flops"]["total"] / 1e9),
         ):
             panel.axhline(100, color="0.6", linewidth=0.8)
             panel.grid(alpha=0.25)
-            panel.set_xscale("log")
-            for (method, encoder), own in lines.items():
+            for number, ((method, encoder), own) in enumerate(lines.items()):
                 line, marker = styles[encoder]
+                aside = 1 + ASIDE * (number - len(lines) / 2) if panel is by_retention else 1.0
                 panel.errorbar(
-                    [places(row) for row in own],
+                    [places(row) * aside for row in own],
                     *_heights([row[part] for row in own]),
                     color=colours[method],
                     linestyle=line,
@@ -99,6 +101,7 @@ def _heights(scores: Sequence[Mapping[str, Any]]) -> tuple[list[float], list[lis
 def _name_places(panels: Sequence[Any], rows: Sequence[Mapping[str, Any]]) -> None:
     by_retention, by_flops = panels
     retentions = sorted({row["retention"] for row in rows if row["number"]})
+    by_retention.set_xscale("log")
     by_retention.set_xticks(retentions, [share(value) for value in retentions])
     by_retention.minorticks_off()
     by_retention.set_xlabel("visual tokens kept, average over the layers")
