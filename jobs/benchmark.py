@@ -42,7 +42,7 @@ def quality(options: argparse.Namespace) -> int:
     Settings that the model cannot have, a retention out of reach say, are named and left out.
     """
     from trio.benchmark import plots
-    from trio.benchmark.quality import in_reach, settings
+    from trio.benchmark.quality import check_scenes, in_reach, settings
     from trio.engine.loading import load_outline
     from trio.models.registry import adapt
 
@@ -51,6 +51,7 @@ def quality(options: argparse.Namespace) -> int:
         plots.check(options.plot)
     if options.from_file:
         return _show(_read(options.from_file), options)
+    check_scenes(options.scenes, options.seed)
     default: Mapping[str, str] = SETTINGS if options.model == str(MODEL) else {}
     asked_for = settings(
         options.methods,
@@ -66,7 +67,12 @@ def quality(options: argparse.Namespace) -> int:
         "scenes": options.scenes,
         "seeds": options.seed,
     }
-    rows, left_out = in_reach(adapt(load_outline(options.model)[0]), asked_for)
+    options.text_tower = options.text_tower or _demo_text_tower(options.model)
+    rows, left_out = in_reach(
+        adapt(load_outline(options.model)[0]),
+        asked_for,
+        has_text_tower=options.text_tower is not None,
+    )
     for one in left_out:
         _tell(f"left out: {one['label']} at {one['retention']:.4g}: {one['reason']}")
     if options.dry_run:
@@ -74,6 +80,14 @@ def quality(options: argparse.Namespace) -> int:
         print("\n".join(f"{row.label}, retention {row.pruning.retention:.4g}" for row in rows))
         return 0
     return _show(_measure_quality(options, conditions, rows, left_out), options)
+
+
+def _demo_text_tower(model: str) -> str | None:
+    """Of the bundled model; None for others."""
+    from trio.pipeline.fingerprint import DEMO_CLIP
+
+    directory = MODEL.parent / DEMO_CLIP
+    return str(directory) if model == str(MODEL) and directory.is_dir() else None
 
 
 def _measure_quality(
@@ -87,16 +101,20 @@ def _measure_quality(
     from trio.benchmark.progress import Clock
     from trio.benchmark.quality import ask, describe, measure
     from trio.benchmark.quality_table import share
-    from trio.engine.loading import load
+    from trio.engine.loading import load, load_text_tower
 
     asked = ask(options.scenes, options.seed)
     model, processor = load(options.model, device=None, dtype=options.dtype)
+    text_tower = None
+    if any(row.pruning.method == "eadp" for row in rows):
+        text_tower = load_text_tower(model, options.text_tower)
     conditions |= {"settings": len(rows), **machine(model.device)}
     print(describe(model, len(asked), conditions), flush=True)
     done: list[dict[str, Any]] = []
     found = {"conditions": conditions, "left_out": left_out, "rows": done}
     clock = Clock(len(rows))
-    for row in measure(model, processor, asked, rows, seed=options.seed[0]):
+    found_rows = measure(model, processor, asked, rows, seed=options.seed[0], text_tower=text_tower)
+    for row in found_rows:
         done.append(row)
         _write(options.json, found)
         _tell(f"{clock.lap()}: {row['label']} at {share(row['retention'])}")
@@ -357,6 +375,7 @@ def _add_quality(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(
         run=quality,
         model=str(MODEL),
+        text_tower=None,
         methods=list(METHODS),
         encoders=["none"],
         retention=[1 / 3, 2 / 9, 1 / 9],
@@ -374,6 +393,7 @@ def _add_quality(parser: argparse.ArgumentParser) -> None:
         dry_run=False,
     )
     add("--model", help="directory or hub id (default: the bundled model)")
+    add("--text-tower", help="for method eadp: the CLIP of the model's vision encoder")
     add("--methods", type=_words, help=f"of {','.join(METHODS)} (default: all of them)")
     add("--encoders", type=_words, help=f"of {','.join(ENCODERS)} (default: none)")
     add("--retention", type=_fractions, help="layer-average shares kept (default: 1/3,2/9,1/9)")

@@ -29,9 +29,9 @@ def test_the_interval_covers_the_truth() -> None:
                 covered += hit
             else:
                 alone += hit
-    assert 88 <= covered < 100
+    assert 86 <= covered < 100
     # Taken for independent, requests of a scene promise more than they hold.
-    assert alone < 83
+    assert alone < 76
 
 
 def test_the_same_seed_gives_the_same_interval() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import benchmark
 import pytest
 
+from tests.models import save_tiny_checkpoint
 from trio.benchmark import plots
 from trio.benchmark.progress import Clock
 from trio.benchmark.quality import ask, settings
@@ -96,6 +97,7 @@ def test_the_plot_is_written(written: Path, tmp_path: Path) -> None:
         (["--seed", "3,3"], "come once"),
         (["--seed", "3,x"], "no list of integers"),
         (["--methods", "trio", "--retention", "1/18"], "out of reach"),
+        (["--methods", "eadp", "--model", "{dir}/model"], "method eadp needs --text-tower"),
     ],
 )
 def test_mistakes_before_anything_is_measured(
@@ -105,6 +107,7 @@ def test_mistakes_before_anything_is_measured(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    save_tiny_checkpoint(tmp_path / "model")
     monkeypatch.setattr(plots, "find_spec", lambda name: None)
     assert benchmark.main(["quality", *(flag.format(dir=tmp_path) for flag in flags)]) == 2
     assert message in capsys.readouterr().err

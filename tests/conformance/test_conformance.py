@@ -35,10 +35,9 @@ def test_the_folder_of_one_kind_works_too(capsys: pytest.CaptureFixture[str]) ->
     assert main([str(GOLDEN / "trio_llama"), "--only", "pub4"]) == 0
 
 
-@pytest.mark.parametrize("kind", ["visionzip", "eadp"])
-def test_other_kinds_are_not_a_pass(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([str(GOLDEN), "--only", kind]) == 1
-    assert f"{kind}: 3 cases not yet supported" in capsys.readouterr().out
+def test_other_kinds_are_not_a_pass(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(GOLDEN), "--only", "visionzip"]) == 1
+    assert "visionzip: 3 cases not yet supported" in capsys.readouterr().out
 
 
 SPOILT = [

@@ -35,6 +35,7 @@ from trio.engine.request import Prepared, Request, Result, Sampling
 from trio.errors import UserError
 from trio.models.adapter import Adapter
 from trio.models.registry import adapt
+from trio.models.text_tower import TextTower
 from trio.pipeline.scoring import exact_match, object_share
 
 QUESTIONS_PER_SCENE = 3
@@ -123,7 +124,7 @@ def settings(
 
 
 def in_reach(
-    adapter: Adapter, rows: Sequence[Setting]
+    adapter: Adapter, rows: Sequence[Setting], *, has_text_tower: bool
 ) -> tuple[list[Setting], list[dict[str, Any]]]:
     """Those of the settings that this model can have, and the others with the reasons.
 
@@ -134,6 +135,8 @@ def in_reach(
     for row in rows:
         try:
             adapter.settle(row.pruning)
+            if row.pruning.method == "eadp" and not has_text_tower:
+                raise UserError("method eadp needs --text-tower")
         except UserError as error:
             retention = row.pruning.retention
             left_out.append({"label": row.label, "retention": retention, "reason": str(error)})
@@ -144,13 +147,17 @@ def in_reach(
     return there, left_out
 
 
-def ask(scenes: int, seeds: Sequence[int]) -> list[Asked]:
-    """The requests: `QUESTIONS_PER_SCENE` about each of `scenes` held-out scenes of each seed."""
+def check_scenes(scenes: int, seeds: Sequence[int]) -> None:
+    """Raise UserError unless scenes can be drawn so."""
     if scenes < 1:
         raise UserError(f"--scenes is {scenes}; it must be at least 1")
     if min(seeds) < 0 or len(set(seeds)) < len(seeds):
         shown = ",".join(map(str, seeds))
         raise UserError(f"--seed is {shown}; each must be at least 0 and come once")
+
+
+def ask(scenes: int, seeds: Sequence[int]) -> list[Asked]:
+    """The requests: `QUESTIONS_PER_SCENE` about each of `scenes` held-out scenes of each seed."""
     asked: list[Asked] = []
     for place, seed in enumerate(seeds):
         rng = np.random.default_rng(seed)
@@ -170,18 +177,25 @@ def ask(scenes: int, seeds: Sequence[int]) -> list[Asked]:
 
 
 def measure(
-    model: Any, processor: Any, asked: Sequence[Asked], rows: Sequence[Setting], *, seed: int
+    model: Any,
+    processor: Any,
+    asked: Sequence[Asked],
+    rows: Sequence[Setting],
+    *,
+    seed: int,
+    text_tower: TextTower | None = None,
 ) -> Iterator[dict[str, Any]]:
     """What each setting reports, in the order in which features can be shared.
 
     Args:
         rows: all within reach of the model, the first one being that to which the others are held.
         seed: of the bootstrap.
+        text_tower: for method `eadp`.
 
     Yields:
         One object per setting; `number` is its place among `rows`.
     """
-    trial = _Trial(model, processor, asked)
+    trial = _Trial(model, processor, asked, text_tower)
     unpruned = trial.run(rows[0].pruning)
     compare = _Comparison(trial.adapter, asked, trial.requests, unpruned, seed)
     yield {"number": 0, **compare.summary(rows[0], unpruned)}
@@ -204,10 +218,16 @@ class _Run:
 class _Trial:
     """Requests, prepared and encoded once, and the model that answers them."""
 
-    def __init__(self, model: Any, processor: Any, asked: Sequence[Asked]) -> None:
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        asked: Sequence[Asked],
+        text_tower: TextTower | None,
+    ) -> None:
         self.adapter = adapt(model)
         self.requests = _prepared(Preparer(processor, type(self.adapter)), asked)
-        self._model, self._processor = model, processor
+        self._model, self._processor, self._text_tower = model, processor, text_tower
         self._images = {id(one.image_inputs[0]): one for one in self.requests}.values()
         self._encoded = EncodedOnce(self.adapter)
         self._encoded_as: tuple[str, int] | None = None
@@ -222,6 +242,7 @@ class _Trial:
             pruning=pruning,
             sampling=Sampling(max_new_tokens=MAX_NEW_TOKENS, first_logprobs=True),
             encode_images=self._encoded,
+            text_tower=self._text_tower,
         )
         results = _answers(engine, self.requests)
         counted, count = engine.stats(), len(results)
