@@ -14,16 +14,18 @@ from fractions import Fraction
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from trio.config import Pruning
+from trio.config import ENCODERS, METHODS, Pruning
 from trio.demo import MODEL, SETTINGS
-from trio.errors import UserError
+from trio.errors import UserError, first_line
 from trio.pipeline.cli import WRONG, Parser, fail
 from trio.pipeline.config import DEMO
 
 if TYPE_CHECKING:
     import torch
+
+    from trio.benchmark.quality import Setting
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,36 +37,112 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def quality(options: argparse.Namespace) -> int:
-    """Exact answers on held-out scenes, by method and retention."""
-    from trio.benchmark.quality import ask, describe, measure, settings, table
-    from trio.engine.loading import load
+    """Exact answers on held-out scenes, and what reading costs, by method, encoder and retention.
 
+    Settings that the model cannot have, a retention out of reach say, are named and left out.
+    """
+    from trio.benchmark import plots
+    from trio.benchmark.quality import check_scenes, in_reach, settings
+    from trio.engine.loading import load_outline
+    from trio.models.registry import adapt
+
+    _check_file(options.json)
+    if options.plot:
+        plots.check(options.plot)
+    if options.from_file:
+        return _show(_read(options.from_file), options)
+    check_scenes(options.scenes, options.seed)
     default: Mapping[str, str] = SETTINGS if options.model == str(MODEL) else {}
-    rows = settings(
+    asked_for = settings(
         options.methods,
         options.retention,
         options.encoders,
         _proxies(options, default),
         options.position_ids or [default.get("position_ids")],
-        options.seed,
+        options.seed[0],
     )
-    _check_file(options.json)
+    conditions: dict[str, Any] = {
+        "model": options.model,
+        "dtype": options.dtype,
+        "scenes": options.scenes,
+        "seeds": options.seed,
+    }
+    options.text_tower = options.text_tower or _demo_text_tower(options.model)
+    rows, left_out = in_reach(
+        adapt(load_outline(options.model)[0]),
+        asked_for,
+        has_text_tower=options.text_tower is not None,
+    )
+    for one in left_out:
+        _tell(f"left out: {one['label']} at {one['retention']:.4g}: {one['reason']}")
     if options.dry_run:
-        print(
-            f"model {options.model}, {options.dtype}; scenes {options.scenes}, seed {options.seed}"
-        )
+        print(_line(conditions))
         print("\n".join(f"{row.label}, retention {row.pruning.retention:.4g}" for row in rows))
         return 0
+    return _show(_measure_quality(options, conditions, rows, left_out), options)
+
+
+def _demo_text_tower(model: str) -> str | None:
+    """Of the bundled model; None for others."""
+    from trio.pipeline.fingerprint import DEMO_CLIP
+
+    directory = MODEL.parent / DEMO_CLIP
+    return str(directory) if model == str(MODEL) and directory.is_dir() else None
+
+
+def _measure_quality(
+    options: argparse.Namespace,
+    conditions: dict[str, Any],
+    rows: Sequence[Setting],
+    left_out: Sequence[Mapping[str, Any]],
+) -> dict[str, Any]:
+    """What the JSON file holds; it is written after every setting."""
+    from trio.benchmark.conditions import machine
+    from trio.benchmark.progress import Clock
+    from trio.benchmark.quality import ask, describe, measure
+    from trio.benchmark.quality_table import share
+    from trio.engine.loading import load, load_text_tower
+
     asked = ask(options.scenes, options.seed)
     model, processor = load(options.model, device=None, dtype=options.dtype)
-    print(describe(model, len(asked), options.scenes, options.seed), flush=True)
-    summaries = []
-    for summary in measure(model, processor, asked, rows):
-        summaries.append(summary)
-        _tell(f"{len(summaries)}/{len(rows)} {summary['label']}")
-    print(table(summaries))
-    _write(options.json, summaries)
+    text_tower = None
+    if any(row.pruning.method == "eadp" for row in rows):
+        text_tower = load_text_tower(model, options.text_tower)
+    conditions |= {"settings": len(rows), **machine(model.device)}
+    print(describe(model, len(asked), conditions), flush=True)
+    done: list[dict[str, Any]] = []
+    found = {"conditions": conditions, "left_out": left_out, "rows": done}
+    clock = Clock(len(rows))
+    found_rows = measure(model, processor, asked, rows, seed=options.seed[0], text_tower=text_tower)
+    for row in found_rows:
+        done.append(row)
+        _write(options.json, found)
+        _tell(f"{clock.lap()}: {row['label']} at {share(row['retention'])}")
+    return found
+
+
+def _show(found: Mapping[str, Any], options: argparse.Namespace) -> int:
+    """Print the table of a JSON file and draw its plot."""
+    from trio.benchmark import plots
+    from trio.benchmark.quality_table import NOTE, table
+
+    print(table(found["rows"], as_markdown=options.markdown))
+    print(f"\n{NOTE}")
+    if options.plot:
+        plots.draw(found["rows"], options.plot)
     return 0
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A JSON file that `quality` wrote."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"--from {path}: {first_line(error)}") from None
+    rows = found.get("rows") if isinstance(found, dict) else None
+    if not rows or not all("by_kind" in row for row in rows):
+        raise UserError(f"--from {path}: this is no file that quality --json has written")
+    return found
 
 
 def _proxies(options: argparse.Namespace, default: Mapping[str, str]) -> list[dict[str, str]]:
@@ -228,7 +306,10 @@ def _tell(text: str) -> None:
 
 def _write(path: Path | None, result: object) -> None:
     if path is not None:
-        path.write_text(json.dumps(result, indent=1) + "\n")
+        # In one go: what a run has so far may be read, and must outlive its interruption.
+        partial = path.with_name(path.name + ".part")
+        partial.write_text(json.dumps(result, indent=1) + "\n")
+        partial.replace(path)
 
 
 def pipeline(options: argparse.Namespace) -> int:
@@ -296,7 +377,8 @@ def _add_quality(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(
         run=quality,
         model=str(MODEL),
-        methods=["none", "random", "gradient", "trio"],
+        text_tower=None,
+        methods=list(METHODS),
         encoders=["none"],
         retention=[1 / 3, 2 / 9, 1 / 9],
         proxy_positions=None,
@@ -304,14 +386,18 @@ def _add_quality(parser: argparse.ArgumentParser) -> None:
         proxy_head=["output"],
         position_ids=None,
         scenes=300,
-        seed=7,
+        seed=[7],
         dtype="float32",
         json=None,
+        from_file=None,
+        plot=None,
+        markdown=False,
         dry_run=False,
     )
     add("--model", help="directory or hub id (default: the bundled model)")
-    add("--methods", type=_words, help="none,random,gradient,trio (default: all of them)")
-    add("--encoders", type=_words, help="only none in this version")
+    add("--text-tower", help="for method eadp: the CLIP of the model's vision encoder")
+    add("--methods", type=_words, help=f"of {','.join(METHODS)} (default: all of them)")
+    add("--encoders", type=_words, help=f"of {','.join(ENCODERS)} (default: none)")
     add("--retention", type=_fractions, help="layer-average shares kept (default: 1/3,2/9,1/9)")
     add(
         "--proxy-positions",
@@ -321,10 +407,24 @@ def _add_quality(parser: argparse.ArgumentParser) -> None:
     add("--proxy-layer", type=_words, help="next,previous (default: next)")
     add("--proxy-head", type=_words, help="output,input_embedding (default: output)")
     add("--position-ids", type=_words, help="renumber,keep (default: as caption.py)")
-    add("--scenes", type=int, help="held-out scenes, three questions each (default: 300)")
-    add("--seed", type=int, help="of the scenes and of random pruning (default: 7)")
+    add("--scenes", type=int, help="held-out scenes per seed, three questions each (default: 300)")
+    add(
+        "--seed",
+        type=_integers,
+        help="of the scenes, several with commas; the first also of random pruning and of the "
+        "bootstrap (default: 7)",
+    )
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="(default: float32)")
-    add("--json", type=Path, metavar="FILE", help="also write the rows as JSON")
+    add("--json", type=Path, metavar="FILE", help="also write all figures, after every setting")
+    add(
+        "--from",
+        dest="from_file",
+        type=Path,
+        metavar="FILE",
+        help="show what such a file holds, and measure nothing",
+    )
+    add("--plot", type=Path, metavar="FILE.png", help="also draw what is kept over what it costs")
+    add("--markdown", action="store_true", help="print the table as Markdown")
     add("--dry-run", action="store_true", help="print what would be measured, then stop")
 
 
@@ -440,6 +540,13 @@ def _fractions(text: str) -> list[float]:
         return [float(Fraction(part)) for part in text.split(",")]
     except (ValueError, ZeroDivisionError):
         raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers or fractions") from None
+
+
+def _integers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of integers") from None
 
 
 def _fraction(text: str) -> float:

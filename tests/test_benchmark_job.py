@@ -28,7 +28,7 @@ from trio.pruning.cost import DecoderShape
         (["--json", "{dir}/nowhere/x.json"], "no file can be written there"),
         (["--json", "{dir}"], "no file can be written there"),
         (["--methods", "fastest"], "method must be one of"),
-        (["--encoders", "scan"], "not available in this version"),
+        (["--encoders", "glasses"], "encoder must be one of"),
         (["--retention", "x"], "no list of numbers"),
         (["--seed", "-1"], "at least 0"),
         (["--scenes", "0"], "at least 1"),
@@ -360,11 +360,15 @@ def test_pipeline_takes_medians_of_ratios_within_rounds() -> None:
 
 
 def test_a_dry_run_lists_what_would_be_measured(capsys: pytest.CaptureFixture[str]) -> None:
-    flags = ["--methods", "none,random,trio", "--retention", "1/3,1/9", "--position-ids", "keep"]
+    flags = ["--methods", "none,random,trio", "--retention", "1/3,1/9"]
+    several = ["--proxy-positions", "with_last,last", "--position-ids", "keep,renumber"]
     assert benchmark.main(["quality", *flags, "--dry-run"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[1] == "none, retention 1" and len(lines) == 6
-    assert lines[-1] == "trio with_last keep, retention 0.1111"
+    assert lines[-1] == "trio, retention 0.1111"
+    assert benchmark.main(["quality", *flags, *several, "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 + 2 * (2 + 4) and lines[-1] == "trio last renumber, retention 0.1111"
 
 
 def test_targets_are_read_off_their_runs(

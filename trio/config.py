@@ -118,11 +118,6 @@ class Pruning:
                 "at layer 0, for example 0:64"
             )
         first = layers[1:] if self.encoder != "none" else layers
-        if self.method == "fastv" and 0 in first:
-            raise UserError(
-                f"schedule {schedule}: fastv takes the attention of the layer that has just run, "
-                "and none has at layer 0; begin at layer 1"
-            )
         if self.proxy_layer == "previous" and 0 in first and not self._at_once:
             raise UserError(
                 f"schedule {schedule}: proxy_layer previous takes the layer that has just run, and "

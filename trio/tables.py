@@ -15,3 +15,9 @@ def aligned(lines: Sequence[Sequence[str]]) -> str:
         )
         for line in lines
     )
+
+
+def markdown(lines: Sequence[Sequence[str]]) -> str:
+    """The same as a Markdown table; the first line is its head."""
+    rows = [f"| {' | '.join(line)} |" for line in lines]
+    return "\n".join([rows[0], "|" + "---|" * len(lines[0]), *rows[1:]])

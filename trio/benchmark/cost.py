@@ -70,21 +70,26 @@ def cost(
     shape, (visual,) = adapter.shape(), adapter.visual_tokens(inputs)
     settled = adapter.settle(pruning)
     stages = settled.stages(visual, shape.num_layers)
-    if not stages:
+    entering = settled.encoded(visual, shape.num_layers)
+    if not stages and entering == visual:
         raise UserError("these settings prune nothing; give --retention below 1 or --schedule")
-    present = tokens_per_layer(visual, stages, shape.num_layers)
+    present = tokens_per_layer(entering, stages, shape.num_layers)
     pruned = [tokens + prompt_tokens for tokens in present]
     full = [visual + prompt_tokens] * shape.num_layers
     before, after = shape.prefill_flops(full), shape.prefill_flops(pruned)
     choosing = choosing_flops(shape, settled, visual, prompt_tokens)
     vision = adapter.vision_flops(inputs)
+    reduced = vision
+    if settled.encoder != "none":
+        reduced = adapter.reduced_flops(inputs, settled.encoder, entering)
+        stages = [(0, entering), *stages]
     return Cost(
         visual_tokens=visual,
         stages=stages,
         retention=layer_average(visual, present),
         decoder=before / after,
         chosen=before / (after + choosing),
-        whole=(before + vision) / (after + choosing + vision),
+        whole=(before + vision) / (after + choosing + reduced),
         kv_cache=shape.kv_bytes(full, 2) / shape.kv_bytes(pruned, 2),
     )
 

@@ -1,28 +1,42 @@
-"""How much of the unpruned model's answers each pruning setting keeps, on held-out scenes.
+"""How much of the unpruned model's answers each pruning setting keeps, and what it costs.
 
-Every setting answers the same requests: for each scene its caption and two questions, the kinds in
-turn. A setting's accuracy is the share of exact answers; captions are also scored by the share of
-objects named rightly. Intervals are 95 % Wilson intervals.
+Every setting answers the same requests: for each held-out scene its caption and two questions, the
+kinds in turn. A setting's accuracy is the share of exact answers, with a 95 % Wilson interval; what
+it keeps is its right answers over those of the unpruned model, with a 95 % interval by bootstrap
+over scenes. Captions are also scored by the share of objects named rightly.
+
+Milliseconds per image are those of one request about one image that nobody has read before: the
+encoder's (median over passes of several images, measured where the images are really encoded; the
+settings after that share its features), and the setting's own prefill, pruning included, and
+decoding, divided by the requests. Of them the method's own share is the time of choosing over the
+time of encoder and prefill, where choosing in the encoder is what the reducing encoder takes longer
+than the plain one.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from typing import Any
 
 import numpy as np
 
+from trio.benchmark.agreement import Agreement
+from trio.benchmark.cost import choosing_flops
+from trio.benchmark.encoding import EncodedOnce
+from trio.benchmark.intervals import ClusteredBootstrap, wilson
 from trio.config import Pruning
 from trio.demo.scenes import KINDS, make_scene
 from trio.demo.shard import asked_of, rotation
 from trio.engine.engine import Engine
-from trio.engine.request import Request, Result, Sampling
+from trio.engine.prepare import Preparer
+from trio.engine.request import Prepared, Request, Result, Sampling
 from trio.errors import UserError
+from trio.models.adapter import Adapter
+from trio.models.registry import adapt
+from trio.models.text_tower import TextTower
 from trio.pipeline.scoring import exact_match, object_share
-from trio.tables import aligned
 
 QUESTIONS_PER_SCENE = 3
 MAX_NEW_TOKENS = 32
@@ -34,30 +48,34 @@ USUAL_PROXY = ("next", "output")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Asked:
-    """One request with its right answer."""
+    """One request with its right answer and the number of its scene."""
 
     request: Request
     kind: str
     answer: str
+    scene: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Setting:
     """One row of the table: what to prune and how."""
 
+    label: str
     pruning: Pruning
-    encoder: str = "none"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Flops:
+    """Of reading one prompt, one for each multiplication with addition: the decoder's layers, the
+    vision encoder, and scoring and choosing tokens."""
+
+    decoder: float
+    encoder: float
+    choosing: float
 
     @property
-    def label(self) -> str:
-        words = [self.pruning.method]
-        if self.pruning.method in PROXY_METHODS:
-            words.append(self.pruning.proxy_positions)
-            parts = (self.pruning.proxy_layer, self.pruning.proxy_head)
-            words += [part for part in parts if part not in USUAL_PROXY]
-        if self.pruning.position_ids:
-            words.append(self.pruning.position_ids)
-        return " ".join(words)
+    def total(self) -> float:
+        return self.decoder + self.encoder + self.choosing
 
 
 def settings(
@@ -68,59 +86,223 @@ def settings(
     position_ids: Sequence[str | None],
     seed: int,
 ) -> list[Setting]:
-    """The unpruned model first, then every method at every retention; methods without a proxy
-    appear once per position handling.
+    """The unpruned model first, then every method after every encoder at every retention; methods
+    without a proxy appear once per position handling.
 
-    proxies: settings of the proxy to try, by their names in `Pruning`.
+    Labels name what is tried in more than one way.
+
+    Args:
+        proxies: settings of the proxy to try, by their names in `Pruning`.
+        seed: of random pruning.
+
+    Raises:
+        UserError: a name that `Pruning` does not know.
     """
-    unknown = [encoder for encoder in encoders if encoder != "none"]
-    if unknown:
-        raise UserError(f"--encoders {unknown[0]} is not available in this version; there is: none")
-    rows = [Setting(pruning=Pruning(method="none", retention=1.0, seed=seed))]
-    pruned = [method for method in methods if method != "none"]
-    for retention, method, handling in product(retentions, pruned, position_ids):
-        pruning = Pruning(method=method, retention=retention, position_ids=handling, seed=seed)
-        for proxy in proxies if method in PROXY_METHODS else ({},):
-            rows.append(Setting(pruning=replace(pruning, **proxy)))
+    rows = [Setting(label="none", pruning=Pruning(method="none", retention=1.0, seed=seed))]
+    for retention, encoder, method in product(retentions, encoders, methods):
+        if method == encoder == "none":
+            continue
+        has_proxy = method in PROXY_METHODS
+        for handling, proxy in product(position_ids, proxies if has_proxy else [{}]):
+            pruning = Pruning(
+                method=method,
+                encoder=encoder,
+                retention=retention,
+                position_ids=handling,
+                seed=seed,
+                **proxy,
+            )
+            words = [" + ".join(part for part in (encoder, method) if part != "none")]
+            if has_proxy and len(proxies) > 1:
+                parts = (pruning.proxy_layer, pruning.proxy_head)
+                words.append(pruning.proxy_positions)
+                words += [part for part in parts if part not in USUAL_PROXY]
+            if len(position_ids) > 1 and handling:
+                words.append(handling)
+            rows.append(Setting(label=" ".join(words), pruning=pruning))
     return rows
 
 
-def ask(scenes: int, seed: int) -> list[Asked]:
-    """The requests: `QUESTIONS_PER_SCENE` about each of `scenes` held-out scenes."""
+def in_reach(
+    adapter: Adapter, rows: Sequence[Setting], *, has_text_tower: bool
+) -> tuple[list[Setting], list[dict[str, Any]]]:
+    """Those of the settings that this model can have, and the others with the reasons.
+
+    A retention that is out of reach of the usual schedule is tried with its first stage at layer 0,
+    before which no layer has all tokens; the label says so.
+
+    Raises:
+        UserError: of several none is left beside the unpruned model.
+    """
+    there, left_out = [], []
+    for row in rows:
+        try:
+            if row.pruning.method == "eadp" and not has_text_tower:
+                raise UserError("method eadp needs --text-tower")
+            there.append(_settled(adapter, row))
+        except UserError as error:
+            retention = row.pruning.retention
+            left_out.append({"label": row.label, "retention": retention, "reason": str(error)})
+    if left_out and len(there) == 1:
+        raise UserError(f"{left_out[0]['label']}: {left_out[0]['reason']}")
+    return there, left_out
+
+
+def _settled(adapter: Adapter, row: Setting) -> Setting:
+    """The setting, from layer 0 where it is out of reach otherwise."""
+    try:
+        adapter.settle(row.pruning)
+    except UserError:
+        shape = (row.pruning.schedule_shape or adapter.schedule_shape).from_start()
+        pruning = replace(row.pruning, schedule_shape=shape)
+        adapter.settle(pruning)
+        return Setting(label=f"{row.label} from layer 0", pruning=pruning)
+    return row
+
+
+def check_scenes(scenes: int, seeds: Sequence[int]) -> None:
+    """Raise UserError unless scenes can be drawn so."""
     if scenes < 1:
         raise UserError(f"--scenes is {scenes}; it must be at least 1")
-    if seed < 0:
-        raise UserError(f"--seed is {seed}; it must be at least 0")
-    rng = np.random.default_rng(seed)
+    if min(seeds) < 0 or len(set(seeds)) < len(seeds):
+        shown = ",".join(map(str, seeds))
+        raise UserError(f"--seed is {shown}; each must be at least 0 and come once")
+
+
+def ask(scenes: int, seeds: Sequence[int]) -> list[Asked]:
+    """The requests: `QUESTIONS_PER_SCENE` about each of `scenes` held-out scenes of each seed."""
     asked: list[Asked] = []
-    for number in range(scenes):
-        scene = make_scene(rng, "heldout")
-        for question in asked_of(rng, scene, rotation(number, QUESTIONS_PER_SCENE)):
-            request = Request(id=len(asked), prompt=question.prompt, images=(scene.image,))
-            asked.append(Asked(request=request, kind=question.kind, answer=question.answer))
+    for place, seed in enumerate(seeds):
+        rng = np.random.default_rng(seed)
+        for number in range(scenes):
+            scene = make_scene(rng, "heldout")
+            image = scene.image
+            for question in asked_of(rng, scene, rotation(number, QUESTIONS_PER_SCENE)):
+                asked.append(
+                    Asked(
+                        request=Request(id=len(asked), prompt=question.prompt, images=(image,)),
+                        kind=question.kind,
+                        answer=question.answer,
+                        scene=place * scenes + number,
+                    )
+                )
     return asked
 
 
 def measure(
-    model: Any, processor: Any, asked: Sequence[Asked], rows: Sequence[Setting]
+    model: Any,
+    processor: Any,
+    asked: Sequence[Asked],
+    rows: Sequence[Setting],
+    *,
+    seed: int,
+    text_tower: TextTower | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """One object per setting, the first being the one that the others are relative to."""
-    baseline: list[bool] | None = None
-    words: list[str] = []
-    for row in rows:
-        sampling = Sampling(max_new_tokens=MAX_NEW_TOKENS)
-        engine = Engine(model, processor, pruning=row.pruning, sampling=sampling)
-        results = _answers(engine, [one.request for one in asked])
-        right = [
-            exact_match(result.response or "", [one.answer])
-            for one, result in zip(asked, results, strict=True)
-        ]
-        if baseline is None:
-            baseline, words = right, [result.response or "" for result in results]
-        yield _summary(row, asked, results, right, baseline, words)
+    """What each setting reports, in the order in which features can be shared.
+
+    Args:
+        rows: all within reach of the model, the first one being that to which the others are held.
+        seed: of the bootstrap.
+        text_tower: for method `eadp`.
+
+    Yields:
+        One object per setting; `number` is its place among `rows`.
+    """
+    trial = _Trial(model, processor, asked, text_tower)
+    unpruned = trial.run(rows[0].pruning)
+    compare = _Comparison(trial.adapter, asked, trial.requests, unpruned, seed)
+    yield {"number": 0, **compare.summary(rows[0], unpruned)}
+    for number in sorted(range(1, len(rows)), key=lambda at: trial.reads(rows[at].pruning)):
+        yield {"number": number, **compare.summary(rows[number], trial.run(rows[number].pruning))}
 
 
-def _answers(engine: Engine, requests: Sequence[Request]) -> list[Result]:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Run:
+    """One setting's answers in the order of the requests; times are seconds per request."""
+
+    pruning: Pruning
+    text_tower: TextTower | None
+    results: list[Result]
+    encode_s: float
+    prefill_s: float
+    prune_s: float
+    decode_s: float
+
+
+class _Trial:
+    """Requests, prepared and encoded once, and the model that answers them."""
+
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        asked: Sequence[Asked],
+        text_tower: TextTower | None,
+    ) -> None:
+        self.adapter = adapt(model)
+        self.requests = _prepared(Preparer(processor, type(self.adapter)), asked)
+        self._model, self._processor, self._text_tower = model, processor, text_tower
+        self._images = {id(one.image_inputs[0]): one for one in self.requests}.values()
+        self._encoded = EncodedOnce(self.adapter, text_tower.project if text_tower else None)
+        self._encoded_as: tuple[str, int] | None = None
+        self._encode_s = 0.0
+
+    def run(self, pruning: Pruning) -> _Run:
+        pruning = self.adapter.settle(pruning)
+        self._encode(pruning)
+        engine = Engine(
+            self._model,
+            self._processor,
+            pruning=pruning,
+            sampling=Sampling(max_new_tokens=MAX_NEW_TOKENS, first_logprobs=True),
+            encode_images=self._encoded,
+            text_tower=self._text_tower,
+        )
+        results = _answers(engine, self.requests)
+        counted, count = engine.stats(), len(results)
+        return _Run(
+            pruning=pruning,
+            text_tower=self._text_tower if pruning.method == "eadp" else None,
+            results=results,
+            encode_s=self._encode_s,
+            prefill_s=counted["prefill_s"] / count,
+            prune_s=counted["prune_s"] / count,
+            decode_s=counted["decode_s"] / count,
+        )
+
+    def reads(self, pruning: Pruning) -> tuple[str, int]:
+        """What stands for the features that a setting reads: the encoder, and what that leaves of
+        the largest image."""
+        pruning, adapter = self.adapter.settle(pruning), self.adapter
+        left = pruning.encoded(adapter.max_visual_tokens, adapter.decoder.num_layers)
+        return pruning.encoder, left
+
+    def _encode(self, pruning: Pruning) -> None:
+        """All images, unless they are there from the setting before."""
+        wanted = self.reads(pruning)
+        if wanted == self._encoded_as:
+            return
+        self._encoded.forget()
+        layers = self.adapter.decoder.num_layers
+        inputs = [one.image_inputs[0] for one in self._images]
+        keeps = [pruning.encoded(one.image_tokens[0], layers) for one in self._images]
+        self._encode_s = self._encoded.fill(inputs, pruning.encoder, keeps)
+        self._encoded_as = wanted
+
+
+def _prepared(prepare: Preparer, asked: Sequence[Asked]) -> list[Prepared]:
+    """The requests; those about one scene share its image's inputs."""
+    inputs: dict[int, Any] = {}
+    requests = []
+    for one in asked:
+        request = prepare(one.request)
+        assert isinstance(request, Prepared), request
+        shared = inputs.setdefault(one.scene, request.image_inputs)
+        requests.append(replace(request, image_inputs=shared))
+    return requests
+
+
+def _answers(engine: Engine, requests: Sequence[Prepared]) -> list[Result]:
     """Results in the order of the requests; an error here is a bug, not a wrong answer."""
     results = {result.id: result for result in engine.generate(requests)}
     failed = next((result for result in results.values() if result.error), None)
@@ -128,100 +310,161 @@ def _answers(engine: Engine, requests: Sequence[Request]) -> list[Result]:
     return [results[number] for number in range(len(requests))]
 
 
-def _summary(
-    row: Setting,
-    asked: Sequence[Asked],
-    results: Sequence[Result],
-    right: Sequence[bool],
-    baseline: Sequence[bool],
-    words: Sequence[str],
-) -> dict[str, Any]:
-    captions = [index for index, one in enumerate(asked) if one.kind == "caption"]
-    accuracy = float(np.mean(right))
-    measured = [result.retention for result in results if result.retention is not None]
-    has_proxy = row.pruning.method in PROXY_METHODS
-    return {
-        "method": row.pruning.method,
-        "encoder": row.encoder,
-        "retention": row.pruning.retention,
-        "retention_measured": float(np.mean(measured)),
-        "proxy_positions": row.pruning.proxy_positions if has_proxy else None,
-        "proxy_layer": row.pruning.proxy_layer if has_proxy else None,
-        "proxy_head": row.pruning.proxy_head if has_proxy else None,
-        "position_ids": row.pruning.position_ids,
-        "accuracy": accuracy,
-        "accuracy_interval": wilson(sum(right), len(right)),
-        "relative": accuracy / float(np.mean(baseline)) if any(baseline) else None,
-        "agreement": float(
-            np.mean(
-                [
-                    word == (result.response or "")
-                    for word, result in zip(words, results, strict=True)
-                ]
-            )
-        ),
-        "n": len(asked),
-        "by_kind": {kind: _kind(kind, asked, right, baseline) for kind in KINDS},
-        "caption_objects": float(
-            np.mean([object_share(results[i].response or "", [asked[i].answer]) for i in captions])
-        ),
-        "label": row.label,
-    }
+def total_flops(
+    adapter: Adapter,
+    pruning: Pruning,
+    request: Prepared,
+    result: Result,
+    text_tower: TextTower | None = None,
+) -> Flops:
+    """All that reading a prompt with one image takes.
 
-
-def _kind(
-    kind: str, asked: Sequence[Asked], right: Sequence[bool], baseline: Sequence[bool]
-) -> dict[str, Any] | None:
-    chosen = [index for index, one in enumerate(asked) if one.kind == kind]
-    if not chosen:
-        return None
-    hits, before = sum(right[i] for i in chosen), sum(baseline[i] for i in chosen)
-    return {
-        "accuracy": hits / len(chosen),
-        "interval": wilson(hits, len(chosen)),
-        "relative": hits / before if before else None,
-        "n": len(chosen),
-    }
-
-
-def wilson(hits: int, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """95 % interval of a share (Wilson 1927), without a correction for continuity."""
-    share = hits / n
-    centre = share + z * z / (2 * n)
-    spread = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    scale = 1 + z * z / n
-    return (centre - spread) / scale, (centre + spread) / scale
-
-
-def describe(model: Any, requests: int, scenes: int, seed: int) -> str:
-    """The conditions of the measurement, in one line."""
-    return (
-        f"{requests} requests about {scenes} held-out scenes, seed {seed}; greedy, "
-        f"{str(model.dtype).removeprefix('torch.')} on {model.device}; ± is half a 95 % interval"
+    Args:
+        pruning: settled.
+        result: what became of the request under it.
+        text_tower: where it takes part.
+    """
+    ((visual,), (image,)) = request.image_tokens, request.image_inputs
+    text = len(request.input_ids) - visual
+    left = pruning.encoded(visual, adapter.decoder.num_layers)
+    if pruning.encoder == "none":
+        encoder = adapter.vision_flops(image)
+    else:
+        encoder = adapter.reduced_flops(image, pruning.encoder, left)
+    return Flops(
+        decoder=result.prefill_flops or 0.0,
+        encoder=encoder + (0 if text_tower is None else text_tower.flops(request.prompt, left)),
+        choosing=choosing_flops(adapter.shape(), pruning, visual, text),
     )
 
 
-def table(summaries: Sequence[dict[str, Any]]) -> str:
-    """The summaries as aligned text, one line per setting."""
-    head = ["method", "retention", "measured", "exact", "±", "relative", "agree"]
-    head += [*KINDS, "objects"]
-    lines = [head]
-    for one in summaries:
-        low, high = one["accuracy_interval"]
-        lines.append(
+class _Comparison:
+    """Holds every setting against the unpruned model on the same requests."""
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        asked: Sequence[Asked],
+        requests: Sequence[Prepared],
+        unpruned: _Run,
+        seed: int,
+    ) -> None:
+        self._adapter = adapter
+        self._asked = asked
+        self._requests = requests
+        self._unpruned = unpruned
+        self._right_before = self._right(unpruned)
+        self._bootstrap = ClusteredBootstrap(np.array([one.scene for one in asked]), seed=seed)
+        kinds = np.array([one.kind for one in asked])
+        self._parts = {
+            "all": np.ones(len(asked), bool),
+            "questions": kinds != "caption",
+            "captions": kinds == "caption",
+        }
+        self._kinds = {kind: kinds == kind for kind in KINDS}
+
+    def summary(self, row: Setting, run: _Run) -> dict[str, Any]:
+        """The keys of a row of the JSON file."""
+        pruning, right = run.pruning, self._right(run)
+        has_proxy = pruning.method in PROXY_METHODS
+        measured = [result.retention for result in run.results if result.retention is not None]
+        agreement = Agreement.between(self._unpruned.results, run.results)
+        return {
+            "label": row.label,
+            "method": pruning.method,
+            "encoder": pruning.encoder,
+            "retention": pruning.retention,
+            "retention_measured": float(np.mean(measured)),
+            "proxy_positions": pruning.proxy_positions if has_proxy else None,
+            "proxy_layer": pruning.proxy_layer if has_proxy else None,
+            "proxy_head": pruning.proxy_head if has_proxy else None,
+            "position_ids": pruning.position_ids,
+            **{part: self._score(right, chosen) for part, chosen in self._parts.items()},
+            "by_kind": {
+                kind: self._score(right, chosen) if chosen.any() else None
+                for kind, chosen in self._kinds.items()
+            },
+            "caption_objects": self._objects(run),
+            "agreement": asdict(agreement),
+            "flops": self._flops(run),
+            "ms": self._ms(run),
+            "own_time_share": self._own_time_share(run),
+        }
+
+    def _right(self, run: _Run) -> np.ndarray:
+        return np.array(
             [
-                one["label"],
-                f"{one['retention']:.3f}",
-                f"{one['retention_measured']:.3f}",
-                f"{one['accuracy']:.3f}",
-                f"{(high - low) / 2:.3f}",
-                "" if one["relative"] is None else f"{one['relative']:.3f}",
-                f"{one['agreement']:.3f}",
-                *(
-                    f"{one['by_kind'][k]['accuracy']:.3f}" if one["by_kind"][k] else ""
-                    for k in KINDS
-                ),
-                f"{one['caption_objects']:.3f}",
+                exact_match(result.response or "", [one.answer])
+                for one, result in zip(self._asked, run.results, strict=True)
             ]
         )
-    return aligned(lines)
+
+    def _score(self, right: np.ndarray, chosen: np.ndarray) -> dict[str, Any]:
+        """Of the chosen requests."""
+        after, before = right & chosen, self._right_before & chosen
+        n = int(chosen.sum())
+        return {
+            "n": n,
+            "accuracy": float(after.sum() / n),
+            "interval": wilson(int(after.sum()), n),
+            "relative": float(after.sum() / before.sum()) if before.any() else None,
+            "relative_interval": self._bootstrap.ratio(after, before),
+        }
+
+    def _objects(self, run: _Run) -> float:
+        """Share of objects named rightly in captions."""
+        shares = [
+            object_share(result.response or "", [one.answer])
+            for one, result in zip(self._asked, run.results, strict=True)
+            if one.kind == "caption"
+        ]
+        return float(np.mean(shares))
+
+    def _flops(self, run: _Run) -> dict[str, float]:
+        """Means per request, and the unpruned model's over them."""
+        own, before = self._counted(run), self._counted(self._unpruned)
+        mean = {name: value / len(self._requests) for name, value in asdict(own).items()}
+        return {
+            **mean,
+            "total": own.total / len(self._requests),
+            "ratio": before.total / own.total,
+            "ratio_decoder": before.decoder / own.decoder,
+        }
+
+    def _counted(self, run: _Run) -> Flops:
+        return _sum(
+            total_flops(self._adapter, run.pruning, request, result, run.text_tower)
+            for request, result in zip(self._requests, run.results, strict=True)
+        )
+
+    def _ms(self, run: _Run) -> dict[str, float]:
+        """Milliseconds per image; `prune` is within `prefill`."""
+        seconds = {
+            "image": run.encode_s + run.prefill_s + run.decode_s,
+            "encode": run.encode_s,
+            "prefill": run.prefill_s,
+            "prune": run.prune_s,
+            "decode": run.decode_s,
+        }
+        return {name: 1e3 * value for name, value in seconds.items()}
+
+    def _own_time_share(self, run: _Run) -> float:
+        in_encoder = max(0.0, run.encode_s - self._unpruned.encode_s)
+        if run.pruning.encoder == "none":
+            in_encoder = 0.0
+        return (in_encoder + run.prune_s) / (run.encode_s + run.prefill_s)
+
+
+def _sum(parts: Iterable[Flops]) -> Flops:
+    rows = [(part.decoder, part.encoder, part.choosing) for part in parts]
+    decoder, encoder, choosing = map(sum, zip(*rows, strict=True))
+    return Flops(decoder=decoder, encoder=encoder, choosing=choosing)
+
+
+def describe(model: Any, requests: int, conditions: Mapping[str, Any]) -> str:
+    """The conditions of the measurement, in one line."""
+    seeds = ", ".join(map(str, conditions["seeds"]))
+    return (
+        f"{requests} requests about {requests // QUESTIONS_PER_SCENE} held-out scenes, "
+        f"seed {seeds}; greedy, {str(model.dtype).removeprefix('torch.')} on {model.device}"
+    )

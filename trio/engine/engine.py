@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import cuda
+from torch import Tensor, cuda
 
 from trio.config import Pruning
 from trio.engine.admission import Admission
@@ -19,7 +19,7 @@ from trio.engine.plan import TEXT_TOKENS, MemoryPlan
 from trio.engine.prepare import Preparer
 from trio.engine.report import report
 from trio.engine.request import Prepared, Request, Result, Sampling, failed
-from trio.engine.runner import Runner
+from trio.engine.runner import EncodeImages, Runner
 from trio.engine.sampling import Chosen, choose, stream
 from trio.engine.scheduler import Scheduler
 from trio.engine.stats import Counters
@@ -41,6 +41,8 @@ class Engine:
     `kv_bytes`: memory for keys and values; None takes a part of what the device has free.
     `system`: message for requests without their own; None leaves it to the chat template.
     `memory_share`: of a GPU's memory, where several engines share one; for `kv_bytes` None.
+    `encode_images`: called in place of the adapter's own, with the same arguments; for engines
+        that read the same images one after the other.
     `text_tower`: of the model's vision encoder, which method `eadp` needs.
 
     `memory_plan` says how many requests the memory holds at once. One thread submits and steps;
@@ -62,6 +64,7 @@ class Engine:
         kv_bytes: int | None = None,
         memory_share: float = 1.0,
         system: str | None = None,
+        encode_images: EncodeImages | None = None,
         text_tower: TextTower | None = None,
     ) -> None:
         if batch_tokens < 1 or max_running < 1:
@@ -78,6 +81,7 @@ class Engine:
             pruning or Pruning(),
             kv_bytes=kv_bytes,
             max_running=max_running,
+            encode_images=encode_images,
             text_tower=text_tower,
         )
         self._cache = self._runner.cache
@@ -296,6 +300,7 @@ class Engine:
         if tasks:
             logits_BV, prune_s = self._runner.prefill(tasks, features)
             chosen = choose(logits_BV, [t.sampling for t in tasks], [t.stream for t in tasks])
+            _note_distributions(tasks, logits_BV)
             complete = self._append(tasks, chosen)
             self._runner.start(tasks)
             self._counters.prune_s += prune_s
@@ -379,6 +384,13 @@ class Engine:
     def _fail(self, result: Result) -> None:
         self._counters.failed += 1
         self._done.append(result)
+
+
+def _note_distributions(tasks: Sequence[Task], logits_BV: Tensor) -> None:
+    """Log-probabilities of all first tokens, for the tasks that ask for them."""
+    for task, logits_V in zip(tasks, logits_BV, strict=True):
+        if task.sampling.first_logprobs:
+            task.first_logprobs = logits_V.float().log_softmax(dim=-1).cpu()
 
 
 def _no_memory(task: Task, message: str) -> Result:

@@ -34,6 +34,7 @@ def report(
         response=decode(task.token_ids[:-1] if reason == "stop" else task.token_ids),
         token_ids=task.token_ids,
         logprobs=task.logprobs,
+        first_logprobs=task.first_logprobs,
         finish_reason=reason,
         prompt_tokens=task.prompt_tokens,
         output_tokens=len(task.token_ids),

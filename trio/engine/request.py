@@ -42,6 +42,8 @@ class Sampling:
     """Tokens that end the answer, besides the model's own end-of-sequence tokens."""
     ignore_eos: bool = False
     """Go on after the model's own end-of-sequence tokens (for measuring speed)."""
+    first_logprobs: bool = False
+    """Give the first token's whole distribution in the result (for comparing settings)."""
 
     def __post_init__(self) -> None:
         limit: object = self.max_new_tokens
@@ -99,6 +101,9 @@ class Result:
     """The answer's tokens, the one that stopped it included."""
     logprobs: list[float] = field(default_factory=list)
     """Natural log of each token's probability under the model, before temperature and cuts."""
+    first_logprobs: Tensor | None = field(default=None, compare=False, repr=False)
+    """Where the sampling asks for it: the same of every token that could have come first, [V]
+    float32 on the CPU."""
     finish_reason: Literal["stop", "length", "error"]
     error: str | None = None
     """`kind: message`; the kinds are those of `FailureKind`."""

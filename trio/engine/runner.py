@@ -21,18 +21,22 @@ from trio.engine.relevance import Relevances
 from trio.engine.room import Need
 from trio.engine.task import Task
 from trio.errors import UserError
-from trio.models.adapter import Adapter, Features, joined
+from trio.models.adapter import Adapter, Features, Inputs, Join, joined
 from trio.models.attention import Padded
 from trio.models.prefill import PackedPrompts, prefill
 from trio.models.products import few_row_linears
 from trio.models.stopwatch import Stopwatch
 from trio.models.text_tower import TextTower
-from trio.pruning.candidates import Relevance
 from trio.pruning.methods.random import salt_of
+
+EncodeImages = Callable[[Sequence[Inputs], str, Sequence[int], Join | None], Sequence[Features]]
+"""As `Adapter.encode_images`."""
 
 
 class Runner:
     """Model, pruning and cache, one step at a time.
+
+    encode_images: stands in for the adapter's, if given.
 
     Raises:
         UserError: the pruning settings cannot be met by this model.
@@ -45,6 +49,7 @@ class Runner:
         *,
         kv_bytes: int,
         max_running: int,
+        encode_images: EncodeImages | None = None,
         text_tower: TextTower | None = None,
     ) -> None:
         if pruning.method == "eadp" and text_tower is None:
@@ -57,6 +62,7 @@ class Runner:
         asked = text_tower if pruning.method == "eadp" else None
         self._join = asked.project if asked else None
         self._relevances = Relevances(asked) if asked else None
+        self._encode_images = encode_images or adapter.encode_images
         self.decoder = adapter.decoder
         self.pruning = adapter.settle(pruning)
         self.num_layers = self.decoder.num_layers
@@ -101,7 +107,7 @@ class Runner:
             return [[] for _ in tasks]
         keeps = [keep for task in tasks for keep in self.encoded(task)]
         encoder = self.pruning.encoder
-        features = iter(self.adapter.encode_images(inputs, encoder, keeps, self._join))
+        features = iter(self._encode_images(inputs, encoder, keeps, self._join))
         return [[next(features) for _ in task.prepared.image_inputs] for task in tasks]
 
     def encoded(self, task: Task) -> list[int]:
@@ -113,12 +119,16 @@ class Runner:
         self, tasks: Sequence[Task], features: Sequence[Sequence[Features]]
     ) -> tuple[Tensor, float]:
         """Run the prompts of fresh tasks; returns logits [B, V] and the seconds of pruning."""
-        comparing = Stopwatch(self.decoder.device)
-        with comparing.running():
-            relevance = self._relevance(tasks, features)
+        packed, compared_s = self._packed(tasks, features), 0.0
+        if self._relevances is not None:
+            comparing = Stopwatch(self.decoder.device)
+            with comparing.running():
+                prompts = [task.prepared.prompt for task in tasks]
+                packed = replace(packed, relevance=self._relevances(prompts, features))
+            compared_s = comparing.seconds()
         done = prefill(
             self.decoder,
-            replace(self._packed(tasks, features), relevance=relevance),
+            packed,
             self.pruning,
             self.cache.prefill([task.key for task in tasks]),
         )
@@ -127,15 +137,7 @@ class Runner:
             task.positions = [done.next_positions[start][row] for start, _ in self.cache.spans]
             task.entered = entered(task.prepared.image_tokens, features[row])
             task.kept = [_by_source(stage, task.entered) for stage in done.kept[row]]
-        return done.logits_BV, done.prune_seconds + comparing.seconds()
-
-    def _relevance(
-        self, tasks: Sequence[Task], features: Sequence[Sequence[Features]]
-    ) -> list[list[Relevance]]:
-        """What the images' tokens matter for the prompts, where the method asks for it."""
-        if self._relevances is None:
-            return []
-        return self._relevances([task.prepared.prompt for task in tasks], features)
+        return done.logits_BV, done.prune_seconds + compared_s
 
     def _packed(
         self, tasks: Sequence[Task], features: Sequence[Sequence[Features]]

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from trio.engine.request import Prepared, Sampling
 from trio.engine.room import Need
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(kw_only=True, slots=True, eq=False)
@@ -28,6 +31,8 @@ class Task:
 
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    first_logprobs: Tensor | None = None
+    """As in the result."""
     layer_tokens: list[int] = field(default_factory=list)
     """Prompt tokens present in each layer."""
     positions: list[int] = field(default_factory=list)

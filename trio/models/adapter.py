@@ -162,6 +162,11 @@ class Adapter(ABC):
     def vision_flops(self, inputs: Inputs) -> int:
         """FLOPs of tower and projector for these images."""
 
+    def reduced_flops(self, inputs: Inputs, encoder: str, keep: int) -> int:
+        """FLOPs of tower, reduction and projector for one image of which so many tokens are left;
+        asked only for what is in `encoders`."""
+        raise NotImplementedError(f"{type(self).__name__}.reduced_flops")
+
     @abstractmethod
     def _features(self, inputs: Sequence[Inputs]) -> Sequence[Features]:
         """The model's features of images, one in each of `inputs`, in one pass."""

@@ -19,7 +19,7 @@ from torch import Tensor
 from trio.models.adapter import Features, Inputs, Join, Joint
 from trio.models.tiles import TiledAdapter, patches_per_edge
 from trio.models.watch import watched
-from trio.pruning.cost import CLASS_TOKENS
+from trio.pruning.cost import CLASS_TOKENS, VisionShape
 from trio.pruning.reduce import CLASS_TOKEN, Reduced, scan, shared, visionzip, zip_split
 
 
@@ -51,6 +51,19 @@ class ClassTokenAdapter(TiledAdapter):
     def _places(self, inputs: Inputs) -> Tensor:
         """Which visual token of an image each patch of its tiles becomes without a reduction,
         `[Q, P]` on the CPU; -1 for padding."""
+
+    def reduced_flops(self, inputs: Inputs, encoder: str, keep: int) -> int:
+        if keep == self.visual_tokens(inputs)[0]:
+            return self.vision_flops(inputs)
+        shape = VisionShape.of_llava_config(self.model.config)
+        flops = 0
+        for share in filter(None, shared(keep, _patch_counts(self._places(inputs)))):
+            flops += shape.flops(projected=share)
+            if encoder == "scan":
+                flops += shape.scan_flops(share)
+            else:
+                flops += shape.visionzip_flops(zip_split(share)[1])
+        return flops
 
     def _reduced(
         self, inputs: Sequence[Inputs], encoder: str, keeps: Sequence[int], join: Join | None
@@ -102,8 +115,7 @@ class ClassTokenAdapter(TiledAdapter):
         an image as it has patches."""
         places = [self._places(image) for image in inputs]
         shares = [
-            shared(keep, (own_QP >= 0).sum(dim=1).tolist())
-            for keep, own_QP in zip(keeps, places, strict=True)
+            shared(keep, _patch_counts(own_QP)) for keep, own_QP in zip(keeps, places, strict=True)
         ]
         share_Q = torch.tensor([*chain.from_iterable(shares)])
         used_Q = share_Q > 0
@@ -167,6 +179,11 @@ class ClassTokenAdapter(TiledAdapter):
     def _with_class(self) -> bool:
         """Whether the class token is one of the model's own features."""
         return self.model.config.vision_feature_select_strategy == "full"
+
+
+def _patch_counts(place_QP: Tensor) -> list[int]:
+    """Patches of each tile, without padding."""
+    return [int(count) for count in (place_QP >= 0).sum(dim=1)]
 
 
 def _feature_layers(config: Any) -> list[int]:

@@ -90,6 +90,12 @@ class GridAdapter(Adapter):
         shape = self._vision_shape()
         return sum(shape.flops(rows, columns) for rows, columns in _grids(inputs))
 
+    def reduced_flops(self, inputs: Inputs, encoder: str, keep: int) -> int:
+        shape = self._vision_shape()
+        (grid,) = _grids(inputs)
+        reading = shape.scan_flops(*grid, keep) if keep < self.visual_tokens(inputs)[0] else 0
+        return shape.flops(*grid) + reading
+
     def _encode(self, inputs: Sequence[Inputs]) -> Any:
         """What the model's `get_image_features` makes of images, one in each of `inputs`."""
         weight = self.model.model.visual.patch_embed.proj.weight

@@ -185,6 +185,8 @@ class _Prefill:
         for stop in sorted({*plan, self.decoder.num_layers}):
             looked_at = stop in plan and self.pruning.method in LOOKS_BACK
             self._run(start, stop, stop - 1 if looked_at else None)
+            if stop == 0 and self.pruning.method in LOOKS_BACK:
+                self.entered_TD = self.hidden_TD
             lengths += [list(self.ragged.lengths)] * (stop - start)
             positions += [list(self.next_positions)] * (stop - start)
             if stop in plan:
@@ -280,7 +282,8 @@ class _Prefill:
         return self.decoder.proxy(index, self.batch_tokens, self.pruning.proxy_head)
 
     def _attention(self, layer: int, requests: Sequence[int]) -> Tensor:
-        """By the last token of each of these prompts, in the layer before a stage, packed."""
+        """By the last token of each of these prompts, in the layer before a stage, packed; where
+        none has run, in the first."""
         assert self.entered_TD is not None
         lengths = [self.ragged.lengths[request] for request in requests]
         hidden_TD, positions_T = self.entered_TD, self.positions_T
@@ -288,7 +291,7 @@ class _Prefill:
             index = self.ragged.index(requests).to(hidden_TD.device)
             hidden_TD, positions_T = hidden_TD[index], positions_T[..., index]
         return self.decoder.last_attention(
-            layer - 1, hidden_TD, positions_T, lengths, self.batch_tokens
+            max(0, layer - 1), hidden_TD, positions_T, lengths, self.batch_tokens
         )
 
     def _renumber(self, keeps: list[list[int] | None]) -> None:

@@ -144,6 +144,17 @@ class TextTower:
             for first, last in bounds
         ]
 
+    def flops(self, text: str, tokens: int) -> int:
+        """Multiplications with additions of embedding a text and projecting so many patch tokens;
+        the comparison of the two is small beside that."""
+        layers = self._text_model.encoder.layers
+        weights = sum(weight.numel() for weight in layers.parameters() if weight.ndim == 2)
+        width, space = self._text_projection.in_features, self._text_projection.out_features
+        attention = 2 * self._context * width * len(layers)
+        chunk = self._context * (weights + attention + width * space)
+        projection = self._visual_projection.in_features * self._visual_projection.out_features
+        return len(self._chunks(text)) * chunk + tokens * projection
+
     def _chunks(self, text: str) -> list[list[int]]:
         """Token ids, each chunk between the tokens of begin and end."""
         tokenizer = self._tokenizer

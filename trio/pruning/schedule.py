@@ -63,6 +63,12 @@ class ScheduleShape:
     layers: int
     stages: tuple[tuple[int, float], ...]
 
+    def from_start(self) -> ScheduleShape:
+        """The same with its first stage on the embeddings, for retentions that are out of reach
+        otherwise."""
+        ((_, share), *rest) = self.stages
+        return ScheduleShape(self.layers, ((0, share), *rest))
+
     def at_depth(self, num_layers: int) -> list[tuple[int, float]]:
         """`(layer, share)` at another depth; merged where layers fall together."""
         scaled: dict[int, float] = {}

@@ -1,0 +1,154 @@
+"""jobs/benchmark.py quality: what it reports, on a few scenes of the bundled model."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import benchmark
+import pytest
+
+from tests.models import save_tiny_checkpoint
+from trio.benchmark import plots
+from trio.benchmark.progress import Clock
+from trio.benchmark.quality import ask, settings
+from trio.config import METHODS, Pruning
+
+FLAGS = ["--methods", "none,random,trio", "--retention", "1/9,1/18", "--scenes", "1"]
+PARTS = ("all", "questions", "captions")
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("quality") / "quality.json"
+    assert benchmark.main(["quality", *FLAGS, "--seed", "11,12", "--json", str(file)]) == 0
+    return file
+
+
+@pytest.fixture(scope="module")
+def told(written: Path) -> Any:
+    return json.loads(written.read_text())
+
+
+def test_conditions_and_what_is_out_of_reach(told: Any) -> None:
+    conditions = told["conditions"]
+    assert conditions["seeds"] == [11, 12] and conditions["settings"] == len(told["rows"]) == 3
+    assert "torch" in conditions
+    assert {one["label"] for one in told["left_out"]} == {"random", "trio"}
+    assert all("smallest retention" in one["reason"] for one in told["left_out"])
+
+
+def test_the_unpruned_model_agrees_with_itself(told: Any) -> None:
+    row = told["rows"][0]
+    assert (row["label"], row["number"], row["retention_measured"]) == ("none", 0, 1.0)
+    for part in PARTS:
+        assert row[part]["relative"] == 1.0 and row[part]["relative_interval"] == [1.0, 1.0]
+    assert row["agreement"] == {"exact": 1.0, "overlap": 1.0, "kl": 0.0}
+    assert row["flops"]["ratio"] == row["flops"]["ratio_decoder"] == 1.0
+    assert row["flops"]["choosing"] == 0 and row["own_time_share"] == 0.0
+
+
+def test_what_a_pruned_setting_reports(told: Any) -> None:
+    unpruned, *pruned = told["rows"]
+    assert [row["label"] for row in pruned] == ["random", "trio"]
+    for row in pruned:
+        assert row["retention_measured"] == pytest.approx(1 / 9, abs=1e-3)
+        assert [row[part]["n"] for part in PARTS] == [6, 4, 2]
+        assert row["agreement"]["kl"] > 0 and 0 <= row["agreement"]["overlap"] <= 1
+        low, high = row["all"]["relative_interval"]
+        assert low <= row["all"]["relative"] <= high
+        flops, ms = row["flops"], row["ms"]
+        assert flops["total"] == flops["decoder"] + flops["encoder"] + flops["choosing"]
+        assert flops["ratio"] == pytest.approx(unpruned["flops"]["total"] / flops["total"])
+        assert 1 < flops["ratio"] < flops["ratio_decoder"]
+        assert ms["image"] == pytest.approx(ms["encode"] + ms["prefill"] + ms["decode"])
+        # All settings without a reduction in the encoder read the same features.
+        assert ms["encode"] == unpruned["ms"]["encode"] > 0
+        share = ms["prune"] / (ms["encode"] + ms["prefill"])
+        assert row["own_time_share"] == pytest.approx(share)
+    random, trio = pruned
+    assert random["flops"]["choosing"] == 0 < trio["flops"]["choosing"]
+    assert random["proxy_positions"] is None and trio["proxy_positions"] == "with_last"
+
+
+def test_a_file_is_shown_again(written: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert benchmark.main(["quality", "--from", str(written)]) == 0
+    head, unpruned, gap, *lines = capsys.readouterr().out.splitlines()
+    assert head.split()[:3] == ["setting", "kept", "all"] and not gap
+    assert unpruned.split()[:2] == ["none", "1"] and lines[0].split()[:2] == ["random", "1/9"]
+    assert benchmark.main(["quality", "--from", str(written), "--markdown"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].startswith("|---|") and lines[2].startswith("| none | 1 |")
+    assert len({line.count("|") for line in lines[:5]}) == 1
+
+
+def test_the_plot_is_written(written: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="is in the extra `test`")
+    file = tmp_path / "quality.png"
+    assert benchmark.main(["quality", "--from", str(written), "--plot", str(file)]) == 0
+    assert file.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--plot", "{dir}/x.png"], "pip install 'trio-vlm[plot]'"),
+        (["--from", "{dir}/x.json"], "No such file"),
+        (["--from", __file__], "--from"),
+        (["--seed", "3,3"], "come once"),
+        (["--seed", "3,x"], "no list of integers"),
+        (["--methods", "trio", "--retention", "1/18"], "out of reach"),
+        (["--methods", "eadp", "--model", "{dir}/model"], "method eadp needs --text-tower"),
+    ],
+)
+def test_mistakes_before_anything_is_measured(
+    flags: list[str],
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    save_tiny_checkpoint(tmp_path / "model")
+    monkeypatch.setattr(plots, "find_spec", lambda name: None)
+    assert benchmark.main(["quality", *(flag.format(dir=tmp_path) for flag in flags)]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_plot_is_a_png(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plots, "find_spec", lambda name: object())
+    assert benchmark.main(["quality", "--plot", str(tmp_path)]) == 2
+    assert "name a .png file" in capsys.readouterr().err
+
+
+def test_settings_are_all_combinations() -> None:
+    encoders = ("none", "visionzip", "scan")
+    retentions = (1 / 3, 2 / 9, 1 / 9, 1 / 18)
+    proxy = {"proxy_positions": "with_last"}
+    rows = settings(METHODS, retentions, encoders, [proxy], ["renumber"], 11)
+    assert len(rows) == 1 + 4 * (7 * 3 - 1) == len({(r.label, r.pruning.retention) for r in rows})
+    by_label = {row.label: row.pruning for row in rows}
+    assert by_label["visionzip"].method == "none"
+    expected = Pruning(
+        method="trio",
+        encoder="scan",
+        retention=1 / 18,
+        proxy_positions="with_last",
+        position_ids="renumber",
+        seed=11,
+    )
+    assert by_label["scan + trio"] == expected
+
+
+def test_scenes_of_several_seeds_are_pooled() -> None:
+    both, second = ask(2, [3, 4]), ask(2, [4])
+    assert [one.scene for one in both] == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
+    assert [one.request.id for one in both] == list(range(12))
+    assert [one.answer for one in both[6:]] == [one.answer for one in second]
+
+
+def test_the_clock_says_how_long_it_may_take() -> None:
+    clock = Clock(3)
+    first, second, last = (clock.lap() for _ in range(3))
+    assert first == "1/3 after 0:00:00" and last == "3/3 after 0:00:00"
+    assert second == "2/3 after 0:00:00, about 0:00:00 to go"
