@@ -112,7 +112,7 @@ class Plan:
     @property
     def answers(self) -> int:
         searched = self.rows // 2
-        return most_answers(searched) + searched + 2 * (self.rows - searched)
+        return most_answers(searched) + 2 * (self.rows - searched)
 
     def __str__(self) -> str:
         config = self.config

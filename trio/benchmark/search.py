@@ -172,7 +172,7 @@ def rungs(rows: int) -> list[int]:
 
 
 def most_answers(rows: int) -> int:
-    """Answers of pruned models that a search takes at most."""
+    """Answers of pruned models that a search takes at most, the default's among them."""
     total, before = rows, 0
     for number, stop in enumerate(rungs(rows)):
         for count in (COARSE, *(FINE for _ in CHANGES)):
