@@ -240,7 +240,7 @@ def test_calibrate_writes_a_file_that_a_job_takes(
     written = yaml.safe_load(file.read_text())
     assert written["layers"] == 6 and written["search_rows"] == written["held_out_rows"] == 6
     assert written["chosen"] in ("default", "searched") and written["schedule"] in printed
-    assert written["retention"] == pytest.approx(1 / 3) and written["versions"]["torch"]
+    assert written["retention"] == pytest.approx(1 / 3) and written["conditions"]["torch"]
     rows = written["divergence"]
     assert rows["default"]["mean"] > 0
     assert all(row["prefill_flops"] <= rows["default"]["prefill_flops"]

@@ -375,7 +375,7 @@ def report(
         "held_out_rows": len(comparison.default),
         "schedules_tried": len(search.scores),
         "divergence": rows,
-        "versions": {"trio-vlm": VERSION, **machine(calibration.adapter.decoder.device)},
+        "conditions": {"trio-vlm": VERSION, **machine(calibration.adapter.decoder.device)},
     }
 
 
