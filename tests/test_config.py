@@ -8,7 +8,7 @@ import pytest
 
 from trio.config import Pruning
 from trio.errors import UserError
-from trio.pruning.schedule import Schedule
+from trio.pruning.schedule import Schedule, tokens_per_layer
 
 
 def test_nothing_given_prunes_nothing() -> None:
@@ -65,3 +65,34 @@ def test_the_proxys_layer_decides_which_stages_there_can_be() -> None:
 def test_wrong_settings(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         Pruning(**settings)
+
+
+def test_encoder_and_decoder_share_the_budget() -> None:
+    # TRIO's settings after a reduction: 576 -> 96 in the encoder, then 32 at half depth.
+    both = Pruning(retention=1 / 9, encoder="visionzip")
+    assert (both.encoded(576, 32), both.stages(576, 32)) == (96, [(16, 32)])
+    assert both.encoded(576, 28) == 96
+    alone = Pruning(retention=1 / 9, encoder="scan", method="none")
+    assert alone.active
+    assert (alone.encoded(576, 32), alone.stages(576, 32)) == (64, [])
+    by_hand = Pruning(schedule="0:96,16:32", encoder="visionzip")
+    assert (by_hand.encoded(576, 32), by_hand.stages(576, 32)) == (96, [(16, 32)])
+    assert Pruning(retention=1 / 9).encoded(576, 32) == 576
+
+
+@pytest.mark.parametrize("method", ["divprune", "eadp"])
+def test_before_the_decoder_there_is_one_stage(method: str) -> None:
+    alone = Pruning(retention=1 / 9, method=method)
+    assert (alone.encoded(576, 32), alone.stages(576, 32)) == (576, [(0, 64)])
+    behind = Pruning(retention=1 / 9, method=method, encoder="scan")
+    assert (behind.encoded(576, 32), behind.stages(576, 32)) == (96, [(0, 64)])
+
+
+@pytest.mark.parametrize("encoder", ["none", "visionzip"])
+@pytest.mark.parametrize("method", ["trio", "divprune", "none"])
+@pytest.mark.parametrize("retention", [1 / 3, 2 / 9, 1 / 9, 1 / 18, 0.8])
+def test_layer_average_is_the_retention(method: str, encoder: str, retention: float) -> None:
+    pruning = Pruning(retention=retention, method=method, encoder=encoder)
+    if pruning.active and not (encoder == "none" and retention < 1 / 16 and method == "trio"):
+        layers = tokens_per_layer(pruning.encoded(576, 16), pruning.stages(576, 16), 16)
+        assert sum(layers) / 16 == pytest.approx(576 * retention, abs=1)

@@ -132,6 +132,13 @@ class Pruning:
         return None
 
     @property
+    def name(self) -> str:
+        """What chooses: the method, behind the encoder's reduction if there is one."""
+        if self.encoder == "none":
+            return self.method
+        return self.encoder if self.method == "none" else f"{self.encoder} + {self.method}"
+
+    @property
     def active(self) -> bool:
         """False when no prompt can lose a token under these settings."""
         if self.method == "none" and self.encoder == "none":

@@ -240,6 +240,32 @@ def test_a_siglip_tower_costs_what_its_operations_add_up_to(strategy: Strategy, 
     assert counter.get_total_flops() == 2 * (adapter.vision_flops(image) - _attention(shape))
 
 
+@pytest.mark.parametrize("encoder", ["visionzip", "scan"])
+@pytest.mark.parametrize("options", [{}, LLAVA_NEXT], ids=["llava", "llava_next"])
+def test_a_reduction_costs_what_its_operations_add_up_to(
+    options: dict[str, Any], encoder: str
+) -> None:
+    adapter = adapt(tiny_llava(layers=1, **options))
+    sizes = {"image_sizes": torch.tensor([[64, 64]])} if options else {}
+    tiles = 5 if options else 1
+    pixels = torch.randn(1, *([5] if options else []), 3, 32, 32)
+    shape = VisionShape.of_llava_config(adapter.model.config)
+    keep = 8  # of each tile
+    added = shape.scan_flops(keep) if encoder == "scan" else shape.visionzip_flops(1)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        adapter.encode_images([{"pixel_values": pixels, **sizes}], encoder, [tiles * keep])
+    counted = shape.flops(projected=keep) + added - _attention(shape)
+    assert counter.get_total_flops() == 2 * tiles * counted
+
+
+def test_a_reduction_of_a_7b_shape_costs_little_of_what_the_projector_saves() -> None:
+    shape = VisionShape.of_llava_config(blueprint("llava-1.5-7b").config)
+    saved = shape.flops() - shape.flops(projected=64)
+    assert saved == (576 - 64) * (1024 * 4096 + 4096 * 4096)
+    assert 0.0005 < shape.visionzip_flops(10) / saved < 0.001
+    assert 0.006 < shape.scan_flops(64) / saved < 0.01
+
+
 def test_kv_bytes_are_those_of_the_tensors() -> None:
     shape = DecoderShape.of_config(
         LlamaConfig(

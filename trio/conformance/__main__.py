@@ -14,14 +14,16 @@ from pathlib import Path
 
 import torch
 
-from trio.conformance import trio_llama, trio_qwen
+from trio.conformance import eadp, trio_llama, trio_qwen, visionzip
 from trio.conformance.checks import Checks
 from trio.conformance.files import Case, read_cases
 from trio.errors import UserError
 
 _REPLAYS: dict[str, Callable[[Case], Checks]] = {
+    "eadp": eadp.replay,
     "trio_llama": trio_llama.replay,
     "trio_qwen": trio_qwen.replay,
+    "visionzip": visionzip.replay,
 }
 
 

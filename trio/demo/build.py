@@ -31,6 +31,7 @@ WORDS = (
     "user assistant system : , . ? which what where is there are how many digits digit color the "
     "a an and describe image"
 )
+MARKS = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{{ message['role'].upper() }}: "
@@ -43,28 +44,34 @@ CHAT_TEMPLATE = (
 )
 
 
+def vocabulary() -> list[str]:
+    """The words of the scenes' language behind the special ones; the index is the id."""
+    words = [*WORDS.split(), *map(str, range(10)), *COLOURS, "yes", "no", *CELL_NAMES]
+    return list(dict.fromkeys([*SPECIAL, *words]))
+
+
 def tokenizer() -> PreTrainedTokenizerFast:
     """A word-level tokenizer of the scenes' language; other words become `<unk>`."""
-    words = [*WORDS.split(), *map(str, range(10)), *COLOURS, "yes", "no", *CELL_NAMES]
-    vocabulary = {word: index for index, word in enumerate(dict.fromkeys([*SPECIAL, *words]))}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    backend.normalizer = normalizers.Lowercase()
-    # A place such as "top-left" is one token: two tokens would need two lookups for one answer.
-    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\w-]+|[^\w\s-]+"), "removed", invert=True)
-    backend.decoder = decoders.WordPiece(prefix="##", cleanup=True)
-    backend.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", vocabulary["<s>"])]
-    )
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
+        tokenizer_object=word_level(vocabulary(), "<s> $A"),
+        **MARKS,
         extra_special_tokens={"image_token": "<image>"},
         padding_side="left",
         model_max_length=2048,
     )
+
+
+def word_level(words: list[str], template: str) -> Tokenizer:
+    """`words` numbered in their order; a text $A with the marks of `template` around it."""
+    numbered = {word: index for index, word in enumerate(words)}
+    backend = Tokenizer(models.WordLevel(numbered, unk_token="<unk>"))
+    backend.normalizer = normalizers.Lowercase()
+    # A place such as "top-left" is one token: two tokens would need two lookups for one answer.
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\w-]+|[^\w\s-]+"), "removed", invert=True)
+    backend.decoder = decoders.WordPiece(prefix="##", cleanup=True)
+    marks = [(mark, numbered[mark]) for mark in template.split() if mark in numbered]
+    backend.post_processor = processors.TemplateProcessing(single=template, special_tokens=marks)
+    return backend
 
 
 def processor() -> LlavaProcessor:

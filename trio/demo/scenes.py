@@ -148,9 +148,13 @@ def questions(rng: np.random.Generator, scene: Scene) -> list[Question]:
 
 def caption(scene: Scene) -> Question:
     """The caption names every digit with its colour, in the order of `COLOURS`."""
-    named = [f"a {item.color} {item.digit}" for item in scene.items]
-    text = named[0] if len(named) == 1 else ", ".join(named[:-1]) + " and " + named[-1]
+    text = listed([f"a {item.color} {item.digit}" for item in scene.items])
     return Question(kind="caption", prompt="describe the image .", answer=text)
+
+
+def listed(names: list[str]) -> str:
+    """One, two or more names: "a", "a and b", "a, b and c"."""
+    return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]
 
 
 def patch_items(scene: Scene, patch: int) -> np.ndarray:

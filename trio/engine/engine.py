@@ -14,7 +14,7 @@ from torch import cuda
 from trio.config import Pruning
 from trio.engine.admission import Admission
 from trio.engine.limits import most_visual_tokens
-from trio.engine.loading import default_kv_bytes, load
+from trio.engine.loading import default_kv_bytes, load, load_text_tower
 from trio.engine.plan import TEXT_TOKENS, MemoryPlan
 from trio.engine.prepare import Preparer
 from trio.engine.report import report
@@ -27,6 +27,7 @@ from trio.engine.task import Task
 from trio.errors import UserError
 from trio.models.adapter import Adapter, Features
 from trio.models.registry import adapt
+from trio.models.text_tower import TextTower
 
 
 class Engine:
@@ -40,6 +41,7 @@ class Engine:
     `kv_bytes`: memory for keys and values; None takes a part of what the device has free.
     `system`: message for requests without their own; None leaves it to the chat template.
     `memory_share`: of a GPU's memory, where several engines share one; for `kv_bytes` None.
+    `text_tower`: of the model's vision encoder, which method `eadp` needs.
 
     `memory_plan` says how many requests the memory holds at once. One thread submits and steps;
     `prepare` may be called from any.
@@ -60,6 +62,7 @@ class Engine:
         kv_bytes: int | None = None,
         memory_share: float = 1.0,
         system: str | None = None,
+        text_tower: TextTower | None = None,
     ) -> None:
         if batch_tokens < 1 or max_running < 1:
             raise UserError("batch_tokens and max_running must be at least 1")
@@ -75,6 +78,7 @@ class Engine:
             pruning or Pruning(),
             kv_bytes=kv_bytes,
             max_running=max_running,
+            text_tower=text_tower,
         )
         self._cache = self._runner.cache
         self._scheduler: Scheduler[Task] = Scheduler(self._cache, batch_tokens=batch_tokens)
@@ -102,6 +106,8 @@ class Engine:
         revision: str | None = None,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
+        text_tower: str | None = None,
+        text_tower_revision: str | None = None,
         **options: Any,
     ) -> Engine:
         """Load a model and its processor from a directory or the hub.
@@ -116,6 +122,9 @@ class Engine:
             min_pixels, max_pixels: width times height to which an image is enlarged or reduced
                 before the model sees it, for models that take images at many sizes (Qwen-VL);
                 None leaves the processor's own limit.
+            text_tower: for method `eadp`: directory or hub id of the CLIP checkpoint that the
+                model's vision encoder was taken from.
+            text_tower_revision: as `revision`, of a hub id given there.
             options: as for `Engine`.
 
         Raises:
@@ -130,6 +139,8 @@ class Engine:
             min_pixels=min_pixels,
             max_pixels=max_pixels,
         )
+        if text_tower is not None:
+            options["text_tower"] = load_text_tower(loaded[0], text_tower, text_tower_revision)
         return cls(*loaded, **options)
 
     def generate(self, requests: Iterable[Request | Prepared]) -> Generator[Result, None, None]:

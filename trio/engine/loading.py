@@ -18,7 +18,8 @@ from trio.engine.checkpoint import (
 )
 from trio.engine.limits import limit_images
 from trio.errors import UserError, first_line
-from trio.models.registry import adapter_class
+from trio.models.registry import adapt, adapter_class
+from trio.models.text_tower import TextTower
 from trio.models.weights import DTYPES, check_unquantised
 
 
@@ -52,6 +53,32 @@ def load(
     loaded, info = found
     check_tensors(model, info)
     return loaded.to(where).eval(), processor
+
+
+def load_text_tower(model: Any, source: str, revision: str | None = None) -> TextTower:
+    """The text side of the CLIP that a loaded model's vision encoder was taken from.
+
+    Args:
+        model: on its device.
+        source: directory or hub id.
+        revision: of a hub id.
+
+    Raises:
+        UserError: nothing usable there, or it does not belong to the model's encoder.
+    """
+    adapter = adapt(model)
+    if adapter.clip_tower is None:
+        raise UserError(
+            f"{type(model).__name__} has no CLIP vision encoder, so no text tower belongs to it"
+        )
+    decoder = adapter.decoder
+    return TextTower.load(
+        _expanded(source),
+        adapter.clip_tower,
+        device=decoder.device,
+        dtype=decoder.dtype,
+        revision=revision,
+    )
 
 
 def load_outline(model: str, *, revision: str | None = None) -> tuple[Any, Any]:

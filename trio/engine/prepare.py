@@ -78,6 +78,7 @@ class Preparer:
             input_ids=tuple(input_ids),
             image_tokens=tuple(ids.count(self.image_token_id) for ids, _ in images),
             image_inputs=tuple(inputs for _, inputs in images),
+            prompt=request.prompt,
             id=request.id,
             sampling=request.sampling,
         )

@@ -82,6 +82,8 @@ class Prepared:
     """Placeholder tokens of each image, in the prompt's order."""
     image_inputs: tuple[Mapping[str, Tensor], ...] = ()
     """What the image processor made of each image, one mapping per image."""
+    prompt: str = ""
+    """The user's text alone, for a method that compares images with it."""
     id: Any = None
     sampling: Sampling | None = None
 

@@ -18,10 +18,12 @@ from trio.engine.entry import Entry, entered
 from trio.engine.graphs import StepGraphs, rounded_up
 from trio.engine.room import Need
 from trio.engine.task import Task
+from trio.errors import UserError
 from trio.models.adapter import Adapter, Features, joined
 from trio.models.attention import Padded
 from trio.models.prefill import PackedPrompts, prefill
 from trio.models.products import few_row_linears
+from trio.models.text_tower import TextTower
 from trio.pruning.select import salt_of
 
 
@@ -33,9 +35,22 @@ class Runner:
     """
 
     def __init__(
-        self, adapter: Adapter, pruning: Pruning, *, kv_bytes: int, max_running: int
+        self,
+        adapter: Adapter,
+        pruning: Pruning,
+        *,
+        kv_bytes: int,
+        max_running: int,
+        text_tower: TextTower | None = None,
     ) -> None:
+        if pruning.method == "eadp" and text_tower is None:
+            raise UserError(
+                "method eadp compares images with prompts in the space that CLIP's towers share: "
+                "give as text_tower (--text-tower) the CLIP checkpoint that the model's vision "
+                "encoder was taken from, openai/clip-vit-large-patch14-336 for LLaVA-1.5"
+            )
         self.adapter = adapter
+        self._text_tower = text_tower
         self.decoder = adapter.decoder
         self.pruning = adapter.settle(pruning)
         self.num_layers = self.decoder.num_layers

@@ -73,6 +73,8 @@ class Adapter(ABC):
     """No image gives more; a video may."""
     encoders: tuple[str, ...] = ()
     """Reductions in the tower (`Pruning.encoder`) that this model can have."""
+    clip_tower: Any = None
+    """The vision tower, where it is CLIP's, whose text tower shares a space with it."""
     video_token_id: int | None = None
     """Stands for the tokens of a video in a prompt; None where the family has no videos."""
 

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from trio.models.adapter import Inputs
-from trio.models.tiles import TiledAdapter, tokens_per_tile
+from trio.models.class_token import ClassTokenAdapter
+from trio.models.tiles import patches_per_edge, tokens_per_tile
 
 
-class LlavaAdapter(TiledAdapter):
+class LlavaAdapter(ClassTokenAdapter):
     """Of a `LlavaForConditionalGeneration`: `pixel_values [I, 3, height, width]`."""
 
     def __init__(self, model: Any) -> None:
@@ -28,5 +29,12 @@ class LlavaAdapter(TiledAdapter):
         return [self.max_visual_tokens] * len(inputs["pixel_values"])
 
     def _pool(self, inputs: Sequence[Inputs], **settings: Any) -> Sequence[Tensor]:
-        pixels = torch.cat([image["pixel_values"] for image in inputs])
-        return self.model.model.get_image_features(self._to_tower(pixels), **settings).pooler_output
+        pixels = self._to_tower(self._pixels(inputs))
+        return self.model.model.get_image_features(pixels, **settings).pooler_output
+
+    def _pixels(self, inputs: Sequence[Inputs]) -> Tensor:
+        return torch.cat([image["pixel_values"] for image in inputs])
+
+    def _places(self, inputs: Inputs) -> Tensor:
+        patches = patches_per_edge(self.model.config) ** 2
+        return torch.arange(patches)[None] + int(self._with_class)

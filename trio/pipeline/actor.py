@@ -27,7 +27,7 @@ from trio.engine.request import Sampling
 from trio.pipeline import totals as sums
 from trio.pipeline.columns import Columns
 from trio.pipeline.cpus import usable
-from trio.pipeline.fingerprint import model_directory
+from trio.pipeline.fingerprint import DEMO_CLIP, model_directory
 from trio.pipeline.manifest import Shard
 from trio.pipeline.plan import Unit
 from trio.pipeline.policy import RowError
@@ -62,6 +62,10 @@ class EngineSettings:
     model: str
     # hub id, directory, or "demo"
     pruning: Pruning
+    text_tower: str | None
+    # of the model's encoder: hub id, directory, or "demo"; None where no method needs it
+    text_tower_revision: str | None
+    # commit of a hub id
     sampling: Sampling
     dtype: str | None
     # None: the engine's default
@@ -107,6 +111,8 @@ def build_engine(settings: EngineSettings) -> EngineLike:
     optional = {"batch_tokens": settings.batch_tokens, "max_running": settings.max_running}
     return Engine.from_pretrained(
         model_directory(settings.model) or settings.model,
+        text_tower=_text_tower(settings.text_tower),
+        text_tower_revision=settings.text_tower_revision,
         pruning=settings.pruning,
         device="cuda" if settings.gpu else "cpu",
         dtype=getattr(torch, settings.dtype) if settings.dtype else None,
@@ -118,6 +124,11 @@ def build_engine(settings: EngineSettings) -> EngineLike:
         system=settings.system,
         **{name: value for name, value in optional.items() if value is not None},
     )
+
+
+def _text_tower(model: str | None) -> str | None:
+    """As the engine takes it."""
+    return None if model is None else model_directory(model, DEMO_CLIP) or model
 
 
 def engine_threads(settings: EngineSettings) -> int:

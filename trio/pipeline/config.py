@@ -129,8 +129,25 @@ class JobConfig:
     encoder: str = option(
         "none",
         parse.choice("encoder", ENCODERS),
-        f"reduction in the vision encoder: {', '.join(ENCODERS)}",
+        f"what reduces visual tokens in the vision encoder already: {', '.join(ENCODERS)}; the"
+        " method then goes on with what is left",
         results=True,
+    )
+    text_tower: str | None = option(
+        None,
+        parse.text,
+        "for --method eadp: the CLIP that the model's vision encoder comes from, hub id or"
+        " directory, as openai/clip-vit-large-patch14-336 for LLaVA-1.5 (default: the demo model's"
+        " own for it)",
+        results=True,
+        metavar="MODEL",
+    )
+    text_tower_revision: str | None = option(
+        None,
+        parse.text,
+        "commit, tag or branch of a hub id given as --text-tower, as --revision",
+        results=True,
+        metavar="REVISION",
     )
     proxy_positions: str | None = option(
         None,
@@ -312,7 +329,11 @@ class JobConfig:
             )
         if self.remote_images_from and not self.allow_remote_images:
             raise UserError("--remote-images-from needs --allow-remote-images: give both or none")
-        for uri in (*self.input, self.output, self.model):
+        if self.text_tower is not None and self.method != "eadp":
+            raise UserError(
+                f"--text-tower goes with --method eadp only, and the method is {self.method}"
+            )
+        for uri in (*self.input, self.output, self.model, self.text_tower):
             if uri is not None:
                 check_no_secret(uri)
         parse_mapping(self.columns or "")

@@ -37,6 +37,8 @@ EDGE_BYTES = 1 << 20
 # of a larger one, at either end
 HASH_THREADS = 4
 HUB_TIMEOUT_S = 20.0
+DEMO_MODEL, DEMO_CLIP = "model", "clip"
+# folders of the bundled model and of the CLIP that its vision encoder is a part of
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -90,10 +92,12 @@ def take(config: JobConfig) -> Fingerprint:
         UserError: a file of the model cannot be read.
     """
     directory = model_directory(config.model)
+    text_tower = config.text_tower and model_directory(config.text_tower, DEMO_CLIP)
     return Fingerprint(
         settings=results(config),
         model_files={
             **({} if directory is None else model_files(directory)),
+            **_text_tower_files(text_tower),
             **adapter_files(config.adapters),
         },
         version=VERSION,
@@ -122,15 +126,22 @@ def _installed(name: str) -> str:
         return "unknown"
 
 
-def model_directory(model: str) -> str | None:
-    """Where a model lies on this machine, None for a hub id."""
+def _text_tower_files(directory: str | None) -> dict[str, str]:
+    if directory is None:
+        return {}
+    found = model_files(directory, "--text-tower")
+    return {f"{name} (of --text-tower)": digest for name, digest in found.items()}
+
+
+def model_directory(model: str, demo: str = DEMO_MODEL) -> str | None:
+    """Where a model lies on this machine, None for a hub id; `demo`: what DEMO stands for."""
     if model == DEMO:
-        return os.path.join(os.path.dirname(os.path.abspath(trio.__file__)), "demo", "model")
+        return os.path.join(os.path.dirname(os.path.abspath(trio.__file__)), "demo", demo)
     path = os.path.expanduser(model)
     return path if os.path.isdir(path) else None
 
 
-def model_files(directory: str) -> dict[str, str]:
+def model_files(directory: str, flag: str = "--model") -> dict[str, str]:
     """Digest of every file in a model's directory that loading it could read, by name.
 
     SHA-256 of the whole file; of weight files above 16 MB that of the size, the header (names,
@@ -151,7 +162,7 @@ def model_files(directory: str) -> dict[str, str]:
         with ThreadPoolExecutor(HASH_THREADS) as pool:
             digests = list(pool.map(_digest, read))
     except OSError as error:
-        raise UserError(f"--model {directory}: a file cannot be read: {error}") from error
+        raise UserError(f"{flag} {directory}: a file cannot be read: {error}") from error
     return {p.relative_to(root).as_posix(): d for p, d in zip(read, digests, strict=True)}
 
 
@@ -170,27 +181,39 @@ def _digest(path: Path) -> str:
 
 
 def pin_revision(config: JobConfig, earlier: JobConfig | None = None) -> JobConfig:
-    """Settings that name the commit of a hub id, so that every node, now and later, loads it.
+    """Settings that name the commit of each hub id, so that every node, now and later, loads it.
 
     A run that goes on keeps to the commit it began with, unless another one is asked for.
 
     Raises:
         UserError: a revision of a directory, or a hub id whose commit cannot be found out.
     """
-    if model_directory(config.model) is not None:
-        if config.revision is not None:
+    pinned = {
+        revision: _pinned(config, earlier, model, revision)
+        for model, revision in (("model", "revision"), ("text_tower", "text_tower_revision"))
+    }
+    return config.replace(**pinned)
+
+
+def _pinned(config: JobConfig, earlier: JobConfig | None, model: str, revision: str) -> str | None:
+    """The commit of one hub id; `model` and `revision` are the names of its settings."""
+    flag, revision_flag = (f"--{name.replace('_', '-')}" for name in (model, revision))
+    name, asked = getattr(config, model), getattr(config, revision)
+    if name is None or model_directory(name) is not None:
+        if asked is not None:
             raise UserError(
-                f"--revision {config.revision}: --model {config.model} is no hub id;"
-                " leave --revision out"
+                f"{revision_flag} {asked}: {flag} {name} is no hub id; leave {revision_flag} out"
             )
-        return config
-    if config.revision is None and earlier is not None and earlier.model == config.model:
-        return config.replace(revision=earlier.revision)
-    return config.replace(revision=commit(config.model, config.revision))
+        return None
+    if asked is None and earlier is not None and getattr(earlier, model) == name:
+        return str(getattr(earlier, revision))
+    return commit(name, asked, flag)
 
 
-def commit(model: str, revision: str | None) -> str:
+def commit(model: str, revision: str | None, flag: str = "--model") -> str:
     """The commit that a revision of a hub id stands for: asked of the hub, else from the cache.
+
+    flag: that the model was given with, for messages.
 
     Raises:
         UserError: neither knows.
@@ -209,20 +232,20 @@ def commit(model: str, revision: str | None) -> str:
         found = HfApi().model_info(model, revision=revision, timeout=HUB_TIMEOUT_S).sha
     except (HFValidationError, RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise UserError(
-            f"--model {model}: the hub has no revision {revision!r} of it that may be read"
-            f" ({first_line(error)}); check the name, --revision and HF_TOKEN"
+            f"{flag} {model}: the hub has no revision {revision!r} of it that may be read"
+            f" ({first_line(error)}); check the name, {flag}'s revision and HF_TOKEN"
         ) from error
     except Exception as error:  # without network it depends on the client's version
         cached = _cached_commit(model, revision)
         if cached is None:
             raise UserError(
-                f"--model {model}: the hub does not answer ({first_line(error)}), and no"
+                f"{flag} {model}: the hub does not answer ({first_line(error)}), and no"
                 f" {revision!r} of it is in the cache {constants.HF_HUB_CACHE}; download it first,"
                 " or give a directory"
             ) from error
         return cached
     if found is None:
-        raise UserError(f"--model {model}: the hub names no commit for {revision!r}; give one")
+        raise UserError(f"{flag} {model}: the hub names no commit for {revision!r}; give one")
     return found
 
 

@@ -72,19 +72,23 @@ def main(job: Job, argv: Sequence[str] | None = None) -> int:
 def resolve(job: Job, config: JobConfig, given: frozenset[str]) -> JobConfig:
     """Settings with every default that needs no cluster filled in."""
     changes: dict[str, Any] = {}
-    if config.retention is None and config.schedule is None and config.method != "none":
+    if config.retention is None and config.schedule is None and config.pruning_asked:
         changes["retention"] = DEFAULT_RETENTION
     if config.model == DEMO:
         changes |= {name: value for name, value in job.demo.items() if name not in given}
+    if config.model == DEMO and config.method == "eadp" and config.text_tower is None:
+        changes["text_tower"] = DEMO
     if config.compare_unpruned is None:
         changes["compare_unpruned"] = config.input == (DEMO,) and config.pruning_asked
     if config.output is None:
         changes["output"] = outdir.fresh_directory(job.name)
     check_model(config.model)
+    if config.text_tower is not None:
+        check_model(config.text_tower, "--text-tower")
     return config.replace(**changes)
 
 
-def check_model(model: str) -> None:
+def check_model(model: str, flag: str = "--model") -> None:
     """A directory that is none would else be taken for a hub id, and fail late and elsewhere."""
     if model == DEMO:
         return
@@ -92,7 +96,7 @@ def check_model(model: str) -> None:
     local = looks_local or os.path.isdir(model)
     if local and not os.path.isfile(os.path.join(model, "config.json")):
         raise UserError(
-            f"--model {model}: no model there (no config.json); give a directory that"
+            f"{flag} {model}: no model there (no config.json); give a directory that"
             " save_pretrained wrote, or a hub id such as llava-hf/llava-1.5-7b-hf"
         )
 
@@ -108,6 +112,9 @@ def unpruned(config: JobConfig) -> JobConfig:
     return config.replace(
         output=locate(config.output).join(UNPRUNED).uri,
         method="none",
+        encoder="none",
+        text_tower=None,
+        text_tower_revision=None,
         retention=1.0,
         schedule=None,
         compare_unpruned=False,
@@ -118,7 +125,7 @@ def runs(config: JobConfig) -> Iterator[tuple[str, JobConfig]]:
     """(heading, settings) of each run to do; the one that was asked for comes last."""
     if config.compare_unpruned:
         yield UNPRUNED, unpruned(config)
-    yield config.method, config
+    yield config.pruning().name, config
 
 
 def run(job: Job, config: JobConfig) -> int:

@@ -380,6 +380,8 @@ def engine_settings(config: JobConfig, resources: Resources) -> EngineSettings:
     return EngineSettings(
         model=config.model,
         pruning=config.pruning(),
+        text_tower=config.text_tower,
+        text_tower_revision=config.text_tower_revision,
         sampling=sampling,
         dtype=dtype,
         batch_tokens=config.batch_tokens,

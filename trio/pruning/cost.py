@@ -107,6 +107,7 @@ class VisionShape:
 
     layers_run: int
     hidden_size: int
+    num_heads: int
     intermediate_size: int
     patches: int
     tokens: int
@@ -126,6 +127,7 @@ class VisionShape:
         return cls(
             layers_run=vision.num_hidden_layers,
             hidden_size=vision.hidden_size,
+            num_heads=vision.num_attention_heads,
             intermediate_size=vision.intermediate_size,
             patches=patches,
             tokens=tokens,
@@ -135,14 +137,44 @@ class VisionShape:
             pooled=getattr(vision, "vision_use_head", False),
         )
 
-    def flops(self) -> int:
+    def flops(self, projected: int | None = None) -> int:
+        """Tower and projector; without what a reduction itself costs.
+
+        `projected`: tokens that a reduction leaves the projector; None if there is none. The tower
+        runs as a whole in any case.
+        """
         n, d, m = self.tokens, self.hidden_size, self.intermediate_size
         tower = self.layers_run * (4 * n * d * d + 2 * n * n * d + 2 * n * d * m)
         if self.pooled:
             tower += 2 * d * (d + n * d + n + m)
         patches = self.patches * self.patch_inputs * d
         out = self.decoder_hidden_size
-        return tower + patches + self.features * (d * out + out * out)
+        projected = self.features if projected is None else projected
+        return tower + patches + projected * (d * out + out * out)
+
+    def visionzip_flops(self, contextual: int) -> int:
+        """What VisionZip adds to the tower of one picture with so many contextual tokens.
+
+        One row of attention, all heads; cosines between the keys of patches and of contextual
+        tokens; sums of the patches' hidden states. Products are counted over all patches, as they
+        are done; sorting, norms and the mean over heads are not.
+        """
+        head_dim = self.hidden_size // self.num_heads
+        similarities = self.patches * contextual * head_dim
+        return self._row_flops() + similarities + self._merging_flops(contextual)
+
+    def scan_flops(self, keep: int) -> int:
+        """What the scan adds to the tower of one picture of which so many patches stay: two rows of
+        attention, cosines between patches and kept ones, sums of hidden states; counted as
+        `visionzip_flops`."""
+        similarities = self.patches * keep * self.hidden_size
+        return 2 * self._row_flops() + similarities + self._merging_flops(keep)
+
+    def _row_flops(self) -> int:
+        return self.tokens * self.hidden_size
+
+    def _merging_flops(self, targets: int) -> int:
+        return self.patches * targets * self.hidden_size
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
