@@ -322,7 +322,6 @@ def test_wrong_files_end_with_one_line(
         ({"--method": "divprune"}, "no shape that could be searched"),
         ({"--method": "none"}, "no shape that could be searched"),
         ({"--method": "none", "--encoder": "scan"}, "nothing to search"),
-        ({"--encoder": "scan"}, "encoder scan is not available for this"),
         ({"--model": "{dir}/nowhere"}, "no model there"),
         ({"--input": "{dir}/nowhere"}, "no Parquet file there"),
         ({"--config": "{dir}/run.yaml"}, "give --retention instead"),
