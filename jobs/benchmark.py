@@ -109,6 +109,7 @@ def speed(options: argparse.Namespace) -> int:
         "batch": options.batch,
         "prompt_tokens": options.prompt_tokens,
         "output_tokens": options.output_tokens,
+        "method": pruning.method,
         "retention": pruning.retention,
         "schedule": options.schedule,
         "rounds": options.rounds,
@@ -145,6 +146,7 @@ def cost(options: argparse.Namespace) -> int:
     conditions = {
         "image": "x".join(map(str, options.image)),
         "prompt_tokens": options.prompt_tokens,
+        "method": pruning.method,
         "retention": pruning.retention,
         "schedule": options.schedule,
     }
@@ -209,7 +211,7 @@ def _pruning(options: argparse.Namespace) -> Pruning:
     retention = options.retention
     if retention is None and options.schedule is None:
         retention = 1 / 9
-    return Pruning(retention=retention, schedule=options.schedule)
+    return Pruning(retention=retention, schedule=options.schedule, method=options.method)
 
 
 def _device(options: argparse.Namespace) -> tuple[torch.device, str]:
@@ -361,6 +363,7 @@ def _add_speed(parser: argparse.ArgumentParser) -> None:
         batch=16,
         prompt_tokens=40,
         output_tokens=(32, 32),
+        method="trio",
         retention=None,
         schedule=None,
         encoder="none",
@@ -381,6 +384,7 @@ def _add_speed(parser: argparse.ArgumentParser) -> None:
     add("--output-tokens", type=_range, help="of each answer: 32, or spread evenly: 8-128 (32)")
     add("--retention", type=_fraction, help="layer-average share kept (1/9)")
     add("--schedule", type=_schedule, help="stages instead: 1:92,10:54,15:22, or a .yaml file")
+    add("--method", help="trio, gradient, random, fastv or divprune (trio)")
     add("--encoder", help="only none in this version")
     _add_where(add)
     add("--seed", type=int, help="of words, pixels and the order of lengths (0)")
@@ -394,6 +398,7 @@ def _add_cost(parser: argparse.ArgumentParser) -> None:
         run=cost,
         model=None,
         shape=None,
+        method="trio",
         retention=None,
         schedule=None,
         image=(1008, 1008),
@@ -407,6 +412,7 @@ def _add_cost(parser: argparse.ArgumentParser) -> None:
     )
     add("--retention", type=_fraction, help="layer-average share kept (1/9)")
     add("--schedule", type=_schedule, help="stages instead: 1:436,10:255,15:173, or a .yaml file")
+    add("--method", help="trio, gradient, random, fastv or divprune (trio)")
     add("--image", type=_size, help="width and height of the one image, in pixels (1008x1008)")
     add("--prompt-tokens", type=_positive, help="text tokens beside it (60)")
     add("--json", type=Path, metavar="FILE", help="also write the rows as JSON")

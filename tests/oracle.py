@@ -85,6 +85,38 @@ def walk(features_VD: Tensor, ranked: list[int], keep: int, threshold: float) ->
     return sorted(kept)
 
 
+def last_attention(text: Any, layer: int, hidden_SD: Tensor, positions_S: Tensor) -> Tensor:
+    """Attention `[S]` that the last token pays in a layer, averaged over heads."""
+    own = text.layers[layer]
+    size = hidden_SD.shape[0]
+    mask = torch.full((size, size), -torch.inf, dtype=hidden_SD.dtype).triu(1)[None, None]
+    rotary = text.rotary_emb(hidden_SD, positions_S[..., None, :])
+    with torch.no_grad():
+        _, weights = own.self_attn(
+            own.input_layernorm(hidden_SD[None]), attention_mask=mask, position_embeddings=rotary
+        )
+    return weights[0, :, -1].mean(dim=0)
+
+
+def far_apart(features_VD: Tensor, keep: int) -> list[int]:
+    """Max-min distance by loops; indices in order of choice."""
+    cosine = F.cosine_similarity(features_VD[:, None], features_VD, dim=-1).tolist()
+    everyone = range(len(cosine))
+
+    def isolation(token: int, others: list[int]) -> float:
+        return min(1 - cosine[token][other] for other in others)
+
+    chosen: list[int] = []
+    while len(chosen) < keep:
+        best, largest = -1, -1.0
+        for token in everyone:
+            others = chosen or [other for other in everyone if other != token]
+            if token not in chosen and isolation(token, others) > largest:
+                best, largest = token, isolation(token, others)
+        chosen.append(best)
+    return chosen
+
+
 @dataclass
 class Outcome:
     logits_V: Tensor
@@ -105,7 +137,7 @@ def prefill(
     proxy_head: str = "output",
     position_ids: str = "renumber",
     threshold: float = 0.8,
-    suppress: bool = True,
+    method: str = "trio",
     positions: Tensor | None = None,
     injected: Sequence[Tensor] = (),
 ) -> Outcome:
@@ -125,15 +157,19 @@ def prefill(
         image_of[start:stop] = image
         token_of[start:stop] = torch.arange(count, count + stop - start)
         count += stop - start
+    entered = hidden
     out = Outcome(logits_V=torch.empty(0))
     back = {"next": 0, "previous": 1}[proxy_layer]
     scoring_head = {"output": head, "input_embedding": embedding_head(text)}[proxy_head]
     for layer in range(len(text.layers) + 1):
         goals = [dict(own).get(layer) for own in stages]
         if any(goal is not None for goal in goals):
-            scores, _ = saliency(
-                text, scoring_head, layer - back, hidden, positions, proxy_positions
-            )
+            if method == "fastv":
+                scores = last_attention(text, layer - 1, entered, positions)
+            else:
+                scores, _ = saliency(
+                    text, scoring_head, layer - back, hidden, positions, proxy_positions
+                )
             stays = torch.ones(hidden.shape[0], dtype=torch.bool)
             for image, goal in enumerate(goals):
                 places = (image_of == image).nonzero()[:, 0]
@@ -141,7 +177,11 @@ def prefill(
                     continue
                 ranked = order(scores[places])
                 features = hidden[places]
-                picks = walk(features, ranked, goal, threshold) if suppress else ranked[:goal]
+                picks = ranked[:goal]
+                if method == "trio":
+                    picks = walk(features, ranked, goal, threshold)
+                if method == "divprune":
+                    picks = far_apart(features, goal)
                 stays[places] = False
                 stays[places[picks]] = True
             hidden, positions = hidden[stays], positions[..., stays]
@@ -154,6 +194,7 @@ def prefill(
             break
         out.lengths.append(hidden.shape[0])
         out.next_positions.append(behind)
+        entered = hidden
         with torch.no_grad():
             hidden = run_layer(text, layer, hidden, positions)
             if layer < len(injected):

@@ -234,6 +234,10 @@ def test_cost_of_the_published_setting(tmp_path: Path, capsys: pytest.CaptureFix
     assert tiny["shape"] == "tiny" and tiny["whole"] < tiny["chosen"] < tiny["decoder"]
     printed = capsys.readouterr().out
     assert "1:92,10:54,15:22" in printed and "5.13" in printed
+    fastv = ["--method", "fastv", "--schedule", "2:72"]
+    assert benchmark.main(["cost", "--shape", "llava-1.5-7b", *fastv]) == 0
+    printed = capsys.readouterr().out
+    assert "method fastv" in printed and "2:72" in printed
 
 
 def test_cost_of_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -257,8 +261,12 @@ def test_cost_where_nothing_goes() -> None:
     assert choosing_flops(shape, everything, 576, 60) == 0
     halves = [
         choosing_flops(shape, Pruning(schedule="1:288,3:288", method=method), 576, 60)
-        for method in ("trio", "gradient", "random")
+        for method in ("trio", "gradient", "random", "fastv")
     ]
+    assert halves[3] == shape.attention_flops(636)
+    for method, own in (("divprune", shape.diversity_flops), ("eadp", shape.facility_flops)):
+        once = Pruning(schedule="0:64", method=method)
+        assert choosing_flops(shape, once, 576, 60) == own(576, 64) > 0
     assert halves[0] - halves[1] == shape.nms_flops(576, 288) > 0 == halves[2]
 
 
@@ -267,6 +275,8 @@ def test_cost_where_nothing_goes() -> None:
     [
         (["--shape", "huge"], "--shape huge is not available"),
         (["--retention", "1"], "prune nothing"),
+        (["--method", "best"], "method must be one of"),
+        (["--method", "fastv", "--schedule", "0:64"], "begin at layer 1"),
         (["--retention", "0.001"], "smallest retention"),
         (["--image", "300"], "WIDTHxHEIGHT"),
         (["--image", "0x9"], "WIDTHxHEIGHT"),

@@ -50,8 +50,9 @@ class Pruning:
         `input_embedding` (the matrix of token embeddings, also where the head has its own: the
         published code for Qwen2.5-VL). Qwen2.5-VL has `next` and `output` by default too: they
         stand nearer to the result that the loss is a stand-in for.
-    position_ids: `renumber` (0, 1, 2, ... after each stage, on all axes that a position has) or
-        `keep` (each token keeps its own); None takes the model family's default.
+    position_ids: `renumber` (0, 1, 2, ... after each stage, that in the encoder included, on all
+        axes that a position has) or `keep` (each token keeps its own); None takes the model
+        family's default.
     similarity_threshold: cosine from which the NMS calls two tokens the same.
     seed: for `random`.
     """

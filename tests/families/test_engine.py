@@ -36,11 +36,14 @@ PRUNINGS = {
     "counts": Pruning(schedule="1:30,4:20", position_ids="keep"),
     "shares-from-embeddings": Pruning(schedule="0:0.5,3:0.2", method="gradient"),
     "random": Pruning(schedule="1:0.4", method="random", seed=3),
+    "fastv": Pruning(schedule="2:0.4", method="fastv"),
+    "divprune": Pruning(retention=0.4, method="divprune"),
 }
 
+SLOW = ("counts", "random", "divprune")
 # Each takes some seconds over the families; all run in CI.
 QUICKLY = [
-    pytest.param(pruning, marks=[pytest.mark.slow] if name in ("counts", "random") else [])
+    pytest.param(pruning, marks=[pytest.mark.slow] if name in SLOW else [])
     for name, pruning in PRUNINGS.items()
 ]
 

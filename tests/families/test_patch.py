@@ -32,11 +32,22 @@ def batch(family: Family, rows: list[Request], side: str = "left") -> dict[str, 
     return dict(batch_inputs(processor, rows))
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_a_batch_of_many_sizes_equals_singles(family: Family, model: Any, side: str) -> None:
+@pytest.mark.parametrize(
+    ("side", "pruning"),
+    [
+        ("left", PRUNING),
+        ("right", PRUNING),
+        ("left", trio.Pruning(schedule="2:0.4", method="fastv")),
+        ("right", trio.Pruning(retention=0.4, method="divprune")),
+    ],
+    ids=["left", "right", "fastv", "divprune"],
+)
+def test_a_batch_of_many_sizes_equals_singles(
+    family: Family, model: Any, side: str, pruning: trio.Pruning
+) -> None:
     rows = requests_with(IMAGES)
     unpruned = [run(model, batch(family, [row]))[1] for row in rows]
-    trio.patch(model, PRUNING)
+    trio.patch(model, pruning)
     new, logits, cache = run(model, batch(family, rows, side))
     for index, row in enumerate(rows):
         alone = run(model, batch(family, [row]))

@@ -16,7 +16,7 @@ from trio.models.registry import adapt
 
 REDUCIBLE = ("llava", "llava_next")
 ENCODERS = ("visionzip", "scan")
-METHODS = ("none", "random", "trio")
+METHODS = ("none", pytest.param("random", marks=pytest.mark.slow), "trio")
 
 
 @pytest.fixture(scope="module", params=REDUCIBLE)

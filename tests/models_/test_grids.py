@@ -214,6 +214,8 @@ SETTINGS = [
         proxy_layer="previous",
         proxy_head="input_embedding",
     ),
+    Pruning(schedule="1:20,3:12,5:5", position_ids="keep", method="fastv"),
+    Pruning(schedule="2:9", position_ids="renumber", method="fastv"),
 ]
 
 
@@ -240,7 +242,7 @@ def test_prefill_equals_the_textbook_prompt_by_prompt(kind: Kind, pruning: Pruni
             proxy_layer=pruning.proxy_layer,
             proxy_head=pruning.proxy_head,
             position_ids=pruning.position_ids or "",
-            suppress=pruning.method == "trio",
+            method=pruning.method,
             positions=places[request],
             injected=[layer[request] for layer in injected],
         )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tests import oracle
 from tests.models import tiny_llava
-from trio.config import Pruning
+from trio.config import BEFORE_DECODER, Pruning
 from trio.errors import UserError
 from trio.models.decoder import Decoder
 from trio.models.prefill import PackedPrompts, Prefilled, Trace, prefill
@@ -84,6 +84,10 @@ SETTINGS = [
     Pruning(schedule="2:20,6:5", proxy_layer="previous", proxy_head="input_embedding"),
     Pruning(schedule="6:7", proxy_layer="previous", position_ids="keep", method="gradient"),
     Pruning(schedule="0:24,2:8", proxy_head="input_embedding"),
+    Pruning(schedule="2:20", method="fastv"),
+    Pruning(schedule="1:20,3:12,5:5", method="fastv", position_ids="keep"),
+    Pruning(schedule="0:14", method="divprune"),
+    Pruning(retention=0.35, method="divprune", position_ids="keep"),
 ]
 
 
@@ -108,7 +112,7 @@ def test_equals_the_textbook_prompt_by_prompt(pruning: Pruning, kv_heads: int) -
             proxy_head=pruning.proxy_head,
             position_ids=pruning.position_ids or "renumber",
             threshold=pruning.similarity_threshold,
-            suppress=pruning.method == "trio",
+            method=pruning.method,
         )
         assert got.kept[request] == book.kept
         assert got.visual_tokens_stages[request] == [len(stage) for stage in book.kept]
@@ -121,7 +125,7 @@ def test_equals_the_textbook_prompt_by_prompt(pruning: Pruning, kv_heads: int) -
     assert got.prune_seconds > 0
 
 
-@pytest.mark.parametrize("method", ["trio", "gradient", "random"])
+@pytest.mark.parametrize("method", ["trio", "gradient", "random", "fastv", "divprune"])
 def test_a_batch_is_its_singles(method: str) -> None:
     model = tiny_llava(layers=LAYERS)
     packed = pack(32)
@@ -129,7 +133,8 @@ def test_a_batch_is_its_singles(method: str) -> None:
     prompts = PackedPrompts(
         embeds_TD=packed.embeds_TD, lengths=packed.lengths, images=packed.images, salts=salts
     )
-    pruning = Pruning(schedule="1:20,3:9", method=method, seed=2)
+    schedule = "0:14" if method in BEFORE_DECODER else "1:20,3:9"
+    pruning = Pruning(schedule=schedule, method=method, seed=2)
     together = run(model, prompts, pruning)
     start = 0
     for request, length in enumerate(prompts.lengths):

@@ -16,15 +16,16 @@ LAYERS, HEADS = 4, 3
 
 
 def tower(attention: str = "sdpa") -> Any:
-    config = CLIPVisionConfig(
-        hidden_size=24,
-        intermediate_size=48,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        image_size=20,
-        patch_size=4,
-        attn_implementation=attention,
-    )
+    sizes: dict[str, Any] = {
+        "hidden_size": 24,
+        "intermediate_size": 48,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "image_size": 20,
+        "patch_size": 4,
+        "attn_implementation": attention,
+    }
+    config = CLIPVisionConfig(**sizes)
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(0)
         model = CLIPVisionModel(config).eval()

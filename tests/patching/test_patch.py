@@ -297,6 +297,8 @@ def test_wrong_models_and_settings_say_so(model: Any) -> None:
         trio.patch(torch.nn.Linear(2, 2), PRUNING)
     with pytest.raises(UserError, match=r"trio\.Pruning"):
         trio.patch(model, 0.1)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"eadp .* trio\.Engine"):
+        trio.patch(model, trio.Pruning(retention=0.3, method="eadp"))
     for wrong in (trio.Pruning(retention=0.01), trio.Pruning(schedule="9:5")):
         with pytest.raises(UserError):
             trio.patch(model, wrong)

@@ -21,6 +21,7 @@ from trio.models.attention import Packed
 from trio.models.registry import adapt
 from trio.models.tiles import TiledAdapter
 from trio.pruning.cost import DecoderShape, VisionShape, layer_average
+from trio.pruning.methods import diversity
 from trio.pruning.schedule import Schedule, tokens_per_layer
 
 TEXT_TOKENS = 60
@@ -180,6 +181,36 @@ def test_the_proxy_costs_what_its_operations_add_up_to(family: str) -> None:
     extra = len(rows) * shape.hidden_size * shape.kv_size * 2
     counted = counter.get_total_flops() / 2
     assert counted == pytest.approx(shape.proxy_flops(tokens, len(rows)) + extra, rel=0.02)
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_attention_costs_what_its_operations_add_up_to(family: str) -> None:
+    adapter = adapt(TINY[family](layers=3))
+    decoder, shape = adapter.decoder, adapter.shape()
+    hidden, positions = torch.randn(400, shape.hidden_size), torch.arange(400)
+    with FlopCounterMode(display=False) as counter:
+        decoder.rotary(positions)  # in some versions a product, too
+    rotary = counter.get_total_flops()
+    with FlopCounterMode(display=False) as counter:
+        decoder.last_attention(1, hidden, positions, [400])
+    # The row's own key, value and output are computed by the layer and not used.
+    extra = shape.hidden_size * (2 * shape.kv_size + shape.query_size)
+    counted = (counter.get_total_flops() - rotary) / 2
+    assert counted == shape.attention_flops(400) + extra
+
+
+def test_diversity_costs_what_its_operations_add_up_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(diversity, "_TILE", 1)
+    shape = adapt(tiny_llava(layers=1)).shape()
+    features = torch.randn(200, shape.hidden_size)
+    with FlopCounterMode(display=False) as counter:
+        diversity.spread_out(features, torch.tensor([0]), [200], [1])
+    # Each token is compared with itself, too.
+    extra = 200 * shape.hidden_size
+    assert counter.get_total_flops() == 2 * (shape.diversity_flops(200, 1) + extra)
+    # Later ones are no matrix products, which is all that torch counts.
+    later = shape.diversity_flops(200, 30) - shape.diversity_flops(200, 1)
+    assert later == 29 * 200 * shape.hidden_size
 
 
 @pytest.mark.parametrize("options", [{}, LLAVA_NEXT], ids=["llava", "llava-next"])

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from trio.models.decoder import Decoder
+from trio.pruning.methods.diversity import spread_out
 from trio.pruning.nms import suppress
 from trio.pruning.saliency import saliency
 
@@ -109,6 +110,29 @@ def test_scoring_takes_less_than_a_twentieth_of_one_layers_activations(normed_ke
     assert counted.peak < limit
     # Nothing of the size visual x visual, let alone tokens x vocabulary.
     assert counted.largest < min(VISUAL * VISUAL, TOKENS * own.vocab_size)
+
+
+def test_attention_takes_less_than_a_twentieth_of_one_layers_activations() -> None:
+    own = decoder()
+    hidden_TD = torch.empty(TOKENS, own.hidden_size, dtype=torch.bfloat16, device="meta")
+    positions_T = torch.arange(TOKENS, device="meta")
+    counted = watched(own)
+    counted.watch(hidden_TD)
+    with counted:
+        own.last_attention(1, hidden_TD, positions_T, [TOKENS], TOKENS)
+    assert counted.peak < layer_activations(own) / 20
+
+
+def test_diversity_takes_one_copy_of_the_features_and_no_matrix() -> None:
+    """In float32, beside what is gathered of them; at layer 0 no layer's activations are there."""
+    hidden_TD = torch.randn(TOKENS, 512, generator=torch.Generator().manual_seed(0)).bfloat16()
+    counted = Allocations()
+    counted.watch(hidden_TD)
+    with counted:
+        order_NK = spread_out(hidden_TD, torch.tensor([5]), [VISUAL], [20])
+    assert len(set(order_NK[0].tolist())) == 20
+    assert counted.largest == VISUAL * 512 * 4 < VISUAL * VISUAL
+    assert counted.peak < 1.8 * counted.largest
 
 
 def test_choosing_takes_less_than_a_twentieth_of_one_layers_activations() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tests import oracle
 from tests.models import Family, tiny_llava
-from trio.models import proxy
+from trio.models import keys
 from trio.models.decoder import Decoder
 from trio.pruning.saliency import Saliency, proxy_rows, saliency
 
@@ -105,7 +105,7 @@ def test_tiles_of_any_size_give_the_same(
     family: Family, tile_tokens: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Sequences cut into several tiles, and several of equal and different lengths in one."""
-    monkeypatch.setattr(proxy, "_TILE", tile_tokens * 32)
+    monkeypatch.setattr(keys, "_TILE", tile_tokens * 32)
     lengths = (40, 7, 7, 7, 3, 40, 23, 1)
     model = tiny_llava(family=family, layers=4, dtype=dtype)
     hidden = hidden_for(lengths).to(dtype)
@@ -120,7 +120,7 @@ def test_tiles_of_any_size_give_the_same(
 def test_only_what_is_wanted_is_scored(
     family: Family, tile_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(proxy, "_TILE", tile_tokens * 32)
+    monkeypatch.setattr(keys, "_TILE", tile_tokens * 32)
     lengths = (40, 9, 40, 23)
     wanted = [(3, 30), (0, 9), (36, 40), (8, 21)]  # without rows, with all, with some
     model = tiny_llava(family=family, layers=4)

@@ -7,9 +7,11 @@ import torch
 from tests.models import tiny_llava
 from trio.config import Pruning
 from trio.models.decoder import Decoder
+from trio.pruning.candidates import StageChoice, rank
 from trio.pruning.compaction import Ragged
+from trio.pruning.methods.random import salt_of
 from trio.pruning.saliency import Proxy
-from trio.pruning.select import StageChoice, choose, rank, salt_of
+from trio.pruning.select import choose
 
 
 def ranked(scores: torch.Tensor, starts: list[int], counts: list[int]) -> list[list[int]]:

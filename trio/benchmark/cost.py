@@ -96,16 +96,18 @@ def choosing_flops(
 
     prompt_tokens: of text.
     """
-    if pruning.method == "random":
-        return 0
-    flops, left = 0, visual_tokens
+    flops, left = 0, pruning.encoded(visual_tokens, shape.num_layers)
     for _, keep in pruning.stages(visual_tokens, shape.num_layers):
         if keep == left:
             continue
         tokens = left + prompt_tokens
-        flops += shape.proxy_flops(tokens, len(proxy_rows(tokens, pruning.proxy_positions)))
-        if pruning.method == "trio":
-            flops += shape.nms_flops(left, keep)
+        flops += shape.choosing_flops(
+            pruning.method,
+            tokens=tokens,
+            visual_tokens=left,
+            keep=keep,
+            rows=len(proxy_rows(tokens, pruning.proxy_positions)),
+        )
         left = keep
     return flops
 

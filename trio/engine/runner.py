@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import chain
 
 import torch
@@ -16,6 +17,7 @@ from trio.config import Pruning
 from trio.engine.cache import Cache
 from trio.engine.entry import Entry, entered
 from trio.engine.graphs import StepGraphs, rounded_up
+from trio.engine.relevance import Relevances
 from trio.engine.room import Need
 from trio.engine.task import Task
 from trio.errors import UserError
@@ -23,8 +25,10 @@ from trio.models.adapter import Adapter, Features, joined
 from trio.models.attention import Padded
 from trio.models.prefill import PackedPrompts, prefill
 from trio.models.products import few_row_linears
+from trio.models.stopwatch import Stopwatch
 from trio.models.text_tower import TextTower
-from trio.pruning.select import salt_of
+from trio.pruning.candidates import Relevance
+from trio.pruning.methods.random import salt_of
 
 
 class Runner:
@@ -50,7 +54,9 @@ class Runner:
                 "encoder was taken from, openai/clip-vit-large-patch14-336 for LLaVA-1.5"
             )
         self.adapter = adapter
-        self._text_tower = text_tower
+        asked = text_tower if pruning.method == "eadp" else None
+        self._join = asked.project if asked else None
+        self._relevances = Relevances(asked) if asked else None
         self.decoder = adapter.decoder
         self.pruning = adapter.settle(pruning)
         self.num_layers = self.decoder.num_layers
@@ -94,7 +100,8 @@ class Runner:
         if not inputs:
             return [[] for _ in tasks]
         keeps = [keep for task in tasks for keep in self.encoded(task)]
-        features = iter(self.adapter.encode_images(inputs, self.pruning.encoder, keeps))
+        encoder = self.pruning.encoder
+        features = iter(self.adapter.encode_images(inputs, encoder, keeps, self._join))
         return [[next(features) for _ in task.prepared.image_inputs] for task in tasks]
 
     def encoded(self, task: Task) -> list[int]:
@@ -106,9 +113,12 @@ class Runner:
         self, tasks: Sequence[Task], features: Sequence[Sequence[Features]]
     ) -> tuple[Tensor, float]:
         """Run the prompts of fresh tasks; returns logits [B, V] and the seconds of pruning."""
+        comparing = Stopwatch(self.decoder.device)
+        with comparing.running():
+            relevance = self._relevance(tasks, features)
         done = prefill(
             self.decoder,
-            self._packed(tasks, features),
+            replace(self._packed(tasks, features), relevance=relevance),
             self.pruning,
             self.cache.prefill([task.key for task in tasks]),
         )
@@ -117,7 +127,15 @@ class Runner:
             task.positions = [done.next_positions[start][row] for start, _ in self.cache.spans]
             task.entered = entered(task.prepared.image_tokens, features[row])
             task.kept = [_by_source(stage, task.entered) for stage in done.kept[row]]
-        return done.logits_BV, done.prune_seconds
+        return done.logits_BV, done.prune_seconds + comparing.seconds()
+
+    def _relevance(
+        self, tasks: Sequence[Task], features: Sequence[Sequence[Features]]
+    ) -> list[list[Relevance]]:
+        """What the images' tokens matter for the prompts, where the method asks for it."""
+        if self._relevances is None:
+            return []
+        return self._relevances([task.prepared.prompt for task in tasks], features)
 
     def _packed(
         self, tasks: Sequence[Task], features: Sequence[Sequence[Features]]
@@ -130,6 +148,9 @@ class Runner:
         if self.pruning.encoder != "none":
             entry = Entry.of(lengths, spans, features)
             lengths, spans, ids_T = entry.lengths, entry.spans, ids_T[entry.index_T]
+            # A stage like those in the decoder: numbered anew what is left stands at 0, 1, 2, ...
+            if self.pruning.position_ids == "renumber":
+                positions_T = None
             if positions_T is not None:
                 positions_T = positions_T[..., entry.index_T]
         own = list(chain.from_iterable(features))

@@ -7,7 +7,7 @@ positions.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,26 @@ Inputs = Mapping[str, Any]
 Span = tuple[int, int]
 
 
+Join = Callable[[Tensor], Tensor]
+"""From patch tokens of a vision tower, ahead of the projector, to the space that it shares with its
+text tower, `[..., P]`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Joint:
+    """What the encoder makes of one image, in the space that it shares with its text tower.
+
+    tokens: `[M, P]`, patches, tile after tile; after a reduction what is left of them.
+    grids: rows and columns of patches of each tile; None where the tokens stand in no grid.
+    places: `[N]`, on the CPU, for each visual token of the image its row of `tokens`; -1 for what
+        is no patch, as newlines.
+    """
+
+    tokens: Tensor
+    grids: tuple[tuple[int, int], ...] | None
+    places: Tensor
+
+
 @dataclass(frozen=True, slots=True)
 class Features:
     """What the encoder makes of one image.
@@ -40,11 +60,13 @@ class Features:
     sources: after a reduction in the encoder, for each token the one that it stands for, as an
         index into all that the image has without it; None for the tower's class token. Empty where
         nothing was reduced.
+    joint: the same image as texts see it, if that was asked for.
     """
 
     tokens: Tensor
     injected: tuple[Tensor, ...] = ()
     sources: tuple[int | None, ...] = ()
+    joint: Joint | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -145,13 +167,18 @@ class Adapter(ABC):
         """The model's features of images, one in each of `inputs`, in one pass."""
 
     def _reduced(
-        self, inputs: Sequence[Inputs], encoder: str, keeps: Sequence[int]
+        self, inputs: Sequence[Inputs], encoder: str, keeps: Sequence[int], join: Join | None
     ) -> Sequence[Features]:
-        """As `_features`, reduced in the tower; asked only for what is in `encoders`."""
+        """As `_features`, reduced in the tower, or with `Features.joint`, or both; asked only for
+        what is in `encoders`, and for `join` where there is a `clip_tower`."""
         raise NotImplementedError(f"{type(self).__name__}._reduced")
 
     def encode_images(
-        self, inputs: Sequence[Inputs], encoder: str = "none", keeps: Sequence[int] = ()
+        self,
+        inputs: Sequence[Inputs],
+        encoder: str = "none",
+        keeps: Sequence[int] = (),
+        join: Join | None = None,
     ) -> list[Features]:
         """Visual features, all images in one pass of the tower.
 
@@ -159,15 +186,16 @@ class Adapter(ABC):
             inputs: for each image what `process_images` made of it.
             encoder: what reduces them in the tower, one of `encoders`, or `none`.
             keeps: for each image the tokens that are to be left; ignored with `none`.
+            join: as of the text tower that belongs to `clip_tower`, for `Features.joint`.
 
         Returns:
             For each image its features in the decoder's dtype and on its device.
         """
         with torch.no_grad():
-            if encoder == "none":
+            if encoder == "none" and join is None:
                 features = self._features(inputs)
             else:
-                features = self._reduced(inputs, encoder, keeps)
+                features = self._reduced(inputs, encoder, keeps, join)
         like = torch.empty(0, dtype=self.decoder.dtype, device=self.decoder.device)
         return [image.to(like) for image in features]
 
@@ -293,6 +321,7 @@ class Adapter(ABC):
             )
         settled = replace(
             pruning,
+            encoder=pruning.encoder if pruning.active else "none",
             position_ids=pruning.position_ids or self.default_position_ids,
             schedule_shape=pruning.schedule_shape or self.schedule_shape,
         )

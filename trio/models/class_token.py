@@ -1,13 +1,14 @@
 """Reductions in towers with a class token, for models that cut images into tiles or do not.
 
-Shapes: Q tiles, P patches of each, D hidden size of the tower, T tokens that are left, N visual
-tokens that an image has without a reduction.
+Shapes: Q tiles, P patches of each, D hidden size of the tower, J size of the space that it shares
+with its text tower, T tokens that are left, N visual tokens that an image has without a reduction.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trio.models.adapter import Features, Inputs
+from trio.models.adapter import Features, Inputs, Join, Joint
 from trio.models.tiles import TiledAdapter, patches_per_edge
 from trio.models.watch import watched
 from trio.pruning.cost import CLASS_TOKENS
@@ -52,23 +53,50 @@ class ClassTokenAdapter(TiledAdapter):
         `[Q, P]` on the CPU; -1 for padding."""
 
     def _reduced(
-        self, inputs: Sequence[Inputs], encoder: str, keeps: Sequence[int]
+        self, inputs: Sequence[Inputs], encoder: str, keeps: Sequence[int], join: Join | None
     ) -> Sequence[Features]:
         counts = [self.visual_tokens(image)[0] for image in inputs]
+        if encoder == "none":
+            return self._whole(inputs, join)
         whole = [index for index, keep in enumerate(keeps) if keep == counts[index]]
         parts = [index for index, keep in enumerate(keeps) if keep < counts[index]]
         found: dict[int, Features] = {}
         if whole:
-            unreduced = self._features([inputs[index] for index in whole])
+            unreduced = self._whole([inputs[index] for index in whole], join)
             for index, image in zip(whole, unreduced, strict=True):
                 found[index] = replace(image, sources=tuple(range(len(image))))
         if parts:
             own, left = [inputs[index] for index in parts], [keeps[index] for index in parts]
-            found |= zip(parts, self._of_patches(own, encoder, left), strict=True)
+            found |= zip(parts, self._of_patches(own, encoder, left, join), strict=True)
         return [found[index] for index in range(len(inputs))]
 
+    def _whole(self, inputs: Sequence[Inputs], join: Join | None) -> list[Features]:
+        """Unreduced features, in the joint space too if asked for."""
+        with _taken_by(self.model.model.multi_modal_projector) as taken:
+            features = self._features(inputs)
+        if join is None:
+            return list(features)
+        (hidden_QSD,) = taken
+        edge = patches_per_edge(self.model.config)
+        patches_QPD = hidden_QSD[:, hidden_QSD.shape[1] - edge**2 :]
+        tiles = [self.tiles(image)[0] for image in inputs]
+        tokens_QPJ = join(patches_QPD).split(tiles)
+        joints = (
+            Joint(own.flatten(0, 1), ((edge, edge),) * len(own), self._patches(image))
+            for own, image in zip(tokens_QPJ, inputs, strict=True)
+        )
+        return [replace(own, joint=joint) for own, joint in zip(features, joints, strict=True)]
+
+    def _patches(self, inputs: Inputs) -> Tensor:
+        """The other way round than `_places`: for each visual token its patch, `[N]`, or -1."""
+        place_P = self._places(inputs).flatten()
+        is_there_P = place_P >= 0
+        patch_N = torch.full((self.visual_tokens(inputs)[0],), -1)
+        patch_N[place_P[is_there_P]] = is_there_P.nonzero()[:, 0]
+        return patch_N
+
     def _of_patches(
-        self, inputs: Sequence[Inputs], encoder: str, keeps: Sequence[int]
+        self, inputs: Sequence[Inputs], encoder: str, keeps: Sequence[int], join: Join | None
     ) -> list[Features]:
         """Reduced features, tile after tile, of images that keep less than all; at most as many of
         an image as it has patches."""
@@ -83,12 +111,18 @@ class ClassTokenAdapter(TiledAdapter):
         reduced = self._reduce_tiles(
             self._pixels(inputs)[used_Q], place_QP >= 0, encoder, share_Q[used_Q].tolist()
         )
-        tokens_TD = self.model.model.multi_modal_projector(reduced.tokens_TD)
         lengths = [sum(own) for own in shares]
+        tokens = self.model.model.multi_modal_projector(reduced.tokens_TD).split(lengths)
         sources = iter(self._sources(reduced, place_QP))
+        features = [
+            Features(own_ND, sources=tuple(next(sources) for _ in own_ND)) for own_ND in tokens
+        ]
+        if join is None:
+            return features
+        joined = join(reduced.tokens_TD).split(lengths)
         return [
-            Features(own_ND, sources=tuple(next(sources) for _ in own_ND))
-            for own_ND in tokens_TD.split(lengths)
+            replace(image, joint=Joint(own_NJ, None, torch.arange(len(own_NJ))))
+            for image, own_NJ in zip(features, joined, strict=True)
         ]
 
     def _reduce_tiles(
@@ -140,3 +174,18 @@ def _feature_layers(config: Any) -> list[int]:
     chosen = config.vision_feature_layer
     states = config.vision_config.num_hidden_layers + 1
     return [layer % states - 1 for layer in ([chosen] if isinstance(chosen, int) else chosen)]
+
+
+@contextmanager
+def _taken_by(module: Any) -> Iterator[list[Tensor]]:
+    """The inputs of a module's calls."""
+    taken: list[Tensor] = []
+
+    def see(module: Any, args: Any) -> None:
+        taken.append(args[0])
+
+    handle = module.register_forward_pre_hook(see)
+    try:
+        yield taken
+    finally:
+        handle.remove()

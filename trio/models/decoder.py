@@ -6,7 +6,7 @@ V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from trio.errors import UserError
 from trio.models.attention import NAME, Layout
+from trio.models.last_token import last_attention
 from trio.models.layers import check_layers
 from trio.models.products import linear
 from trio.models.proxy import Proxy
@@ -144,6 +145,23 @@ class Decoder:
         head: `output` or `input_embedding`, as in `trio.Pruning`.
         """
         return Proxy(self, layer, batch_tokens, head)
+
+    def last_attention(
+        self,
+        layer: int,
+        hidden_TD: Tensor,
+        positions_T: Tensor,
+        lengths: Sequence[int],
+        batch_tokens: int = 0,
+    ) -> Tensor:
+        """Attention `[T]` that each sequence's last token pays to all of its own in a layer.
+
+        layer: index of the layer.
+        hidden_TD, positions_T: what enters it, packed.
+        lengths: tokens of each sequence.
+        batch_tokens: tokens of the batch before any pruning.
+        """
+        return last_attention(self, layer, hidden_TD, positions_T, lengths, batch_tokens)
 
     @contextmanager
     def ragged(self) -> Iterator[None]:

@@ -5,13 +5,14 @@ The tower takes the patches of many images back to back. Positions of the decode
 time, row and column. Videos are known to `trio.patch` alone, and their positions to transformers.
 
 Shapes: P patches of all images, C numbers of a patch, I images, F videos, N visual tokens of one
-image, T packed tokens.
+image, K of them that a reduction keeps, T packed tokens.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from math import isqrt, prod
 from typing import Any
 
@@ -19,9 +20,13 @@ import torch
 from torch import Tensor
 
 from trio.errors import UserError
-from trio.models.adapter import Adapter, Inputs, Span, check_pixels, tensor_of
+from trio.models.adapter import Adapter, Features, Inputs, Join, Span, check_pixels, tensor_of
+from trio.models.received import attention_received
 from trio.pruning.cost import GridVisionShape
+from trio.pruning.reduce import averaged, groups, scanned
 
+_WINDOW = 4
+"""Visual tokens along the edge of a window in which a scan takes its first half."""
 _USUAL_SIDE = 1024
 """Pixels that an image of a usual size has at most along an edge."""
 
@@ -32,6 +37,7 @@ class GridAdapter(Adapter):
     videos."""
 
     default_position_ids = "keep"
+    encoders = ("scan",)
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)
@@ -51,6 +57,15 @@ class GridAdapter(Adapter):
     @abstractmethod
     def _vision_shape(self) -> GridVisionShape:
         """Sizes of tower and mergers."""
+
+    @abstractmethod
+    def _scanned(self) -> tuple[int, int]:
+        """Blocks of the tower whose attention a scan reads: a shallow one and the last."""
+
+    def _tower_order(self, rows: int, columns: int) -> Tensor:
+        """`[N]`, which token of an image of so many rows and columns of them the tower has at each
+        place."""
+        return torch.arange(rows * columns)
 
     def visual_tokens(self, inputs: Inputs) -> list[int]:
         return [rows * columns // self._merge**2 for rows, columns in _grids(inputs)]
@@ -83,6 +98,49 @@ class GridAdapter(Adapter):
         return self.model.model.get_image_features(
             pixels.to(weight.device, weight.dtype), grids.to(weight.device), return_dict=True
         )
+
+    def _reduced(
+        self, inputs: Sequence[Inputs], encoder: str, keeps: Sequence[int], join: Join | None
+    ) -> Sequence[Features]:
+        """As of all families, with `scan`: a tower without a class token is asked which patches
+        receive attention, and what enters the decoder is merged."""
+        blocks = self.model.model.visual.blocks
+        with attention_received([blocks[block].attn for block in self._scanned()]) as received:
+            images = self._features(inputs)
+        grids = [grid for image in inputs for grid in _grids(image)]
+        layers = [
+            layer_P.split([rows * columns for rows, columns in grids]) for layer_P in received
+        ]
+        return [
+            self._scan(image, grid, own, keep)
+            for image, grid, own, keep in zip(
+                images, grids, zip(*layers, strict=True), keeps, strict=True
+            )
+        ]
+
+    def _scan(
+        self, image: Features, grid: tuple[int, int], received: Sequence[Tensor], keep: int
+    ) -> Features:
+        """One image of this grid with K = `keep` tokens, by what its patches received."""
+        if keep == len(image):
+            return replace(image, sources=tuple(range(keep)))
+        rows, columns = (edge // self._merge for edge in grid)
+        shallow_N, deep_N = (self._by_token(layer_P, rows, columns) for layer_P in received)
+        kept_1N = scanned(shallow_N[None], deep_N[None], [keep], columns, _WINDOW)
+        kept_K = kept_1N[0].nonzero().flatten()
+        group_KN = groups(image.tokens, kept_K)
+        return Features(
+            tokens=averaged(group_KN, image.tokens),
+            injected=tuple(averaged(group_KN, layer_ND) for layer_ND in image.injected),
+            sources=tuple(kept_K.tolist()),
+        )
+
+    def _by_token(self, patches_P: Tensor, rows: int, columns: int) -> Tensor:
+        """`[N]`, means over the patches that become one token, of an image's patches in the tower's
+        order."""
+        tower_N = self._tower_order(rows, columns).to(patches_P.device)
+        token_N = patches_P.view(-1, self._merge**2).mean(dim=1)
+        return torch.empty_like(token_N).index_copy_(0, tower_N, token_N)
 
     def positions(
         self, lengths: Sequence[int], spans: Sequence[Sequence[Span]], inputs: Sequence[Inputs]

@@ -6,12 +6,14 @@ Shapes: I images.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from trio.models.adapter import Features, Inputs
+from trio.models.adapter import Features, Inputs, Join
 from trio.models.class_token import ClassTokenAdapter
 from trio.models.tiles import (
     AnyResolutionAdapter,
@@ -76,9 +78,9 @@ class LlavaNextAdapter(ClassTokenAdapter, AnyResolutionAdapter):
         return place[:-1].view(tiles, patches)
 
     def _of_patches(
-        self, inputs: Sequence[Inputs], encoder: str, keeps: Sequence[int]
+        self, inputs: Sequence[Inputs], encoder: str, keeps: Sequence[int], join: Join | None
     ) -> list[Features]:
-        reduced = super()._of_patches(inputs, encoder, keeps)
+        reduced = super()._of_patches(inputs, encoder, keeps, join)
         filled = [self._with_newlines(*image) for image in zip(inputs, reduced, keeps, strict=True)]
         return list(map(_in_order, filled)) if encoder == "scan" else filled
 
@@ -92,7 +94,10 @@ class LlavaNextAdapter(ClassTokenAdapter, AnyResolutionAdapter):
         newlines = [place for place in range(count) if place not in places][:missing]
         newline_D: Tensor = self.model.model.image_newline.to(image.tokens)
         tokens = torch.cat((image.tokens, newline_D.expand(missing, -1)))
-        return Features(tokens, sources=(*image.sources, *newlines))
+        joint = image.joint
+        if joint is not None:
+            joint = replace(joint, places=F.pad(joint.places, (0, missing), value=-1))
+        return Features(tokens, sources=(*image.sources, *newlines), joint=joint)
 
     def _tokens(self, size: tuple[int, int]) -> int:
         """Visual tokens of an image of this height and width."""
@@ -103,4 +108,8 @@ class LlavaNextAdapter(ClassTokenAdapter, AnyResolutionAdapter):
 def _in_order(image: Features) -> Features:
     """Sorted by source; of an image without the class token."""
     order = torch.tensor(image.sources).argsort()
-    return Features(image.tokens[order], sources=tuple(torch.tensor(image.sources)[order].tolist()))
+    sources = tuple(torch.tensor(image.sources)[order].tolist())
+    joint = image.joint
+    if joint is not None:
+        joint = replace(joint, places=joint.places[order])
+    return Features(image.tokens[order], sources=sources, joint=joint)

@@ -17,11 +17,12 @@ from torch import Tensor
 from trio.config import Pruning
 from trio.errors import UserError
 from trio.models.attention import Packed
-from trio.models.decoder import Decoder, LayerCache, Rotary
+from trio.models.decoder import Decoder, LayerCache
 from trio.models.proxy import Proxy
 from trio.models.stopwatch import Stopwatch
+from trio.pruning.candidates import Relevance, StageChoice
 from trio.pruning.compaction import Ragged, compact, contiguous_positions
-from trio.pruning.select import StageChoice, choose
+from trio.pruning.select import LOOKS_BACK, choose
 
 
 class PrefillCache(LayerCache, Protocol):
@@ -47,7 +48,8 @@ class PackedPrompts:
     given: for each request the visual tokens that the encoder gave of each image before it reduced
         them, for the schedule; empty where it did not.
     salts: for method `random`, a number per request that depends on that request alone
-        (`trio.pruning.select.salt_of(token_ids)`); empty means 0 for all.
+        (`trio.pruning.methods.random.salt_of(token_ids)`); empty means 0 for all.
+    relevance: for method `eadp`, for each request and image what its tokens matter for the prompt.
     """
 
     embeds_TD: Tensor
@@ -57,12 +59,14 @@ class PackedPrompts:
     injected: Sequence[Tensor] = ()
     given: Sequence[Sequence[int]] = ()
     salts: tuple[int, ...] = ()
+    relevance: Sequence[Sequence[Relevance]] = ()
 
     def __post_init__(self) -> None:
         assert sum(self.lengths) == self.embeds_TD.shape[0]
         assert len(self.images) == len(self.lengths) and all(n > 0 for n in self.lengths)
         assert self.positions_T is None or self.positions_T.shape[-1] == len(self.embeds_TD)
         assert not self.salts or len(self.salts) == len(self.lengths)
+        assert not self.relevance or list(map(len, self.relevance)) == list(map(len, self.images))
         for length, spans in zip(self.lengths, self.images, strict=True):
             edges = [edge for span in spans for edge in span]
             assert edges == sorted(edges) and all(start < stop for start, stop in spans)
@@ -131,7 +135,8 @@ def prefill(
         trace: filled with the tensors around each stage.
 
     Raises:
-        UserError: the retention is out of reach for a prompt, or a stage is too deep.
+        UserError: the retention is out of reach for a prompt, a stage is too deep, or the method
+            needs something that the prompts do not bring.
     """
     run = _Prefill(decoder, prompts, pruning or Pruning(), cache, trace)
     with torch.no_grad(), decoder.ragged():
@@ -154,7 +159,9 @@ class _Prefill:
         self.cache = cache
         self.trace = trace
         self.salts = prompts.salts or (0,) * len(prompts.lengths)
+        self.relevance = prompts.relevance
         self.hidden_TD = prompts.embeds_TD
+        self.entered_TD: Tensor | None = None
         self.batch_tokens = len(prompts.embeds_TD)
         self.injected = prompts.injected
         _check_injected(prompts)
@@ -176,7 +183,8 @@ class _Prefill:
         start = 0
         plan = self._plan()
         for stop in sorted({*plan, self.decoder.num_layers}):
-            self._run(start, stop)
+            looked_at = stop in plan and self.pruning.method in LOOKS_BACK
+            self._run(start, stop, stop - 1 if looked_at else None)
             lengths += [list(self.ragged.lengths)] * (stop - start)
             positions += [list(self.next_positions)] * (stop - start)
             if stop in plan:
@@ -207,26 +215,26 @@ class _Prefill:
                     row[request] = [*(row[request] or []), keep]
         return plan
 
-    def _run(self, start: int, stop: int) -> None:
+    def _run(self, start: int, stop: int, looked_at: int | None) -> None:
+        """Layers `start … stop-1`; holds on to what enters the one that will be looked at."""
         if stop == start:
             return
         if self.cache is not None:
             self.cache.begin_prefill(start, self.ragged.lengths)
         rotary = self.decoder.rotary(self.positions_T)
         layout = Packed(self.ragged.lengths)
-        injected = self.injected[start:stop]
-        if injected:
+        if self.injected[start:stop]:
             packed, encoded = (index.to(self.decoder.device) for index in self.ragged.visual())
-        for layer, layer_VD in enumerate(injected, start):
-            self._run_layers(layer, layer + 1, rotary, layout)
-            # To each visual token that is still here what the encoder has for it.
-            self.hidden_TD.index_add_(0, packed, layer_VD[encoded].to(self.hidden_TD))
-        self._run_layers(start + len(injected), stop, rotary, layout)
-
-    def _run_layers(self, start: int, stop: int, rotary: Rotary, layout: Packed) -> None:
-        self.hidden_TD = self.decoder.run_layers(
-            start, stop, self.hidden_TD, rotary, layout, self.cache
-        )
+        for layer in range(start, stop):
+            if layer == looked_at:
+                self.entered_TD = self.hidden_TD
+            self.hidden_TD = self.decoder.run_layers(
+                layer, layer + 1, self.hidden_TD, rotary, layout, self.cache
+            )
+            if layer < len(self.injected):
+                # To each visual token that is still here what the encoder has for it.
+                own_VD = self.injected[layer][encoded]
+                self.hidden_TD.index_add_(0, packed, own_VD.to(self.hidden_TD))
 
     def _prune(self, layer: int, keeps: list[list[int] | None]) -> None:
         hidden_in, positions_in, before = self.hidden_TD, self.positions_T, self.ragged
@@ -240,7 +248,10 @@ class _Prefill:
                 keeps,
                 salts=self.salts,
                 layer=layer,
+                attention=lambda requests: self._attention(layer, requests),
+                relevance=self.relevance,
             )
+            self.entered_TD = None
             if choice is not None:
                 self.ragged, index = compact(before, choice.kept)
                 index = index.to(hidden_in.device, non_blocking=True)
@@ -267,6 +278,18 @@ class _Prefill:
     def _proxy(self, layer: int) -> Proxy:
         index = self.pruning.proxy_index(layer)
         return self.decoder.proxy(index, self.batch_tokens, self.pruning.proxy_head)
+
+    def _attention(self, layer: int, requests: Sequence[int]) -> Tensor:
+        """By the last token of each of these prompts, in the layer before a stage, packed."""
+        assert self.entered_TD is not None
+        lengths = [self.ragged.lengths[request] for request in requests]
+        hidden_TD, positions_T = self.entered_TD, self.positions_T
+        if len(requests) < len(self.ragged.lengths):
+            index = self.ragged.index(requests).to(hidden_TD.device)
+            hidden_TD, positions_T = hidden_TD[index], positions_T[..., index]
+        return self.decoder.last_attention(
+            layer - 1, hidden_TD, positions_T, lengths, self.batch_tokens
+        )
 
     def _renumber(self, keeps: list[list[int] | None]) -> None:
         """Requests with a stage here count on from 0, also where it removed nothing."""

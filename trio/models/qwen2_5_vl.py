@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from torch import Tensor
 from transformers import Qwen2_5_VLProcessor
 
 from trio.models.adapter import Features, ImageOnly, Inputs
 from trio.models.grids import GridAdapter
 from trio.pruning.cost import GridVisionShape
+from trio.pruning.reduce import windows
 
 
 class ImageProcessor(ImageOnly, Qwen2_5_VLProcessor):
@@ -23,6 +25,17 @@ class Qwen25VLAdapter(GridAdapter):
 
     def _vision_shape(self) -> GridVisionShape:
         return GridVisionShape.of_qwen2_5_config(self.model.config.vision_config)
+
+    def _scanned(self) -> tuple[int, int]:
+        vision = self.model.config.vision_config
+        last = vision.depth - 1
+        return min((*vision.fullatt_block_indexes, last)), last
+
+    def _tower_order(self, rows: int, columns: int) -> Tensor:
+        """Window by window."""
+        vision = self.model.config.vision_config
+        edge = vision.window_size // vision.patch_size // vision.spatial_merge_size
+        return windows(rows * columns, columns, edge).argsort(stable=True)
 
     def _features(self, inputs: Sequence[Inputs]) -> Sequence[Features]:
         return [Features(image) for image in self._encode(inputs).pooler_output]

@@ -28,6 +28,12 @@ class Qwen3VLAdapter(GridAdapter):
     def _vision_shape(self) -> GridVisionShape:
         return GridVisionShape.of_qwen3_config(self.model.config.vision_config)
 
+    def _scanned(self) -> tuple[int, int]:
+        # Nothing is published. All blocks attend to the whole image; this one is as deep as the
+        # shallow ones of LLaVA-1.5 (5 of 24) and Qwen2.5-VL (7 of 32).
+        depth = self.model.config.vision_config.depth
+        return max(0, depth // 4 - 1), depth - 1
+
     def _features(self, inputs: Sequence[Inputs]) -> Sequence[Features]:
         out = self._encode(inputs)
         counts = [len(tokens) for tokens in out.pooler_output]

@@ -64,6 +64,11 @@ def patch(model: Model, pruning: Pruning) -> Model:
             f"encoder {pruning.encoder}: a patched model takes its features as the encoder gives "
             "them; use trio.Engine for a reduction in the encoder, or encoder none"
         )
+    if pruning.method == "eadp":
+        raise UserError(
+            "method eadp compares images with prompts before the decoder, and a patched model has "
+            "no text for that; use trio.Engine, or another method"
+        )
     adapter = adapt(model)
     pruning = adapter.settle(pruning)
     if PatchedForward.of(model) is not None:

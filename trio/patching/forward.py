@@ -25,7 +25,7 @@ from trio.models.attention import Padded
 from trio.models.prefill import PackedPrompts, prefill
 from trio.patching.cache import RaggedLayer, make_plain, make_ragged, ragged_layers
 from trio.patching.override import Override
-from trio.pruning.select import salt_of
+from trio.pruning.methods.random import salt_of
 
 UNPATCH = "or call trio.unpatch(model) first"
 _PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}

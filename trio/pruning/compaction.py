@@ -67,6 +67,11 @@ class Ragged:
         """Packed index of each request's first token."""
         return (0, *accumulate(self.lengths))[:-1]
 
+    def index(self, requests: Sequence[int]) -> Tensor:
+        """Packed indices of all tokens of these requests, on the CPU."""
+        starts = self.starts
+        return torch.cat([torch.arange(self.lengths[r]) + starts[r] for r in requests])
+
     def visual(self) -> tuple[Tensor, Tensor]:
         """Of each visual token that is here, packed index and number over all that the encoder gave
         for the batch."""

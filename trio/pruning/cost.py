@@ -64,6 +64,47 @@ class DecoderShape:
         assert len(tokens_per_layer) == self.num_layers
         return sum(map(self.layer_flops, tokens_per_layer))
 
+    def choosing_flops(
+        self, method: str, *, tokens: int, visual_tokens: int, keep: int, rows: int
+    ) -> int:
+        """What one stage of a method adds to a prompt with one image.
+
+        For `eadp` without its importance, which the encoder's side makes.
+
+        Args:
+            method: as in `trio.Pruning`.
+            tokens: in the sequence, text and image, before the stage.
+            visual_tokens: of them those of the image. keep: how many of these stay.
+            rows: that the proxy's loss is read at.
+        """
+        visual = visual_tokens
+        of_method = {
+            "trio": lambda: self.proxy_flops(tokens, rows) + self.nms_flops(visual, keep),
+            "gradient": lambda: self.proxy_flops(tokens, rows),
+            "random": lambda: 0,
+            "fastv": lambda: self.attention_flops(tokens),
+            "divprune": lambda: self.diversity_flops(visual, keep),
+            "eadp": lambda: self.facility_flops(visual, keep),
+        }
+        return of_method[method]()
+
+    def attention_flops(self, tokens: int) -> int:
+        """Attention of a sequence's last token: keys of all, and its query by them in two products,
+        for the rotation's cosines and sines."""
+        keys = tokens * self.hidden_size * self.kv_size
+        return keys + self.hidden_size * self.query_size + 2 * tokens * self.query_size
+
+    def diversity_flops(self, visual_tokens: int, keep: int) -> int:
+        """Cosines of all pairs, each once, for the first token, and with all of each that is taken,
+        but the last."""
+        pairs = visual_tokens * (visual_tokens - 1) // 2
+        return (pairs + (keep - 1) * visual_tokens) * self.hidden_size
+
+    def facility_flops(self, visual_tokens: int, keep: int) -> int:
+        """Cosines of all with all, of features as the decoder gets them, and in each round the gain
+        of every token over all others."""
+        return visual_tokens**2 * (self.hidden_size + keep)
+
     def proxy_flops(self, tokens: int, rows: int) -> int:
         """One stage's scoring of a sequence with `tokens` tokens and a loss at `rows` rows.
 
@@ -229,6 +270,19 @@ class GridVisionShape:
         merger = n // self.merge**2 * (merged * merged + merged * self.decoder_hidden_size)
         attention = self.attention_flops(rows, columns)
         return n * self.patch_inputs * d + blocks + attention + self.mergers * merger
+
+    def scan_flops(self, rows: int, columns: int, keep: int) -> int:
+        """Reducing one image of this many patches to `keep` tokens by the attention that they get.
+
+        Scores of all pairs of patches once more, at two blocks that attend to the whole image. For
+        merging, cosines of all tokens with the kept ones, and a product for the means of what each
+        merger gives; nothing where all are kept.
+        """
+        patches = rows * columns
+        tokens = patches // self.merge**2
+        pairs = tokens * keep if keep < tokens else 0
+        merging = (1 + self.mergers) * pairs * self.decoder_hidden_size
+        return 2 * self.hidden_size * patches**2 + merging
 
     def attention_flops(self, rows: int, columns: int) -> int:
         """Of them those of scores and of sums of values."""

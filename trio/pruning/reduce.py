@@ -1,8 +1,10 @@
-"""Reductions of visual tokens in an encoder with a class token, before its projector.
+"""Reductions of visual tokens in the encoder.
 
 VisionZip (arXiv 2412.04467) keeps what the class token attends to and merges the rest into a few;
 the scan is the one that precedes TRIO in the decoder (arXiv 2602.04657): half by attention within
-windows, half by attention over all, and every dropped patch averaged into a kept one.
+windows, half by attention over all, and every dropped patch averaged into a kept one. Both run in
+an encoder with a class token, before its projector; choice and merging of the scan serve others
+too, for which a visual token is called a patch here.
 
 Shapes: I images of one size, P patches of each, S tokens of the tower (the class token, then the
 patches), D its hidden size, E size of a head, K patches kept of an image, C contextual tokens,
@@ -64,13 +66,25 @@ def merged(hidden_ND: Tensor, kept_K: Tensor, valid_N: Tensor | None = None) -> 
     Returns:
         `[..., K, D]`, in the dtype of `hidden_ND`; zeros where `kept_K` is -1.
     """
-    wide_ND = hidden_ND.float()
+    return averaged(groups(hidden_ND, kept_K, valid_N), hidden_ND)
+
+
+def groups(hidden_ND: Tensor, kept_K: Tensor, valid_N: Tensor | None = None) -> Tensor:
+    """`[..., K, N]`, the tokens that `merged` averages for each kept one; arguments as there."""
     own_KN = kept_K[..., None] == torch.arange(hidden_ND.shape[-2], device=kept_K.device)
     loose_N = ~own_KN.any(dim=-2)
     if valid_N is not None:
         loose_N &= valid_N
-    groups_KN = own_KN | _nearest(wide_ND, kept_K, loose_N)
-    return _means(groups_KN, wide_ND).to(hidden_ND.dtype)
+    return own_KN | _nearest(hidden_ND.float(), kept_K, loose_N)
+
+
+def averaged(groups_KN: Tensor, hidden_ND: Tensor) -> Tensor:
+    """Means over groups of tokens, in float32, zeros where a group is empty.
+
+    Returns:
+        `[..., K, D]`, in the dtype of `hidden_ND`.
+    """
+    return _means(groups_KN, hidden_ND.float()).to(hidden_ND.dtype)
 
 
 def zip_split(keep: int) -> tuple[int, int]:
@@ -161,11 +175,8 @@ def scan(
 ) -> Reduced:
     """The global-local scan, with merging (arXiv 2602.04657, its encoder-involved setting).
 
-    Half of an image's patches, rounded down, are those with the most shallow attention within
-    windows of 6 x 6: the best of each window, the second best of each, and so on, and in a last
-    round that not all can have those with the most. The rest are the patches with the most deep
-    attention among what is left. Each dropped patch is averaged into the nearest kept one by cosine
-    of their hidden states; tokens stand in the image's order.
+    Patches are chosen by `scanned`, in windows of 6 x 6. Each dropped patch is averaged into the
+    nearest kept one by cosine of their hidden states; tokens stand in the image's order.
 
     Args:
         shallow_IP: attention of the class token to the patches in an early layer, summed over
@@ -180,11 +191,7 @@ def scan(
     """
     classes = [int(with_class and keep > 1) for keep in keeps]
     patches = [keep - own for keep, own in zip(keeps, classes, strict=True)]
-    local = [count // 2 for count in patches]
-    kept_IP = _marked(_by_window(shallow_IP, columns, valid_IP), local)
-    left_IP = ~kept_IP if valid_IP is None else ~kept_IP & valid_IP
-    over_all = [count - own for count, own in zip(patches, local, strict=True)]
-    kept_IP |= _marked(by_attention(deep_IP, left_IP), over_all)
+    kept_IP = scanned(shallow_IP, deep_IP, patches, columns, WINDOW, valid_IP)
     kept_IK = _indices(kept_IP, max(patches, default=0))
     class_I1 = torch.tensor(classes, device=kept_IK.device)[:, None] > 0
     return _packed(
@@ -195,6 +202,46 @@ def scan(
     )
 
 
+def scanned(
+    shallow_IP: Tensor,
+    deep_IP: Tensor,
+    counts: Sequence[int],
+    columns: int,
+    edge: int,
+    valid_IP: Tensor | None = None,
+) -> Tensor:
+    """Which patches a scan keeps.
+
+    Half of them, rounded down, are those with the most shallow attention within windows: the best
+    of each window, the second best of each, and so on, and in a last round that not all can have
+    those with the most. The rest are the patches with the most deep attention among what is left.
+
+    Args:
+        shallow_IP: attention that the patches get in an early layer.
+        deep_IP: the same in a late one.
+        counts: patches to keep of each image, no more than it has.
+        columns: patches in a row of the image.
+        edge: patches along the edge of a window.
+        valid_IP: False for patches that are no part of the image; None if all are.
+
+    Returns:
+        `[I, P]`, True for those that stay.
+    """
+    local = [count // 2 for count in counts]
+    kept_IP = _marked(_by_window(shallow_IP, columns, edge, valid_IP), local)
+    left_IP = ~kept_IP if valid_IP is None else ~kept_IP & valid_IP
+    over_all = [count - own for count, own in zip(counts, local, strict=True)]
+    return kept_IP | _marked(by_attention(deep_IP, left_IP), over_all)
+
+
+def windows(patches: int, columns: int, edge: int, device: torch.device | None = None) -> Tensor:
+    """`[P]`, in which window of `edge` x `edge` each patch of an image lies, counted row by row;
+    windows at the right and at the bottom are as large as the image leaves them."""
+    place_P = torch.arange(patches, device=device)
+    row_P, column_P = place_P // columns // edge, place_P % columns // edge
+    return row_P * -(-columns // edge) + column_P
+
+
 def by_attention(attention_IP: Tensor, valid_IP: Tensor | None = None) -> Tensor:
     """Patches of each image by falling attention, of equal ones the lower index first, and behind
     them those that are not valid; `[I, P]`."""
@@ -203,13 +250,12 @@ def by_attention(attention_IP: Tensor, valid_IP: Tensor | None = None) -> Tensor
     return attention_IP.sort(dim=1, descending=True, stable=True).indices
 
 
-def _by_window(attention_IP: Tensor, columns: int, valid_IP: Tensor | None) -> Tensor:
+def _by_window(attention_IP: Tensor, columns: int, edge: int, valid_IP: Tensor | None) -> Tensor:
     """Patches of each image by their rank within their window, those of equal rank by falling
     attention; invalid ones last."""
     patches = attention_IP.shape[1]
     place_P = torch.arange(patches, device=attention_IP.device)
-    across = -(-columns // WINDOW)
-    window_P = place_P // columns // WINDOW * across + place_P % columns // WINDOW
+    window_P = windows(patches, columns, edge, attention_IP.device)
     order_IP = by_attention(attention_IP, valid_IP)
     # Sorted by window they lie in blocks, of the same sizes in all images.
     blocks_IP = window_P[order_IP].sort(dim=1, stable=True).indices

@@ -1,0 +1,112 @@
+"""Methods without a gradient, each by itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests import oracle
+from trio.config import Pruning
+from trio.errors import UserError
+from trio.pruning.candidates import Relevance
+from trio.pruning.compaction import Ragged
+from trio.pruning.methods import diversity
+from trio.pruning.methods.diversity import spread_out
+from trio.pruning.select import METHODS, choose
+
+COUNTS, KEEPS = (30, 7, 50, 2, 18), (8, 6, 20, 1, 3)
+
+
+def orders(features: list[Tensor], keeps: tuple[int, ...]) -> list[list[int]]:
+    counts = list(map(len, features))
+    start_N = torch.tensor(counts).cumsum(0) - torch.tensor(counts)
+    order_NK = spread_out(torch.cat(features), start_N, counts, keeps)
+    return [own[:keep] for own, keep in zip(order_NK.tolist(), keeps, strict=True)]
+
+
+@pytest.mark.parametrize("group", [1, 400, 1 << 20])
+@pytest.mark.parametrize("tile", [1, 16, 128])
+def test_far_apart_equals_the_loop(group: int, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(diversity._GROUP, "cpu", group)
+    monkeypatch.setattr(diversity, "_TILE", tile)
+    generator = torch.Generator().manual_seed(1)
+    features = [torch.randn(count, 12, generator=generator) for count in COUNTS]
+    expected = [oracle.far_apart(own, keep) for own, keep in zip(features, KEEPS, strict=True)]
+    assert orders(features, KEEPS) == expected
+    alone = [orders([own], (keep,))[0] for own, keep in zip(features, KEEPS, strict=True)]
+    assert alone == expected
+
+
+def test_far_apart_begins_with_the_loneliest_and_takes_no_token_twice() -> None:
+    angles = torch.tensor([0.0, 0.1, 0.2, 1.5, 3.0, 3.1])
+    circle = torch.stack([angles.cos(), angles.sin()], dim=1)
+    assert orders([circle], (3,)) == [[3, 5, 0]]
+    # Of tokens alike the lower index, length does not count, and copies come last.
+    axes = torch.eye(4)
+    same = torch.cat([axes[:2], 3 * axes[:2], axes[2:]])
+    assert orders([same], (6,)) == [[4, 0, 1, 5, 2, 3]]
+    noise = torch.randn(40, 67, generator=torch.Generator().manual_seed(0))
+    ends = torch.cat([noise, noise[7:8].expand(20, -1)])
+    assert set(orders([ends], (40,))[0]) == set(range(40))
+    assert orders([torch.ones(5, 4)], (4,)) == [[0, 1, 2, 3]]
+    assert orders([same.bfloat16()], (6,)) == [[4, 0, 1, 5, 2, 3]]
+
+
+def chosen(method: str, **options: Any) -> Any:
+    hidden = torch.randn(20, 4, generator=torch.Generator().manual_seed(0))
+    return choose(
+        Pruning(schedule="2:3" if method == "fastv" else "0:3", method=method),
+        _never,
+        hidden,
+        torch.arange(20),
+        Ragged.of_spans((5, 15), [[], [(1, 6), (6, 8), (9, 14)]]),
+        [None, [3, 3, 3]],
+        salts=[0, 0],
+        layer=2,
+        **options,
+    )
+
+
+def _never() -> Any:
+    raise AssertionError("no proxy is needed")
+
+
+def test_attention_takes_the_largest_of_each_image() -> None:
+    """Only of the requests that lose tokens, and of equal ones the lower index."""
+    asked = []
+
+    def attention(requests: Any) -> Tensor:
+        asked.append(list(requests))
+        scores = torch.zeros(15)
+        scores[[2, 5, 8, 12]] = torch.tensor([1.0, 0.5, 9.0, 2.0])
+        return scores
+
+    choice = chosen("fastv", attention=attention)
+    assert asked == [[1]]
+    assert choice.kept == [[], [[0, 1, 4], None, [0, 1, 3]]]
+    assert choice.orders[1, 2].tolist() == [3, 0, 1, 2, 4]
+    assert choice.saliency is None and choice.scored == []
+
+
+def test_eadp_chooses_by_what_comes_with_the_prompts() -> None:
+    with pytest.raises(UserError, match="text tower"):
+        chosen("eadp")
+    torch.manual_seed(3)
+    own = [Relevance(torch.rand(count)) for count in (5, 2, 5)]
+    choice = chosen("eadp", relevance=[[], own])
+    order = choice.orders[1, 0].tolist()
+    assert choice.kept == [[], [sorted(order), None, choice.kept[1][2]]]
+    assert len(order) == 3
+    # All that matters in two tiles lies in the second: it gets the whole budget.
+    tile_N = torch.tensor([1, 0, 1, 0, 1])
+    own[0] = Relevance(tile_N.float(), tile_N)
+    assert chosen("eadp", relevance=[[], own]).kept[1][0] == [0, 2, 4]
+
+
+def test_every_method_has_its_function() -> None:
+    from trio.config import METHODS as NAMES
+
+    assert set(METHODS) == set(NAMES) - {"none"}
