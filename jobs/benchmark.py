@@ -19,13 +19,22 @@ from typing import TYPE_CHECKING, Any
 from trio.config import ENCODERS, METHODS, Pruning
 from trio.demo import MODEL, SETTINGS
 from trio.errors import UserError, first_line
-from trio.pipeline.cli import WRONG, Parser, fail
+from trio.pipeline import parse
+from trio.pipeline.cli import WRONG, Parser, add_flags, fail, settings_from
 from trio.pipeline.config import DEMO
 
 if TYPE_CHECKING:
     import torch
 
     from trio.benchmark.quality import Setting
+
+CALIBRATE = (
+    "input", "model", "revision", "adapters", "prompt", "system_prompt", "columns", "retention",
+    "method", "encoder", "proxy_positions", "proxy_layer", "proxy_head", "position_ids",
+    "max_new_tokens", "seed", "dtype", "min_pixels", "max_pixels", "allow_remote_images",
+    "remote_images_from", "image_roots", "max_image_pixels", "row_timeout",
+)  # fmt: skip
+"""Settings of the jobs that `calibrate` has, too."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -296,6 +305,23 @@ def _device(options: argparse.Namespace) -> tuple[torch.device, str]:
     return device, options.dtype or ("float32" if device.type == "cpu" else "bfloat16")
 
 
+def calibrate(options: argparse.Namespace) -> int:
+    """A schedule searched for on one's own images, by least divergence from the unpruned model."""
+    from trio.benchmark.calibrate import Plan, check_file, dump, resolved, table
+    from trio.benchmark.calibrate import calibrate as search
+
+    plan = Plan.of(resolved(*settings_from(options)), options.rows)
+    file = check_file(options.file)
+    print(plan, flush=True)
+    if options.dry_run:
+        return 0
+    report = search(plan, _tell)
+    print(table(report))
+    file.write_text(dump(report), encoding="utf-8")
+    print(f"written: {file}")
+    return 0
+
+
 def _line(conditions: Mapping[str, object]) -> str:
     return ", ".join(f"{name} {value}" for name, value in conditions.items())
 
@@ -367,6 +393,7 @@ def _parser() -> argparse.ArgumentParser:
         (cost, _add_cost),
         (targets, _add_targets),
         (pipeline, _add_pipeline),
+        (calibrate, _add_calibrate),
     ):
         add(commands.add_parser(run.__name__, help=run.__doc__, description=run.__doc__))
     return parser
@@ -456,7 +483,7 @@ def _add_speed(parser: argparse.ArgumentParser) -> None:
     add("--prompt-tokens", type=_positive, help="text tokens of each prompt (40)")
     add("--output-tokens", type=_range, help="of each answer: 32, or spread evenly: 8-128 (32)")
     add("--retention", type=_fraction, help="layer-average share kept (1/9)")
-    add("--schedule", help="explicit stages instead: 1:92,10:54,15:22")
+    add("--schedule", type=_schedule, help="stages instead: 1:92,10:54,15:22, or a .yaml file")
     add("--method", help="trio, gradient, random, fastv or divprune (trio)")
     add("--encoder", help="only none in this version")
     _add_where(add)
@@ -484,7 +511,7 @@ def _add_cost(parser: argparse.ArgumentParser) -> None:
         "--shape", type=_words, help="as for speed, several with commas (all of 7B and 8B)"
     )
     add("--retention", type=_fraction, help="layer-average share kept (1/9)")
-    add("--schedule", help="explicit stages instead: 1:436,10:255,15:173")
+    add("--schedule", type=_schedule, help="stages instead: 1:436,10:255,15:173, or a .yaml file")
     add("--method", help="trio, gradient, random, fastv or divprune (trio)")
     add("--image", type=_size, help="width and height of the one image, in pixels (1008x1008)")
     add("--prompt-tokens", type=_positive, help="text tokens beside it (60)")
@@ -531,6 +558,14 @@ def _add_pipeline(parser: argparse.ArgumentParser) -> None:
     add("--dry-run", action="store_true", help="print the conditions, then stop")
 
 
+def _add_calibrate(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=calibrate, rows=64, file=None)
+    add_flags(parser, CALIBRATE)
+    add = partial(parser.add_argument, default=argparse.SUPPRESS)
+    add("--rows", type=_positive, help="of the input, drawn with --seed; half are held out (64)")
+    add("--output", type=Path, dest="file", metavar="FILE.yaml", help="the schedule file to write")
+
+
 def _words(text: str) -> list[str]:
     return [word.strip() for word in text.split(",")]
 
@@ -554,6 +589,13 @@ def _fraction(text: str) -> float:
     if len(values) > 1:
         raise argparse.ArgumentTypeError(f"{text!r} is more than one number")
     return values[0]
+
+
+def _schedule(text: str) -> str:
+    try:
+        return parse.schedule(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _positive(text: str) -> int:

@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "pipeline": SETTINGS | {"pruning", "models", "engine", "tables", "version"},
     "demo": SETTINGS | {"pruning", "models", "engine"},
     "benchmark": SETTINGS
-    | {"pruning", "models", "engine", "patching", "pipeline", "demo", "tables"},
+    | {"pruning", "models", "engine", "patching", "pipeline", "demo", "tables", "version"},
 }
 LIGHT = [
     "trio",

@@ -32,7 +32,8 @@ class Pruning:
     retention: target layer-average share of visual tokens, in (0, 1]; 1 switches pruning off.
         Exclusive with `schedule`; with neither, nothing is pruned.
     schedule_shape: how `retention` is spread over the layers; None takes the model family's.
-    schedule: explicit stages, `"1:92,10:54,15:22"` (counts per image) or ratios `"1:0.16,..."`.
+    schedule: explicit stages, `"1:92,10:54,15:22"` (counts per image) or ratios `"1:0.16,..."`,
+        with `@32` behind them for decoders of 32 layers alone; or `Schedule.load(path)`.
     method: `trio` (gradient saliency, then NMS), `gradient` (saliency alone), `fastv` (attention of
         the prompt's last token), `random` (seeded) or `none`; `divprune` (tokens far from each
         other) and `eadp` (relevant to the prompt in the encoder's image-text space) choose once,

@@ -18,7 +18,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         "date": datetime.date.today().isoformat(),
         "device": gpu or _processor(),
         "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "transformers": transformers.__version__,
     }
 

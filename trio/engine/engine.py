@@ -91,7 +91,7 @@ class Engine:
         self._admission = Admission(
             self._runner,
             sampling=sampling or Sampling(),
-            eos=_end_of_sequence(model, processor),
+            eos=end_of_sequence(model, processor),
         )
         self.memory_plan = self._plan(sampling or Sampling(), most_visual_tokens(processor))
         self._done: list[Result] = []
@@ -420,7 +420,7 @@ def _check_fit(prepare: Preparer, adapter: Adapter) -> None:
         )
 
 
-def _end_of_sequence(model: Any, processor: Any) -> frozenset[int]:
+def end_of_sequence(model: Any, processor: Any) -> frozenset[int]:
     """The model's own stop tokens: what its generation config says, else its tokenizer."""
     config = getattr(model, "generation_config", None)
     tokens = getattr(config, "eos_token_id", None)

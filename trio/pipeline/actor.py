@@ -43,7 +43,7 @@ from trio.pipeline.rows import (
     sources,
 )
 from trio.pipeline.sink import Sink
-from trio.pipeline.storage import Location, open_location
+from trio.pipeline.storage import parent
 from trio.pipeline.totals import Totals
 from trio.pipeline.worker import EngineLike, EngineThread, Outcome
 
@@ -273,12 +273,6 @@ class EngineActor:
 
 def _totals(row: Mapping[str, Any], source: Source) -> Totals:
     return sums.of_row(row, answers_of(source))
-
-
-def parent(path: str) -> Location:
-    """Directory of a shard: what relative image paths start from."""
-    location = open_location(path)
-    return location.at(location.path.rpartition("/")[0])
 
 
 class _Report:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterable
 from typing import Any, NoReturn
 
 from trio.errors import UserError
@@ -28,18 +29,23 @@ def parser(prog: str, description: str, epilog: str) -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    for name, field in FIELDS.items():
-        _add_flag(out, name, dict(field.metadata), field.default)
+    add_flags(out, FIELDS)
+    return out
+
+
+def add_flags(out: argparse.ArgumentParser, names: Iterable[str]) -> None:
+    """Flags of these settings, for `settings_from`, --config and --dry-run."""
+    for name in names:
+        _add_flag(out, name, dict(FIELDS[name].metadata), FIELDS[name].default)
     out.add_argument(
         "--config",
         metavar="FILE",
         help="settings from a run.yaml; flags given beside it win",
     )
     out.add_argument("--dry-run", action="store_true", help="print what would be done, then stop")
-    return out
 
 
-def _add_flag(out: Parser, name: str, meta: dict[str, Any], default: Any) -> None:
+def _add_flag(out: argparse.ArgumentParser, name: str, meta: dict[str, Any], default: Any) -> None:
     flag = "--" + name.replace("_", "-")
     text = str(meta["help"]).replace("%", "%%")
     if meta["unit"]:

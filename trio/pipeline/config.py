@@ -113,9 +113,10 @@ class JobConfig:
     )
     schedule: str | None = option(
         None,
-        parse.text,
+        parse.schedule,
         "stages instead of --retention: layer:tokens kept (1:92,10:54,15:22), or layer:share of"
-        " the visual tokens of each image (1:0.16,...)",
+        " the visual tokens of each image (1:0.16,...), or a .yaml file that benchmark.py calibrate"
+        " wrote, whose stages run.yaml then holds",
         results=True,
         metavar="LAYER:KEEP,...",
     )

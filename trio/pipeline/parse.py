@@ -11,14 +11,22 @@ from typing import Any
 
 from trio.errors import UserError
 from trio.pipeline.policy import parse_origin, redact
+from trio.pruning.schedule import Schedule
 
 Reader = Callable[[Any], Any]
+SCHEDULE_FILES = (".yaml", ".yml")
 
 
 def text(value: Any) -> str:
     if not isinstance(value, str) or not value.strip():
         raise UserError(f"expected text, got {value!r}")
     return value
+
+
+def schedule(value: Any) -> str:
+    """Stages as text; those in a file are read here, so that settings hold them, not its name."""
+    read = text(value)
+    return str(Schedule.load(read)) if read.endswith(SCHEDULE_FILES) else read
 
 
 def texts(value: Any) -> tuple[str, ...]:

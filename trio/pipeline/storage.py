@@ -116,6 +116,12 @@ def open_location(uri: str) -> Location:
     return Location(filesystem=filesystem, path=path, prefix=f"{scheme}://", query=query)
 
 
+def parent(path: str) -> Location:
+    """Directory of a shard: what relative image paths start from."""
+    location = open_location(path)
+    return location.at(location.path.rpartition("/")[0])
+
+
 def _in_one_request(scheme: str | None, query: str) -> str:
     """With the option that puts a small object by one request instead of three.
 

@@ -10,6 +10,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from operator import mul
+from pathlib import Path
+
+import yaml
 
 from trio.errors import UserError
 
@@ -89,13 +92,18 @@ AFTER_ENCODER = ScheduleShape(32, ((0, 96 / 576), (16, 32 / 576)))
 the same shares at its own half depth."""
 AT_ONCE = ScheduleShape(1, ((0, 1.0),))
 """Everything before the first layer."""
+_LEAST_RATIO = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """Pruning stages with rising layers and falling counts; empty prunes nothing."""
+    """Pruning stages with rising layers and falling counts; empty prunes nothing.
+
+    depth: decoder layers of the models that it is for; None: any that has the stages' layers.
+    """
 
     stages: tuple[Stage, ...] = ()
+    depth: int | None = None
 
     def __post_init__(self) -> None:
         for before, after in pairwise(self.stages):
@@ -107,7 +115,7 @@ class Schedule:
                 raise UserError(f"schedule {self}: kept tokens must not rise from stage to stage")
 
     def __str__(self) -> str:
-        return ",".join(map(str, self.stages))
+        return ",".join(map(str, self.stages)) + (f"@{self.depth}" if self.depth else "")
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -115,13 +123,17 @@ class Schedule:
 
     @classmethod
     def parse(cls, text: str) -> Schedule:
-        """Read `"1:92,10:54,15:22"` (counts) or `"1:0.16,10:0.09"` (ratios).
+        """Read `"1:92,10:54,15:22"` (counts) or `"1:0.16,10:0.09"` (ratios); with `@16` behind it
+        it is for decoders of 16 layers alone.
 
         Raises:
             UserError: the text is not a list of `layer:keep`.
         """
         stages = []
-        for part in text.split(","):
+        listed, at, depth = text.partition("@")
+        if at and not depth.strip().isdecimal():
+            raise UserError(f"schedule {text!r}: behind @ stands the decoder's number of layers")
+        for part in listed.split(","):
             layer, colon, keep = part.strip().partition(":")
             try:
                 if not colon:
@@ -134,7 +146,61 @@ class Schedule:
                     f"schedule {text!r}: {part.strip()!r} is not layer:keep; "
                     "write for example 1:92,10:54,15:22 or 1:0.16,10:0.09"
                 ) from None
-        return cls(tuple(stages))
+        return cls(tuple(stages), int(depth) if at else None)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Schedule:
+        """Read the file that `jobs/benchmark.py calibrate` has written.
+
+        Raises:
+            UserError: it cannot be read, or is no such file.
+        """
+        try:
+            found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"schedule file {path}: cannot be read: {error}") from error
+        except yaml.YAMLError as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"schedule file {path}: not YAML: {reason}") from error
+        text, layers = map((found if isinstance(found, dict) else {}).get, ("schedule", "layers"))
+        if not isinstance(text, str) or type(layers) is not int or layers < 1:
+            raise UserError(
+                f"schedule file {path}: has no text 'schedule' and number 'layers', as a file that "
+                "benchmark.py calibrate writes"
+            )
+        try:
+            schedule = cls(cls.parse(text).stages, layers)
+            schedule.check_depth(layers, behind_last=True)
+        except UserError as error:
+            raise UserError(f"schedule file {path}: {error}") from error
+        return schedule
+
+    @classmethod
+    def of_shares(
+        cls, retention: float, num_layers: int, stages: Sequence[tuple[int, float]]
+    ) -> Schedule:
+        """Ratios, so that it scales with the image, whose layer average is `retention`.
+
+        Args:
+            retention: target layer-average share of visual tokens, in (0, 1).
+            num_layers: decoder layers.
+            stages: layers run before each, rising, and its share, falling; only the shares' ratios
+                to each other matter.
+
+        Raises:
+            UserError: the layers before the first stage already use up the target.
+        """
+        layers, shares = zip(*stages, strict=True)
+        target = retention * num_layers - layers[0]
+        if target <= 0:
+            raise UserError(
+                f"retention {retention:.4g} is out of reach with a first stage after {layers[0]} "
+                f"of {num_layers} decoder layers"
+            )
+        spans = [stop - start for start, stop in pairwise([*layers, num_layers])]
+        factor = _solve_scale(shares, spans, target)
+        kept = [min(1.0, max(_LEAST_RATIO, round(factor * share, 6))) for share in shares]
+        return cls(tuple(map(Stage, layers, kept)), num_layers)
 
     @classmethod
     def for_retention(
@@ -197,6 +263,11 @@ class Schedule:
     def check_depth(self, num_layers: int, *, behind_last: bool = False) -> None:
         """Raise UserError unless every stage comes before the last layer, or right behind it where
         `behind_last` allows that."""
+        if self.depth not in (None, num_layers):
+            raise UserError(
+                f"schedule {self} is for decoders of {self.depth} layers, and this model has "
+                f"{num_layers}; calibrate one for it, or give --retention"
+            )
         last = num_layers if behind_last else num_layers - 1
         for stage in self.stages:
             if stage.layer > last:

@@ -1,0 +1,90 @@
+"""Some rows of a job's input as requests, read as the job reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from trio.engine.request import Request, Sampling
+from trio.errors import UserError
+from trio.pipeline.columns import parse_mapping, resolve
+from trio.pipeline.config import JobConfig
+from trio.pipeline.image_process import ImageProcess
+from trio.pipeline.manifest import Manifest, inspect
+from trio.pipeline.plan import Unit
+from trio.pipeline.policy import RowError
+from trio.pipeline.reader import ShardUnreadable, UnitReader
+from trio.pipeline.rows import RowSettings, request_of, sources
+from trio.pipeline.storage import parent
+
+PLACES = 8
+"""Row groups that rows come from, where there are so many."""
+
+
+def sample(
+    config: JobConfig, paths: Sequence[str], rows: int
+) -> tuple[list[Request], list[RowError]]:
+    """Rows of the input, drawn with the settings' seed and in an order drawn with it.
+
+    Args:
+        config: its columns, prompt, image policy and seed count.
+        paths: where its inputs lie.
+        rows: how many; fewer where the input has fewer.
+
+    Returns:
+        Requests with ids of their own, and what is wrong with rows that cannot be asked.
+
+    Raises:
+        UserError: the input is none, or cannot be read.
+    """
+    manifest, schemas = inspect(paths)
+    columns = resolve(
+        schemas,
+        [shard.path for shard in manifest.shards],
+        parse_mapping(config.columns or ""),
+        prompt_given=config.prompt is not None,
+    )
+    settings = RowSettings(
+        prompt=config.prompt,
+        sampling=Sampling(max_new_tokens=config.max_new_tokens),
+        policy=config.image_policy(),
+        seed=config.seed,
+        save_kept=False,
+    )
+    reader, load = UnitReader(columns), ImageProcess()
+    requests, errors = [], []
+    try:
+        for unit in drawn(manifest, rows, config.seed):
+            shard = manifest.shards[unit.shard]
+            for source in sources(reader.read(shard, unit), unit, shard.path):
+                try:
+                    requests.append(request_of(source, parent(shard.path), settings, load))
+                except RowError as error:
+                    errors.append(error)
+    except ShardUnreadable as error:
+        raise UserError(str(error)) from error
+    finally:
+        load.close()
+    order = np.random.default_rng(config.seed).permutation(len(requests))
+    return [requests[number] for number in order], errors
+
+
+def drawn(manifest: Manifest, rows: int, seed: int) -> list[Unit]:
+    """The first rows of row groups drawn at random: of large ones little need be read."""
+    groups = []
+    for shard in manifest.shards:
+        start = 0
+        for size in shard.row_groups:
+            groups.append(Unit(shard.number, start, start + size))
+            start += size
+    share = -(-rows // PLACES)
+    left = min(rows, manifest.rows)
+    taken = dict.fromkeys(np.random.default_rng(seed).permutation(len(groups)).tolist(), 0)
+    while left:
+        for number, before in taken.items():
+            more = min(share, groups[number].stop - groups[number].start - before, left)
+            taken[number] += more
+            left -= more
+    chosen = ((groups[number], count) for number, count in taken.items() if count)
+    return sorted(Unit(group.shard, group.start, group.start + count) for group, count in chosen)
