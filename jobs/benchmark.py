@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 CALIBRATE = (
     "input", "model", "revision", "adapters", "prompt", "system_prompt", "columns", "retention",
-    "method", "encoder", "proxy_positions", "proxy_layer", "proxy_head", "position_ids",
+    "method", "encoder", "proxy_positions", "proxy_layer", "proxy_head", "fill_up", "position_ids",
     "max_new_tokens", "seed", "dtype", "min_pixels", "max_pixels", "allow_remote_images",
     "remote_images_from", "image_roots", "max_image_pixels", "row_timeout",
 )  # fmt: skip
@@ -157,8 +157,8 @@ def _read(path: Path) -> dict[str, Any]:
 def _proxies(options: argparse.Namespace, default: Mapping[str, str]) -> list[dict[str, str]]:
     """Every combination of the proxy's settings."""
     positions = options.proxy_positions or [default.get("proxy_positions", "reference")]
-    names = ("proxy_positions", "proxy_layer", "proxy_head")
-    combined = product(positions, options.proxy_layer, options.proxy_head)
+    names = ("proxy_positions", "proxy_layer", "proxy_head", "fill_up")
+    combined = product(positions, options.proxy_layer, options.proxy_head, options.fill_up)
     return [dict(zip(names, values, strict=True)) for values in combined]
 
 
@@ -411,6 +411,7 @@ def _add_quality(parser: argparse.ArgumentParser) -> None:
         proxy_positions=None,
         proxy_layer=["next"],
         proxy_head=["output"],
+        fill_up=["mixed"],
         position_ids=None,
         scenes=300,
         seed=[7],
@@ -433,6 +434,7 @@ def _add_quality(parser: argparse.ArgumentParser) -> None:
     )
     add("--proxy-layer", type=_words, help="next,previous (default: next)")
     add("--proxy-head", type=_words, help="output,input_embedding (default: output)")
+    add("--fill-up", type=_words, help="mixed,reference, of method trio (default: mixed)")
     add("--position-ids", type=_words, help="renumber,keep (default: as caption.py)")
     add("--scenes", type=int, help="held-out scenes per seed, three questions each (default: 300)")
     add(

@@ -8,7 +8,7 @@ import pytest
 
 from trio.config import Pruning
 from trio.errors import UserError
-from trio.pruning.schedule import Schedule, tokens_per_layer
+from trio.pruning.schedule import PUBLISHED_AFTER_ENCODER, Schedule, tokens_per_layer
 
 
 def test_nothing_given_prunes_nothing() -> None:
@@ -69,10 +69,14 @@ def test_wrong_settings(settings: dict[str, Any], message: str) -> None:
 
 
 def test_encoder_and_decoder_share_the_budget() -> None:
-    # TRIO's settings after a reduction: 576 -> 96 in the encoder, then 32 at half depth.
     both = Pruning(retention=1 / 9, encoder="visionzip")
-    assert (both.encoded(576, 32), both.stages(576, 32)) == (96, [(16, 32)])
-    assert both.encoded(576, 28) == 96
+    assert (both.encoded(576, 32), both.stages(576, 32)) == (191, [(4, 71), (10, 48), (16, 36)])
+    # TRIO's settings: 576 -> 96 in the encoder, then 32 at half depth.
+    published = Pruning(
+        retention=1 / 9, encoder="visionzip", schedule_shape=PUBLISHED_AFTER_ENCODER
+    )
+    assert (published.encoded(576, 32), published.stages(576, 32)) == (96, [(16, 32)])
+    assert (published.encoded(576, 28), published.stages(576, 28)) == (96, [(14, 32)])
     alone = Pruning(retention=1 / 9, encoder="scan", method="none")
     assert alone.active
     assert (alone.encoded(576, 32), alone.stages(576, 32)) == (64, [])
@@ -86,7 +90,7 @@ def test_before_the_decoder_there_is_one_stage(method: str) -> None:
     alone = Pruning(retention=1 / 9, method=method)
     assert (alone.encoded(576, 32), alone.stages(576, 32)) == (576, [(0, 64)])
     behind = Pruning(retention=1 / 9, method=method, encoder="scan")
-    assert (behind.encoded(576, 32), behind.stages(576, 32)) == (96, [(0, 64)])
+    assert (behind.encoded(576, 32), behind.stages(576, 32)) == (192, [(0, 64)])
 
 
 @pytest.mark.parametrize("encoder", ["none", "visionzip"])

@@ -18,6 +18,9 @@ METHODS = ("trio", "none", "random", "fastv", "divprune", "eadp", "gradient")
 BEFORE_DECODER = ("divprune", "eadp")
 """Methods that choose once, before the decoder's first layer."""
 ENCODERS = ("none", "visionzip", "scan")
+ENCODER_SURPLUS = 3
+"""Tokens that a reduction in the encoder leaves for each one that a method before the decoder
+keeps."""
 PROXY_POSITIONS = ("reference", "with_last", "last")
 POSITION_IDS = ("renumber", "keep")
 PROXY_LAYERS = ("next", "previous")
@@ -39,9 +42,9 @@ class Pruning:
         other) and `eadp` (relevant to the prompt in the encoder's image-text space) choose once,
         before the decoder.
     encoder: what reduces the tokens in the vision encoder already: `visionzip`, `scan` or `none`.
-        It keeps half as many again as the layer average, and the decoder's stages, then at half
-        depth, do the rest; with method `none` it does all. A schedule says with a stage at layer 0
-        how many it keeps.
+        Of a retention it takes what `schedule_shape` has at layer 0, three times the layer average
+        unless told otherwise, and the decoder's stages do the rest; with method `none` it does all.
+        A schedule says with a stage at layer 0 how many it keeps.
     proxy_positions: which rows of the proxy give the loss, for a sequence of n tokens:
         `reference` n-5..n-2, `with_last` n-4..n-1, `last` n-1.
     proxy_layer: the layer that stands for those still to come, for a stage after l layers: `next`
@@ -175,9 +178,8 @@ class Pruning:
             return visual_tokens
         ((_, keep), *_) = counts
         if self.method in BEFORE_DECODER:
-            # As many as other methods are given to choose from.
-            ((_, encoder), (_, last)) = AFTER_ENCODER.stages
-            keep = min(visual_tokens, round(2 * keep * encoder / (encoder + last)))
+            # About as many as other methods are given to choose from.
+            keep = min(visual_tokens, ENCODER_SURPLUS * keep)
         return keep
 
     def _counts(self, visual_tokens: int, num_layers: int) -> list[tuple[int, int]]:
@@ -187,11 +189,8 @@ class Pruning:
         schedule = self.schedule
         if not isinstance(schedule, Schedule):
             assert self.retention is not None
-            shape = self.schedule_shape or LLAVA
-            if self.encoder != "none":
-                shape = AFTER_ENCODER
-            if self._at_once:
-                shape = AT_ONCE
+            usual = LLAVA if self.encoder == "none" else AFTER_ENCODER
+            shape = AT_ONCE if self._at_once else self.schedule_shape or usual
             schedule = Schedule.for_retention(self.retention, num_layers, visual_tokens, shape)
         schedule.check_depth(num_layers, behind_last=self.proxy_layer == "previous")
         return schedule.counts(visual_tokens)

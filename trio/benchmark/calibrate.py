@@ -37,7 +37,7 @@ from trio.pipeline.config import DEMO, JobConfig
 from trio.pipeline.fingerprint import model_directory
 from trio.pipeline.job import DEFAULT_RETENTION, check_model
 from trio.pipeline.parse import SCHEDULE_FILES
-from trio.pruning.schedule import AFTER_ENCODER, LLAVA, Schedule, tokens_per_layer
+from trio.pruning.schedule import LLAVA, Schedule, tokens_per_layer
 from trio.tables import aligned
 from trio.version import VERSION
 
@@ -134,7 +134,7 @@ def default_schedule(adapter: Adapter, pruning: Pruning, layers: int) -> Schedul
     """
     settled = adapter.settle(pruning)
     assert settled.retention is not None
-    shape = AFTER_ENCODER if settled.encoder != "none" else settled.schedule_shape or LLAVA
+    shape = settled.schedule_shape or LLAVA
     return Schedule.of_shares(settled.retention, layers, shape.at_depth(layers))
 
 

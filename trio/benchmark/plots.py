@@ -7,12 +7,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from trio.benchmark.quality_table import share
+from trio.benchmark.quality_table import FROM_START, share
 from trio.errors import UserError
 
 PARTS = ("questions", "captions")
-STYLES = (("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"))
-"""Line and marker of each encoder in turn."""
+RETENTION, FLOPS = AXES = ("retention", "FLOPs")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 ASIDE = 0.008
 """Settings of one retention stand so much beside each other."""
 ALONE = "encoder alone"
@@ -33,7 +33,7 @@ def check(path: Path) -> None:
 
 def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Right answers over the unpruned model's, with 95 % intervals: over retention and over all
-    FLOPs of reading a prompt; questions and captions apart.
+    FLOPs of reading a prompt, questions and captions apart, an encoder in each column.
 
     Args:
         rows: of the JSON file, in any order.
@@ -41,37 +41,40 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 8), layout="constrained")
-    panels = figure.subplots(len(PARTS), 2, sharey="row", sharex="col")
     lines = _lines(rows)
-    colours = {method: f"C{i}" for i, method in enumerate(dict.fromkeys(m for m, _ in lines))}
-    encoders = dict.fromkeys(encoder for _, encoder in lines)
-    styles = {encoder: STYLES[i % len(STYLES)] for i, encoder in enumerate(encoders)}
-    for part, (by_retention, by_flops) in zip(PARTS, panels, strict=True):
-        by_retention.set_ylabel(f"{part}: right, % of unpruned")
-        for panel, places in (
-            (by_retention, lambda row: row["retention"]),
-            (by_flops, lambda row: row["flops"]["total"] / 1e9),
-        ):
+    encoders = list(dict.fromkeys(encoder for _, encoder in lines))
+    methods = list(dict.fromkeys(method for method, _ in lines))
+    looks = {method: (f"C{n % 10}", MARKERS[n % len(MARKERS)]) for n, method in enumerate(methods)}
+    kinds = [(part, axis) for part in PARTS for axis in AXES]
+    figure = Figure(figsize=(2 + 4 * len(encoders), 13), layout="constrained")
+    panels = figure.subplots(len(kinds), len(encoders), sharey="row", squeeze=False)
+    for (part, axis), row_of_panels in zip(kinds, panels, strict=True):
+        row_of_panels[0].set_ylabel(f"{part}: right, % of unpruned")
+        for encoder, panel in zip(encoders, row_of_panels, strict=True):
+            panel.set_title(f"encoder {encoder}, over {axis}", fontsize="medium")
             panel.axhline(100, color="0.6", linewidth=0.8)
             panel.grid(alpha=0.25)
-            for number, ((method, encoder), own) in enumerate(lines.items()):
-                line, marker = styles[encoder]
-                aside = 1 + ASIDE * (number - len(lines) / 2) if panel is by_retention else 1.0
+            own = {method: line for (method, of), line in lines.items() if of == encoder}
+            for number, (method, line) in enumerate(own.items()):
+                aside = 1 + ASIDE * (number - len(own) / 2) if axis == RETENTION else 1.0
+                colour, marker = looks[method]
                 panel.errorbar(
-                    [places(row) * aside for row in own],
-                    *_heights([row[part] for row in own]),
-                    color=colours[method],
-                    linestyle=line,
+                    [_place(row, axis) * aside for row in line],
+                    *_heights([row[part] for row in line]),
+                    color=colour,
                     marker=marker,
                     markersize=4,
                     linewidth=1.2,
                     elinewidth=0.7,
                     capsize=2,
                 )
-    _name_places(panels[-1], rows)
-    _add_legend(figure, colours, styles)
-    figure.savefig(path, dpi=120)
+            _name_places(panel, axis, rows)
+    _add_legend(figure, looks)
+    figure.savefig(path, dpi=100)
+
+
+def _place(row: Mapping[str, Any], axis: str) -> float:
+    return float(row["retention"] if axis == RETENTION else row["flops"]["total"] / 1e9)
 
 
 def _lines(rows: Sequence[Mapping[str, Any]]) -> dict[Line, list[Mapping[str, Any]]]:
@@ -81,6 +84,7 @@ def _lines(rows: Sequence[Mapping[str, Any]]) -> dict[Line, list[Mapping[str, An
         if row["number"] == 0:
             continue
         method = row["label"].removeprefix(row["encoder"]).removeprefix(" + ").strip()
+        method = method.removesuffix(FROM_START)
         relative = (row[part]["relative"] for part in PARTS)
         if None not in relative:
             lines.setdefault((method or ALONE, row["encoder"]), []).append(row)
@@ -98,26 +102,22 @@ def _heights(scores: Sequence[Mapping[str, Any]]) -> tuple[list[float], list[lis
     return heights, reach
 
 
-def _name_places(panels: Sequence[Any], rows: Sequence[Mapping[str, Any]]) -> None:
-    by_retention, by_flops = panels
-    retentions = sorted({row["retention"] for row in rows if row["number"]})
-    by_retention.set_xscale("log")
-    by_retention.set_xticks(retentions, [share(value) for value in retentions])
-    by_retention.minorticks_off()
-    by_retention.set_xlabel("visual tokens kept, average over the layers")
-    by_flops.set_xlabel("GFLOPs to read a prompt: decoder, encoder, choosing")
+def _name_places(panel: Any, axis: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    if axis == RETENTION:
+        retentions = sorted({row["retention"] for row in rows if row["number"]})
+        panel.set_xscale("log")
+        panel.set_xticks(retentions, [share(value) for value in retentions])
+        panel.minorticks_off()
+        panel.set_xlabel("visual tokens kept, average over the layers")
+    else:
+        panel.set_xlabel("GFLOPs to read a prompt: decoder, encoder, choosing")
 
 
-def _add_legend(
-    figure: Any, colours: Mapping[str, str], styles: Mapping[str, tuple[str, str]]
-) -> None:
-    """Colours for methods, lines for encoders."""
+def _add_legend(figure: Any, looks: Mapping[str, tuple[str, str]]) -> None:
     from matplotlib.lines import Line2D
 
-    handles = [Line2D([], [], color=colour, label=name) for name, colour in colours.items()]
-    if len(styles) > 1:
-        handles += [
-            Line2D([], [], color="0.3", linestyle=line, marker=marker, label=f"encoder: {name}")
-            for name, (line, marker) in styles.items()
-        ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(6, len(handles) or 1))
+    handles = [
+        Line2D([], [], color=colour, marker=marker, label=method)
+        for method, (colour, marker) in looks.items()
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(5, len(handles) or 1))

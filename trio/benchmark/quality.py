@@ -26,6 +26,7 @@ from trio.benchmark.agreement import Agreement
 from trio.benchmark.cost import choosing_flops
 from trio.benchmark.encoding import EncodedOnce
 from trio.benchmark.intervals import ClusteredBootstrap, wilson
+from trio.benchmark.quality_table import FROM_START
 from trio.config import Pruning
 from trio.demo.scenes import KINDS, make_scene
 from trio.demo.shard import asked_of, rotation
@@ -37,13 +38,14 @@ from trio.models.adapter import Adapter
 from trio.models.registry import adapt
 from trio.models.text_tower import TextTower
 from trio.pipeline.scoring import exact_match, object_share
+from trio.pruning.schedule import PUBLISHED_AFTER_ENCODER
 
 QUESTIONS_PER_SCENE = 3
 MAX_NEW_TOKENS = 32
 PROXY_METHODS = ("gradient", "trio")
 """Methods that look at a proxy's loss, so that its settings matter."""
-USUAL_PROXY = ("next", "output")
-"""Layer and head of a proxy that a label does not name."""
+USUAL_PROXY = ("next", "output", "mixed")
+"""Layer and head of a proxy, and what fills up, that a label does not name."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,7 +89,7 @@ def settings(
     seed: int,
 ) -> list[Setting]:
     """The unpruned model first, then every method after every encoder at every retention; methods
-    without a proxy appear once per position handling.
+    without a proxy appear once per position handling, and trio also as published.
 
     Labels name what is tried in more than one way.
 
@@ -102,25 +104,30 @@ def settings(
     for retention, encoder, method in product(retentions, encoders, methods):
         if method == encoder == "none":
             continue
+        common = Pruning(method=method, encoder=encoder, retention=retention, seed=seed)
         has_proxy = method in PROXY_METHODS
         for handling, proxy in product(position_ids, proxies if has_proxy else [{}]):
-            pruning = Pruning(
-                method=method,
-                encoder=encoder,
-                retention=retention,
-                position_ids=handling,
-                seed=seed,
-                **proxy,
-            )
-            words = [" + ".join(part for part in (encoder, method) if part != "none")]
+            pruning = replace(common, position_ids=handling, **proxy)
+            words = [pruning.name]
             if has_proxy and len(proxies) > 1:
-                parts = (pruning.proxy_layer, pruning.proxy_head)
+                parts = (pruning.proxy_layer, pruning.proxy_head, pruning.fill_up)
                 words.append(pruning.proxy_positions)
                 words += [part for part in parts if part not in USUAL_PROXY]
             if len(position_ids) > 1 and handling:
                 words.append(handling)
             rows.append(Setting(label=" ".join(words), pruning=pruning))
+        if method == "trio":
+            rows.append(_published(common))
     return rows
+
+
+def _published(pruning: Pruning) -> Setting:
+    """TRIO as its authors run it, but for the numbers of tokens."""
+    shape = None if pruning.encoder == "none" else PUBLISHED_AFTER_ENCODER
+    published = replace(
+        pruning, proxy_positions="reference", fill_up="reference", schedule_shape=shape
+    )
+    return Setting(label=f"{pruning.name} as published", pruning=published)
 
 
 def in_reach(
@@ -156,7 +163,7 @@ def _settled(adapter: Adapter, row: Setting) -> Setting:
         shape = (row.pruning.schedule_shape or adapter.schedule_shape).from_start()
         pruning = replace(row.pruning, schedule_shape=shape)
         adapter.settle(pruning)
-        return Setting(label=f"{row.label} from layer 0", pruning=pruning)
+        return Setting(label=row.label + FROM_START, pruning=pruning)
     return row
 
 
@@ -378,6 +385,7 @@ class _Comparison:
             "proxy_positions": pruning.proxy_positions if has_proxy else None,
             "proxy_layer": pruning.proxy_layer if has_proxy else None,
             "proxy_head": pruning.proxy_head if has_proxy else None,
+            "fill_up": pruning.fill_up if pruning.method == "trio" else None,
             "position_ids": pruning.position_ids,
             **{part: self._score(right, chosen) for part, chosen in self._parts.items()},
             "by_kind": {

@@ -15,6 +15,8 @@ NOTE = (
     "unpruned model's own answers. FLOPs: unpruned over pruned, encoder and choosing included. "
     "own: share of choosing in the time of encoder and prefill."
 )
+FROM_START = " from layer 0"
+"""Behind the label of a setting whose first stage had to be brought forward."""
 QUESTIONS = tuple(kind for kind in KINDS if kind != "caption")
 HEAD = (
     "setting",

@@ -20,7 +20,7 @@ from trio.config import Pruning
 from trio.errors import UserError
 from trio.models.decoder import Decoder
 from trio.pruning.cost import DecoderShape
-from trio.pruning.schedule import LLAVA, ScheduleShape
+from trio.pruning.schedule import AFTER_ENCODER, LLAVA, ScheduleShape
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -324,11 +324,12 @@ class Adapter(ABC):
                 f"encoder {pruning.encoder} is not available for this {type(self.model).__name__}; "
                 f"there is: {there}"
             )
+        usual = self.schedule_shape if pruning.encoder == "none" else AFTER_ENCODER
         settled = replace(
             pruning,
             encoder=pruning.encoder if pruning.active else "none",
             position_ids=pruning.position_ids or self.default_position_ids,
-            schedule_shape=pruning.schedule_shape or self.schedule_shape,
+            schedule_shape=pruning.schedule_shape or usual,
         )
         settled.stages(self.max_visual_tokens, self.decoder.num_layers)
         return settled

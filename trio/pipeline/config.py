@@ -15,6 +15,7 @@ import yaml
 
 from trio.config import (
     ENCODERS,
+    FILL_UPS,
     METHODS,
     POSITION_IDS,
     PROXY_HEADS,
@@ -168,6 +169,14 @@ class JobConfig:
         parse.choice("proxy-head", PROXY_HEADS),
         "what makes the logits of that loss: output (the model's head) or input_embedding (the"
         " matrix of token embeddings)",
+        results=True,
+    )
+    fill_up: str = option(
+        "mixed",
+        parse.choice("fill-up", FILL_UPS),
+        "what method trio keeps where unlike tokens are fewer than it is to keep: mixed (half by"
+        " saliency, half by distance from what is kept) or reference (all by saliency, as"
+        " published)",
         results=True,
     )
     position_ids: str | None = option(
@@ -355,6 +364,7 @@ class JobConfig:
             proxy_positions=self.proxy_positions or "reference",
             proxy_layer=self.proxy_layer,
             proxy_head=self.proxy_head,
+            fill_up=self.fill_up,
             position_ids=self.position_ids,
             seed=self.seed,
         )

@@ -97,7 +97,8 @@ def suppress(
         near_NV = _nearest(features_TD, index_NV, taken_NV, most_kept, step)
         near_NV.masked_fill_(taken_NV | ~there_NV, torch.inf)
         room_N = keep_N - taken_NV.sum(dim=1)
-        taken_NV |= _farthest(features_TD, index_NV, near_NV, room_N, int(room_N.max()))
+        dots = _Dots(features_TD, index_NV, start_N, count_N)
+        taken_NV |= _farthest(dots, near_NV, room_N, int(room_N.max()))
     return _filled_up(order_NV, taken_NV, count_N, keep_N, most_kept)
 
 
@@ -122,15 +123,12 @@ def _nearest(
     return torch.cat(pieces, dim=1)
 
 
-def _farthest(
-    features_TD: Tensor, index_NV: Tensor, near_NV: Tensor, room_N: Tensor, rounds: int
-) -> Tensor:
+def _farthest(dots: _Dots, near_NV: Tensor, room_N: Tensor, rounds: int) -> Tensor:
     """One token of each image after another: that whose largest cosine with a kept one is smallest,
     of equal ones the first in the order.
 
     Args:
-        features_TD: packed features.
-        index_NV: packed indices of each image's tokens, most salient first.
+        dots: of the images' tokens, most salient first.
         near_NV: each token's largest cosine with a kept one; infinite for tokens that are kept or
             not there. Overwritten.
         room_N: how many to take of each.
@@ -139,29 +137,66 @@ def _farthest(
     Returns:
         Tokens taken `[N, V]`, bool.
     """
-    image_N1 = torch.arange(len(index_NV), device=index_NV.device)[:, None]
-    norm_T = torch.linalg.vector_norm(features_TD, dim=1, dtype=near_NV.dtype).clamp_(min=1e-12)
-    norm_NV = norm_T[index_NV]
+    norm_NV = dots.norms()
     taken_NV = torch.zeros_like(near_NV, dtype=torch.bool)
     for number in range(rounds):
         place_N1 = near_NV.argmin(dim=1, keepdim=True)
         taken_NV.scatter_(1, place_N1, (room_N > number)[:, None])
         near_NV.scatter_(1, place_N1, torch.inf)
-        # One product over the batch as it lies; of its N columns each token needs its image's.
-        dot_TN = _products(features_TD, features_TD[index_NV.gather(1, place_N1)[:, 0]])
         scale_NV = norm_NV * norm_NV.gather(1, place_N1)
-        near_NV = torch.maximum(near_NV, dot_TN[index_NV, image_N1] / scale_NV)
+        near_NV = torch.maximum(near_NV, dots.of(place_N1).div_(scale_NV))
     return taken_NV
 
 
-def _products(features_TD: Tensor, own_ND: Tensor) -> Tensor:
-    """`[T, N]`, in float32 or better."""
-    if features_TD.dtype in (torch.float32, torch.float64):
-        return features_TD @ own_ND.T
-    if features_TD.is_cuda:
-        return torch.mm(features_TD, own_ND.T, out_dtype=torch.float32)
-    own_ND = own_ND.float()
-    return torch.cat([block.float() @ own_ND.T for block in features_TD.split(_BLOCK)])
+class _Dots:
+    """Products of all tokens of each image with one of them, in float32 or better, without a copy
+    of the features.
+
+    Args:
+        features_TD: packed features.
+        index_NV: packed indices of each image's tokens, in any order.
+        start_N: packed index of each image's first token.
+        count_N: tokens of each.
+    """
+
+    def __init__(
+        self, features_TD: Tensor, index_NV: Tensor, start_N: Tensor, count_N: Tensor
+    ) -> None:
+        self._features_TD = features_TD
+        self._index_NV = index_NV
+        self._image_N1 = torch.arange(len(index_NV), device=index_NV.device)[:, None]
+        self._spans: list[slice] = []
+        if not features_TD.is_cuda:
+            bounds = zip(start_N.tolist(), count_N.tolist(), strict=True)
+            self._spans = [slice(start, start + count) for start, count in bounds]
+
+    def norms(self) -> Tensor:
+        """Lengths `[N, V]`; of a token without any a tiny one."""
+        wide = torch.promote_types(self._features_TD.dtype, torch.float32)
+        norm_T = torch.linalg.vector_norm(self._features_TD, dim=1, dtype=wide)
+        return norm_T.clamp_(min=1e-12)[self._index_NV]
+
+    def of(self, place_N1: Tensor) -> Tensor:
+        """`[N, V]`, with the token at this place of each image's row."""
+        own_ND = self._features_TD[self._index_NV.gather(1, place_N1)[:, 0]]
+        if self._spans:
+            return self._by_image(own_ND)[self._index_NV]
+        # One product over the batch as it lies; of its N columns each token needs its image's.
+        if own_ND.dtype in (torch.float32, torch.float64):
+            dot_TN = self._features_TD @ own_ND.T
+        else:
+            dot_TN = torch.mm(self._features_TD, own_ND.T, out_dtype=torch.float32)
+        return dot_TN[self._index_NV, self._image_N1]
+
+    def _by_image(self, own_ND: Tensor) -> Tensor:
+        """Packed `[T]`: a CPU has an image's features in its cache, and no others to go through."""
+        wide = torch.promote_types(own_ND.dtype, torch.float32)
+        dot_T = own_ND.new_zeros(len(self._features_TD), dtype=wide)
+        for span, own_D in zip(self._spans, own_ND.to(wide), strict=True):
+            image_VD, out_V = self._features_TD[span], dot_T[span]
+            for block_CD, out_C in zip(image_VD.split(_BLOCK), out_V.split(_BLOCK), strict=True):
+                torch.mv(block_CD.to(wide), own_D, out=out_C)
+        return dot_T
 
 
 def _filled_up(
