@@ -42,6 +42,8 @@ from trio.pruning.schedule import PUBLISHED_AFTER_ENCODER
 
 QUESTIONS_PER_SCENE = 3
 MAX_NEW_TOKENS = 32
+BATCH_TOKENS, MAX_RUNNING = 8192, 256
+"""Of the engine: on a CPU less at a time stays in its cache, and more rows decode together."""
 PROXY_METHODS = ("gradient", "trio")
 """Methods that look at a proxy's loss, so that its settings matter."""
 USUAL_PROXY = ("next", "output", "mixed")
@@ -262,6 +264,8 @@ class _Trial:
             self._processor,
             pruning=pruning,
             sampling=Sampling(max_new_tokens=MAX_NEW_TOKENS, first_logprobs=True),
+            batch_tokens=BATCH_TOKENS,
+            max_running=MAX_RUNNING,
             encode_images=self._encoded,
             text_tower=self._text_tower,
         )
