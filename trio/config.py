@@ -18,9 +18,6 @@ METHODS = ("trio", "none", "random", "fastv", "divprune", "eadp", "gradient")
 BEFORE_DECODER = ("divprune", "eadp")
 """Methods that choose once, before the decoder's first layer."""
 ENCODERS = ("none", "visionzip", "scan")
-ENCODER_SURPLUS = 3
-"""Tokens that a reduction in the encoder leaves for each one that a method before the decoder
-keeps."""
 PROXY_POSITIONS = ("reference", "with_last", "last")
 POSITION_IDS = ("renumber", "keep")
 PROXY_LAYERS = ("next", "previous")
@@ -178,9 +175,15 @@ class Pruning:
             return visual_tokens
         ((_, keep), *_) = counts
         if self.method in BEFORE_DECODER:
-            # About as many as other methods are given to choose from.
-            keep = min(visual_tokens, ENCODER_SURPLUS * keep)
+            keep = self._behind(visual_tokens, num_layers, keep)
         return keep
+
+    def _behind(self, visual_tokens: int, num_layers: int, keep: int) -> int:
+        """What a method before the decoder chooses so many from: as many as others are given."""
+        retention = min(1.0, keep / visual_tokens)
+        others = Schedule.for_retention(retention, num_layers, visual_tokens, AFTER_ENCODER)
+        stages = others.stages
+        return stages[0].count(visual_tokens) if stages else visual_tokens
 
     def _counts(self, visual_tokens: int, num_layers: int) -> list[tuple[int, int]]:
         """All stages, in the encoder (layer 0) and in the decoder."""
