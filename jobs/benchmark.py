@@ -436,7 +436,11 @@ def _add_quality(parser: argparse.ArgumentParser) -> None:
     add("--proxy-head", type=_words, help="output,input_embedding (default: output)")
     add("--fill-up", type=_words, help="mixed,reference, of method trio (default: mixed)")
     add("--position-ids", type=_words, help="renumber,keep (default: as caption.py)")
-    add("--scenes", type=int, help="held-out scenes per seed, a caption and a question each (300)")
+    add(
+        "--scenes",
+        type=int,
+        help="held-out scenes per seed, a caption each, a question every second (300)",
+    )
     add(
         "--seed",
         type=_integers,

@@ -244,6 +244,40 @@ def test_images_of_many_shapes_from_parquet_to_parquet(tmp_path: Path, name: str
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_local")
+def test_a_reduction_in_the_encoder_from_parquet_to_parquet(tmp_path: Path, model: str) -> None:
+    """With the class token, which stands for no patch, among what is kept; beside the unpruned."""
+    shard = write_shard(tmp_path / "in.parquet", good_rows(), SCHEMA)
+    out = tmp_path / "out"
+    flags = ["--input", str(shard), "--output", str(out), "--model", model, "--save-kept"]
+    flags += ["--encoder", "visionzip", "--retention", "0.25", "--max-new-tokens", "4"]
+    assert run(*flags, "--compare-unpruned") == 0
+    settings = yaml.safe_load((out / "run.yaml").read_text())
+    assert (settings["encoder"], settings["method"]) == ("visionzip", "trio")
+    for row in answers(out).values():
+        assert row["error"] is None
+        entered, *stages = row["kept_tokens"]
+        assert len(entered) == row["visual_tokens_encoder"] < row["visual_tokens"]
+        assert None in entered
+        assert row["visual_tokens_stages"] == list(map(len, stages))
+        assert abs(row["retention"] - 0.25) * row["visual_tokens"] <= row["num_images"]
+    whole = answers(out / "unpruned")
+    assert {row["retention"] for row in whole.values()} == {1.0}
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_local")
+def test_eadp_with_the_bundled_models_own_text_tower(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    flags = ["--output", str(out), "--limit", "6", "--method", "eadp", "--no-compare-unpruned"]
+    assert run(*flags) == 0
+    assert yaml.safe_load((out / "run.yaml").read_text())["text_tower"] == "demo"
+    for row in answers(out).values():
+        assert row["error"] is None and row["visual_tokens_stages"] == [64]
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_local")
 def test_a_users_adapter_and_a_system_message(
     tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

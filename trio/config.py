@@ -102,12 +102,14 @@ class Pruning:
             raise UserError(
                 f"similarity_threshold must be in (-1, 1], got {self.similarity_threshold!r}"
             )
-        if isinstance(self.schedule, Schedule) and self.schedule.layers:
+        if isinstance(self.schedule, Schedule):
             self._check_layers(self.schedule)
 
     def _check_layers(self, schedule: Schedule) -> None:
         """What a schedule's layers may be, given the other settings."""
         layers = schedule.layers
+        if not layers:
+            return
         if self.encoder != "none" and layers[0] != 0:
             raise UserError(
                 f"schedule {schedule}: with encoder {self.encoder} it must say what the encoder "
@@ -195,6 +197,7 @@ class Pruning:
             usual = LLAVA if self.encoder == "none" else AFTER_ENCODER
             shape = AT_ONCE if self._at_once else self.schedule_shape or usual
             schedule = Schedule.for_retention(self.retention, num_layers, visual_tokens, shape)
+        self._check_layers(schedule)
         schedule.check_depth(num_layers, behind_last=self.proxy_layer == "previous")
         return schedule.counts(visual_tokens)
 

@@ -14,6 +14,7 @@ from trio.benchmark.quality import ask, settings
 from trio.config import METHODS, Pruning
 
 FLAGS = ["--methods", "none,random,trio", "--retention", "1/9,1/18", "--scenes", "1"]
+FLAGS += ["--proxy-layer", "previous"]
 PARTS = ("all", "questions", "captions")
 
 
@@ -31,10 +32,13 @@ def told(written: Path) -> Any:
 
 def test_conditions_and_what_is_out_of_reach(told: Any) -> None:
     conditions = told["conditions"]
-    assert conditions["seeds"] == [11, 12] and conditions["settings"] == len(told["rows"]) == 3
+    assert conditions["seeds"] == [11, 12] and conditions["settings"] == len(told["rows"]) == 6
     assert "torch" in conditions
-    assert {one["label"] for one in told["left_out"]} == {"random", "trio"}
-    assert all("smallest retention" in one["reason"] for one in told["left_out"])
+    (left_out,) = told["left_out"]
+    assert (left_out["label"], left_out["retention"]) == ("trio", pytest.approx(1 / 18))
+    assert "none has at layer 0" in left_out["reason"]
+    further = [row["label"] for row in told["rows"] if row["retention"] < 1 / 9]
+    assert further == ["random from layer 0", "trio as published from layer 0"]
 
 
 def test_the_unpruned_model_agrees_with_itself(told: Any) -> None:
@@ -48,11 +52,12 @@ def test_the_unpruned_model_agrees_with_itself(told: Any) -> None:
 
 
 def test_what_a_pruned_setting_reports(told: Any) -> None:
-    unpruned, *pruned = told["rows"]
-    assert [row["label"] for row in pruned] == ["random", "trio"]
+    unpruned, *rows = told["rows"]
+    pruned = [row for row in rows if row["retention"] == pytest.approx(1 / 9)]
+    assert [row["label"] for row in pruned] == ["random", "trio", "trio as published"]
     for row in pruned:
         assert row["retention_measured"] == pytest.approx(1 / 9, abs=1e-3)
-        assert [row[part]["n"] for part in PARTS] == [6, 4, 2]
+        assert [row[part]["n"] for part in PARTS] == [4, 2, 2]
         assert row["agreement"]["kl"] > 0 and 0 <= row["agreement"]["overlap"] <= 1
         low, high = row["all"]["relative_interval"]
         assert low <= row["all"]["relative"] <= high
@@ -65,9 +70,11 @@ def test_what_a_pruned_setting_reports(told: Any) -> None:
         assert ms["encode"] == unpruned["ms"]["encode"] > 0
         share = ms["prune"] / (ms["encode"] + ms["prefill"])
         assert row["own_time_share"] == pytest.approx(share)
-    random, trio = pruned
+    random, trio, published = pruned
     assert random["flops"]["choosing"] == 0 < trio["flops"]["choosing"]
-    assert random["proxy_positions"] is None and trio["proxy_positions"] == "with_last"
+    assert random["proxy_positions"] is None and random["fill_up"] is None
+    assert (trio["proxy_positions"], trio["fill_up"]) == ("with_last", "mixed")
+    assert (published["proxy_positions"], published["fill_up"]) == ("reference", "reference")
 
 
 def test_a_file_is_shown_again(written: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -96,7 +103,7 @@ def test_the_plot_is_written(written: Path, tmp_path: Path) -> None:
         (["--from", __file__], "--from"),
         (["--seed", "3,3"], "come once"),
         (["--seed", "3,x"], "no list of integers"),
-        (["--methods", "trio", "--retention", "1/18"], "out of reach"),
+        (["--methods", "eadp", "--encoders", "scan", "--model", "{dir}/model"], "--text-tower"),
         (["--methods", "eadp", "--model", "{dir}/model"], "method eadp needs --text-tower"),
     ],
 )
@@ -126,7 +133,14 @@ def test_settings_are_all_combinations() -> None:
     retentions = (1 / 3, 2 / 9, 1 / 9, 1 / 18)
     proxy = {"proxy_positions": "with_last"}
     rows = settings(METHODS, retentions, encoders, [proxy], ["renumber"], 11)
-    assert len(rows) == 1 + 4 * (7 * 3 - 1) == len({(r.label, r.pruning.retention) for r in rows})
+    published = [row.pruning for row in rows if row.label.endswith("as published")]
+    assert [(own.encoder, own.retention) for own in published if own.encoder != "none"] == [
+        ("visionzip", 1 / 9),
+        ("scan", 1 / 9),
+    ]
+    assert len(published) == 4 + 2
+    names = {(row.label, row.pruning.retention) for row in rows}
+    assert len(rows) == 1 + 4 * (7 * 3 - 1) + len(published) == len(names)
     by_label = {row.label: row.pruning for row in rows}
     assert by_label["visionzip"].method == "none"
     expected = Pruning(
@@ -142,9 +156,10 @@ def test_settings_are_all_combinations() -> None:
 
 def test_scenes_of_several_seeds_are_pooled() -> None:
     both, second = ask(2, [3, 4]), ask(2, [4])
-    assert [one.scene for one in both] == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
-    assert [one.request.id for one in both] == list(range(12))
-    assert [one.answer for one in both[6:]] == [one.answer for one in second]
+    assert [one.scene for one in both] == [0, 0, 1, 2, 2, 3]
+    assert [one.kind == "caption" for one in both] == [True, False, True] * 2
+    assert [one.request.id for one in both] == list(range(6))
+    assert [one.answer for one in both[3:]] == [one.answer for one in second]
 
 
 def test_the_clock_says_how_long_it_may_take() -> None:

@@ -97,8 +97,8 @@ def suppress(
         near_NV = _nearest(features_TD, index_NV, taken_NV, most_kept, step)
         near_NV.masked_fill_(taken_NV | ~there_NV, torch.inf)
         room_N = keep_N - taken_NV.sum(dim=1)
-        dots = _Dots(features_TD, index_NV, start_N, count_N)
-        taken_NV |= _farthest(dots, near_NV, room_N, int(room_N.max()))
+        farthest = _farthest if features_TD.is_cuda else _farthest_on_host
+        taken_NV |= farthest(features_TD, index_NV, near_NV, room_N)
     return _filled_up(order_NV, taken_NV, count_N, keep_N, most_kept)
 
 
@@ -123,80 +123,70 @@ def _nearest(
     return torch.cat(pieces, dim=1)
 
 
-def _farthest(dots: _Dots, near_NV: Tensor, room_N: Tensor, rounds: int) -> Tensor:
+def _farthest(features_TD: Tensor, index_NV: Tensor, near_NV: Tensor, room_N: Tensor) -> Tensor:
     """One token of each image after another: that whose largest cosine with a kept one is smallest,
     of equal ones the first in the order.
 
     Args:
-        dots: of the images' tokens, most salient first.
+        features_TD: packed features.
+        index_NV: packed indices of each image's tokens, most salient first.
         near_NV: each token's largest cosine with a kept one; infinite for tokens that are kept or
             not there. Overwritten.
         room_N: how many to take of each.
-        rounds: the largest of them, on the host.
 
     Returns:
         Tokens taken `[N, V]`, bool.
     """
-    norm_NV = dots.norms()
+    image_N1 = torch.arange(len(index_NV), device=index_NV.device)[:, None]
+    norm_NV = _norms(features_TD)[index_NV]
     taken_NV = torch.zeros_like(near_NV, dtype=torch.bool)
-    for number in range(rounds):
+    for number in range(int(room_N.max())):
         place_N1 = near_NV.argmin(dim=1, keepdim=True)
         taken_NV.scatter_(1, place_N1, (room_N > number)[:, None])
         near_NV.scatter_(1, place_N1, torch.inf)
+        own_ND = features_TD[index_NV.gather(1, place_N1)[:, 0]]
+        # One product over the batch as it lies; of its N columns each token needs its image's.
+        if own_ND.dtype == near_NV.dtype:
+            dot_TN = features_TD @ own_ND.T
+        else:
+            dot_TN = torch.mm(features_TD, own_ND.T, out_dtype=near_NV.dtype)
         scale_NV = norm_NV * norm_NV.gather(1, place_N1)
-        near_NV = torch.maximum(near_NV, dots.of(place_N1).div_(scale_NV))
+        near_NV = torch.maximum(near_NV, dot_TN[index_NV, image_N1] / scale_NV)
     return taken_NV
 
 
-class _Dots:
-    """Products of all tokens of each image with one of them, in float32 or better, without a copy
-    of the features.
+def _farthest_on_host(
+    features_TD: Tensor, index_NV: Tensor, near_NV: Tensor, room_N: Tensor
+) -> Tensor:
+    """The same image by image, as a CPU has the features of one in its cache."""
+    norm_T = _norms(features_TD).numpy()
+    taken = np.zeros(near_NV.shape, bool)
+    for image, room in enumerate(room_N.tolist()):
+        near, index = near_NV[image].numpy(), index_NV[image].numpy()
+        first, last = int(index.min()), int(index.max()) + 1
+        local, norm = index - first, norm_T[index]
+        tokens = features_TD[first:last]
+        for _ in range(room):
+            place = int(near.argmin())
+            taken[image, place] = True
+            near[place] = np.inf
+            dots = _dots(tokens, tokens[local[place]])[local]
+            np.maximum(near, dots / (norm * norm[place]), out=near)
+    return torch.from_numpy(taken)
 
-    Args:
-        features_TD: packed features.
-        index_NV: packed indices of each image's tokens, in any order.
-        start_N: packed index of each image's first token.
-        count_N: tokens of each.
-    """
 
-    def __init__(
-        self, features_TD: Tensor, index_NV: Tensor, start_N: Tensor, count_N: Tensor
-    ) -> None:
-        self._features_TD = features_TD
-        self._index_NV = index_NV
-        self._image_N1 = torch.arange(len(index_NV), device=index_NV.device)[:, None]
-        self._spans: list[slice] = []
-        if not features_TD.is_cuda:
-            bounds = zip(start_N.tolist(), count_N.tolist(), strict=True)
-            self._spans = [slice(start, start + count) for start, count in bounds]
+def _dots(tokens_VD: Tensor, own_D: Tensor) -> np.ndarray:
+    """`[V]`, in float32 or better, without a copy of all."""
+    if own_D.dtype in (torch.float32, torch.float64):
+        return (tokens_VD @ own_D).numpy()
+    blocks = [block.float() @ own_D.float() for block in tokens_VD.split(_BLOCK)]
+    return torch.cat(blocks).numpy()
 
-    def norms(self) -> Tensor:
-        """Lengths `[N, V]`; of a token without any a tiny one."""
-        wide = torch.promote_types(self._features_TD.dtype, torch.float32)
-        norm_T = torch.linalg.vector_norm(self._features_TD, dim=1, dtype=wide)
-        return norm_T.clamp_(min=1e-12)[self._index_NV]
 
-    def of(self, place_N1: Tensor) -> Tensor:
-        """`[N, V]`, with the token at this place of each image's row."""
-        own_ND = self._features_TD[self._index_NV.gather(1, place_N1)[:, 0]]
-        if self._spans:
-            return self._by_image(own_ND)[self._index_NV]
-        # One product over the batch as it lies; of its N columns each token needs its image's.
-        if own_ND.dtype in (torch.float32, torch.float64):
-            dot_TN = self._features_TD @ own_ND.T
-        else:
-            dot_TN = torch.mm(self._features_TD, own_ND.T, out_dtype=torch.float32)
-        return dot_TN[self._index_NV, self._image_N1]
-
-    def _by_image(self, own_ND: Tensor) -> Tensor:
-        """Packed `[T]`: a CPU has an image's features in its cache, and no others to go through."""
-        wide = torch.promote_types(own_ND.dtype, torch.float32)
-        dot_T = own_ND.new_zeros(len(self._features_TD), dtype=wide)
-        for span, own_D in zip(self._spans, own_ND.to(wide), strict=True):
-            image_VD, out_V = self._features_TD[span], dot_T[span]
-            for block_CD, out_C in zip(image_VD.split(_BLOCK), out_V.split(_BLOCK), strict=True):
-                torch.mv(block_CD.to(wide), own_D, out=out_C)
-        return dot_T
+def _norms(features_TD: Tensor) -> Tensor:
+    """Lengths `[T]` in float32 or better; of a token without any a tiny one."""
+    wide = torch.promote_types(features_TD.dtype, torch.float32)
+    return torch.linalg.vector_norm(features_TD, dim=1, dtype=wide).clamp_(min=1e-12)
 
 
 def _filled_up(
