@@ -176,9 +176,7 @@ def speed(options: argparse.Namespace) -> int:
         seed=options.seed,
     )
     if options.encoder != "none":
-        raise UserError(
-            f"--encoder {options.encoder} is not available in this version; there is: none"
-        )
+        raise UserError(f"--encoder {options.encoder} is not measured here; there is: none")
     pruning = _pruning(options)
     _check_file(options.json)
     device, dtype = _device(options)
@@ -220,11 +218,13 @@ def cost(options: argparse.Namespace) -> int:
     from trio.engine.loading import load_outline
 
     pruning = _pruning(options)
+    if pruning.method == "eadp":
+        raise UserError("--method eadp is not counted: its text tower is no part of the model")
     _check_file(options.json)
     conditions = {
         "image": "x".join(map(str, options.image)),
         "prompt_tokens": options.prompt_tokens,
-        "method": pruning.method,
+        "method": pruning.name,
         "retention": pruning.retention,
         "schedule": options.schedule,
     }
@@ -289,7 +289,12 @@ def _pruning(options: argparse.Namespace) -> Pruning:
     retention = options.retention
     if retention is None and options.schedule is None:
         retention = 1 / 9
-    return Pruning(retention=retention, schedule=options.schedule, method=options.method)
+    return Pruning(
+        retention=retention,
+        schedule=options.schedule,
+        method=options.method,
+        encoder=options.encoder,
+    )
 
 
 def _device(options: argparse.Namespace) -> tuple[torch.device, str]:
@@ -436,11 +441,7 @@ def _add_quality(parser: argparse.ArgumentParser) -> None:
     add("--proxy-head", type=_words, help="output,input_embedding (default: output)")
     add("--fill-up", type=_words, help="mixed,reference, of method trio (default: mixed)")
     add("--position-ids", type=_words, help="renumber,keep (default: as caption.py)")
-    add(
-        "--scenes",
-        type=int,
-        help="held-out scenes per seed, a caption each, a question every second (300)",
-    )
+    add("--scenes", type=int, help="of each seed; a caption of each, a question of half (300)")
     add(
         "--seed",
         type=_integers,
@@ -505,6 +506,7 @@ def _add_cost(parser: argparse.ArgumentParser) -> None:
         model=None,
         shape=None,
         method="trio",
+        encoder="none",
         retention=None,
         schedule=None,
         image=(1008, 1008),
@@ -518,7 +520,8 @@ def _add_cost(parser: argparse.ArgumentParser) -> None:
     )
     add("--retention", type=_fraction, help="layer-average share kept (1/9)")
     add("--schedule", type=_schedule, help="stages instead: 1:436,10:255,15:173, or a .yaml file")
-    add("--method", help="trio, gradient, random, fastv or divprune (trio)")
+    add("--method", help="trio, gradient, random, fastv, divprune or none (trio)")
+    add("--encoder", help="visionzip or scan, before the method (none)")
     add("--image", type=_size, help="width and height of the one image, in pixels (1008x1008)")
     add("--prompt-tokens", type=_positive, help="text tokens beside it (60)")
     add("--json", type=Path, metavar="FILE", help="also write the rows as JSON")

@@ -140,13 +140,23 @@ def test_newlines_matter_to_no_prompt_and_tiles_are_told_apart() -> None:
     assert (relevance.tile_N[rows * columns :] > 0).all()
 
 
+def worker_inputs(family: Family) -> Any:
+    """One prepared image."""
+    prepared = engine(family, EADP).prepare(Request(id=0, prompt="a", images=(picture(1),)))
+    assert isinstance(prepared, Prepared)
+    return prepared.image_inputs[0]
+
+
 def test_a_prompt_is_embedded_once() -> None:
     tower, asked = text_tower(FAMILIES["llava"]().model), []
     embed = tower.embed
     tower.embed = lambda texts: asked.append(list(texts)) or embed(texts)  # type: ignore
     relevances = Relevances(tower)
-    relevances(["a", "b", "a"], [[], [], []])
-    relevances(["b", "c"], [[], []])
+    (image,) = adapt(FAMILIES["llava"]().model).encode_images(
+        [worker_inputs(FAMILIES["llava"]())], join=tower.project
+    )
+    relevances(["a", "b", "a", "text alone"], [[image], [image], [image], []])
+    relevances(["b", "c"], [[image], [image, image]])
     assert asked == [["a", "b"], ["c"]]
 
 
@@ -154,5 +164,9 @@ def test_without_a_text_tower_it_is_refused() -> None:
     family = FAMILIES["llava"]()
     with pytest.raises(UserError, match="--text-tower"):
         Engine(family.model, family.processor, pruning=EADP)
+    Engine(family.model, family.processor, pruning=Pruning(retention=1.0, method="eadp"))
+    other = FAMILIES["qwen2_5_vl"]()
     with pytest.raises(UserError, match="no CLIP vision encoder"):
-        load_text_tower(FAMILIES["qwen2_5_vl"]().model, "anywhere")
+        load_text_tower(other.model, "anywhere")
+    with pytest.raises(UserError, match="needs a CLIP vision encoder"):
+        Engine(other.model, other.processor, pruning=EADP)

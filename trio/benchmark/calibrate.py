@@ -367,6 +367,7 @@ def report(
         "proxy_positions": pruning.proxy_positions,
         "proxy_layer": pruning.proxy_layer,
         "proxy_head": pruning.proxy_head,
+        "fill_up": pruning.fill_up,
         "position_ids": pruning.position_ids,
         "max_new_tokens": config.max_new_tokens,
         "input": list(config.input),

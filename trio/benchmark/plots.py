@@ -42,6 +42,8 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     lines = _lines(rows)
+    if not lines:
+        raise UserError(f"--plot {path}: there is no pruned setting to draw")
     encoders = list(dict.fromkeys(encoder for _, encoder in lines))
     methods = list(dict.fromkeys(method for method, _ in lines))
     looks = {method: (f"C{n % 10}", MARKERS[n % len(MARKERS)]) for n, method in enumerate(methods)}

@@ -1,9 +1,9 @@
 """How much of the unpruned model's answers each pruning setting keeps, and what it costs.
 
-Every setting answers the same requests: for each held-out scene its caption, and for every second one a
-question, the kinds in turn. A setting's accuracy is the share of exact answers, with a 95 % Wilson interval; what
-it keeps is its right answers over those of the unpruned model, with a 95 % interval by bootstrap
-over scenes. Captions are also scored by the share of objects named rightly.
+Every setting answers the same requests: for each held-out scene its caption, and for every second
+one a question, the kinds in turn. A setting's accuracy is the share of exact answers, with a 95 %
+Wilson interval; what it keeps is its right answers over those of the unpruned model, with a 95 %
+interval by bootstrap over scenes. Captions are also scored by the share of objects named rightly.
 
 Milliseconds per image are those of one request about one image that nobody has read before: the
 encoder's (median over passes of several images, measured where the images are really encoded; the
@@ -108,7 +108,7 @@ def settings(
             continue
         common = Pruning(method=method, encoder=encoder, retention=retention, seed=seed)
         has_proxy = method in PROXY_METHODS
-        for handling, proxy in product(position_ids, proxies if has_proxy else [{}]):
+        for handling, proxy in product(position_ids, _of_method(method, proxies)):
             pruning = replace(common, position_ids=handling, **proxy)
             words = [pruning.name]
             if has_proxy and len(proxies) > 1:
@@ -122,6 +122,15 @@ def settings(
             # Behind an encoder it is published for one ninth alone.
             rows.append(_published(common))
     return rows
+
+
+def _of_method(method: str, proxies: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The settings that matter to a method, each once."""
+    if method not in PROXY_METHODS:
+        return [{}]
+    ignored = {"fill_up"} if method == "gradient" else set()
+    own = [{name: proxy[name] for name in proxy if name not in ignored} for proxy in proxies]
+    return [proxy for place, proxy in enumerate(own) if proxy not in own[:place]]
 
 
 def _published(pruning: Pruning) -> Setting:
@@ -180,8 +189,8 @@ def check_scenes(scenes: int, seeds: Sequence[int]) -> None:
 
 
 def ask(scenes: int, seeds: Sequence[int]) -> list[Asked]:
-    """The requests: a caption of each of `scenes` held-out scenes of each seed, and a question about
-    every second one. Fewer questions than captions, as they vary less from method to method."""
+    """The requests: a caption of each of `scenes` held-out scenes of each seed, and a question
+    about every second one. Questions are fewer, as they vary less from method to method."""
     asked: list[Asked] = []
     for place, seed in enumerate(seeds):
         rng = np.random.default_rng(seed)

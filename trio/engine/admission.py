@@ -43,7 +43,7 @@ class Admission:
         except UserError as error:
             return failed(prepared.id, "mismatch", str(error))
         size = f"{prompt} prompt tokens and up to {new} new ones"
-        if prompt + new > runner.decoder.max_positions:
+        if prompt - runner.left_out(prepared.image_tokens) + new > runner.decoder.max_positions:
             message = f"{size} pass the model's context of {runner.decoder.max_positions}"
             return failed(prepared.id, "too_long", message)
         need = runner.need(prompt, prepared.image_tokens, new)

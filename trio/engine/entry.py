@@ -43,7 +43,8 @@ class Entry:
             for (start, stop), image in zip(own, images, strict=True):
                 index += range(first + done, first + start)
                 entered = len(index) - begin
-                index += [first + start + (source or 0) for source in image.sources]
+                sources = image.sources or range(len(image))
+                index += [first + start + (source or 0) for source in sources]
                 found.append((entered, entered + len(image)))
                 done = stop
             index += range(first + done, first + length)
@@ -64,9 +65,11 @@ def entered(given: Sequence[int], images: Sequence[Features]) -> list[int | None
         An index for each token that enters the decoder, None for a tower's class token; empty where
         nothing was reduced.
     """
+    if not any(image.sources for image in images):
+        return []
     starts = (0, *accumulate(given))
     return [
         None if source is None else start + source
         for start, image in zip(starts, images, strict=False)
-        for source in image.sources
+        for source in image.sources or range(len(image))
     ]

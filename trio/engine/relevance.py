@@ -16,7 +16,7 @@ from trio.models.text_tower import Text, TextTower
 from trio.pruning.candidates import Relevance
 from trio.pruning.eadp import importance
 
-_TEXTS = 1024
+_TEXTS = 256
 """Prompts whose embeddings are held: many rows ask the same."""
 
 
@@ -31,17 +31,17 @@ class Relevances:
         self, prompts: Sequence[str], features: Sequence[Sequence[Features]]
     ) -> list[list[Relevance]]:
         """Of each prompt's images, whose features have `joint`."""
-        texts = self._embedded(prompts)
+        texts = self._embedded([p for p, own in zip(prompts, features, strict=True) if own])
         return [
-            [_relevance(text, image.joint) for image in images if image.joint is not None]
-            for text, images in zip(texts, features, strict=True)
+            [_relevance(texts[prompt], image.joint) for image in own if image.joint is not None]
+            for prompt, own in zip(prompts, features, strict=True)
         ]
 
-    def _embedded(self, prompts: Sequence[str]) -> list[Text]:
+    def _embedded(self, prompts: Sequence[str]) -> dict[str, Text]:
         fresh = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._texts]
         self._texts |= zip(fresh, self._text_tower.embed(fresh), strict=True)
-        texts = [self._texts[prompt] for prompt in prompts]
-        for prompt in prompts:
+        texts = {prompt: self._texts[prompt] for prompt in prompts}
+        for prompt in texts:
             self._texts.move_to_end(prompt)
         while len(self._texts) > _TEXTS:
             self._texts.popitem(last=False)

@@ -108,7 +108,7 @@ class Result:
     error: str | None = None
     """`kind: message`; the kinds are those of `FailureKind`."""
     prompt_tokens: int | None = None
-    """Tokens of the prompt as the decoder takes them in, visual tokens included."""
+    """Tokens of the prompt, with all visual tokens from the encoder."""
     output_tokens: int | None = None
     num_images: int | None = None
     visual_tokens: int | None = None

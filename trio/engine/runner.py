@@ -27,6 +27,7 @@ from trio.models.prefill import PackedPrompts, prefill
 from trio.models.products import few_row_linears
 from trio.models.stopwatch import Stopwatch
 from trio.models.text_tower import TextTower
+from trio.pruning.compaction import contiguous_positions
 from trio.pruning.methods.random import salt_of
 
 EncodeImages = Callable[[Sequence[Inputs], str, Sequence[int], Join | None], Sequence[Features]]
@@ -52,14 +53,20 @@ class Runner:
         encode_images: EncodeImages | None = None,
         text_tower: TextTower | None = None,
     ) -> None:
-        if pruning.method == "eadp" and text_tower is None:
+        comparing = pruning.method == "eadp" and pruning.active
+        if comparing and adapter.clip_tower is None:
+            raise UserError(
+                "method eadp needs a CLIP vision encoder, which this "
+                f"{type(adapter.model).__name__} does not have; use another method"
+            )
+        if comparing and text_tower is None:
             raise UserError(
                 "method eadp compares images with prompts in the space that CLIP's towers share: "
                 "give as text_tower (--text-tower) the CLIP checkpoint that the model's vision "
                 "encoder was taken from, openai/clip-vit-large-patch14-336 for LLaVA-1.5"
             )
         self.adapter = adapter
-        asked = text_tower if pruning.method == "eadp" else None
+        asked = text_tower if comparing else None
         self._join = asked.project if asked else None
         self._relevances = Relevances(asked) if asked else None
         self._encode_images = encode_images or adapter.encode_images
@@ -99,6 +106,12 @@ class Runner:
         # before it is known to be the last.
         stored = new_tokens - 1 + self.lag
         return tuple(prompt_tokens - gone + stored for gone in removed)
+
+    def left_out(self, image_tokens: Sequence[int]) -> int:
+        """Positions of a prompt that nothing stands at, as the encoder left its tokens out."""
+        if self.pruning.position_ids == "keep":
+            return 0
+        return sum(n - self.pruning.encoded(n, self.num_layers) for n in image_tokens)
 
     def encode(self, tasks: Sequence[Task]) -> list[list[Features]]:
         """Visual features of each task's images, in one pass of the encoder."""
@@ -148,13 +161,9 @@ class Runner:
         ids_T = torch.tensor([token for task in tasks for token in task.prepared.input_ids])
         positions_T = self.adapter.positions(lengths, spans, images)
         if self.pruning.encoder != "none":
-            entry = Entry.of(lengths, spans, features)
+            entry, task_lengths = Entry.of(lengths, spans, features), lengths
             lengths, spans, ids_T = entry.lengths, entry.spans, ids_T[entry.index_T]
-            # A stage like those in the decoder: numbered anew what is left stands at 0, 1, 2, ...
-            if self.pruning.position_ids == "renumber":
-                positions_T = None
-            if positions_T is not None:
-                positions_T = positions_T[..., entry.index_T]
+            positions_T = self._after_reduction(positions_T, task_lengths, entry.index_T)
         own = list(chain.from_iterable(features))
         salted = self.pruning.method == "random"
         return PackedPrompts(
@@ -166,6 +175,17 @@ class Runner:
             given=[task.prepared.image_tokens for task in tasks],
             salts=tuple(salt_of(t.prepared.input_ids) for t in tasks) if salted else (),
         )
+
+    def _after_reduction(
+        self, positions_T: Tensor | None, lengths: Sequence[int], index_T: Tensor
+    ) -> Tensor | None:
+        """Positions of what is left, as after a stage in the decoder: numbered anew 0, 1, 2, ...,
+        which is None, or each token's own."""
+        if self.pruning.position_ids == "renumber":
+            return None
+        if positions_T is None:
+            positions_T = contiguous_positions(lengths, torch.device("cpu"))
+        return positions_T[..., index_T]
 
     def start(self, tasks: Sequence[Task]) -> None:
         """Let tasks whose prompts and first tokens are there take part in decoding."""

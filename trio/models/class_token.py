@@ -42,6 +42,10 @@ class ClassTokenAdapter(TiledAdapter):
         has_class = CLASS_TOKENS[model.config.vision_config.model_type] > 0
         if has_class and min(self._feature_layers) >= 0:
             self.encoders = ("visionzip", "scan")
+        # A text tower's joint space is made for the width of one layer.
+        is_clip = model.config.vision_config.model_type == "clip_vision_model"
+        if is_clip and self.encoders and len(self._feature_layers) == 1:
+            self.clip_tower = model.model.vision_tower
 
     @abstractmethod
     def _pixels(self, inputs: Sequence[Inputs]) -> Tensor:

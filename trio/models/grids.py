@@ -37,7 +37,6 @@ class GridAdapter(Adapter):
     videos."""
 
     default_position_ids = "keep"
-    encoders = ("scan",)
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)
@@ -58,9 +57,9 @@ class GridAdapter(Adapter):
     def _vision_shape(self) -> GridVisionShape:
         """Sizes of tower and mergers."""
 
-    @abstractmethod
     def _scanned(self) -> tuple[int, int]:
         """Blocks of the tower whose attention a scan reads: a shallow one and the last."""
+        raise NotImplementedError(f"{type(self).__name__}._scanned")
 
     def _tower_order(self, rows: int, columns: int) -> Tensor:
         """`[N]`, which token of an image of so many rows and columns of them the tower has at each

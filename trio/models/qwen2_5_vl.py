@@ -21,6 +21,7 @@ class Qwen25VLAdapter(GridAdapter):
     """Of a `Qwen2_5_VLForConditionalGeneration`."""
 
     text_models = ("qwen2_5_vl_text",)
+    encoders = ("scan",)
     processor_class = ImageProcessor
 
     def _vision_shape(self) -> GridVisionShape:

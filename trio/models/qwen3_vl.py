@@ -23,6 +23,7 @@ class Qwen3VLAdapter(GridAdapter):
     """Of a `Qwen3VLForConditionalGeneration`."""
 
     text_models = ("qwen3_vl_text",)
+    encoders = ("scan",)
     processor_class = ImageProcessor
 
     def _vision_shape(self) -> GridVisionShape:

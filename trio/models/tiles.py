@@ -38,8 +38,6 @@ class TiledAdapter(Adapter):
                 f"{', '.join(CLASS_TOKENS)}"
             )
         super().__init__(model)
-        if tower == "clip_vision_model":
-            self.clip_tower = model.model.vision_tower
 
     @abstractmethod
     def tiles(self, inputs: Inputs) -> list[int]:

@@ -81,6 +81,9 @@ def settings_from(
         values.pop("schedule", None)
     if "schedule" in given:
         values.pop("retention", None)
+    if given.get("method", "eadp") != "eadp":
+        values.pop("text_tower", None)
+        values.pop("text_tower_revision", None)
     merged = settings.from_mapping(values, f"--config {args.config}", base)
     for name, value in given.items():
         try:

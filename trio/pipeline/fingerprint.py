@@ -199,14 +199,19 @@ def _pinned(config: JobConfig, earlier: JobConfig | None, model: str, revision: 
     """The commit of one hub id; `model` and `revision` are the names of its settings."""
     flag, revision_flag = (f"--{name.replace('_', '-')}" for name in (model, revision))
     name, asked = getattr(config, model), getattr(config, revision)
-    if name is None or model_directory(name) is not None:
+    if name is None:
+        if asked is not None:
+            raise UserError(f"{revision_flag} {asked} goes with {flag}; give both or none")
+        return None
+    if model_directory(name) is not None:
         if asked is not None:
             raise UserError(
                 f"{revision_flag} {asked}: {flag} {name} is no hub id; leave {revision_flag} out"
             )
         return None
     if asked is None and earlier is not None and getattr(earlier, model) == name:
-        return str(getattr(earlier, revision))
+        kept: str | None = getattr(earlier, revision)
+        return kept
     return commit(name, asked, flag)
 
 

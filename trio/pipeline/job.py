@@ -85,7 +85,19 @@ def resolve(job: Job, config: JobConfig, given: frozenset[str]) -> JobConfig:
     check_model(config.model)
     if config.text_tower is not None:
         check_model(config.text_tower, "--text-tower")
+    elif config.method == "eadp" and config.model != DEMO and config.pruning_asked:
+        raise UserError(
+            "--method eadp compares images with prompts by CLIP: give as --text-tower the CLIP that"
+            f" the model's vision encoder comes from, {HUB_IDS['--text-tower']} for LLaVA-1.5"
+        )
     return config.replace(**changes)
+
+
+HUB_IDS = {
+    "--model": "llava-hf/llava-1.5-7b-hf",
+    "--text-tower": "openai/clip-vit-large-patch14-336",
+}
+# for messages
 
 
 def check_model(model: str, flag: str = "--model") -> None:
@@ -97,7 +109,7 @@ def check_model(model: str, flag: str = "--model") -> None:
     if local and not os.path.isfile(os.path.join(model, "config.json")):
         raise UserError(
             f"{flag} {model}: no model there (no config.json); give a directory that"
-            " save_pretrained wrote, or a hub id such as llava-hf/llava-1.5-7b-hf"
+            f" save_pretrained wrote, or a hub id such as {HUB_IDS[flag]}"
         )
 
 
@@ -205,7 +217,7 @@ def _announce(config: JobConfig, plan: Any, resources: str) -> None:
         schedule, retention = config.schedule, config.retention
         keep = f"schedule {schedule}" if schedule else f"retention {retention:.4g}"
     print(f"input   {len(manifest.shards)} shards, {plan.rows} rows, {manifest.size / 1e6:.1f} MB")
-    print(f"model   {config.model}, method {config.method}, {keep}")
+    print(f"model   {config.model}, {config.pruning().name}, {keep}")
     print(f"runs on {resources}")
     print(f"output  {plan.output.uri}", flush=True)
     if "cluster" in resources and is_local(plan.output.uri):

@@ -37,7 +37,7 @@ def suppress(
     keep_N: Tensor,
     most_kept: int,
     threshold: float,
-    fill_up: str = "reference",
+    fill_up: str,
 ) -> Tensor:
     """Choose tokens of several images at once.
 

@@ -96,4 +96,4 @@ def choose(
 
 
 def _nothing(requests: Sequence[int]) -> Tensor:
-    raise AssertionError("no layer has run whose attention could be asked for")
+    raise AssertionError("nothing was said of attention")

@@ -1,7 +1,7 @@
 """Method `fastv`: by the attention that the prompt's last token pays, in the layer just run.
 
 FastV (arXiv 2403.06764), method section: average over heads, the largest stay. Its published
-setting is one stage, `2:K`; any schedule that does not begin at layer 0 will do.
+setting is one stage, `2:K`. At layer 0, where none has run, it is the attention in the first layer.
 """
 
 from __future__ import annotations
