@@ -358,8 +358,8 @@ def test_a_model_that_cannot_be_served_is_the_users_mistake(
 
 
 MISTAKES = [
-    (["--method", "fastv"], "not available in this version; available: trio, none"),
-    (["--encoder", "scan"], "not available in this version; available: none"),
+    (["--method", "eadp", "--model", "org/name"], "give as --text-tower the CLIP"),
+    (["--text-tower", "org/clip"], "--text-tower goes with --method eadp only"),
     (["--input", "nowhere.parquet"], "no Parquet file there"),
     (["--input", "{shard}", "--columns", "image=photo"], "it has id, image, prompt"),
     (["--input", "{shard}", "--model", "./nowhere"], "no model there"),

@@ -65,13 +65,17 @@ def test_fill_encodes_what_is_read_later() -> None:
     adapter = adapt(MODEL)
     shared = EncodedOnce(adapter)
     images = [image for one in REQUESTS[::2] for image in one.image_inputs]
-    assert shared.fill(images, "none", [64] * len(images)) > 0
+    seconds, reducing = shared.fill(images, "none", [64] * len(images))
+    assert seconds > 0 == reducing
     for image, (expected,) in zip(
         images, (adapter.encode_images([image]) for image in images), strict=True
     ):
         (found,) = shared([image])
         torch.testing.assert_close(found.tokens, expected.tokens)
         assert shared([image], "none", [3])[0] is found
+    seconds, reducing = shared.fill(images, "scan", [20] * len(images))
+    assert 0 <= reducing < seconds
+    assert {len(found) for found in shared(images, "scan", [20] * len(images))} == {20}
 
 
 def test_first_distributions_are_given_where_asked_for() -> None:

@@ -16,7 +16,7 @@ from trio.models.registry import adapt
 
 REDUCIBLE = ("llava", "llava_next")
 ENCODERS = ("visionzip", "scan")
-METHODS = ("none", pytest.param("random", marks=pytest.mark.slow), "trio")
+METHODS = ("trio", pytest.param("none", marks=pytest.mark.slow))
 
 
 @pytest.fixture(scope="module", params=REDUCIBLE)

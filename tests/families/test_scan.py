@@ -35,8 +35,15 @@ def one_by_one(worker: Engine, requests: Sequence[Request]) -> dict[Any, Result]
     return by_id(itertools.chain.from_iterable(worker.generate([r]) for r in requests))
 
 
-@pytest.mark.parametrize("position_ids", ["keep", "renumber"])
-@pytest.mark.parametrize("method", ["none", "random", "trio"])
+@pytest.mark.parametrize(
+    ("method", "position_ids"),
+    [
+        ("trio", "keep"),
+        pytest.param("trio", "renumber", marks=pytest.mark.slow),
+        pytest.param("none", "renumber", marks=pytest.mark.slow),
+        pytest.param("random", "keep", marks=pytest.mark.slow),
+    ],
+)
 def test_a_batch_equals_singles_and_counts_are_as_asked(
     family: Family, method: str, position_ids: str
 ) -> None:

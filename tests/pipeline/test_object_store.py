@@ -220,6 +220,7 @@ def test_readers_see_only_whole_files(store: Store) -> None:
     assert len(set(seen)) > 3 and committed.listed(output) == set(plan)
 
 
+@pytest.mark.slow
 def test_the_lease_is_held_by_one(store: Store) -> None:
     output = store.at("out")
     with lease.hold(output, interval_s=1.0) as held:

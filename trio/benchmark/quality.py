@@ -9,8 +9,8 @@ Milliseconds per image are those of one request about one image that nobody has 
 encoder's (median over passes of several images, measured where the images are really encoded; the
 settings after that share its features), and the setting's own prefill, pruning included, and
 decoding, divided by the requests. Of them the method's own share is the time of choosing over the
-time of encoder and prefill, where choosing in the encoder is what the reducing encoder takes longer
-than the plain one.
+time of encoder and prefill, where choosing in the encoder is what a reducing pass takes longer than
+a plain one right behind it.
 """
 
 from __future__ import annotations
@@ -244,6 +244,7 @@ class _Run:
     text_tower: TextTower | None
     results: list[Result]
     encode_s: float
+    reduce_s: float
     prefill_s: float
     prune_s: float
     decode_s: float
@@ -265,7 +266,7 @@ class _Trial:
         self._images = {id(one.image_inputs[0]): one for one in self.requests}.values()
         self._encoded = EncodedOnce(self.adapter, text_tower.project if text_tower else None)
         self._encoded_as: tuple[str, int] | None = None
-        self._encode_s = 0.0
+        self._encode_s = self._reduce_s = 0.0
 
     def run(self, pruning: Pruning) -> _Run:
         pruning = self.adapter.settle(pruning)
@@ -287,6 +288,7 @@ class _Trial:
             text_tower=self._text_tower if pruning.method == "eadp" else None,
             results=results,
             encode_s=self._encode_s,
+            reduce_s=self._reduce_s,
             prefill_s=counted["prefill_s"] / count,
             prune_s=counted["prune_s"] / count,
             decode_s=counted["decode_s"] / count,
@@ -308,7 +310,7 @@ class _Trial:
         layers = self.adapter.decoder.num_layers
         inputs = [one.image_inputs[0] for one in self._images]
         keeps = [pruning.encoded(one.image_tokens[0], layers) for one in self._images]
-        self._encode_s = self._encoded.fill(inputs, pruning.encoder, keeps)
+        self._encode_s, self._reduce_s = self._encoded.fill(inputs, pruning.encoder, keeps)
         self._encoded_as = wanted
 
 
@@ -461,10 +463,11 @@ class _Comparison:
         )
 
     def _ms(self, run: _Run) -> dict[str, float]:
-        """Milliseconds per image; `prune` is within `prefill`."""
+        """Milliseconds per image; `reduce` is within `encode`, `prune` within `prefill`."""
         seconds = {
             "image": run.encode_s + run.prefill_s + run.decode_s,
             "encode": run.encode_s,
+            "reduce": run.reduce_s,
             "prefill": run.prefill_s,
             "prune": run.prune_s,
             "decode": run.decode_s,
@@ -472,10 +475,7 @@ class _Comparison:
         return {name: 1e3 * value for name, value in seconds.items()}
 
     def _own_time_share(self, run: _Run) -> float:
-        in_encoder = max(0.0, run.encode_s - self._unpruned.encode_s)
-        if run.pruning.encoder == "none":
-            in_encoder = 0.0
-        return (in_encoder + run.prune_s) / (run.encode_s + run.prefill_s)
+        return (run.reduce_s + run.prune_s) / (run.encode_s + run.prefill_s)
 
 
 def _sum(parts: Iterable[Flops]) -> Flops:
