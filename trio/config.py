@@ -39,7 +39,7 @@ class Pruning:
         other) and `eadp` (relevant to the prompt in the encoder's image-text space) choose once,
         before the decoder.
     encoder: what reduces the tokens in the vision encoder already: `visionzip`, `scan` or `none`.
-        Of a retention it takes what `schedule_shape` has at layer 0, three times the layer average
+        Of a retention it takes what `schedule_shape` has at layer 0, four times the layer average
         unless told otherwise, and the decoder's stages do the rest; with method `none` it does all.
         A schedule says with a stage at layer 0 how many it keeps.
     proxy_positions: which rows of the proxy give the loss, for a sequence of n tokens:

@@ -90,9 +90,9 @@ LLAVA_NEXT = ScheduleShape(32, ((1, 436 / 2880), (10, 255 / 2880), (15, 173 / 28
 PUBLISHED_AFTER_ENCODER = ScheduleShape(32, ((0, 96 / 576), (16, 32 / 576)))
 """With a reduction in the encoder, which is the stage at 0: the published setting of LLaVA-1.5-7B;
 Qwen2.5-VL-7B's has the same shares at its own half depth."""
-AFTER_ENCODER = ScheduleShape(32, ((0, 192 / 576), (4, 72 / 576), (10, 48 / 576), (16, 36 / 576)))
-"""What is used instead: the encoder, which does not know the prompt, leaves the decoder twice as
-many to choose from. The README has what that keeps beside the published setting."""
+AFTER_ENCODER = ScheduleShape(32, ((0, 256 / 576), (4, 64 / 576), (10, 40 / 576), (16, 25 / 576)))
+"""What is used instead: the encoder, which does not know the prompt, leaves the decoder more than
+twice as many to choose from. The README has what that keeps beside the published setting."""
 AT_ONCE = ScheduleShape(1, ((0, 1.0),))
 """Everything before the first layer."""
 _LEAST_RATIO = 1e-6
