@@ -197,7 +197,7 @@ class Pruning:
             usual = LLAVA if self.encoder == "none" else AFTER_ENCODER
             shape = AT_ONCE if self._at_once else self.schedule_shape or usual
             schedule = Schedule.for_retention(self.retention, num_layers, visual_tokens, shape)
-        self._check_layers(schedule)
+            self._check_layers(schedule)
         schedule.check_depth(num_layers, behind_last=self.proxy_layer == "previous")
         return schedule.counts(visual_tokens)
 

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
+from tests.clip import tiny_clip
 from tests.engine.support import by_id, picture
 from tests.families.family import FAMILIES, LAYERS, Family, requests_of_many_sizes
 from trio.config import Pruning
@@ -33,26 +34,8 @@ def family(request: Any) -> Family:
 def text_tower(model: Any) -> TextTower:
     """Of a CLIP that has the model's own vision tower."""
     vision = model.model.vision_tower
-    text = {
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "vocab_size": len(WORDS),
-        "max_position_embeddings": 8,
-        "bos_token_id": 1,
-        "eos_token_id": len(WORDS) - 1,
-    }
-    with torch.random.fork_rng():
-        torch.manual_seed(4)
-        clip: Any = CLIPModel(
-            CLIPConfig(
-                text_config=text,
-                vision_config=vision.config.to_dict(),
-                projection_dim=12,
-                initializer_factor=5.0,
-            )
-        ).eval()
+    size = len(WORDS)
+    clip = tiny_clip(vision.config.to_dict(), words=size, begin=1, end=size - 1, joint=12, seed=4)
     clip.vision_model.load_state_dict(vision.state_dict())
     letters = Tokenizer(models.WordLevel({w: n for n, w in enumerate(WORDS)}, unk_token="!"))
     letters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
@@ -140,21 +123,15 @@ def test_newlines_matter_to_no_prompt_and_tiles_are_told_apart() -> None:
     assert (relevance.tile_N[rows * columns :] > 0).all()
 
 
-def worker_inputs(family: Family) -> Any:
-    """One prepared image."""
-    prepared = engine(family, EADP).prepare(Request(id=0, prompt="a", images=(picture(1),)))
-    assert isinstance(prepared, Prepared)
-    return prepared.image_inputs[0]
-
-
 def test_a_prompt_is_embedded_once() -> None:
-    tower, asked = text_tower(FAMILIES["llava"]().model), []
+    family = FAMILIES["llava"]()
+    tower, asked = text_tower(family.model), []
     embed = tower.embed
     tower.embed = lambda texts: asked.append(list(texts)) or embed(texts)  # type: ignore
     relevances = Relevances(tower)
-    (image,) = adapt(FAMILIES["llava"]().model).encode_images(
-        [worker_inputs(FAMILIES["llava"]())], join=tower.project
-    )
+    prepared = engine(family, EADP).prepare(Request(id=0, prompt="a", images=(picture(1),)))
+    assert isinstance(prepared, Prepared)
+    (image,) = adapt(family.model).encode_images(prepared.image_inputs, join=tower.project)
     relevances(["a", "b", "a", "text alone"], [[image], [image], [image], []])
     relevances(["b", "c"], [[image], [image, image]])
     assert asked == [["a", "b"], ["c"]]

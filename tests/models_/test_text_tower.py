@@ -10,19 +10,17 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
-    CLIPConfig,
-    CLIPModel,
     CLIPVisionModel,
     PreTrainedTokenizerFast,
     SiglipVisionConfig,
     SiglipVisionModel,
 )
 
+from tests.clip import CONTEXT, tiny_clip
 from trio.errors import UserError
 from trio.models.text_tower import TextTower
 
 WORDS = ["!", "<|startoftext|>", *"abcdefghijklmnopqrstuvwxyz", "<|endoftext|>"]
-CONTEXT = 8
 BEGIN, END = WORDS.index("<|startoftext|>"), WORDS.index("<|endoftext|>")
 VISION: dict[str, Any] = {
     "hidden_size": 24,
@@ -35,26 +33,9 @@ VISION: dict[str, Any] = {
 }
 
 
-def tiny_clip(seed: int = 0, **vision: Any) -> Any:
-    text = {
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "vocab_size": len(WORDS),
-        "max_position_embeddings": CONTEXT,
-        "bos_token_id": BEGIN,
-        "eos_token_id": END,
-    }
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        config = CLIPConfig(
-            text_config=text,
-            vision_config=VISION | vision,
-            projection_dim=20,
-            initializer_factor=5.0,
-        )
-        return CLIPModel(config).eval()
+def clip_of(seed: int = 0, **vision: Any) -> Any:
+    size = len(WORDS)
+    return tiny_clip(VISION | vision, words=size, begin=BEGIN, end=END, joint=20, seed=seed)
 
 
 def save_tokenizer(directory: Path, words: list[str] = WORDS, **named: str) -> None:
@@ -68,7 +49,7 @@ def save_tokenizer(directory: Path, words: list[str] = WORDS, **named: str) -> N
 
 @pytest.fixture
 def clip() -> Any:
-    return tiny_clip()
+    return clip_of()
 
 
 @pytest.fixture
@@ -148,7 +129,7 @@ def test_of_a_text_that_fits_exactly_nothing_is_cut(clip: Any, saved: str) -> No
 def test_rounded_weights_belong_to_the_same_tower(
     clip: Any, saved: str, dtype: torch.dtype
 ) -> None:
-    rounded = tiny_clip().vision_model.to(dtype)
+    rounded = clip_of().vision_model.to(dtype)
     assert load(saved, rounded).embed(["a"])[0].pooled_MP.dtype == torch.float32
     tower = load(saved, clip.vision_model, dtype)
     assert tower.embed(["a"])[0].tokens_MLP.dtype == dtype
@@ -159,13 +140,13 @@ def test_rounded_weights_belong_to_the_same_tower(
     ("size", "value"), [("hidden_size", 32), ("num_hidden_layers", 2), ("image_size", 40)]
 )
 def test_a_tower_of_other_sizes(saved: str, size: str, value: int) -> None:
-    text = refusal(saved, tiny_clip(**{size: value}).vision_model)
+    text = refusal(saved, clip_of(**{size: value}).vision_model)
     assert f"{size} {VISION[size]} instead of {value}" in text
     assert "give the CLIP checkpoint that the vision tower was taken from" in text
 
 
 def test_a_tower_of_other_weights(saved: str) -> None:
-    text = refusal(saved, tiny_clip(seed=1).vision_model)
+    text = refusal(saved, clip_of(seed=1).vision_model)
     assert "another vision tower" in text and "embeddings.patch_embedding.weight" in text
 
 

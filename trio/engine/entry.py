@@ -43,8 +43,7 @@ class Entry:
             for (start, stop), image in zip(own, images, strict=True):
                 index += range(first + done, first + start)
                 entered = len(index) - begin
-                sources = image.sources or range(len(image))
-                index += [first + start + (source or 0) for source in sources]
+                index += [first + start + (source or 0) for source in _sources(image)]
                 found.append((entered, entered + len(image)))
                 done = stop
             index += range(first + done, first + length)
@@ -71,5 +70,10 @@ def entered(given: Sequence[int], images: Sequence[Features]) -> list[int | None
     return [
         None if source is None else start + source
         for start, image in zip(starts, images, strict=False)
-        for source in image.sources or range(len(image))
+        for source in _sources(image)
     ]
+
+
+def _sources(image: Features) -> Sequence[int | None]:
+    """Where each of an image's tokens comes from; of one that was not reduced, from itself."""
+    return image.sources or range(len(image))

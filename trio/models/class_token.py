@@ -39,12 +39,11 @@ class ClassTokenAdapter(TiledAdapter):
     def __init__(self, model: Any) -> None:
         super().__init__(model)
         self._feature_layers = _feature_layers(model.config)
-        has_class = CLASS_TOKENS[model.config.vision_config.model_type] > 0
-        if has_class and min(self._feature_layers) >= 0:
+        tower = model.config.vision_config.model_type
+        if CLASS_TOKENS[tower] > 0 and min(self._feature_layers) >= 0:
             self.encoders = ("visionzip", "scan")
         # A text tower's joint space is made for the width of one layer.
-        is_clip = model.config.vision_config.model_type == "clip_vision_model"
-        if is_clip and self.encoders and len(self._feature_layers) == 1:
+        if tower == "clip_vision_model" and self.encoders and len(self._feature_layers) == 1:
             self.clip_tower = model.model.vision_tower
 
     @abstractmethod

@@ -97,7 +97,7 @@ HUB_IDS = {
     "--model": "llava-hf/llava-1.5-7b-hf",
     "--text-tower": "openai/clip-vit-large-patch14-336",
 }
-# for messages
+"""Examples for messages, by flag."""
 
 
 def check_model(model: str, flag: str = "--model") -> None:
