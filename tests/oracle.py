@@ -71,9 +71,14 @@ def walk(
     keep: int,
     threshold: float,
     fill_up: str = "reference",
+    coordinates_V2: Tensor | None = None,
 ) -> list[int]:
     normed = F.normalize(features_VD.float(), dim=-1)
     cosine = (normed @ normed.T).tolist()
+    if coordinates_V2 is None:
+        coordinates_V2 = torch.zeros(len(normed), 2)
+    apart = torch.cdist(coordinates_V2.double(), coordinates_V2.double())
+    near = (normed.double() @ normed.double().T + (-4.5 * apart**2).exp()).tolist()
     kept: list[int] = []
     suppressed = set()
     for token in ranked:
@@ -83,11 +88,12 @@ def walk(
             continue
         kept.append(token)
         suppressed |= {other for other in ranked if cosine[token][other] >= threshold}
-    salient = {"reference": keep, "mixed": (len(kept) + keep) // 2}[fill_up]
+    missing = keep - len(kept)
+    salient = len(kept) + {"reference": missing, "mixed": missing // 4}[fill_up]
     while len(kept) < keep:
         left = [token for token in ranked if token not in kept]
         if len(kept) >= salient:
-            kept.append(min(left, key=lambda token: max(cosine[token][own] for own in kept)))
+            kept.append(min(left, key=lambda token: max(near[token][own] for own in kept)))
         else:
             kept.append(left[0])
     return sorted(kept)
@@ -148,17 +154,21 @@ def prefill(
     method: str = "trio",
     fill_up: str = "mixed",
     positions: Tensor | None = None,
+    coordinates: Tensor | None = None,
     injected: Sequence[Tensor] = (),
 ) -> Outcome:
     """One prompt with `stages[image]` of each of its images, through all layers.
 
     positions: `[S]`, or `[A, S]` on several axes; None is 0, 1, 2, ...
+    coordinates: `[S, 2]`; None is unknown.
     injected: `[V, D]` each, added to the visual tokens that leave the first layers.
     """
     hidden = embeds_SD.detach()
     if positions is None:
         positions = torch.arange(hidden.shape[0])
     behind = int(positions.max()) + 1
+    if coordinates is None:
+        coordinates = torch.zeros(hidden.shape[0], 2)
     image_of = torch.full((hidden.shape[0],), -1)
     token_of = torch.full((hidden.shape[0],), -1)
     count = 0
@@ -188,12 +198,14 @@ def prefill(
                 features = hidden[places]
                 picks = ranked[:goal]
                 if method == "trio":
-                    picks = walk(features, ranked, goal, threshold, fill_up)
+                    own = coordinates[places]
+                    picks = walk(features, ranked, goal, threshold, fill_up, own)
                 if method == "divprune":
                     picks = far_apart(features, goal)
                 stays[places] = False
                 stays[places[picks]] = True
             hidden, positions = hidden[stays], positions[..., stays]
+            coordinates = coordinates[stays]
             image_of, token_of = image_of[stays], token_of[stays]
             if position_ids == "renumber":
                 positions = torch.arange(hidden.shape[0]).expand_as(positions)

@@ -57,8 +57,8 @@ class Pruning:
     similarity_threshold: cosine from which the NMS calls two tokens the same.
     fill_up: what makes up the number where the NMS leaves fewer tokens than are to be kept:
         `reference` (those of the highest saliency, near-duplicates though they be: the published
-        code) or `mixed` (half of what is missing that way; the rest one after another, each time
-        the token least like all that are kept).
+        code) or `mixed` (a quarter of what is missing that way; the rest one after another, each
+        time the token that is least like all that are kept and farthest from them in the picture).
     seed: for `random`.
     """
 

@@ -129,6 +129,12 @@ def test_a_prompt_gives_what_the_textbook_does(model: Any, rows: list[Row], inde
     if adapter.decoder.position_axes > 1:
         positions = positions[-adapter.decoder.position_axes :, 0]
     own, head = oracle.text_parts(model, torch.float32)
+    # Of a video's tokens nobody says where they lie.
+    coordinates = torch.zeros(calls[0]["inputs_embeds"].shape[1], 2)
+    pictures = [span for number, span in enumerate(row.spans) if number not in row.videos]
+    if pictures:
+        for (start, stop), image in zip(pictures, adapter.coordinates(row.inputs), strict=True):
+            coordinates[start:stop] = image
     book = oracle.prefill(
         own,
         head,
@@ -137,6 +143,7 @@ def test_a_prompt_gives_what_the_textbook_does(model: Any, rows: list[Row], inde
         [STAGES.stages(stop - start, LAYERS) for start, stop in row.spans],
         position_ids=adapter.default_position_ids,
         positions=positions if positions.ndim == 2 and len(positions) > 1 else None,
+        coordinates=coordinates,
         injected=calls[0].get("deepstack_visual_embeds") or (),
     )
     trio.patch(model, STAGES)

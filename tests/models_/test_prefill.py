@@ -62,7 +62,10 @@ def pack(hidden_size: int, seed: int = 4) -> PackedPrompts:
             own.mul_(0.4).add_(centres[which])
         start += length
     images = [spans for _, spans in PROMPTS]
-    return PackedPrompts(embeds_TD=embeds, lengths=lengths, images=images)
+    coordinates = torch.rand(len(embeds), 2, generator=generator)
+    return PackedPrompts(
+        embeds_TD=embeds, lengths=lengths, images=images, coordinates_T2=coordinates
+    )
 
 
 def run(
@@ -101,6 +104,8 @@ def test_equals_the_textbook_prompt_by_prompt(pruning: Pruning, kv_heads: int) -
     cache = GroupCache()
     got = run(model, prompts, pruning, cache)
     text, head = oracle.text_parts(model, torch.float32)
+    assert prompts.coordinates_T2 is not None
+    coordinates = prompts.coordinates_T2.split(list(prompts.lengths))
     for request, embeds in enumerate(prompts.embeds_TD.split(list(prompts.lengths))):
         spans = list(prompts.images[request])
         book = oracle.prefill(
@@ -116,6 +121,7 @@ def test_equals_the_textbook_prompt_by_prompt(pruning: Pruning, kv_heads: int) -
             threshold=pruning.similarity_threshold,
             method=pruning.method,
             fill_up=pruning.fill_up,
+            coordinates=coordinates[request],
         )
         assert got.kept[request] == book.kept
         assert got.visual_tokens_stages[request] == [len(stage) for stage in book.kept]

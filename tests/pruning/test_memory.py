@@ -152,6 +152,7 @@ def test_choosing_takes_less_than_a_twentieth_of_one_layers_activations(similar:
     with counted:
         kept_NK = suppress(
             hidden_TD,
+            torch.rand(TOKENS, 2, generator=generator),
             torch.tensor([5]),
             torch.tensor([VISUAL]),
             torch.randperm(VISUAL, generator=generator)[None],

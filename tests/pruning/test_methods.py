@@ -64,6 +64,7 @@ def chosen(method: str, **options: Any) -> Any:
         torch.arange(20),
         Ragged.of_spans((5, 15), [[], [(1, 6), (6, 8), (9, 14)]]),
         [None, [3, 3, 3]],
+        coordinates_T2=torch.zeros(20, 2),
         salts=[0, 0],
         layer=2,
         **options,

@@ -20,11 +20,13 @@ def suppress(
     keeps: list[int],
     threshold: float,
     fill_up: str = "reference",
+    coordinates: Tensor | None = None,
 ) -> list[list[int]]:
     width = max(counts)
     order_NV = torch.tensor([[*order, *range(len(order), width)] for order in orders])
     kept = nms.suppress(
         features,
+        torch.zeros(len(features), 2) if coordinates is None else coordinates,
         torch.tensor(starts),
         torch.tensor(counts),
         order_NV,
@@ -52,8 +54,9 @@ def test_equals_the_sequential_walk(seed: int, keep: int, fill_up: str) -> None:
     # 200 tokens are more than three rounds; with 30 clusters large budgets need the fill-up.
     features = clustered(200, 30, 0.35, seed)
     order = torch.randperm(200, generator=torch.Generator().manual_seed(seed + 99)).tolist()
-    (got,) = suppress(features, [0], [200], [order], [keep], 0.8, fill_up)
-    assert got == oracle.walk(features, order, keep, 0.8, fill_up)
+    coordinates = torch.rand(200, 2, generator=torch.Generator().manual_seed(seed))
+    (got,) = suppress(features, [0], [200], [order], [keep], 0.8, fill_up, coordinates)
+    assert got == oracle.walk(features, order, keep, 0.8, fill_up, coordinates)
     assert len(got) == keep
 
 
@@ -61,13 +64,15 @@ def test_equals_the_sequential_walk(seed: int, keep: int, fill_up: str) -> None:
 def test_several_images_of_different_sizes_at_once(fill_up: str) -> None:
     counts, keeps, starts = [150, 9, 70, 64], [60, 9, 5, 20], [3, 160, 180, 260]
     features = torch.randn(330, 16, generator=torch.Generator().manual_seed(0))
+    coordinates = torch.rand(330, 2, generator=torch.Generator().manual_seed(1))
     orders = []
     for number, (start, count) in enumerate(zip(starts, counts, strict=True)):
         features[start : start + count] = clustered(count, 12, 0.4, number)
         orders.append(torch.randperm(count).tolist())
-    got = suppress(features, starts, counts, orders, keeps, 0.8, fill_up)
+    got = suppress(features, starts, counts, orders, keeps, 0.8, fill_up, coordinates)
     for start, count, order, keep, own in zip(starts, counts, orders, keeps, got, strict=True):
-        assert own == oracle.walk(features[start : start + count], order, keep, 0.8, fill_up)
+        features_VD, places = (all_T[start : start + count] for all_T in (features, coordinates))
+        assert own == oracle.walk(features_VD, order, keep, 0.8, fill_up, places)
 
 
 def test_fill_up_takes_the_same_order_again() -> None:
@@ -81,10 +86,20 @@ def test_fill_up_takes_what_is_least_like_the_kept() -> None:
     degrees = torch.tensor([0.0, 4.0, 8.0, 20.0, 90.0, 4.0]).deg2rad()
     features = torch.stack([degrees.cos(), degrees.sin()], dim=1)
     order = [0, 1, 2, 3, 4, 5]
-    picks = [suppress(features, [0], [6], [order], [n], 0.8, "mixed")[0] for n in (3, 4, 5)]
-    # 0 and 4 are unlike each other, and 3 is the farthest from them, 20 degrees from 0. Of two
-    # missing the more salient 1 comes first, of three 2 is the last, 4 degrees from 1.
-    assert picks == [[0, 3, 4], [0, 1, 3, 4], [0, 1, 2, 3, 4]]
+    picks = [suppress(features, [0], [6], [order], [n], 0.8, "mixed")[0] for n in (3, 4, 5, 6)]
+    # 0 and 4 are unlike each other, and 3 is the farthest from them, 20 degrees from 0; then 2 is 8
+    # degrees from 0. Of four missing one is taken by saliency.
+    assert picks == [[0, 3, 4], [0, 2, 3, 4], [0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5]]
+
+
+def test_fill_up_takes_what_lies_far_from_the_kept() -> None:
+    features = torch.ones(5, 4)
+    coordinates = torch.tensor([[0.0, 0.0], [0.0, 0.1], [0.2, 0.2], [0.9, 0.1], [0.5, 0.9]])
+    order = [0, 1, 2, 3, 4]
+    picks = [
+        suppress(features, [0], [5], [order], [n], 0.8, "mixed", coordinates)[0] for n in (1, 2, 3)
+    ]
+    assert picks == [[0], [0, 4], [0, 3, 4]]
 
 
 def test_fill_up_goes_on_among_equal_tokens_and_zeros() -> None:
@@ -133,8 +148,10 @@ def test_the_kernel_walks_as_the_host_does(candidates: int) -> None:
 def test_a_gpu_chooses_as_the_sequential_walk(fill_up: str) -> None:
     features = clustered(900, 60, 0.35, 1)
     order = torch.randperm(900, generator=torch.Generator().manual_seed(2))
+    coordinates = torch.rand(900, 2, generator=torch.Generator().manual_seed(3))
     kept = nms.suppress(
         features.cuda(),
+        coordinates.cuda(),
         torch.tensor([0]).cuda(),
         torch.tensor([900]).cuda(),
         order[None].cuda(),
@@ -143,4 +160,4 @@ def test_a_gpu_chooses_as_the_sequential_walk(fill_up: str) -> None:
         0.8,
         fill_up,
     )
-    assert kept[0].tolist() == oracle.walk(features, order.tolist(), 200, 0.8, fill_up)
+    assert kept[0].tolist() == oracle.walk(features, order.tolist(), 200, 0.8, fill_up, coordinates)

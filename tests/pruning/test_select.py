@@ -41,6 +41,7 @@ def random_choice(spans: list[list[tuple[int, int]]], keep: int, salts: list[int
         torch.empty(sum(lengths)),
         Ragged.of_spans(lengths, spans),
         [[keep] * len(own) for own in spans],
+        coordinates_T2=torch.empty(sum(lengths), 2),
         salts=salts,
         layer=1,
     )
@@ -79,7 +80,18 @@ def test_nothing_to_remove_makes_no_proxy() -> None:
     keeps = [[3], None]
     pruning = Pruning(schedule="1:3")
     hidden, positions = torch.zeros(14, 4), torch.zeros(14)
-    got = choose(pruning, never, hidden, positions, ragged, keeps, salts=[0, 0], layer=1)
+    unknown = torch.zeros(14, 2)
+    got = choose(
+        pruning,
+        never,
+        hidden,
+        positions,
+        ragged,
+        keeps,
+        coordinates_T2=unknown,
+        salts=[0, 0],
+        layer=1,
+    )
     assert got is None
 
 
@@ -97,6 +109,7 @@ def test_gradient_is_the_order_cut_off() -> None:
         positions,
         ragged,
         [[6, 22], [4]],
+        coordinates_T2=torch.zeros(80, 2),
         salts=[0, 0],
         layer=1,
     )
@@ -121,6 +134,7 @@ def test_a_callers_autocast_does_not_reach_the_scores() -> None:
             torch.arange(70),
             Ragged.of_spans([70], [[(2, 66)]]),
             [[20]],
+            coordinates_T2=torch.zeros(70, 2),
             salts=[0],
             layer=1,
         )

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from trio.models.adapter import Features, Span
+from trio.models.raster import OUTSIDE
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +74,13 @@ def entered(given: Sequence[int], images: Sequence[Features]) -> list[int | None
         for start, image in zip(starts, images, strict=False)
         for source in _sources(image)
     ]
+
+
+def coordinates(given_N2: Tensor, image: Features) -> Tensor:
+    """Of an image's tokens that enter the decoder, where the encoder gave all those of `given_N2`;
+    each is where the one lies that it stands for."""
+    with_class = F.pad(given_N2, (0, 0, 0, 1), value=OUTSIDE)
+    return with_class[[-1 if source is None else source for source in _sources(image)]]
 
 
 def _sources(image: Features) -> Sequence[int | None]:

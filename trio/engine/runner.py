@@ -15,16 +15,17 @@ from torch import Tensor
 
 from trio.config import Pruning
 from trio.engine.cache import Cache
-from trio.engine.entry import Entry, entered
+from trio.engine.entry import Entry, coordinates, entered
 from trio.engine.graphs import StepGraphs, rounded_up
 from trio.engine.relevance import Relevances
 from trio.engine.room import Need
 from trio.engine.task import Task
 from trio.errors import UserError
-from trio.models.adapter import Adapter, Features, Inputs, Join, joined
+from trio.models.adapter import Adapter, Features, Inputs, Join, Span, joined
 from trio.models.attention import Padded
 from trio.models.prefill import PackedPrompts, prefill
 from trio.models.products import few_row_linears
+from trio.models.raster import packed
 from trio.models.stopwatch import Stopwatch
 from trio.models.text_tower import TextTower
 from trio.pruning.compaction import contiguous_positions
@@ -132,16 +133,16 @@ class Runner:
         self, tasks: Sequence[Task], features: Sequence[Sequence[Features]]
     ) -> tuple[Tensor, float]:
         """Run the prompts of fresh tasks; returns logits [B, V] and the seconds of pruning."""
-        packed, compared_s = self._packed(tasks, features), 0.0
+        prompts, compared_s = self._packed(tasks, features), 0.0
         if self._relevances is not None:
             comparing = Stopwatch(self.decoder.device)
             with comparing.running():
-                prompts = [task.prepared.prompt for task in tasks]
-                packed = replace(packed, relevance=self._relevances(prompts, features))
+                asked = [task.prepared.prompt for task in tasks]
+                prompts = replace(prompts, relevance=self._relevances(asked, features))
             compared_s = comparing.seconds()
         done = prefill(
             self.decoder,
-            packed,
+            prompts,
             self.pruning,
             self.cache.prefill([task.key for task in tasks]),
         )
@@ -166,15 +167,28 @@ class Runner:
             positions_T = self._after_reduction(positions_T, task_lengths, entry.index_T)
         own = list(chain.from_iterable(features))
         salted = self.pruning.method == "random"
+        located = self.pruning.method == "trio" and self.pruning.fill_up != "reference"
         return PackedPrompts(
             embeds_TD=self.adapter.embed(ids_T, own),
             lengths=lengths,
             images=spans,
             positions_T=positions_T,
+            coordinates_T2=self._coordinates(images, own, lengths, spans) if located else None,
             injected=joined(own),
             given=[task.prepared.image_tokens for task in tasks],
             salts=tuple(salt_of(t.prepared.input_ids) for t in tasks) if salted else (),
         )
+
+    def _coordinates(
+        self,
+        images: Sequence[Inputs],
+        features: Sequence[Features],
+        lengths: Sequence[int],
+        spans: Sequence[Sequence[Span]],
+    ) -> Tensor:
+        """Of what is left of packed prompts with these images, `[T, 2]`."""
+        given = (own for image in images for own in self.adapter.coordinates(image))
+        return packed(lengths, spans, map(coordinates, given, features))
 
     def _after_reduction(
         self, positions_T: Tensor | None, lengths: Sequence[int], index_T: Tensor

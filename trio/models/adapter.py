@@ -149,6 +149,11 @@ class Adapter(ABC):
     def visual_tokens(self, inputs: Inputs) -> list[int]:
         """Visual tokens that the model will make of each image, told without running it."""
 
+    @abstractmethod
+    def coordinates(self, inputs: Inputs) -> list[Tensor]:
+        """Where in its picture each visual token of each image lies, told without running the
+        model: `[N, 2]` on the CPU, as of `trio.models.raster`."""
+
     def video_tokens(self, inputs: Inputs) -> list[int]:
         """Visual tokens that the model will make of each video in a call of it, told without
         running it; asked only where there is a `video_token_id`."""

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from trio.errors import UserError
 from trio.models.adapter import Adapter, Features, Inputs, Join, Span, check_pixels, tensor_of
+from trio.models.raster import raster
 from trio.models.received import attention_received
 from trio.pruning.cost import GridVisionShape
 from trio.pruning.reduce import averaged, groups, scanned
@@ -68,6 +69,12 @@ class GridAdapter(Adapter):
 
     def visual_tokens(self, inputs: Inputs) -> list[int]:
         return [rows * columns // self._merge**2 for rows, columns in _grids(inputs)]
+
+    def coordinates(self, inputs: Inputs) -> list[Tensor]:
+        return [
+            raster(rows // self._merge, columns // self._merge, rows / columns)
+            for rows, columns in _grids(inputs)
+        ]
 
     def video_tokens(self, inputs: Inputs) -> list[int]:
         grids = tensor_of(inputs, "video_grid_thw").tolist()

@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from trio.models.adapter import Inputs
 from trio.models.class_token import ClassTokenAdapter
+from trio.models.raster import OUTSIDE, raster
 from trio.models.tiles import patches_per_edge, tokens_per_tile
 
 
@@ -27,6 +29,12 @@ class LlavaAdapter(ClassTokenAdapter):
 
     def visual_tokens(self, inputs: Inputs) -> list[int]:
         return [self.max_visual_tokens] * len(inputs["pixel_values"])
+
+    def coordinates(self, inputs: Inputs) -> list[Tensor]:
+        edge = patches_per_edge(self.model.config)
+        class_tokens = self.max_visual_tokens - edge**2
+        own = F.pad(raster(edge, edge, 1.0), (0, 0, class_tokens, 0), value=OUTSIDE)
+        return [own] * len(self.tiles(inputs))
 
     def _pool(self, inputs: Sequence[Inputs], **settings: Any) -> Sequence[Tensor]:
         pixels = self._to_tower(self._pixels(inputs))

@@ -52,6 +52,10 @@ class LlavaNextAdapter(ClassTokenAdapter, AnyResolutionAdapter):
     def visual_tokens(self, inputs: Inputs) -> list[int]:
         return list(map(self._tokens, image_sizes(inputs)))
 
+    def coordinates(self, inputs: Inputs) -> list[Tensor]:
+        sizes = image_sizes(inputs)
+        return [self._coordinates(size, *self._layout(size)) for size in sizes]
+
     def _pool(self, inputs: Sequence[Inputs], **settings: Any) -> Sequence[Tensor]:
         return self.model.model.get_image_features(
             self._to_tower(self._pixels(inputs)),

@@ -14,11 +14,13 @@ from math import ceil, sqrt
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlavaOnevisionProcessor
 
 from trio.errors import UserError
 from trio.models.adapter import ImageOnly, Inputs, tensor_of
+from trio.models.raster import OUTSIDE, raster
 from trio.models.tiles import (
     AnyResolutionAdapter,
     image_sizes,
@@ -92,6 +94,15 @@ class LlavaOnevisionAdapter(AnyResolutionAdapter):
         untiled = tokens_per_tile(self.model.config) + 1
         return [self._tokens(size) if tiled else untiled for size, tiled in _images(inputs)]
 
+    def coordinates(self, inputs: Inputs) -> list[Tensor]:
+        edge = patches_per_edge(self.model.config)
+        # Alone an image is seen as it is; beside others padded to a square, with one newline.
+        padded = F.pad(raster(edge, edge, 1.0), (0, 0, 0, 1), value=OUTSIDE)
+        return [
+            self._coordinates(size, *self._shrunk(*self._layout(size))) if tiled else padded
+            for size, tiled in _images(inputs)
+        ]
+
     def video_tokens(self, inputs: Inputs) -> list[int]:
         videos, frames = tensor_of(inputs, "pixel_values_videos").shape[:2]
         edge = ceil(patches_per_edge(self.model.config) / 2)
@@ -123,11 +134,15 @@ class LlavaOnevisionAdapter(AnyResolutionAdapter):
 
     def _count(self, layout: tuple[int, int]) -> int:
         """Visual tokens where the tiles have so many rows and columns of features."""
-        rows, columns = layout
+        rows, columns = self._shrunk(*layout)
+        return tokens_per_tile(self.model.config) + rows * (columns + 1)
+
+    def _shrunk(self, rows: int, columns: int) -> tuple[int, int]:
+        """What is left of so many rows and columns, where they are more than allowed."""
         excess = sqrt(rows * columns / self._max_features)
         if excess > _TOLERANCE:
-            rows, columns = int(rows // excess), int(columns // excess)
-        return tokens_per_tile(self.model.config) + rows * (columns + 1)
+            return int(rows // excess), int(columns // excess)
+        return rows, columns
 
     def _extremes(self) -> Iterator[tuple[tuple[int, int], _Size]]:
         """Every layout that an image in tiles can have, and some that none has, each with an image

@@ -43,6 +43,8 @@ class PackedPrompts:
         one image, or one run of a video's tokens, with its own budget.
     positions_T: positions `[T]`, or `[A, T]` where they differ by axis; None is 0, 1, 2, ... in
         each request. A request goes on behind the largest of its own.
+    coordinates_T2: where in its picture each visual token lies, as of `trio.models.raster`; for
+        method `trio`. None is unknown.
     injected: for each of the first layers what is added to the hidden states of visual tokens that
         leave it, `[V, D]`, where V counts those of all requests in order.
     given: for each request the visual tokens that the encoder gave of each image before it reduced
@@ -56,6 +58,7 @@ class PackedPrompts:
     lengths: tuple[int, ...]
     images: Sequence[Sequence[tuple[int, int]]]
     positions_T: Tensor | None = None
+    coordinates_T2: Tensor | None = None
     injected: Sequence[Tensor] = ()
     given: Sequence[Sequence[int]] = ()
     salts: tuple[int, ...] = ()
@@ -65,6 +68,7 @@ class PackedPrompts:
         assert sum(self.lengths) == self.embeds_TD.shape[0]
         assert len(self.images) == len(self.lengths) and all(n > 0 for n in self.lengths)
         assert self.positions_T is None or self.positions_T.shape[-1] == len(self.embeds_TD)
+        assert self.coordinates_T2 is None or len(self.coordinates_T2) == len(self.embeds_TD)
         assert not self.salts or len(self.salts) == len(self.lengths)
         assert not self.relevance or list(map(len, self.relevance)) == list(map(len, self.images))
         for length, spans in zip(self.lengths, self.images, strict=True):
@@ -175,6 +179,10 @@ class _Prefill:
         else:
             self.positions_T = prompts.positions_T.to(decoder.device)
             self.next_positions = _next_positions(prompts.positions_T, prompts.lengths)
+        coordinates_T2 = prompts.coordinates_T2
+        if coordinates_T2 is None:
+            coordinates_T2 = torch.zeros(self.batch_tokens, 2)
+        self.coordinates_T2 = coordinates_T2.to(decoder.device)
         self.kept: list[list[list[int]]] = [[] for _ in prompts.lengths]
         self.pruning_time = Stopwatch(decoder.device)
 
@@ -248,6 +256,7 @@ class _Prefill:
                 positions_in,
                 before,
                 keeps,
+                coordinates_T2=self.coordinates_T2,
                 salts=self.salts,
                 layer=layer,
                 attention=lambda requests: self._attention(layer, requests),
@@ -259,6 +268,7 @@ class _Prefill:
                 index = index.to(hidden_in.device, non_blocking=True)
                 self.hidden_TD = hidden_in[index]
                 self.positions_T = positions_in[..., index]
+                self.coordinates_T2 = self.coordinates_T2[index]
             self._renumber(keeps)
             for request, keep in enumerate(keeps):
                 if keep is not None:

@@ -22,6 +22,7 @@ from transformers.models.llava_next.modeling_llava_next import (
 
 from trio.errors import UserError
 from trio.models.adapter import Adapter, Features, Inputs, check_pixels, tensor_of
+from trio.models.raster import raster
 from trio.pruning.cost import CLASS_TOKENS, VisionShape
 
 
@@ -102,6 +103,13 @@ class AnyResolutionAdapter(TiledAdapter):
         return get_anyres_image_grid_shape(
             size, config.image_grid_pinpoints, config.vision_config.image_size
         )
+
+    def _coordinates(self, size: tuple[int, int], rows: int, columns: int) -> Tensor:
+        """`[N, 2]`, of an image of this height and width, seen whole and in tiles that have so many
+        rows and columns of features."""
+        edge, aspect = patches_per_edge(self.model.config), size[0] / size[1]
+        whole = raster(edge, edge, aspect)
+        return torch.cat((whole, raster(rows, columns, aspect, newlines=True)))
 
     def _layout(self, size: tuple[int, int]) -> tuple[int, int]:
         """Rows and columns of features that the tiles of such an image have without padding."""

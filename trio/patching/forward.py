@@ -7,9 +7,11 @@ Q new tokens of a row, D hidden size.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, islice
+from operator import add
 from typing import Any
 
 import torch
@@ -20,9 +22,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from trio.config import Pruning
 from trio.errors import UserError
-from trio.models.adapter import Adapter
+from trio.models.adapter import Adapter, Span
 from trio.models.attention import Padded
 from trio.models.prefill import PackedPrompts, prefill
+from trio.models.raster import packed
 from trio.patching.cache import RaggedLayer, make_plain, make_ragged, ragged_layers
 from trio.patching.override import Override
 from trio.pruning.methods.random import salt_of
@@ -30,6 +33,9 @@ from trio.pruning.methods.random import salt_of
 UNPATCH = "or call trio.unpatch(model) first"
 _PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 """By what a call brings each kind of visual tokens, unless encoded, in `mm_encoder_outputs`."""
+_generating: ContextVar[Mapping[str, Any] | None] = ContextVar("_generating", default=None)
+"""The call of `generate` that is under way: of images that it encodes ahead of the prefill, the
+sizes do not come there."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,6 +46,8 @@ class Prompts:
     lengths: real tokens of each row.
     images: visual spans (start, stop) of each row, counted in its real tokens.
     positions_T: positions [T], where they have one axis; None is 0, 1, 2, ... in each row.
+    coordinates_T2: where in its picture each token of an image lies [T, 2]; all alike in a video
+        and where it is unknown.
     salts: a number of each row's tokens, for method `random`.
     """
 
@@ -47,6 +55,7 @@ class Prompts:
     lengths: tuple[int, ...]
     images: tuple[tuple[tuple[int, int], ...], ...]
     positions_T: Tensor | None
+    coordinates_T2: Tensor
     salts: tuple[int, ...]
 
 
@@ -117,12 +126,14 @@ class PatchedForward(Override):
         if min(lengths) == 0:
             raise UserError(f"row {lengths.index(0)} of the batch is all padding: leave it out")
         tokens = [ids[real].tolist() for ids, real in zip(ids_BS, real_BS, strict=True)]
-        images = tuple(self._spans(call, tokens))
+        pictures, videos = self._spans(call, tokens)
+        images = tuple(tuple(sorted(own)) for own in map(add, pictures, videos))
         return Prompts(
             real_BS=real_BS,
             lengths=lengths,
             images=images,
             positions_T=self._positions(call, real_BS, lengths, images),
+            coordinates_T2=packed(lengths, pictures, self._coordinates(call, pictures)),
             salts=tuple(salt_of(row) for row in tokens),
         )
 
@@ -140,15 +151,33 @@ class PatchedForward(Override):
 
     def _spans(
         self, call: dict[str, Any], tokens: Sequence[Sequence[int]]
-    ) -> Iterator[tuple[tuple[int, int], ...]]:
-        """Visual spans of each row. Images come in the order of rows, so many for each as its
-        placeholders need, and so do videos."""
+    ) -> tuple[list[list[Span]], list[list[Span]]]:
+        """Spans of images in each row, and of videos. Images come in the order of rows, so many for
+        each as its placeholders need, and so do videos."""
         counts = {kind: iter(self._counts(call, kind)) for kind in _brought(call, self.adapter)}
+        pictures: list[list[Span]] = []
+        videos: list[list[Span]] = []
         for row in tokens:
-            spans = self.adapter.spans(row, self._drawn(counts, "image", row))
-            if "video" in counts:
-                spans += self.adapter.video_spans(row, self._drawn(counts, "video", row))
-            yield tuple(sorted(spans))
+            pictures.append(self.adapter.spans(row, self._drawn(counts, "image", row)))
+            shown = "video" in counts
+            own = self._drawn(counts, "video", row) if shown else []
+            videos.append(self.adapter.video_spans(row, own) if shown else [])
+        return pictures, videos
+
+    def _coordinates(
+        self, call: dict[str, Any], pictures: Sequence[Sequence[Span]]
+    ) -> Iterator[Tensor]:
+        """Of each image, row by row, with spans as `_spans` tells them."""
+        told: Mapping[str, Any] | None = call
+        if call.get(_PIXELS["image"]) is None:
+            told = _generating.get()
+        if told is None or told.get(_PIXELS["image"]) is None:
+            return (torch.zeros(stop - start, 2) for row in pictures for start, stop in row)
+        # Beams and return sequences repeat each row with its images.
+        copies = len(pictures) // len(_ids(told))
+        own = iter(self.adapter.coordinates(told))
+        rows = [list(islice(own, len(row))) for row in pictures[::copies]]
+        return (image for row in rows for _ in range(copies) for image in row)
 
     def _drawn(self, counts: dict[str, Iterator[int]], kind: str, row: Sequence[int]) -> list[int]:
         """Visual tokens of each image, or video, of a row, taken off the front."""
@@ -253,16 +282,17 @@ class PatchedDecoder(Override):
         decoder = self.adapter.decoder
         if embeds_BSD.is_inference():
             embeds_BSD = embeds_BSD.clone()
-        packed = PackedPrompts(
+        entering = PackedPrompts(
             embeds_TD=embeds_BSD[prompts.real_BS.to(embeds_BSD.device)],
             lengths=prompts.lengths,
             images=prompts.images,
             positions_T=positions_T,
+            coordinates_T2=prompts.coordinates_T2,
             injected=injected,
             salts=prompts.salts,
         )
         store = _Store(layers)
-        done = prefill(decoder, packed, self.pruning, store)
+        done = prefill(decoder, entering, self.pruning, store)
         for index, layer in enumerate(layers):
             layer.place(done.next_positions[index], embeds_BSD.shape[1], store.groups[index])
         return decoder.model.norm(done.hidden_BD)
@@ -339,7 +369,11 @@ class PatchedGenerate(Override):
             for kind in kinds:
                 if call.get(_PIXELS[kind]) is not None:
                     _counts(self.adapter, call, kind)  # says what is missing, if anything is
-        return self.original(**call)
+        token = _generating.set(call)
+        try:
+            return self.original(**call)
+        finally:
+            _generating.reset(token)
 
     def _given(self, call: dict[str, Any], name: str) -> Any:
         configs = (call.get("generation_config"), getattr(self.module, "generation_config", None))
@@ -362,7 +396,7 @@ class PatchedGenerate(Override):
             return
         if "_expand_inputs_for_generation" in vars(type(self.module)):
             return  # its own way of repeating images, which knows the prompt of each
-        ids_BS = call.get("input_ids", call.get("inputs"))
+        ids_BS = _ids(call)
         copies = [self._given(call, name) or 1 for name in ("num_beams", "num_return_sequences")]
         if ids_BS is None or max(copies) == 1:
             return
@@ -412,6 +446,11 @@ def _by_name(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> di
         return kwargs
     names = list(inspect.signature(function).parameters)
     return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def _ids(call: Mapping[str, Any]) -> Any:
+    """Token ids of a call of `generate` or of the model."""
+    return call.get("input_ids", call.get("inputs"))
 
 
 def _brought(call: dict[str, Any], adapter: Adapter) -> list[str]:

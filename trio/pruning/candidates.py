@@ -58,6 +58,7 @@ class Candidates:
     layer: layers that have run.
     hidden_TD: packed hidden states that leave the last of them, of all requests.
     positions_T: their positions, `[T]` or, on several axes, `[A, T]`.
+    coordinates_T2: where in its picture each visual token lies, as in `choose`.
     ragged: lengths and images of all requests at present.
     goals: tokens to keep of each image that loses some, in the order of requests and images.
     salts: a number of each request.
@@ -71,6 +72,7 @@ class Candidates:
     layer: int
     hidden_TD: Tensor
     positions_T: Tensor
+    coordinates_T2: Tensor
     ragged: Ragged
     goals: dict[Place, int]
     salts: Sequence[int]
@@ -98,12 +100,12 @@ class Candidates:
         return max(self.goals.values())
 
     @cached_property
-    def packed(self) -> tuple[Tensor, Tensor]:
-        """Hidden states and positions of `requests` alone."""
+    def packed(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Hidden states, positions and coordinates of `requests` alone."""
         if len(self.requests) == len(self.ragged.lengths):
-            return self.hidden_TD, self.positions_T
+            return self.hidden_TD, self.positions_T, self.coordinates_T2
         index = self.ragged.index(self.requests).to(self.hidden_TD.device)
-        return self.hidden_TD[index], self.positions_T[..., index]
+        return self.hidden_TD[index], self.positions_T[..., index], self.coordinates_T2[index]
 
     def spans(self, request: int) -> list[tuple[int, int]]:
         """Of a request's images that lose tokens."""

@@ -44,6 +44,7 @@ def choose(
     ragged: Ragged,
     keeps: Sequence[Sequence[int] | None],
     *,
+    coordinates_T2: Tensor,
     salts: Sequence[int],
     layer: int,
     attention: Callable[[Sequence[int]], Tensor] | None = None,
@@ -58,6 +59,8 @@ def choose(
         positions_T: their positions, `[T]` or, on several axes, `[A, T]`.
         ragged: lengths and images at present.
         keeps: for each request the tokens to keep of each image; None has no stage here.
+        coordinates_T2: where in its picture each visual token lies, in edges of a square as large
+            as the picture; all alike where that is unknown.
         salts: per request, for `random`.
         layer: layers that have run.
         attention: for `LOOKS_BACK`: from some requests, rising, to the attention `[T]` that their
@@ -83,6 +86,7 @@ def choose(
         layer=layer,
         hidden_TD=hidden_TD,
         positions_T=positions_T,
+        coordinates_T2=coordinates_T2,
         ragged=ragged,
         goals=goals,
         salts=salts,

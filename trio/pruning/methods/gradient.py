@@ -22,8 +22,10 @@ def by_saliency_and_distance(candidates: Candidates) -> StageChoice:
     scores = _scored(candidates)
     order_NV = candidates.ranked(scores.scores_T)
     start_N, count_N, keep_N = candidates.bounds
+    hidden_TD, _, coordinates_T2 = candidates.packed
     kept_NK = suppress(
-        candidates.packed[0],
+        hidden_TD,
+        coordinates_T2,
         start_N,
         count_N,
         order_NV,
@@ -36,7 +38,7 @@ def by_saliency_and_distance(candidates: Candidates) -> StageChoice:
 
 
 def _scored(candidates: Candidates) -> Saliency:
-    hidden_TD, positions_T = candidates.packed
+    hidden_TD, positions_T, _ = candidates.packed
     spans = [candidates.spans(request) for request in candidates.requests]
     return saliency(
         candidates.proxy(),

@@ -26,7 +26,7 @@ def by_relevance(candidates: Candidates) -> StageChoice:
             "method eadp compares images with prompts by the text tower that belongs to the vision "
             "encoder, and there is none here: use another method"
         )
-    hidden_TD, _ = candidates.packed
+    hidden_TD, *_ = candidates.packed
     starts, counts, _ = candidates.bounds
     picks, orders = {}, {}
     for ((request, number), keep), start, count in zip(
