@@ -174,9 +174,9 @@ class JobConfig:
     fill_up: str = option(
         "mixed",
         parse.choice("fill-up", FILL_UPS),
-        "what method trio keeps where unlike tokens are fewer than it is to keep: mixed (half by"
-        " saliency, half by distance from what is kept) or reference (all by saliency, as"
-        " published)",
+        "what method trio keeps where unlike tokens are fewer than it is to keep: mixed (a quarter"
+        " by saliency, the others by distance from what is kept, in features and in the picture)"
+        " or reference (all by saliency, as published)",
         results=True,
     )
     position_ids: str | None = option(
