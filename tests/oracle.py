@@ -78,7 +78,7 @@ def walk(
     if coordinates_V2 is None:
         coordinates_V2 = torch.zeros(len(normed), 2)
     apart = torch.cdist(coordinates_V2.double(), coordinates_V2.double())
-    near = (normed.double() @ normed.double().T + (-4.5 * apart**2).exp()).tolist()
+    near = (normed.double() @ normed.double().T + 0.3 * (-4.5 * apart**2).exp()).tolist()
     kept: list[int] = []
     suppressed = set()
     for token in ranked:

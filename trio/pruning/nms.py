@@ -30,7 +30,7 @@ _BLOCK = 256
 # beside a cosine of 1; and the distance at which that falls to exp(-1/2), in edges of a square as
 # large as the picture. Chosen on scenes that the README does not report.
 _SALIENT = 4
-_NEARNESS = 1.0
+_NEARNESS = 0.3
 _REACH = 1 / 3
 _FALL = -1 / (2 * _REACH**2)
 
