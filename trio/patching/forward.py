@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
-from itertools import groupby, islice
+from itertools import groupby
 from operator import add
 from typing import Any
 
@@ -171,13 +171,21 @@ class PatchedForward(Override):
         told: Mapping[str, Any] | None = call
         if call.get(_PIXELS["image"]) is None:
             told = _generating.get()
-        if told is None or told.get(_PIXELS["image"]) is None:
-            return (torch.zeros(stop - start, 2) for row in pictures for start, stop in row)
-        # Beams and return sequences repeat each row with its images.
-        copies = len(pictures) // len(_ids(told))
-        own = iter(self.adapter.coordinates(told))
-        rows = [list(islice(own, len(row))) for row in pictures[::copies]]
-        return (image for row in rows for _ in range(copies) for image in row)
+        given: Iterator[Tensor] = iter(())
+        copies = 1
+        if told is not None and told.get(_PIXELS["image"]) is not None:
+            given = iter(self.adapter.coordinates(told))
+            # Beams and return sequences repeat each row with its images.
+            copies = len(pictures) // len(_ids(told))
+        for row in pictures[::copies]:
+            own = []
+            for start, stop in row:
+                image_N2 = next(given, None)
+                # Unknown of features that come alone, or are laid out otherwise than by the config.
+                if image_N2 is None or len(image_N2) != stop - start:
+                    image_N2 = torch.zeros(stop - start, 2)
+                own.append(image_N2)
+            yield from own * copies
 
     def _drawn(self, counts: dict[str, Iterator[int]], kind: str, row: Sequence[int]) -> list[int]:
         """Visual tokens of each image, or video, of a row, taken off the front."""
