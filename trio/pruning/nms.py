@@ -74,7 +74,7 @@ def suppress(
     images, most = order_NV.shape
     device = features_TD.device
     walk = device_walk(device) or _walk_on_host
-    step = _ROUND.get(device.type, _ROUND_ON_DEVICE)
+    step = _round(device)
     dtype = torch.promote_types(features_TD.dtype, torch.float32)
     # One row more, into which candidates that are not kept are written.
     kept_NKD = features_TD.new_zeros((images, most_kept + 1, features_TD.shape[1]), dtype=dtype)
@@ -101,19 +101,50 @@ def suppress(
         taken_NV[:, first : first + step] = taken_NC
         room_N -= taken_NC.sum(dim=1)
     del kept_NKD
-    if fill_up != "reference" and (room := int(room_N.max())) > 0:
+    if fill_up == "mixed":
         there_NV = torch.arange(most, device=device) < count_N[:, None]
-        free_NV = there_NV & ~taken_NV
-        taken_NV |= free_NV & (free_NV.cumsum(dim=1) <= room_N[:, None] // _SALIENT)
         index_NV = start_N[:, None] + order_NV.where(there_NV, 0)
-        near_NV = _nearest(features_TD, coordinates_T2, index_NV, taken_NV, most_kept, step)
-        near_NV.masked_fill_(taken_NV | ~there_NV, torch.inf)
-        room_N = room_N - room_N // _SALIENT
-        farthest = _farthest if features_TD.is_cuda else _farthest_on_host
-        taken_NV |= farthest(
-            features_TD, coordinates_T2, index_NV, near_NV, room_N, room - room // _SALIENT
-        )
+        _mix(features_TD, coordinates_T2, index_NV, there_NV, taken_NV, keep_N, room_N)
     return _filled_up(order_NV, taken_NV, count_N, keep_N, most_kept)
+
+
+def _round(device: torch.device) -> int:
+    return _ROUND.get(device.type, _ROUND_ON_DEVICE)
+
+
+def _mix(
+    features_TD: Tensor,
+    coordinates_T2: Tensor,
+    index_NV: Tensor,
+    there_NV: Tensor,
+    taken_NV: Tensor,
+    keep_N: Tensor,
+    room_N: Tensor,
+) -> None:
+    """Take as many more of each image as there is room for, some by saliency, the others far from
+    all that are taken.
+
+    Args:
+        features_TD: packed features.
+        coordinates_T2: packed places.
+        index_NV: packed indices of each image's tokens, most salient first.
+        there_NV: which of them are there.
+        taken_NV: which are taken; gets what is taken here.
+        keep_N: tokens to take of each in the end.
+        room_N: how many of these are missing.
+    """
+    salient_N = room_N // _SALIENT
+    far_N = room_N - salient_N
+    # Both are read back from a device at once.
+    most_far, most_taken = torch.stack((far_N.max(), (keep_N - far_N).max())).tolist()
+    if not most_far:
+        return
+    free_NV = there_NV & ~taken_NV
+    taken_NV |= free_NV & (free_NV.cumsum(dim=1) <= salient_N[:, None])
+    near_NV = _nearest(features_TD, coordinates_T2, index_NV, taken_NV, most_taken)
+    near_NV.masked_fill_(taken_NV | ~there_NV, torch.inf)
+    farthest = _farthest if features_TD.is_cuda else _farthest_on_host
+    taken_NV |= farthest(features_TD, coordinates_T2, index_NV, near_NV, far_N, most_far)
 
 
 def _nearest(
@@ -121,13 +152,13 @@ def _nearest(
     coordinates_T2: Tensor,
     index_NV: Tensor,
     taken_NV: Tensor,
-    most_kept: int,
-    step: int,
+    most_taken: int,
 ) -> Tensor:
     """How near `[N, V]` each token is to the nearest that is taken, of which there are at most
-    `most_kept`: their cosine, and how near their places are."""
-    slots_NK = taken_NV.int().argsort(dim=1, descending=True, stable=True)[:, :most_kept]
+    `most_taken`: their cosine, and how near their places are."""
+    slots_NK = taken_NV.int().argsort(dim=1, descending=True, stable=True)[:, :most_taken]
     is_kept_NK = taken_NV.gather(1, slots_NK)
+    step = _round(features_TD.device)
     kept_NK2 = coordinates_T2[index_NV.gather(1, slots_NK)]
     dtype = torch.promote_types(features_TD.dtype, torch.float32)
     kept_NKD = features_TD.new_empty((*slots_NK.shape, features_TD.shape[1]), dtype=dtype)
