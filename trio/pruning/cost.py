@@ -123,9 +123,9 @@ class DecoderShape:
         return keys + attention + 2 * rows * per_row
 
     def nms_flops(self, visual_tokens: int, keep: int) -> int:
-        """Cosines between kept tokens and the rest, at most: in the walk, once more where that
-        comes out short, and with each of the half that is then taken by distance."""
-        return 5 * visual_tokens * keep * self.hidden_size // 2
+        """Cosines between kept tokens and the rest, at most: in the walk, and once more where that
+        comes out short."""
+        return 2 * visual_tokens * keep * self.hidden_size
 
     def kv_bytes(self, tokens_per_layer: Sequence[int], bytes_per_element: int) -> int:
         """Keys and values of one sequence."""
