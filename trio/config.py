@@ -152,6 +152,11 @@ class Pruning:
             return bool(self.schedule.stages)
         return self.retention is not None and self.retention < 1.0
 
+    @property
+    def looks_at_places(self) -> bool:
+        """Whether the choice asks where in their picture tokens lie."""
+        return self.method == "trio" and self.fill_up == "mixed"
+
     def proxy_index(self, layer: int) -> int:
         """The decoder layer (0-based) that scores at a stage after `layer` layers."""
         return layer - 1 if self.proxy_layer == "previous" else layer

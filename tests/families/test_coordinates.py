@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,10 +13,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from tests.families.family import Family
-from trio.engine.entry import coordinates
-from trio.models.raster import OUTSIDE, packed, raster
+import trio
+from tests.families.family import LAYERS, Family, requests_with
+from tests.families.test_patch import batch
+from trio.engine import runner
+from trio.engine.request import Request
+from trio.models.llava_onevision import LlavaOnevisionAdapter
+from trio.models.prefill import PackedPrompts
+from trio.models.raster import OUTSIDE, packed, raster, unknown
 from trio.models.registry import adapt
+from trio.patching import forward
 
 SIZES = [(96, 96), (120, 60), (50, 140)]
 """Widths and heights."""
@@ -23,8 +30,8 @@ SPOTS = [(0.2, 0.2), (0.8, 0.3), (0.5, 0.85)]
 """Rows and columns of the middle of what is changed, in shares of the picture."""
 
 
-def pictures(size: tuple[int, int], count: int = 1) -> tuple[list[Image.Image], list[Image.Image]]:
-    """The same picture, and with a spot in the last one."""
+def pictures(size: tuple[int, int]) -> tuple[list[Image.Image], list[Image.Image]]:
+    """A plain picture, and the same with a spot here and there."""
     width, height = size
     plain = np.full((height, width, 3), 90, np.uint8)
     spotted = []
@@ -33,7 +40,7 @@ def pictures(size: tuple[int, int], count: int = 1) -> tuple[list[Image.Image], 
         y, x, edge = round(row * height), round(column * width), min(size) // 8
         own[max(0, y - edge) : y + edge, max(0, x - edge) : x + edge] = (250, 0, 160)
         spotted.append(Image.fromarray(own))
-    return [Image.fromarray(plain)] * count, spotted
+    return [Image.fromarray(plain)], spotted
 
 
 def without_attention(model: Any) -> Any:
@@ -49,56 +56,172 @@ def without_attention(model: Any) -> Any:
     return own
 
 
+@pytest.mark.parametrize("others", [0, 1], ids=["alone", "beside"])
 @pytest.mark.parametrize("size", SIZES)
 def test_a_token_lies_where_the_picture_that_it_shows_does(
-    any_family: Family, size: tuple[int, int]
+    any_family: Family, size: tuple[int, int], others: int
 ) -> None:
     if not any_family.per_image and size[0] != size[1]:
         pytest.skip("the processor crops it to a square")
     adapter = adapt(without_attention(any_family.model))
     plain, spotted = pictures(size)
+    padded = others and isinstance(adapter, LlavaOnevisionAdapter)
 
     def seen(image: Image.Image) -> tuple[Tensor, Tensor]:
-        (inputs,) = adapter.process_images(any_family.processor, [image])
+        images = [*plain * others, image]
+        inputs = adapter.process_images(any_family.processor, images)[-1]
         (places,) = adapter.coordinates(inputs)
         (features,) = adapter.encode_images([inputs])
         assert [len(places)] == adapter.visual_tokens(inputs) == [len(features)]
         return features.tokens, places
 
     before, _ = seen(plain[0])
-    unit = (size[0] * size[1]) ** 0.5
+    width, height = size
+    unit = (width * height) ** 0.5
+    above = left = 0.0
+    if padded:
+        unit = max(size)
+        above, left = (unit - height) / 2, (unit - width) / 2
     for (row, column), image in zip(SPOTS, spotted, strict=True):
         after, places = seen(image)
         changed = (after != before).any(dim=1)
-        middle = torch.tensor([row * size[1], column * size[0]]) / unit
+        middle = torch.tensor([above + row * height, left + column * width]) / unit
         far = (places - middle).norm(dim=1)
         assert 0 < changed.sum() < 0.5 * len(places)
         assert far[changed].max() < 0.4
         assert far[changed].mean() < 0.5 * far[~changed].mean()
 
 
-def test_images_beside_others_have_their_own_places(family: Family) -> None:
-    adapter = adapt(family.model)
-    images, _ = pictures(SIZES[0], 2)
-    made = adapter.process_images(family.processor, images)
-    for inputs in made:
-        (places,) = adapter.coordinates(inputs)
-        assert [len(places)] == adapter.visual_tokens(inputs)
-        assert len({tuple(place) for place in places.tolist()}) > len(places) // 2
+class Prefills:
+    """What a module's `prefill` was given, call by call."""
+
+    def __init__(self, module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.prompts: list[PackedPrompts] = []
+        own = module.prefill
+
+        def prefill(decoder: Any, prompts: PackedPrompts, *args: Any) -> Any:
+            self.prompts.append(prompts)
+            return own(decoder, prompts, *args)
+
+        monkeypatch.setattr(module, "prefill", prefill)
+
+    def last(self) -> list[tuple[Tensor, Sequence[tuple[int, int]]]]:
+        """Coordinates and visual spans of each prompt of the last call."""
+        prompts = self.prompts[-1]
+        assert prompts.coordinates_T2 is not None
+        return list(
+            zip(prompts.coordinates_T2.split(list(prompts.lengths)), prompts.images, strict=True)
+        )
 
 
-def test_what_a_reduction_leaves_lies_where_it_came_from(family: Family) -> None:
+def expected_of(family: Family, request: Request, adapter: Any) -> list[Tensor]:
+    made = adapter.process_images(family.processor, request.images)
+    return [own for inputs in made for own in adapter.coordinates(inputs)]
+
+
+@pytest.fixture
+def model(family: Family) -> Any:
+    return copy.deepcopy(family.model)
+
+
+PATCHED = {
+    "alone": {},
+    "beams": {"num_beams": 3, "num_return_sequences": 2},
+    "sampled": {"do_sample": True, "num_return_sequences": 2},
+}
+
+
+@pytest.mark.parametrize("options", PATCHED.values(), ids=PATCHED)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_patch_knows_the_places_of_each_rows_images(
+    family: Family, model: Any, side: str, options: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = [0, 2, 1, 1]
+    encodes_ahead = "mm_encoder_outputs" in inspect.signature(model.forward).parameters
+    if options and not encodes_ahead:
+        own = [0, 1, 1]  # others are refused
+    rows = requests_with(own)
+    inputs = batch(family, rows, side)
+    trio.patch(model, trio.Pruning(retention=0.4))
+    seen = Prefills(forward, monkeypatch)
+    model.generate(**inputs, **{"max_new_tokens": 2, "do_sample": False, **options})
+    calls = [seen.last()]
+    if not options:
+        model(**inputs, logits_to_keep=1)
+        calls.append(seen.last())
+    adapter = adapt(model)
+    for found in calls:
+        copies = len(found) // len(rows)
+        assert copies == (max(options.get("num_beams", 1), 2) if options else 1)
+        for number, (places, spans) in enumerate(found):
+            expected = expected_of(family, rows[number // copies], adapter)
+            assert torch.equal(places, packed([len(places)], [spans], expected))
+
+
+def test_who_calls_the_model_while_it_generates_has_its_own_places(
+    family: Family, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if "mm_encoder_outputs" not in inspect.signature(model.forward).parameters:
+        pytest.skip("this transformers encodes no images ahead")
+    outer, inner = batch(family, requests_with([1, 1])), batch(family, requests_with([0, 1])[1:])
+    names = inspect.signature(model.get_image_features).parameters
+    given = {name: inner.pop(name) for name in names if name in inner}
+    positions = None
+    if "mm_token_type_ids" in inner:
+        grids = {name: given[name] for name in given if name != "pixel_values"}
+        positions, _ = model.model.get_rope_index(**inner, **grids)
+        inner["position_ids"] = positions
+    inner["mm_encoder_outputs"] = {"image": model.get_image_features(**given)}
+    trio.patch(model, trio.Pruning(retention=0.4))
+    seen = Prefills(forward, monkeypatch)
+    alone = model(**inner, logits_to_keep=1).logits
+    logits = []
+
+    def inside(ids: Tensor, scores: Tensor) -> Tensor:
+        logits.append(model(**inner, logits_to_keep=1).logits)
+        return scores
+
+    model.generate(**outer, max_new_tokens=1, do_sample=False, logits_processor=[inside])
+    ((places, _),) = seen.last()
+    assert not places.any()
+    assert torch.equal(logits[0], alone)
+
+
+@pytest.mark.parametrize("encoder", ["none", "visionzip", "scan"])
+def test_the_engine_knows_the_places_of_what_the_encoder_leaves(
+    family: Family, encoder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     adapter = adapt(family.model)
-    for encoder in adapter.encoders:
-        images, _ = pictures(SIZES[0])
-        (inputs,) = adapter.process_images(family.processor, images)
-        (given,) = adapter.coordinates(inputs)
-        (reduced,) = adapter.encode_images([inputs], encoder, [len(given) // 2])
-        left = coordinates(given, reduced)
-        assert len(left) == len(reduced) == len(given) // 2
-        for place, source in zip(left, reduced.sources, strict=True):
-            expected = torch.full((2,), OUTSIDE) if source is None else given[source]
-            assert torch.equal(place, expected)
+    if encoder not in ("none", *adapter.encoders):
+        pytest.skip(f"the family has no {encoder}")
+    pruning = trio.Pruning(retention=0.2, encoder=encoder)
+    worker = trio.Engine(family.model, family.processor, pruning=pruning, kv_bytes=1 << 26)
+    requests = requests_with([2, 0, 1])
+    seen = Prefills(runner, monkeypatch)
+    assert all(result.error is None for result in worker.generate(requests))
+    assert len(seen.prompts) == 1
+    for request, (places, spans) in zip(requests, seen.last(), strict=True):
+        left = []
+        for inputs in adapter.process_images(family.processor, request.images):
+            (given,) = adapter.coordinates(inputs)
+            keep = worker._runner.pruning.encoded(len(given), LAYERS)
+            (image,) = adapter.encode_images([inputs], encoder, [keep])
+            outside = torch.full((1, 2), OUTSIDE)
+            sources = image.sources or range(len(image))
+            left.append(torch.cat([outside if n is None else given[n, None] for n in sources]))
+        assert torch.equal(places, packed([len(places)], [spans], left))
+
+
+@pytest.mark.parametrize("pruning", [{"method": "random"}, {"fill_up": "reference"}], ids=str)
+def test_who_does_not_ask_for_places_has_them_not_worked_out(
+    family: Family, model: Any, pruning: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = [Prefills(module, monkeypatch) for module in (forward, runner)]
+    own = trio.Pruning(retention=0.4, **pruning)
+    requests = requests_with([1])
+    list(trio.Engine(model, family.processor, pruning=own, kv_bytes=1 << 26).generate(requests))
+    trio.patch(model, own).generate(**batch(family, requests), max_new_tokens=1)
+    assert [one.prompts[-1].coordinates_T2 for one in seen] == [None, None]
 
 
 def rows_of(places: Tensor) -> Sequence[Sequence[float]]:
@@ -113,6 +236,11 @@ def test_a_raster_is_in_edges_of_a_square_as_large() -> None:
         [0.75, 0.5],
         [0.75, 1.5],
     ]
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert raster(2, 3, 1.0).dtype == unknown(2).dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
     assert raster(0, 3, 0.01).shape == raster(3, 0, 9.0).shape == (0, 2)
     assert raster(3, 0, 9.0, newlines=True).shape == (3, 2)
 

@@ -118,6 +118,16 @@ def test_generate_says_what_its_inputs_lack(family: Family, model: Any) -> None:
             model.generate(**inputs, max_new_tokens=2)
 
 
+def test_token_ids_may_come_under_either_name(family: Family, model: Any) -> None:
+    inputs = batch(family, requests_with(IMAGES[:3]))
+    trio.patch(model, PRUNING)
+    named, logits, _ = run(model, inputs, max_new_tokens=2)
+    ids = inputs.pop("input_ids")
+    other, same, _ = run(model, {**inputs, "inputs": ids, "input_ids": None}, max_new_tokens=2)
+    assert torch.equal(named, other)
+    assert torch.equal(logits, same)
+
+
 def test_beams_keep_the_images_of_their_prompt(family: Family, model: Any) -> None:
     rows = requests_with(IMAGES)[:5]
     trio.patch(model, PRUNING)

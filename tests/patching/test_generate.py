@@ -13,6 +13,7 @@ from tests.patching import oracle
 from tests.patching.prompts import Batch, pad, rows, run
 from trio.errors import UserError
 from trio.models.prefill import PackedPrompts, prefill
+from trio.models.raster import packed
 from trio.models.registry import adapt
 
 LAYERS = 6
@@ -20,7 +21,8 @@ close = functools.partial(torch.testing.assert_close, atol=2e-5, rtol=1e-4)
 SETTINGS = [
     trio.Pruning(retention=0.4),
     trio.Pruning(retention=0.4, position_ids="keep", proxy_positions="last"),
-    trio.Pruning(schedule="0:40,2:9,5:1"),
+    # So low that the suppression leaves little, and places decide.
+    trio.Pruning(schedule="0:40,2:9,5:1", similarity_threshold=0.1),
     trio.Pruning(schedule="1:0.2", method="random", seed=3),
     trio.Pruning(schedule="2:12", method="gradient"),
     trio.Pruning(schedule="2:20,6:5", proxy_layer="previous", proxy_head="input_embedding"),
@@ -48,11 +50,18 @@ def cached_tokens(cache: Any) -> list[list[int]]:
 def present(model: Any, batch: Batch, pruning: trio.Pruning) -> tuple[Tensor, list[list[int]]]:
     """Decoder input of a single prompt, and which of its tokens each layer sees."""
     adapter = adapt(model)
-    features = adapter.encode_images([{"pixel_values": p[None]} for p in batch["pixel_values"]])
+    images = [{"pixel_values": p[None]} for p in batch["pixel_values"]]
+    features = adapter.encode_images(images)
     embeds = adapter.embed(batch["input_ids"][0], features)
     spans = tuple(adapter.spans(batch["input_ids"][0], list(map(len, features))))
-    packed = PackedPrompts(embeds_TD=embeds, lengths=(len(embeds),), images=(spans,))
-    (kept,) = prefill(adapter.decoder, packed, pruning, None).kept
+    places = [own for image in images for own in adapter.coordinates(image)]
+    entering = PackedPrompts(
+        embeds_TD=embeds,
+        lengths=(len(embeds),),
+        images=(spans,),
+        coordinates_T2=packed([len(embeds)], [spans], places),
+    )
+    (kept,) = prefill(adapter.decoder, entering, pruning, None).kept
     visual = (batch["input_ids"][0] == IMAGE_TOKEN_ID).nonzero()[:, 0].tolist()
     text = sorted(set(range(len(embeds))) - set(visual))
     layers = [list(range(len(embeds)))] * LAYERS

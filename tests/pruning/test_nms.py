@@ -47,6 +47,16 @@ def clustered(count: int, clusters: int, noise: float, seed: int) -> Tensor:
     return centres[which] + noise * torch.randn(count, 16, generator=generator)
 
 
+@pytest.fixture(params=["host", "device"])
+def farthest(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How the fill-up goes on a CPU, and how on a GPU."""
+    if request.param == "device":
+        own = nms._farthest
+        on_device = lambda *given: own(*given, int(given[-1].max()))  # noqa: E731
+        monkeypatch.setattr(nms, "_farthest_on_host", on_device)
+
+
+@pytest.mark.usefixtures("farthest")
 @pytest.mark.parametrize("fill_up", FILL_UPS)
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("keep", [1, 7, 40, 100, 199, 200])
@@ -60,6 +70,7 @@ def test_equals_the_sequential_walk(seed: int, keep: int, fill_up: str) -> None:
     assert len(got) == keep
 
 
+@pytest.mark.usefixtures("farthest")
 @pytest.mark.parametrize("fill_up", FILL_UPS)
 def test_several_images_of_different_sizes_at_once(fill_up: str) -> None:
     counts, keeps, starts = [150, 9, 70, 64], [60, 9, 5, 20], [3, 160, 180, 260]

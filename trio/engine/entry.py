@@ -79,6 +79,8 @@ def entered(given: Sequence[int], images: Sequence[Features]) -> list[int | None
 def coordinates(given_N2: Tensor, image: Features) -> Tensor:
     """Of an image's tokens that enter the decoder, where the encoder gave all those of `given_N2`;
     each is where the one lies that it stands for."""
+    if not image.sources:
+        return given_N2
     with_class = F.pad(given_N2, (0, 0, 0, 1), value=OUTSIDE)
     return with_class[[-1 if source is None else source for source in _sources(image)]]
 

@@ -167,13 +167,15 @@ class Runner:
             positions_T = self._after_reduction(positions_T, task_lengths, entry.index_T)
         own = list(chain.from_iterable(features))
         salted = self.pruning.method == "random"
-        located = self.pruning.method == "trio" and self.pruning.fill_up != "reference"
+        located = None
+        if self.pruning.looks_at_places:
+            located = self._coordinates(images, own, lengths, spans)
         return PackedPrompts(
             embeds_TD=self.adapter.embed(ids_T, own),
             lengths=lengths,
             images=spans,
             positions_T=positions_T,
-            coordinates_T2=self._coordinates(images, own, lengths, spans) if located else None,
+            coordinates_T2=located,
             injected=joined(own),
             given=[task.prepared.image_tokens for task in tasks],
             salts=tuple(salt_of(t.prepared.input_ids) for t in tasks) if salted else (),

@@ -19,6 +19,7 @@ from trio.errors import UserError
 from trio.models.attention import Packed
 from trio.models.decoder import Decoder, LayerCache
 from trio.models.proxy import Proxy
+from trio.models.raster import unknown
 from trio.models.stopwatch import Stopwatch
 from trio.pruning.candidates import Relevance, StageChoice
 from trio.pruning.compaction import Ragged, compact, contiguous_positions
@@ -181,7 +182,7 @@ class _Prefill:
             self.next_positions = _next_positions(prompts.positions_T, prompts.lengths)
         coordinates_T2 = prompts.coordinates_T2
         if coordinates_T2 is None:
-            coordinates_T2 = torch.zeros(self.batch_tokens, 2)
+            coordinates_T2 = unknown(self.batch_tokens)
         self.coordinates_T2 = coordinates_T2.to(decoder.device)
         self.kept: list[list[list[int]]] = [[] for _ in prompts.lengths]
         self.pruning_time = Stopwatch(decoder.device)

@@ -29,9 +29,14 @@ def raster(rows: int, columns: int, aspect: float, newlines: bool = False) -> Te
         picture.
     """
     height, width = sqrt(aspect), 1 / sqrt(aspect)
-    row = (torch.arange(rows) + 0.5) * (height / max(1, rows))
-    column = (torch.arange(columns + newlines) + 0.5) * (width / max(1, columns))
+    row = (_count(rows) + 0.5) * (height / max(1, rows))
+    column = (_count(columns + newlines) + 0.5) * (width / max(1, columns))
     return torch.cartesian_prod(row, column)
+
+
+def unknown(tokens: int) -> Tensor:
+    """`[N, 2]`, all alike: of tokens of which nobody says where they lie."""
+    return torch.zeros(tokens, 2, dtype=torch.float32)
 
 
 def packed(
@@ -49,7 +54,7 @@ def packed(
     Returns:
         `[T, 2]`; zeros for text.
     """
-    found_T2 = torch.zeros(sum(lengths), 2)
+    found_T2 = unknown(sum(lengths))
     own = iter(images)
     first = 0
     for length, row in zip(lengths, spans, strict=True):
@@ -58,3 +63,8 @@ def packed(
             found_T2[first + start : first + start + len(image_N2)] = image_N2
         first += length
     return found_T2
+
+
+def _count(number: int) -> Tensor:
+    # Not in the default dtype, which may be half precision.
+    return torch.arange(number, dtype=torch.float32)

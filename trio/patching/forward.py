@@ -25,7 +25,7 @@ from trio.errors import UserError
 from trio.models.adapter import Adapter, Span
 from trio.models.attention import Padded
 from trio.models.prefill import PackedPrompts, prefill
-from trio.models.raster import packed
+from trio.models.raster import packed, unknown
 from trio.patching.cache import RaggedLayer, make_plain, make_ragged, ragged_layers
 from trio.patching.override import Override
 from trio.pruning.methods.random import salt_of
@@ -33,9 +33,11 @@ from trio.pruning.methods.random import salt_of
 UNPATCH = "or call trio.unpatch(model) first"
 _PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 """By what a call brings each kind of visual tokens, unless encoded, in `mm_encoder_outputs`."""
-_generating: ContextVar[Mapping[str, Any] | None] = ContextVar("_generating", default=None)
-"""The call of `generate` that is under way: of images that it encodes ahead of the prefill, the
-sizes do not come there."""
+_generating: ContextVar[tuple[nn.Module, Mapping[str, Any]] | None] = ContextVar(
+    "_generating", default=None
+)
+"""A model whose `generate` is under way, and the call of it: of images that it encodes ahead of the
+prefill, the sizes do not come there."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,7 +49,7 @@ class Prompts:
     images: visual spans (start, stop) of each row, counted in its real tokens.
     positions_T: positions [T], where they have one axis; None is 0, 1, 2, ... in each row.
     coordinates_T2: where in its picture each token of an image lies [T, 2]; all alike in a video
-        and where it is unknown.
+        and where it is unknown. None where the choice does not ask.
     salts: a number of each row's tokens, for method `random`.
     """
 
@@ -55,7 +57,7 @@ class Prompts:
     lengths: tuple[int, ...]
     images: tuple[tuple[tuple[int, int], ...], ...]
     positions_T: Tensor | None
-    coordinates_T2: Tensor
+    coordinates_T2: Tensor | None
     salts: tuple[int, ...]
 
 
@@ -128,12 +130,15 @@ class PatchedForward(Override):
         tokens = [ids[real].tolist() for ids, real in zip(ids_BS, real_BS, strict=True)]
         pictures, videos = self._spans(call, tokens)
         images = tuple(tuple(sorted(own)) for own in map(add, pictures, videos))
+        located = None
+        if self.pruning.looks_at_places:
+            located = packed(lengths, pictures, self._coordinates(call, pictures))
         return Prompts(
             real_BS=real_BS,
             lengths=lengths,
             images=images,
             positions_T=self._positions(call, real_BS, lengths, images),
-            coordinates_T2=packed(lengths, pictures, self._coordinates(call, pictures)),
+            coordinates_T2=located,
             salts=tuple(salt_of(row) for row in tokens),
         )
 
@@ -168,24 +173,31 @@ class PatchedForward(Override):
         self, call: dict[str, Any], pictures: Sequence[Sequence[Span]]
     ) -> Iterator[Tensor]:
         """Of each image, row by row, with spans as `_spans` tells them."""
-        told: Mapping[str, Any] | None = call
-        if call.get(_PIXELS["image"]) is None:
-            told = _generating.get()
-        given: Iterator[Tensor] = iter(())
-        copies = 1
-        if told is not None and told.get(_PIXELS["image"]) is not None:
-            given = iter(self.adapter.coordinates(told))
-            # Beams and return sequences repeat each row with its images.
-            copies = len(pictures) // len(_ids(told))
+        told, copies = self._told(call)
+        given = iter(self.adapter.coordinates(told)) if told else iter(())
         for row in pictures[::copies]:
             own = []
             for start, stop in row:
                 image_N2 = next(given, None)
                 # Unknown of features that come alone, or are laid out otherwise than by the config.
                 if image_N2 is None or len(image_N2) != stop - start:
-                    image_N2 = torch.zeros(stop - start, 2)
+                    image_N2 = unknown(stop - start)
                 own.append(image_N2)
             yield from own * copies
+
+    def _told(self, call: dict[str, Any]) -> tuple[Mapping[str, Any] | None, int]:
+        """The call that brings the images of this one as pixels, and how many rows here each of its
+        rows has become: beams and return sequences repeat it with its images."""
+        if call.get(_PIXELS["image"]) is not None:
+            return call, 1
+        module, told = _generating.get() or (None, {})
+        ids_BS, own_BS = _ids(told), call["input_ids"]
+        if module is not self.module or told.get(_PIXELS["image"]) is None or ids_BS is None:
+            return None, 1
+        # Others may call the model while it generates, as a logits processor can.
+        copies = max(1, len(own_BS) // len(ids_BS))
+        same = torch.equal(ids_BS.repeat_interleave(copies, dim=0).to(own_BS), own_BS)
+        return (told, copies) if same else (None, 1)
 
     def _drawn(self, counts: dict[str, Iterator[int]], kind: str, row: Sequence[int]) -> list[int]:
         """Visual tokens of each image, or video, of a row, taken off the front."""
@@ -377,7 +389,7 @@ class PatchedGenerate(Override):
             for kind in kinds:
                 if call.get(_PIXELS[kind]) is not None:
                     _counts(self.adapter, call, kind)  # says what is missing, if anything is
-        token = _generating.set(call)
+        token = _generating.set((self.module, call))
         try:
             return self.original(**call)
         finally:
@@ -457,8 +469,9 @@ def _by_name(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> di
 
 
 def _ids(call: Mapping[str, Any]) -> Any:
-    """Token ids of a call of `generate` or of the model."""
-    return call.get("input_ids", call.get("inputs"))
+    """Token ids of a call of `generate`; None if it has none."""
+    named = call.get("input_ids")
+    return call.get("inputs") if named is None else named
 
 
 def _brought(call: dict[str, Any], adapter: Adapter) -> list[str]:

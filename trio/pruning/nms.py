@@ -143,8 +143,11 @@ def _mix(
     taken_NV |= free_NV & (free_NV.cumsum(dim=1) <= salient_N[:, None])
     near_NV = _nearest(features_TD, coordinates_T2, index_NV, taken_NV, most_taken)
     near_NV.masked_fill_(taken_NV | ~there_NV, torch.inf)
-    farthest = _farthest if features_TD.is_cuda else _farthest_on_host
-    taken_NV |= farthest(features_TD, coordinates_T2, index_NV, near_NV, far_N, most_far)
+    looked_at = features_TD, coordinates_T2, index_NV, near_NV, far_N
+    if features_TD.is_cuda:
+        taken_NV |= _farthest(*looked_at, most_far)
+    else:
+        taken_NV |= _farthest_on_host(*looked_at)
 
 
 def _nearest(
@@ -208,17 +211,17 @@ def _farthest(
     place_NV2 = coordinates_T2[index_NV]
     taken_NV = torch.zeros_like(near_NV, dtype=torch.bool)
     for number in range(most_room):
-        place_N1 = near_NV.argmin(dim=1, keepdim=True)
-        taken_NV.scatter_(1, place_N1, (room_N > number)[:, None])
-        near_NV.scatter_(1, place_N1, torch.inf)
-        own_ND = features_TD[index_NV.gather(1, place_N1)[:, 0]]
+        slot_N1 = near_NV.argmin(dim=1, keepdim=True)
+        taken_NV.scatter_(1, slot_N1, (room_N > number)[:, None])
+        near_NV.scatter_(1, slot_N1, torch.inf)
+        own_ND = features_TD[index_NV.gather(1, slot_N1)[:, 0]]
         # One product over the batch as it lies; of its N columns each token needs its image's.
         if own_ND.dtype == near_NV.dtype:
             dot_TN = features_TD @ own_ND.T
         else:
             dot_TN = torch.mm(features_TD, own_ND.T, out_dtype=near_NV.dtype)
-        scale_NV = norm_NV * norm_NV.gather(1, place_N1)
-        own_N12 = place_NV2.take_along_dim(place_N1[..., None], dim=1)
+        scale_NV = norm_NV * norm_NV.gather(1, slot_N1)
+        own_N12 = place_NV2.take_along_dim(slot_N1[..., None], dim=1)
         own_NV = dot_TN[index_NV, image_N1] / scale_NV + _nearness(place_NV2 - own_N12)
         near_NV = torch.maximum(near_NV, own_NV)
     return taken_NV
@@ -230,7 +233,6 @@ def _farthest_on_host(
     index_NV: Tensor,
     near_NV: Tensor,
     room_N: Tensor,
-    most_room: int,
 ) -> Tensor:
     """The same image by image, as a CPU has the features of one in its cache."""
     norm_T = _norms(features_TD).numpy()
@@ -242,13 +244,13 @@ def _farthest_on_host(
         row, column = coordinates_T2[first:last].T.contiguous().numpy()[:, local]
         tokens = features_TD[first:last]
         for _ in range(room):
-            place = int(near.argmin())
-            taken[image, place] = True
-            near[place] = np.inf
-            dots = _dots(tokens, tokens[local[place]])[local]
-            apart = (row - row[place]) ** 2 + (column - column[place]) ** 2
+            slot = int(near.argmin())
+            taken[image, slot] = True
+            near[slot] = np.inf
+            dots = _dots(tokens, tokens[local[slot]])[local]
+            apart = (row - row[slot]) ** 2 + (column - column[slot]) ** 2
             nearness = _NEARNESS * np.exp(_FALL * apart)
-            np.maximum(near, dots / (norm * norm[place]) + nearness, out=near)
+            np.maximum(near, dots / (norm * norm[slot]) + nearness, out=near)
     return torch.from_numpy(taken)
 
 
