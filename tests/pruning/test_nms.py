@@ -51,8 +51,11 @@ def clustered(count: int, clusters: int, noise: float, seed: int) -> Tensor:
 def farthest(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """How the fill-up goes on a CPU, and how on a GPU."""
     if request.param == "device":
-        own = nms._farthest
-        on_device = lambda *given: own(*given, int(given[-1].max()))  # noqa: E731
+
+        def on_device(*tensors: Tensor) -> Tensor:
+            features, coordinates, index, near, room = tensors
+            return nms._farthest(features, coordinates, index, near, room, int(room.max()))
+
         monkeypatch.setattr(nms, "_farthest_on_host", on_device)
 
 
