@@ -58,7 +58,8 @@ class Pruning:
     fill_up: what makes up the number where the NMS leaves fewer tokens than are to be kept:
         `reference` (those of the highest saliency, near-duplicates though they be: the published
         code) or `mixed` (a quarter of what is missing that way; the rest one after another, each
-        time the token that is least like all that are kept and farthest from them in the picture).
+        time the token whose nearest kept one is least near, likeness and closeness in the picture
+        added up).
     seed: for `random`.
     """
 
