@@ -71,7 +71,7 @@ def quality(options: argparse.Namespace) -> int:
         options.seed[0],
     )
     conditions: dict[str, Any] = {
-        "model": options.model,
+        "model": "demo" if options.model == str(MODEL) else options.model,
         "dtype": options.dtype,
         "scenes": options.scenes,
         "seeds": options.seed,
