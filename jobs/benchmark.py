@@ -61,7 +61,8 @@ def quality(options: argparse.Namespace) -> int:
     if options.from_file:
         return _show(_read(options.from_file), options)
     check_scenes(options.scenes, options.seed)
-    default: Mapping[str, str] = SETTINGS if options.model == str(MODEL) else {}
+    bundled = options.model == str(MODEL)
+    default: Mapping[str, str] = SETTINGS if bundled else {}
     asked_for = settings(
         options.methods,
         options.retention,
@@ -71,7 +72,7 @@ def quality(options: argparse.Namespace) -> int:
         options.seed[0],
     )
     conditions: dict[str, Any] = {
-        "model": "demo" if options.model == str(MODEL) else options.model,
+        "model": DEMO if bundled else options.model,
         "dtype": options.dtype,
         "scenes": options.scenes,
         "seeds": options.seed,

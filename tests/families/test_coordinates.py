@@ -30,7 +30,7 @@ SPOTS = [(0.2, 0.2), (0.8, 0.3), (0.5, 0.85)]
 """Rows and columns of the middle of what is changed, in shares of the picture."""
 
 
-def pictures(size: tuple[int, int]) -> tuple[list[Image.Image], list[Image.Image]]:
+def pictures(size: tuple[int, int]) -> tuple[Image.Image, list[Image.Image]]:
     """A plain picture, and the same with a spot here and there."""
     width, height = size
     plain = np.full((height, width, 3), 90, np.uint8)
@@ -40,7 +40,7 @@ def pictures(size: tuple[int, int]) -> tuple[list[Image.Image], list[Image.Image
         y, x, edge = round(row * height), round(column * width), min(size) // 8
         own[max(0, y - edge) : y + edge, max(0, x - edge) : x + edge] = (250, 0, 160)
         spotted.append(Image.fromarray(own))
-    return [Image.fromarray(plain)], spotted
+    return Image.fromarray(plain), spotted
 
 
 def without_attention(model: Any) -> Any:
@@ -68,14 +68,14 @@ def test_a_token_lies_where_the_picture_that_it_shows_does(
     padded = others and isinstance(adapter, LlavaOnevisionAdapter)
 
     def seen(image: Image.Image) -> tuple[Tensor, Tensor]:
-        images = [*plain * others, image]
+        images = [*[plain] * others, image]
         inputs = adapter.process_images(any_family.processor, images)[-1]
         (places,) = adapter.coordinates(inputs)
         (features,) = adapter.encode_images([inputs])
         assert [len(places)] == adapter.visual_tokens(inputs) == [len(features)]
         return features.tokens, places
 
-    before, _ = seen(plain[0])
+    before, _ = seen(plain)
     width, height = size
     unit = (width * height) ** 0.5
     above = left = 0.0
@@ -166,11 +166,9 @@ def test_who_calls_the_model_while_it_generates_has_its_own_places(
     outer, inner = batch(family, requests_with([1, 1])), batch(family, requests_with([0, 1])[1:])
     names = inspect.signature(model.get_image_features).parameters
     given = {name: inner.pop(name) for name in names if name in inner}
-    positions = None
     if "mm_token_type_ids" in inner:
         grids = {name: given[name] for name in given if name != "pixel_values"}
-        positions, _ = model.model.get_rope_index(**inner, **grids)
-        inner["position_ids"] = positions
+        inner["position_ids"], _ = model.model.get_rope_index(**inner, **grids)
     inner["mm_encoder_outputs"] = {"image": model.get_image_features(**given)}
     trio.patch(model, trio.Pruning(retention=0.4))
     seen = Prefills(forward, monkeypatch)

@@ -82,7 +82,7 @@ def coordinates(given_N2: Tensor, image: Features) -> Tensor:
     if not image.sources:
         return given_N2
     with_class = F.pad(given_N2, (0, 0, 0, 1), value=OUTSIDE)
-    return with_class[[-1 if source is None else source for source in _sources(image)]]
+    return with_class[[-1 if source is None else source for source in image.sources]]
 
 
 def _sources(image: Features) -> Sequence[int | None]:

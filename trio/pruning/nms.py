@@ -80,15 +80,15 @@ def suppress(
     kept_NKD = features_TD.new_zeros((images, most_kept + 1, features_TD.shape[1]), dtype=dtype)
     slot_K = torch.arange(most_kept, device=device)
     room_N = keep_N.clone()
-    taken_NV = torch.zeros_like(order_NV, dtype=torch.bool)
+    there_NV = torch.arange(most, device=device) < count_N[:, None]
+    index_NV = start_N[:, None] + order_NV.where(there_NV, 0)
+    taken_NV = torch.zeros_like(there_NV)
     for first in range(0, most, step):
         if device.type == "cpu" and not ((room_N > 0) & (count_N > first)).any():
             break
-        local_NC = order_NV[:, first : first + step]
-        there_NC = torch.arange(first, first + local_NC.shape[1], device=device) < count_N[:, None]
-        index_NC = start_N[:, None] + local_NC.where(there_NC, 0)
+        index_NC = index_NV[:, first : first + step]
         block_NCD = F.normalize(features_TD[index_NC].to(dtype), dim=-1)
-        blocked_NC = ~there_NC
+        blocked_NC = ~there_NV[:, first : first + step]
         if first:
             is_kept_NK = slot_K < (keep_N - room_N)[:, None]
             near_kept = torch.bmm(block_NCD, kept_NKD[:, :-1].transpose(1, 2)) >= threshold
@@ -102,10 +102,8 @@ def suppress(
         room_N -= taken_NC.sum(dim=1)
     del kept_NKD
     if fill_up == "mixed":
-        there_NV = torch.arange(most, device=device) < count_N[:, None]
-        index_NV = start_N[:, None] + order_NV.where(there_NV, 0)
         _mix(features_TD, coordinates_T2, index_NV, there_NV, taken_NV, keep_N, room_N)
-    return _filled_up(order_NV, taken_NV, count_N, keep_N, most_kept)
+    return _filled_up(order_NV, taken_NV, there_NV, keep_N, most_kept)
 
 
 def _round(device: torch.device) -> int:
@@ -269,15 +267,13 @@ def _norms(features_TD: Tensor) -> Tensor:
 
 
 def _filled_up(
-    order_NV: Tensor, taken_NV: Tensor, count_N: Tensor, keep_N: Tensor, most_kept: int
+    order_NV: Tensor, taken_NV: Tensor, there_NV: Tensor, keep_N: Tensor, most_kept: int
 ) -> Tensor:
     """What was taken, and the first of the others up to the number to keep."""
-    most = order_NV.shape[1]
-    there_NV = torch.arange(most, device=order_NV.device) < count_N[:, None]
     rank_NV = 2 - 2 * taken_NV.int() - (there_NV & ~taken_NV).int()
     first_NK = rank_NV.argsort(dim=1, stable=True)[:, :most_kept]
     wanted_NK = torch.arange(most_kept, device=order_NV.device) < keep_N[:, None]
-    return order_NV.gather(1, first_NK).where(wanted_NK, most).sort(dim=1).values
+    return order_NV.gather(1, first_NK).where(wanted_NK, order_NV.shape[1]).sort(dim=1).values
 
 
 def _walk_on_host(near_NCC: Tensor, blocked_NC: Tensor, room_N: Tensor) -> Tensor:
