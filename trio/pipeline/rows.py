@@ -16,6 +16,7 @@ import pyarrow as pa
 from PIL.Image import Image
 
 from trio.engine.request import Request, Result, Sampling
+from trio.pipeline.images import note_of
 from trio.pipeline.plan import Unit
 from trio.pipeline.policy import ImagePolicy, RowError
 from trio.pipeline.schema import row_key, split_key
@@ -67,6 +68,8 @@ class Source:
     size: tuple[int, int] | None = None
     # width and height in pixels of the first image
     num_images: int | None = None
+    note: str | None = None
+    # what had to be mended in its images
 
     def cell(self, role: str) -> Any:
         """The row's value in a column; None where the shard has no such column.
@@ -103,6 +106,7 @@ def request_of(
     images = load(source.cell("image"), base, settings.policy)
     source.num_images = len(images)
     source.size = images[0].size
+    source.note = note_of(images)
     return Request(
         prompt=prompt,
         images=tuple(images),
@@ -180,6 +184,7 @@ def output_row(
         "row": source.key,
         "id": source.id,
         "prompt": source.prompt,
+        "note": source.note,
         "num_images": source.num_images,
         "image_width": source.size[0] if source.size else None,
         "image_height": source.size[1] if source.size else None,
