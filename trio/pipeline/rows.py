@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ import pyarrow as pa
 from PIL.Image import Image
 
 from trio.engine.request import Request, Result, Sampling
+from trio.pipeline.answers import texts
 from trio.pipeline.images import note_of
 from trio.pipeline.plan import Unit
 from trio.pipeline.policy import ImagePolicy, RowError
@@ -51,6 +52,8 @@ class RowSettings:
     policy: ImagePolicy
     seed: int
     save_kept: bool
+    objects: bool = False
+    # whether answers that list objects are scored as such too
     shared_directory: str | None = None
     # of the shards, to be left out of ids; None where file names alone tell them apart
 
@@ -103,6 +106,7 @@ def request_of(
         RowError: the row cannot be asked.
     """
     prompt = identify(source, settings)
+    answers_of(source)
     images = load(source.cell("image"), base, settings.policy)
     source.num_images = len(images)
     source.size = images[0].size
@@ -167,13 +171,17 @@ def _sampling(settings: RowSettings, key: int) -> Sampling:
 
 
 def answers_of(source: Source) -> list[str]:
-    """Right answers that the row brings for scoring; empty when it brings none."""
-    try:
-        value = source.cell("answers")
-    except RowError:
+    """Right answers that the row brings for scoring; empty when it brings none.
+
+    Raises:
+        RowError: text that is not UTF-8.
+    """
+    if "answers" not in source.table.column_names:
         return []
-    items = value if isinstance(value, Sequence) and not isinstance(value, str | bytes) else [value]
-    return [str(item) for item in items if item is not None]
+    try:
+        return texts(source.table.column("answers")[source.index])
+    except UnicodeDecodeError as error:
+        raise RowError("answers_invalid", "the text is not UTF-8") from error
 
 
 def output_row(
