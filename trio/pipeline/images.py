@@ -241,7 +241,8 @@ def _read(data: Buffer, policy: ImagePolicy) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise RowError("image_oversized", "far more pixels than any limit") from error
     except Exception as error:  # Pillow's readers raise whatever a broken header leads them to
-        raise RowError("image_unreadable", _reason(error)) from error
+        name = formats.name_of(data) or "unknown format"
+        raise RowError("image_unreadable", f"{name}: {_reason(error)}") from error
     width, height = image.size
     if width * height > policy.max_pixels:
         raise RowError(

@@ -20,7 +20,7 @@ HEAD = 8192
 _DATA = re.compile(rb"\s*data:([^,]{0,300}),", re.IGNORECASE)
 _ALPHABET = bytes.maketrans(b"-_", b"+/")
 _SPACE = b" \t\r\n\f\v"
-_DIGITS = re.compile(rb"[A-Za-z0-9+/]*={0,2}")
+_DIGITS = re.compile(rb"[A-Za-z0-9+/]+")
 
 
 def is_text_of_image(text: bytes) -> bool:
@@ -59,11 +59,11 @@ def _is_data(text: bytes) -> bool:
 
 
 def _is_base64(text: bytes) -> bool:
-    head = _plain(text[:HEAD])
-    if len(head) < LEAST or not _DIGITS.fullmatch(head):
+    match = _DIGITS.match(_plain(text[:HEAD]))
+    digits = match[0] if match else b""
+    if len(digits) < LEAST:
         return False
-    whole = head.rstrip(b"=")
-    start = binascii.a2b_base64(whole[: len(whole) // 4 * 4])
+    start = binascii.a2b_base64(digits[: len(digits) // 4 * 4])
     return formats.name_of(start, short=False) is not None
 
 

@@ -6,6 +6,7 @@ for those is read without them. No Pillow here: bytes in, bytes out.
 
 from __future__ import annotations
 
+import re
 import struct
 import zlib
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from itertools import product
 
 Buffer = bytes | bytearray | memoryview
 BARE = "read without what stands beside its pixels in the file, which is damaged or too large"
-NO_END = "the file lacks its end marker; its pixels are complete"
+NO_END = "the file lacks its end marker"
 _PNG = b"\x89PNG\r\n\x1a\n"
 _PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 _RASTER_TAGS = frozenset(
@@ -29,15 +30,20 @@ _BESIDE = {*range(0xE2, 0xEE), 0xEF, _COMMENT}
 _EXIF = 0xE1
 _PROGRESSIVE = {0xC2, 0xCA}
 _FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
+_RESTART = re.compile(rb"\xff[\xd0-\xd7]")
 _FILLERS = (37, 101, 181)
 # factors of the patterns that stand in for missing data
 
 
 def unfinished(data: Buffer) -> str | None:
-    """A note where a PNG that was read lacks its end."""
-    if data[:8] != _PNG or bytes(data[-12:]) == _PNG_END or _PNG_END in bytes(data):
-        return None
-    return NO_END
+    """A note where a PNG or JPEG that was read lacks its end."""
+    if data[:8] == _PNG:
+        there = data[-12:] == _PNG_END or _PNG_END in bytes(data)
+    elif data[:3] == _SOI + b"\xff":
+        there = data[-2:] == _EOI or any(m == 0xD9 for m, _, _ in _segments(bytes(data)))
+    else:
+        there = True
+    return None if there else NO_END
 
 
 def bare(data: Buffer, *, orientation: bool) -> bytes | None:
@@ -154,13 +160,19 @@ def ended(data: Buffer) -> list[bytes]:
     except (IndexError, ValueError):  # a header is cut
         return []
     whole = data.removesuffix(b"\xff")
-    return [whole + _EOI, *(whole + _pattern(factor) + _EOI for factor in _FILLERS)]
+    restarts = _RESTART.findall(whole, whole.rindex(b"\xff\xda"))
+    due = restarts[-1][1] - 0xD0 + 1 if restarts else 0
+    return [whole + _EOI, *(whole + _pattern(factor, due) + _EOI for factor in _FILLERS)]
 
 
-def _pattern(factor: int) -> bytes:
-    """Bits without a marker, then more behind each restart marker, since decoders wait for one."""
+def _pattern(factor: int, due: int) -> bytes:
+    """Bits without a marker, then more behind restart markers from the one that is due.
+
+    Decoders wait for that one, and pass over bits before it.
+    """
     bits = bytes(n * factor % 251 for n in range(1, 251))
-    return bits + b"".join(b"\xff" + bytes([n]) + bits for n in (*_RESTARTS, *_RESTARTS))
+    markers = (bytes([0xFF, 0xD0 + n % 8]) for n in range(due, due + 16))
+    return bits + b"".join(marker + bits for marker in markers)
 
 
 def _all_scans(data: bytes) -> bool:
