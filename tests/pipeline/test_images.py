@@ -196,9 +196,7 @@ def test_formats_that_are_not_taken_are_named(data: bytes, said: str) -> None:
         assert error.kind == "image_unreadable" and error.message.startswith(said)
 
 
-@pytest.mark.parametrize(
-    "kind", ["JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "ICO", "MPO"]
-)  # fmt: skip
+@pytest.mark.parametrize("kind", images.FORMATS)
 def test_formats_that_are_taken(kind: str) -> None:
     data = encoded(Image.new("RGB", (32, 32), RED), kind)
     assert np.abs(np.subtract(pixel(data, (9, 9)), RED)).max() <= 4

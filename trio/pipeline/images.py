@@ -1,9 +1,9 @@
 """From what an ``image`` cell holds to RGB images, or to an error that belongs to its row.
 
-INPUT bytes, a struct of ``bytes`` and ``path``, a path or URI, base64 or a ``data:`` URL, or a list
-of these; OUTPUT a list of PIL images in RGB, upright, first frame, transparency over white, each
-with ``NOTE`` in its ``info`` where its file had to be mended. Thread-safe, no torch. A job does this
-in processes of its own (``image_process``).
+INPUT bytes, a struct of ``bytes`` and ``path``, a path or URI, base64 or a ``data:`` URL, or a
+list of these; OUTPUT a list of PIL images in RGB, upright, first frame, transparency over white,
+each with ``NOTE`` in its ``info`` where its file had to be mended. Thread-safe, no torch. A job
+does this in processes of its own (``image_process``).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Images that stand in a cell as text: base64, and ``data:`` URLs.
 
-INPUT a cell's text, or bytes that hold such text; OUTPUT the encoded image. Text is taken for base64
-only if what it stands for begins as an image (or another known file) does.
+INPUT a cell's text, or bytes that hold such text; OUTPUT the encoded image. Text is taken for
+base64 only if what it stands for begins as an image, or another known file, does.
 """
 
 from __future__ import annotations

@@ -18,8 +18,8 @@ NO_END = "the file lacks its end marker"
 _PNG = b"\x89PNG\r\n\x1a\n"
 _PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 _RASTER_TAGS = frozenset(
-    [254, 256, 257, 258, 259, 262, 266, 273, 277, 278, 279, 284, 292, 293, 317, 320, 322, 323]
-    + [324, 325, 332, 338, 339, 340, 341, 347, *range(512, 522), 529, 530, 531, 532]
+    {254, 256, 257, 258, 259, 262, 266, 273, 277, 278, 279, 284, 292, 293, 317, 320, 322, 323}
+    | {324, 325, 332, 338, 339, 340, 341, 347, *range(512, 522), 529, 530, 531, 532}
 )
 # of TIFF: what says how pixels are stored and what they mean
 _ORIENTATION = 274
@@ -178,8 +178,8 @@ def _pattern(factor: int, due: int) -> bytes:
 def _all_scans(data: bytes) -> bool:
     """Whether a JPEG ends in a scan, and its scans bring every coefficient in full precision."""
     missing: set[tuple[int, int]] = set()
-    progressive, marker, stop = False, 0, 0
-    for marker, start, stop in _segments(data):
+    progressive, segments = False, list(_segments(data))
+    for marker, start, _ in segments:
         if marker == 0xD9:
             return False
         if marker in _FRAMES:
@@ -192,7 +192,7 @@ def _all_scans(data: bytes) -> bool:
             low, high, depth = data[start + 5 + 2 * count :][:3] if progressive else (0, 0, 0)
             if depth & 15 == 0:
                 missing -= set(product(names, range(low, high + 1)))
-    return marker == _SOS and stop == len(data) and not missing
+    return not missing and segments[-1][0] == _SOS and segments[-1][2] == len(data)
 
 
 def _bare_webp(data: bytes, orientation: bool) -> bytes:

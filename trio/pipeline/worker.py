@@ -184,7 +184,9 @@ class EngineThread:
         except UserError as error:
             self._settle(ticket, RowError("prompt", str(error)))
         except Exception as error:  # whatever a row does to a processor is that row's own failure
-            self._settle(ticket, RowError("prepare_failed", f"{type(error).__name__}: {first_line(error)}"))
+            self._settle(
+                ticket, RowError("prepare_failed", f"{type(error).__name__}: {first_line(error)}")
+            )
         else:
             if isinstance(prepared, Result):
                 self._settle(ticket, prepared)
