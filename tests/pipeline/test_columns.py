@@ -32,6 +32,9 @@ def found(*schemas: pa.Schema, mapping: str = "", prompt: bool = False) -> list[
         pa.list_(HF_IMAGE),
         pa.large_list(pa.binary()),
         pa.list_(pa.string(), 2),
+        pa.dictionary(pa.int32(), pa.binary()),
+        pa.dictionary(pa.int32(), pa.string()),
+        pa.struct([("bytes", pa.dictionary(pa.int8(), pa.binary()))]),
     ],
 )
 def test_image_types(kind: pa.DataType) -> None:
@@ -44,6 +47,46 @@ def test_image_types(kind: pa.DataType) -> None:
 def test_types_that_hold_no_image(kind: pa.DataType) -> None:
     with pytest.raises(UserError, match=r"s0\.parquet: column 'image' is"):
         found(schema(image=kind), prompt=True)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pa.bool_(),
+        pa.list_(pa.bool_()),
+        pa.timestamp("us"),
+        pa.date32(),
+        pa.time32("s"),
+        pa.duration("s"),
+        pa.map_(pa.string(), pa.string()),
+        pa.list_(pa.list_(pa.string())),
+        pa.struct([("label", pa.string())]),
+        pa.struct([("answer", pa.bool_())]),
+        pa.struct([("answer", pa.list_(pa.list_(pa.string())))]),
+        pa.list_(pa.struct([("text", pa.list_(pa.string()))])),
+        pa.list_(pa.struct([("id", pa.int8())])),
+        pa.dictionary(pa.int8(), pa.date32()),
+        pa.month_day_nano_interval(),
+        pa.uuid(),
+    ],
+)
+def test_answers_without_a_plain_text_are_refused(kind: pa.DataType) -> None:
+    kinds = schema(image=pa.binary(), answers=kind)
+    with pytest.raises(UserError, match=r"s0\.parquet: column 'answers' is .*; answers are str"):
+        found(kinds, prompt=True)
+    unread = resolve([kinds], ["s"], {}, prompt_given=True, scored=False)
+    assert unread.answers is None
+
+
+def test_scoring_needs_answers_and_answers_scoring() -> None:
+    bare, full = schema(image=pa.binary()), schema(image=pa.binary(), answers=pa.string())
+    mapped = {"answers": "answers"}
+    assert resolve([full], ["s"], mapped, prompt_given=True, scored=True).answers == "answers"
+    for schemas in ([bare], [full, bare]):
+        with pytest.raises(UserError, match=r"no column 'answers' for --score.*answers=NAME"):
+            resolve(schemas, ["s", "t"][: len(schemas)], {}, prompt_given=True, scored=True)
+    with pytest.raises(UserError, match="ask for it with --score"):
+        resolve([full], ["s"], mapped, prompt_given=True, scored=False)
 
 
 def test_question_serves_as_prompt_and_prompt_wins() -> None:

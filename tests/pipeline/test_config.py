@@ -3,12 +3,13 @@
 import json
 from pathlib import Path
 
+import caption
 import pytest
 import yaml
 
 from trio.config import Pruning
 from trio.errors import UserError
-from trio.pipeline import cli, config
+from trio.pipeline import cli, config, job
 from trio.pipeline.config import FIELDS, JobConfig
 from trio.pipeline.policy import ImagePolicy
 
@@ -86,6 +87,21 @@ def test_settings_of_the_pruning_reach_the_engine() -> None:
     assert (plain.proxy_layer, plain.proxy_head) == ("next", "output")
     assert config.results(got)["proxy_layer"] == "previous"
     assert config.results(got)["proxy_head"] == "input_embedding"
+
+
+@pytest.mark.parametrize(
+    ("flags", "score"),
+    [
+        ([], "objects"),
+        (["--score", "none"], "none"),
+        (["--input", "mine.parquet"], "none"),
+        (["--input", "mine.parquet", "--score", "exact"], "exact"),
+    ],
+)
+def test_only_the_bundled_shard_is_scored_unasked(flags: list[str], score: str) -> None:
+    got, given = cli.settings_from(PARSER.parse_args(flags))
+    settled = job.resolve(caption.JOB, got, given)
+    assert settled.score == score == config.results(settled)["score"]
 
 
 def test_run_yaml_reads_back_to_the_same_settings(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ Only the job's command line and its output are used.
 
 from __future__ import annotations
 
+import base64
 import io
 import os
 import struct
@@ -25,6 +26,7 @@ from PIL import Image
 from tests.models import save_tiny_checkpoint
 from tests.pipeline.fakes import encoded, write_shard
 from tests.pipeline.servers import IMAGE, serving
+from trio.pipeline import mend
 from trio.pipeline.job import main
 
 PROMPT = "what is in the picture ?"
@@ -66,6 +68,9 @@ def odd_png(width: int, height: int, *extra: bytes, pixels: bytes = b"\0" * 100)
     return b"\x89PNG\r\n\x1a\n" + head + b"".join(extra) + body + chunk(b"IEND", b"")
 
 
+BOMB = chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(80 << 20), 9))
+
+
 def good_images() -> list[bytes]:
     rotated = Image.Exif()
     rotated[0x0112] = 6
@@ -86,6 +91,10 @@ def good_images() -> list[bytes]:
         encoded(noise(15, (1, 150))),
         encoded(noise(16, (1500, 1100)), "JPEG"),
         odd_png(3, 2, chunk(b"tEXt", b"Comment\0" + b"x" * 500), pixels=b"\0\xff\x80abcdefg" * 2),
+        odd_png(3, 2, BOMB, pixels=b"\0\xff\x80abcdefg" * 2),
+        encoded(noise(17), "AVIF"),
+        encoded(noise(18), "JPEG")[:-2],
+        base64.b64encode(encoded(noise(19))),
     ]
 
 
@@ -93,7 +102,6 @@ def bad_images() -> list[tuple[bytes | None, str]]:
     jpeg = encoded(noise(1, (200, 200)), "JPEG")
     huge = io.BytesIO()
     Image.new("1", (30_000, 30_000)).save(huge, "PNG")
-    bomb = chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(80 << 20), 9))
     return [
         (None, MISSING),
         (b"", "image_empty"),
@@ -111,7 +119,7 @@ def bad_images() -> list[tuple[bytes | None, str]]:
         (odd_png(60_000, 60_000), OVERSIZED),
         (odd_png(40, 40), TRUNCATED),
         (odd_png(0, 40), UNREADABLE),
-        (odd_png(40, 40, bomb), UNREADABLE),
+        (odd_png(40, 40, BOMB), TRUNCATED),
         (encoded(Image.new("L", (3000, 2))), SHAPE),
         (encoded(Image.new("L", (1, 900))), SHAPE),
     ]
@@ -194,6 +202,8 @@ def named(folder: Path, port: int) -> list[Case]:
         ("img/rooted.png", data[3]),
         (f"{web}/ok?sig=secret", IMAGE),
         (f"{web}/count/2", IMAGE),
+        (f"data:image/png;base64,{base64.b64encode(data[1]).decode()}", data[1]),
+        (base64.b64encode(data[2]).decode(), data[2]),
     ]
     bad = [
         ("", MISSING),
@@ -223,6 +233,7 @@ def named(folder: Path, port: int) -> list[Case]:
         ("https://example.org/x.png?sig=secret#secret", FORBIDDEN),
         ("s3://bucket/x.png?endpoint_override=127.0.0.1", FORBIDDEN),
         ("ftp://example.org/x.png", FORBIDDEN),
+        (f"data:image/png;base64,{base64.b64encode(data[1]).decode()[:-3]}", UNREADABLE),
     ]
     return [Case(images=[name], clean=[image]) for name, image in good] + [
         Case(images=[name], kind=kind) for name, kind in bad
@@ -392,6 +403,8 @@ def test_every_row_comes_back_and_good_ones_are_none_the_wiser(
         assert (row["finish_reason"] == "error") == (row["response"] is None)
         assert row["error"] is None or len(row["error"].partition(": ")[2]) > 5
         assert "secret" not in (row["error"] or "")
+        assert len(row["error"] or "") < 500 and "iVBOR" not in (row["error"] or "")
+    assert {row["note"] for row in table} == {None, mend.BARE, mend.NO_END}
     printed = captured.out + captured.err + (out / "run.yaml").read_text()
     assert "secret" not in printed and "Traceback" not in printed
 

@@ -92,9 +92,28 @@ def test_what_is_not_fetched(name: str, origins: list[str], port: int) -> None:
     assert all(path.startswith("/to?") for path in Handler.seen[before:])
 
 
+STORES = ["s3", "gs", "gcs", "hf", "abfs", "abfss", "hdfs", "viewfs"]
+
+
 def test_remote_images_are_off_by_default(port: int) -> None:
     for name in (f"http://127.0.0.1:{port}/ok?sig=abc", "s3://bucket/x", "other://x/y"):
         assert failure(name, ImagePolicy()).kind == "image_remote"
+    both = failure("s3://key:hunter2@bucket/x?sig=abc", ImagePolicy()).message
+    assert "--allow-remote-images --remote-images-from s3://bucket" in both
+    assert failure("other://x/y", ImagePolicy()).message == "other://x/y: other:// is never fetched"
+
+
+@pytest.mark.parametrize("scheme", STORES)
+@pytest.mark.parametrize("origins", [[], ["https://example.org"], ["s3://mine", "gs://mine"]])
+def test_object_stores_are_read_only_where_they_are_named(
+    scheme: str, origins: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "_store", lambda uri: pytest.fail(f"{uri} was opened"))
+    error = failure(f"{scheme}://bucket/private/x.png", remote(*origins))
+    assert error.kind == "image_forbidden"
+    assert error.message.endswith(f"to be fetched only with --remote-images-from {scheme}://bucket")
+    with pytest.raises(pytest.fail.Exception, match="was opened"):
+        files.fetch(f"{scheme}://bucket/x.png", None, remote(*origins, f"{scheme}://bucket"))
 
 
 def test_names_that_lead_to_private_addresses(port: int, monkeypatch: pytest.MonkeyPatch) -> None:

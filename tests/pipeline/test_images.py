@@ -11,6 +11,8 @@ import pytest
 from PIL import Image
 
 from tests.pipeline.fakes import encoded, png
+from trio.pipeline import images
+from trio.pipeline.image_process import ImageProcess
 from trio.pipeline.images import decode, load_images, to_rgb
 from trio.pipeline.policy import ImagePolicy, RowError
 from trio.pipeline.storage import locate
@@ -62,9 +64,9 @@ def test_forms_of_a_cell(tmp_path: Path) -> None:
         [{"bytes": data, "path": None}, "sub/a.png"],
     ]
     for form in forms:
-        images = load_images(form, base, POLICY)
-        assert len(images) == (len(form) if isinstance(form, list) else 1)
-        assert all(i.getpixel((0, 0)) == RED and i.size == (12, 9) for i in images), form
+        loaded = load_images(form, base, POLICY)
+        assert len(loaded) == (len(form) if isinstance(form, list) else 1)
+        assert all(i.getpixel((0, 0)) == RED and i.size == (12, 9) for i in loaded), form
 
 
 def test_exif_orientation_is_applied() -> None:
@@ -110,7 +112,7 @@ def test_float_and_one_bit() -> None:
     assert pixel(encoded(Image.new("1", (2, 2), 1))) == (255, 255, 255)
 
 
-@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF"])
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF", "AVIF"])
 def test_animations_give_their_first_frame(kind: str) -> None:
     frames = [Image.new("RGB", (6, 6), colour) for colour in ("red", "lime", "blue")]
     stream = io.BytesIO()
@@ -147,6 +149,66 @@ def test_errors_have_a_kind_and_a_message(value: Any, kind: str, tmp_path: Path)
     error = failure(value, base=tmp_path)
     assert error.kind == kind
     assert str(error).startswith(f"{kind}: ") and len(error.message) > 5
+
+
+def box(*brands: bytes) -> bytes:
+    """The beginning of an ISO media file."""
+    body = b"ftyp" + brands[0] + bytes(4) + b"".join(brands)
+    return struct.pack(">I", len(body) + 4) + body + bytes(99)
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (box(b"heic", b"mif1"), "HEIC image: not supported; convert it to JPEG"),
+        (box(b"mif1", b"heic"), "HEIC image: not supported"),
+        (box(b"mif1", b"miaf"), "HEIF image: not supported"),
+        (box(b"mif1", b"avif"), "AVIF image with a damaged header"),
+        (box(b"avif"), "AVIF image with a damaged header"),
+        (box(b"isom", b"avc1"), "MP4 video: not supported; give single frames"),
+        (box(b"qt  "), "QuickTime video: not supported"),
+        (box(b"crx "), "camera raw image (CR3): not supported"),
+        (b"\0\0\0\x0cJXL \r\n\x87\n" + bytes(99), "JPEG XL image: not supported"),
+        (b"\xff\x0a" + bytes(99), "JPEG XL image: not supported"),
+        (b"\0\0\0\x0cjP  \r\n\x87\n", "JPEG 2000 image: "),
+        (b"\xef\xbb\xbf <?xml version='1.0'?>\n<!-- x --><SVG/>", "SVG drawing: not supported"),
+        (b"<!DOCTYPE html><p>Not found", "HTML page: no image"),
+        (b"%PDF-1.7\n", "PDF document: not supported"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n", "PostScript document: not supported"),
+        (b"RIFF\0\0\0\0AVI LIST", "AVI video: not supported"),
+        (b"RIFF\0\0\0\0WEBPVP8 ", "WebP image"),
+        (b"\x1aE\xdf\xa3" + bytes(99), "Matroska or WebM video: not supported"),
+        (bytes(128) + b"DICM", "DICOM image: not supported"),
+        (encoded(Image.new("RGB", (9, 9)), "PCX"), "no known image format"),
+        (encoded(Image.new("RGB", (9, 9)), "DDS"), "DDS image: not supported"),
+        (encoded(Image.new("RGB", (32, 32)), "ICNS"), "ICNS image: not supported"),
+        (b"8BPS\0\1" + bytes(99), "Photoshop image: not supported"),
+        (b"PK\3\4" + bytes(99), "ZIP archive: no image"),
+        (b"\x1f\x8b\x08" + bytes(99), "gzip file: no image"),
+        (b"\x93NUMPY\1\0", "NumPy array: no image"),
+        (b"II*\0" + bytes(9), "TIFF image with a damaged header"),
+        (b"BM" + bytes(30), "BMP image: "),
+    ],
+)
+def test_formats_that_are_not_taken_are_named(data: bytes, said: str) -> None:
+    for cell in (data, {"bytes": data, "path": "a.jpg"}):
+        error = failure(cell)
+        assert error.kind == "image_unreadable" and error.message.startswith(said)
+
+
+@pytest.mark.parametrize("kind", images.FORMATS)
+def test_formats_that_are_taken(kind: str) -> None:
+    data = encoded(Image.new("RGB", (32, 32), RED), kind)
+    assert np.abs(np.subtract(pixel(data, (9, 9)), RED)).max() <= 4
+    load = ImageProcess()  # whose memory is limited
+    assert load(data, None, POLICY)[0].size == (32, 32)
+    load.close()
+
+
+def test_a_format_that_pillow_may_lack(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "FORMATS", tuple(f for f in images.FORMATS if f != "AVIF"))
+    error = failure(encoded(Image.new("RGB", (32, 32)), "AVIF"))
+    assert error.message == "AVIF image: Pillow is installed without it; convert it to JPEG or PNG"
 
 
 def test_limits_are_settings() -> None:

@@ -24,6 +24,7 @@ ROWS = [
     "response",
     "finish_reason",
     "error",
+    "note",
     "num_images",
     "image_width",
     "image_height",

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.types as pt
 
 from trio.errors import UserError
+from trio.pipeline.answers import EXPECTED, readable
 
 ROLES = ("image", "prompt", "id", "answers")
 ALIASES = {"prompt": ("prompt", "question")}
@@ -54,17 +55,33 @@ def resolve(
     mapping: Mapping[str, str],
     *,
     prompt_given: bool,
+    scored: bool | None = None,
 ) -> Columns:
     """Columns of the input, the same for all shards.
+
+    Args:
+        schemas: of the shards.
+        paths: of the shards, for messages.
+        mapping: of roles to column names.
+        prompt_given: whether there is a prompt for rows without one.
+        scored: whether each shard has to bring answers (True), or theirs are left unread (False);
+            None: those that have some are read.
 
     Raises:
         UserError: a column that is missing or of a type that cannot be one, naming the shard.
     """
+    if scored is False and "answers" in mapping:
+        raise UserError(
+            f"--columns answers={mapping['answers']}: answers are read for scoring only;"
+            " ask for it with --score"
+        )
     found: dict[str, str | None] = {}
     for role in ROLES:
-        found[role] = _find(role, schemas, mapping)
+        unread = role == "answers" and scored is False
+        found[role] = None if unread else _find(role, schemas, mapping)
     for schema, path in zip(schemas, paths, strict=True):
         _check_shard(schema, path, found, prompt_given)
+        _check_answers(schema, path, found["answers"], needed=bool(scored))
     id_type = _id_type(found["id"], schemas, paths)
     image = found["image"]
     assert image is not None
@@ -117,6 +134,18 @@ def _check_shard(
         raise UserError(f"{path}: column {prompt!r} is {kind}; prompts must be strings")
 
 
+def _check_answers(schema: pa.Schema, path: str, name: str | None, *, needed: bool) -> None:
+    if name is None or name not in schema.names:
+        if needed:
+            have = ", ".join(schema.names) or "none"
+            raise UserError(
+                f"{path}: no column {name or 'answers'!r} for --score; it has {have}."
+                " Name the column with --columns answers=NAME, or leave --score out"
+            )
+    elif not readable(kind := schema.field(name).type):
+        raise UserError(f"{path}: column {name!r} is {str(kind)[:200]}; answers are {EXPECTED}")
+
+
 def _only_once(schema: pa.Schema, path: str, names: Sequence[str]) -> None:
     for name in names:
         if schema.names.count(name) > 1:
@@ -135,6 +164,8 @@ def _is_text(kind: pa.DataType) -> bool:
 
 
 def _is_bytes(kind: pa.DataType) -> bool:
+    if pt.is_dictionary(kind):
+        return _is_bytes(kind.value_type)
     return bool(
         pt.is_binary(kind)
         or pt.is_large_binary(kind)
@@ -144,6 +175,8 @@ def _is_bytes(kind: pa.DataType) -> bool:
 
 
 def _holds_image(kind: pa.DataType) -> bool:
+    if pt.is_dictionary(kind):
+        return _holds_image(kind.value_type)
     if isinstance(kind, pa.ExtensionType):
         return _holds_image(kind.storage_type)
     if pt.is_list(kind) or pt.is_large_list(kind) or pt.is_fixed_size_list(kind):

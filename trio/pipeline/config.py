@@ -32,6 +32,7 @@ from trio.pipeline.storage import check_no_secret
 DEMO = "demo"
 # stands for the bundled shard and the bundled model, wherever the package is installed
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+SCORED = ("exact", "objects")
 
 
 def option(
@@ -273,11 +274,21 @@ class JobConfig:
     save_kept: bool = option(
         False, parse.flag, "write the kept visual tokens of each stage", results=True
     )
+    score: str | None = option(
+        None,
+        parse.choice("score", (*SCORED, "none")),
+        "compare responses with the column answers: exact (right is what equals one of the row's"
+        " answers, both in lower case, without articles and punctuation; this is not VQA's"
+        " accuracy), objects (that, and for answers such as 'a red 7 and a blue 3' the share of"
+        " objects named rightly) or none (default: objects for the bundled shard, else none)",
+        results=True,
+        metavar="HOW",
+    )
     allow_remote_images: bool = option(
         False,
         parse.flag,
-        "fetch URIs found in the image column: https, http, s3, gs and hf, from hosts with public"
-        " addresses",
+        "fetch http and https URIs found in the image column, from hosts with public addresses, and"
+        " what --remote-images-from names",
         results=True,
     )
     remote_images_from: tuple[str, ...] = option(
@@ -285,7 +296,9 @@ class JobConfig:
         parse.origins,
         "with --allow-remote-images: only from these schemes and hosts, as in"
         " https://images.example.org, https://*.cdn.net or s3://bucket; a host that is named in"
-        " full may have a private address; proxies are not used (default: any public host)",
+        " full may have a private address; proxies are not used; objects of stores (s3, gs, hf and"
+        " others), which are read with the nodes' credentials, only from buckets named here"
+        " (default: any public web server)",
         results=True,
         metavar="ORIGIN",
     )

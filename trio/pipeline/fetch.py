@@ -14,7 +14,7 @@ from urllib.parse import unquote, urlsplit
 
 from trio.errors import UserError
 from trio.pipeline import web
-from trio.pipeline.policy import ImagePolicy, RowError, origin_for, redact
+from trio.pipeline.policy import PORTS, SCHEMES, ImagePolicy, RowError, origin_for, redact
 
 if TYPE_CHECKING:
     from trio.pipeline.storage import Location
@@ -43,6 +43,11 @@ def fetch(name: str, base: str | None, policy: ImagePolicy) -> bytes:
     if ".." in name.split("/"):
         raise RowError("image_forbidden", f"{redact(name)} leaves the directory of its shard")
     return _stored(_store(base).join(name), redact(name), policy)
+
+
+def is_remote(base: str | None) -> bool:
+    """Whether a shard's directory is on no local disk."""
+    return base is not None and _scheme(base) is not None
 
 
 def _scheme(name: str) -> str | None:
@@ -86,14 +91,20 @@ def _check_regular(status: os.stat_result, shown: str) -> None:
 
 
 def _remote(name: str, scheme: str, policy: ImagePolicy) -> bytes:
-    if not policy.allow_remote:
-        raise RowError("image_remote", f"{scheme}:// is not fetched without --allow-remote-images")
-    if scheme in ("http", "https"):
-        return web.fetch(name, policy)
-    shown = redact(name)
+    web_page, shown = scheme in PORTS, redact(name)
+    if scheme not in SCHEMES:
+        kind = "image_forbidden" if policy.allow_remote else "image_remote"
+        raise RowError(kind, f"{shown}: {scheme}:// is never fetched")
     bucket, _, key = name.partition("://")[2].partition("/")
+    listed = f"--remote-images-from {scheme}://{redact(f'{scheme}://{bucket}').partition('://')[2]}"
+    if not policy.allow_remote:
+        flags = "--allow-remote-images" + ("" if web_page else f" {listed}")
+        raise RowError("image_remote", f"{scheme}:// is not fetched without {flags}")
+    if web_page:
+        return web.fetch(name, policy)
     if origin_for(policy, scheme, bucket, None) is None:
-        raise RowError("image_forbidden", f"{shown}: not in --remote-images-from")
+        # without being named a bucket would be whatever the node's own credentials can read
+        raise RowError("image_forbidden", f"{shown}: to be fetched only with {listed}")
     if "@" in bucket or "?" in name or "::" in name:
         # Options could name another server, and fsspec's chains another file system.
         raise RowError("image_forbidden", f"{shown}: a row's URI may not carry options")

@@ -22,7 +22,7 @@ from PIL import Image
 
 from trio.pipeline import frames
 from trio.pipeline.environment import PACKAGE
-from trio.pipeline.images import Buffer, parts_of
+from trio.pipeline.images import NOTE, Buffer, parts_of
 from trio.pipeline.policy import ImagePolicy, RowError
 from trio.pipeline.storage import Location
 
@@ -135,8 +135,8 @@ class ImageProcess:
         if "error" in answer:
             raise RowError(*answer["error"])
         return [
-            Image.frombuffer("RGB", tuple(size), data, "raw", "RGB", 0, 1)
-            for size, data in zip(answer["images"], pixels, strict=True)
+            _image(size, data, note)
+            for size, data, note in zip(answer["images"], pixels, answer["notes"], strict=True)
         ]
 
     def _started(self) -> _Child:
@@ -160,6 +160,13 @@ class ImageProcess:
             self._child, self._sent = child, None
             return child
         raise NoImageProcess(f"no process for images can be started: {fault}")
+
+
+def _image(size: Sequence[int], pixels: bytearray, note: str | None) -> Image.Image:
+    image = Image.frombuffer("RGB", tuple(size), pixels, "raw", "RGB", 0, 1)
+    if note:
+        image.info[NOTE] = note
+    return image
 
 
 def _start() -> subprocess.Popen[bytes]:

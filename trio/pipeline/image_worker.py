@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 from PIL import Image
 
 from trio.pipeline import frames
-from trio.pipeline.images import Part, images_of
+from trio.pipeline.images import NOTE, Part, images_of
 from trio.pipeline.policy import ImagePolicy, RowError
 
 BYTES_PER_PIXEL = 48
@@ -81,12 +81,13 @@ def _policy(values: dict[str, Any]) -> ImagePolicy:
 def _answer(
     header: dict[str, Any], buffers: list[bytes], policy: ImagePolicy
 ) -> tuple[dict[str, Any], list[Image.Image]]:
-    """Sizes of a row's images and the images, or its error."""
+    """Sizes and notes of a row's images and the images, or its error."""
     waiting = iter(buffers)
     parts: list[Part] = [next(waiting) if name is None else name for name in header["names"]]
     try:
         images = images_of(parts, header["base"], policy)
-        return {"images": [image.size for image in images]}, images
+        notes = [image.info.get(NOTE) for image in images]
+        return {"images": [image.size for image in images], "notes": notes}, images
     except RowError as error:
         return {"error": [error.kind, error.message]}, []
     except MemoryError:

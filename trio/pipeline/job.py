@@ -80,6 +80,8 @@ def resolve(job: Job, config: JobConfig, given: frozenset[str]) -> JobConfig:
         changes["text_tower"] = DEMO
     if config.compare_unpruned is None:
         changes["compare_unpruned"] = config.input == (DEMO,) and config.pruning_asked
+    if config.score is None:
+        changes["score"] = "objects" if config.input == (DEMO,) else "none"
     if config.output is None:
         changes["output"] = outdir.fresh_directory(job.name)
     check_model(config.model)

@@ -15,19 +15,21 @@ from trio.errors import UserError
 MAX_PIXELS = 90_000_000
 MAX_BYTES = 256 << 20
 ROW_TIMEOUT_S = 60.0
-DEFAULT_SCHEMES = ("https", "http", "s3", "gs", "gcs", "hf")
-# with --allow-remote-images alone
-SCHEMES = (*DEFAULT_SCHEMES, "abfs", "abfss", "hdfs", "viewfs")
+SCHEMES = ("https", "http", "s3", "gs", "gcs", "hf", "abfs", "abfss", "hdfs", "viewfs")
 PORTS = {"http": 80, "https": 443}
+# of the schemes that --allow-remote-images alone allows: all others are read with credentials
 _SCHEME = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]*):")
 _SHOWN = 200
 # characters of a path or URI in a message
+_LONGEST = 1000
+# characters of a message: whatever it quotes, no image is written into the output
 
 
 class RowError(Exception):
     """A mistake in one input row: it becomes that row's ``error`` and touches no other."""
 
     def __init__(self, kind: str, message: str) -> None:
+        message = message if len(message) <= _LONGEST else message[: _LONGEST - 3] + "..."
         super().__init__(f"{kind}: {message}")
         self.kind = kind
         self.message = message
@@ -44,7 +46,7 @@ class ImagePolicy:
     allow_remote: bool = False
     # fetch URIs found in rows; paths relative to a remote shard are always read
     remote_from: tuple[str, ...] = ()
-    # origins (``parse_origin``) that URIs may name; none: public hosts of DEFAULT_SCHEMES
+    # origins (``parse_origin``) that URIs may name; none: public web servers
     roots: tuple[str, ...] = ()
     # local directories that paths may lead into, besides that of the row's shard
     row_timeout: float = ROW_TIMEOUT_S
@@ -101,7 +103,7 @@ def _origins(texts: tuple[str, ...]) -> tuple[Origin, ...]:
 def origin_for(policy: ImagePolicy, scheme: str, host: str, port: int | None) -> Origin | None:
     """What allows to read from a host; None where nothing does."""
     if not policy.remote_from:
-        return Origin(scheme, "*", port) if scheme in DEFAULT_SCHEMES else None
+        return Origin(scheme, "*", port) if scheme in PORTS else None
     listed = _origins(policy.remote_from)
     return next((origin for origin in listed if origin.covers(scheme, host, port)), None)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,8 @@ import pyarrow as pa
 from PIL.Image import Image
 
 from trio.engine.request import Request, Result, Sampling
+from trio.pipeline.answers import texts
+from trio.pipeline.images import note_of
 from trio.pipeline.plan import Unit
 from trio.pipeline.policy import ImagePolicy, RowError
 from trio.pipeline.schema import row_key, split_key
@@ -50,6 +52,8 @@ class RowSettings:
     policy: ImagePolicy
     seed: int
     save_kept: bool
+    objects: bool = False
+    # whether answers that list objects are scored as such too
     shared_directory: str | None = None
     # of the shards, to be left out of ids; None where file names alone tell them apart
 
@@ -67,6 +71,8 @@ class Source:
     size: tuple[int, int] | None = None
     # width and height in pixels of the first image
     num_images: int | None = None
+    note: str | None = None
+    # what had to be mended in its images
 
     def cell(self, role: str) -> Any:
         """The row's value in a column; None where the shard has no such column.
@@ -100,9 +106,11 @@ def request_of(
         RowError: the row cannot be asked.
     """
     prompt = identify(source, settings)
+    answers_of(source)
     images = load(source.cell("image"), base, settings.policy)
     source.num_images = len(images)
     source.size = images[0].size
+    source.note = note_of(images)
     return Request(
         prompt=prompt,
         images=tuple(images),
@@ -163,13 +171,17 @@ def _sampling(settings: RowSettings, key: int) -> Sampling:
 
 
 def answers_of(source: Source) -> list[str]:
-    """Right answers that the row brings for scoring; empty when it brings none."""
-    try:
-        value = source.cell("answers")
-    except RowError:
+    """Right answers that the row brings for scoring; empty when it brings none.
+
+    Raises:
+        RowError: text that is not UTF-8.
+    """
+    if "answers" not in source.table.column_names:
         return []
-    items = value if isinstance(value, Sequence) and not isinstance(value, str | bytes) else [value]
-    return [str(item) for item in items if item is not None]
+    try:
+        return texts(source.table.column("answers")[source.index])
+    except UnicodeDecodeError as error:
+        raise RowError("answers_invalid", "the text is not UTF-8") from error
 
 
 def output_row(
@@ -180,6 +192,7 @@ def output_row(
         "row": source.key,
         "id": source.id,
         "prompt": source.prompt,
+        "note": source.note,
         "num_images": source.num_images,
         "image_width": source.size[0] if source.size else None,
         "image_height": source.size[1] if source.size else None,

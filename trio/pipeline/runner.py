@@ -20,7 +20,7 @@ from trio.pipeline import fingerprint as prints
 from trio.pipeline.actor import EngineFactory, EngineSettings, Receipt, build_engine
 from trio.pipeline.cluster import Resources
 from trio.pipeline.columns import Columns, parse_mapping, resolve
-from trio.pipeline.config import JobConfig, results
+from trio.pipeline.config import SCORED, JobConfig, results
 from trio.pipeline.dispatch import LEAST_ROOM_S, ROOM_S, ActorOptions, Dispatcher, Limits, Stop
 from trio.pipeline.fingerprint import Fingerprint
 from trio.pipeline.manifest import Manifest, expand, inspect
@@ -91,6 +91,7 @@ def plan(config: JobConfig, paths: Sequence[str], *, around: Location | None = N
             [shard.path for shard in manifest.shards],
             parse_mapping(config.columns or ""),
             prompt_given=config.prompt is not None,
+            scored=config.score in SCORED,
         )
     return Plan(
         config=config, manifest=manifest, columns=columns, output=output,
@@ -195,6 +196,7 @@ def execute(
         work_s=progress.work_s,
         resources=resources.describe(),
         memory_plan=memory_plan,
+        score=config.score,
     )
     if pinned.ids is not None:
         summary["duplicate_ids"] = pinned.ids.duplicates
@@ -321,6 +323,7 @@ def _receipts(
         policy=config.image_policy(),
         seed=config.seed,
         save_kept=config.save_kept,
+        objects=config.score == "objects",
         shared_directory=run.manifest.shared_directory(),
     )
     sink = Sink(

@@ -47,6 +47,7 @@ def rows_schema(id_type: pa.DataType, *, run_id: str, save_kept: bool = False) -
         _field("response", pa.string()),
         _field("finish_reason", pa.string(), null=False),
         _field("error", pa.string()),
+        _field("note", pa.string()),
         _field("num_images", pa.int32(), "images"),
         _field("image_width", pa.int32(), "pixels"),
         _field("image_height", pa.int32(), "pixels"),

@@ -36,6 +36,7 @@ def summarise(
     work_s: float,
     resources: str,
     memory_plan: Mapping[str, Any] | None = None,
+    score: str | None = None,
 ) -> dict[str, Any]:
     """The object of ``summary.json``.
 
@@ -47,6 +48,7 @@ def summarise(
         work_s: from the first unit that an engine took to the last row [s]: what rates refer to.
         resources: what it ran on, in words.
         memory_plan: of the engine that answered first; None where no engine was needed.
+        score: how responses were compared with answers.
     """
     per_s = 1.0 / work_s if work_s > 0 else 0.0
     return {
@@ -69,6 +71,7 @@ def summarise(
         "prefill_flops_unpruned": totals.prefill_flops_unpruned,
         "kv_bytes": totals.kv_bytes,
         "kv_bytes_unpruned": totals.kv_bytes_unpruned,
+        "score": score,
         "scored": totals.scored,
         "right": totals.right,
         "accuracy": totals.accuracy,
@@ -133,7 +136,7 @@ _ROWS: tuple[_Line, ...] = (
     ("rows in error", lambda s: str(s["errors"])),
 )
 _FIGURES: tuple[_Line, ...] = (
-    ("right responses", _right),
+    ("right responses (exact match)", _right),
     ("objects named rightly", lambda s: share(s["object_share"])),
     ("visual tokens kept, layer average", _retention),
     ("prefill FLOPs", lambda s: _ratio("flops_ratio", s)),

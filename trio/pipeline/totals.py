@@ -95,11 +95,14 @@ def merge(parts: Iterable[Totals]) -> Totals:
     return out
 
 
-def of_row(row: Mapping[str, Any], answers: Sequence[str]) -> Totals:
-    """Totals of one output row; ``answers`` are the right ones, none when it is not scored."""
+def of_row(row: Mapping[str, Any], answers: Sequence[str], *, objects: bool = False) -> Totals:
+    """Totals of one output row; ``answers`` are the right ones, none when it is not scored.
+
+    ``objects``: answers that list objects count for the share of objects named rightly too.
+    """
     error, response = row.get("error"), row.get("response")
     retention = row.get("retention")
-    captioned = bool(answers) and is_caption(answers)
+    captioned = objects and bool(answers) and is_caption(answers)
     answered = response is not None
     return Totals(
         rows=1,

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 from trio.engine.plan import MemoryPlan
 from trio.engine.request import Prepared, Request, Result
-from trio.errors import UserError
+from trio.errors import UserError, first_line
 from trio.pipeline.image_process import ImageProcess, NoImageProcess
 from trio.pipeline.policy import RowError
 from trio.pipeline.rows import ImageLoader
@@ -184,7 +184,9 @@ class EngineThread:
         except UserError as error:
             self._settle(ticket, RowError("prompt", str(error)))
         except Exception as error:  # whatever a row does to a processor is that row's own failure
-            self._settle(ticket, RowError("prepare_failed", f"{type(error).__name__}: {error}"))
+            self._settle(
+                ticket, RowError("prepare_failed", f"{type(error).__name__}: {first_line(error)}")
+            )
         else:
             if isinstance(prepared, Result):
                 self._settle(ticket, prepared)

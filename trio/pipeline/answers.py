@@ -1,0 +1,98 @@
+"""Right answers of a row as text, whatever type their column has; types with no plain text refused.
+
+INPUT strings, bytes (UTF-8), numbers, structs with a field ``answer`` or ``text``, dictionaries and
+lists of these; OUTPUT strings. 5.0 is "5", as a person would write it.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.types as pt
+
+FIELDS = ("answer", "text")
+# of a struct that hold its answer, the first that it has
+EXPECTED = (
+    "strings, UTF-8 bytes, numbers, structs with a field answer or text, or lists of these; others"
+    " (yes or no too) have to be written as text"
+)
+_FLOATS = {pa.float16(): np.float16, pa.float32(): np.float32, pa.float64(): np.float64}
+
+
+def readable(kind: pa.DataType, *, in_list: bool = False) -> bool:
+    """Whether a column's type says without doubt what its answers are."""
+    if pt.is_dictionary(kind):
+        return readable(kind.value_type, in_list=in_list)
+    if _is_list(kind):
+        return not in_list and readable(kind.value_type, in_list=True)
+    if pt.is_struct(kind):
+        name = _field_of(kind)
+        return name is not None and readable(kind.field(name).type, in_list=in_list)
+    return _is_text(kind) or _is_bytes(kind) or _is_number(kind) or pt.is_null(kind)
+
+
+def texts(cell: pa.Scalar) -> list[str]:
+    """The answers in a cell of a readable type; none where it is null or no number.
+
+    Raises:
+        UnicodeDecodeError: text or bytes that are not UTF-8.
+    """
+    kind = cell.type
+    if not cell.is_valid:
+        return []
+    if pt.is_dictionary(kind):
+        return texts(cell.value)
+    if _is_list(kind):
+        return [text for item in cell.values for text in texts(item)]
+    if pt.is_struct(kind):
+        return texts(cell[_field_of(kind)])
+    if _is_bytes(kind):
+        return [cell.as_py().decode().rstrip("\0")]
+    return _number(cell) if _is_number(kind) else [str(cell.as_py())]
+
+
+def _number(cell: pa.Scalar) -> list[str]:
+    value = cell.as_py()
+    if pt.is_integer(cell.type):
+        return [str(value)]
+    if pt.is_decimal(cell.type):
+        text = f"{value:f}"
+        return [text.rstrip("0").rstrip(".") if "." in text else text]
+    if math.isnan(value):  # how a missing one is written
+        return []
+    # the fewest digits that tell it from others of its type
+    return [np.format_float_positional(_FLOATS[cell.type](value) + 0, trim="-")]
+
+
+def _field_of(kind: pa.DataType) -> str | None:
+    names = [kind.field(i).name for i in range(kind.num_fields)]
+    return next((name for name in FIELDS if names.count(name) == 1), None)
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return bool(
+        pt.is_list(kind)
+        or pt.is_large_list(kind)
+        or pt.is_fixed_size_list(kind)
+        or pt.is_list_view(kind)
+        or pt.is_large_list_view(kind)
+    )
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return bool(pt.is_string(kind) or pt.is_large_string(kind) or pt.is_string_view(kind))
+
+
+def _is_bytes(kind: pa.DataType) -> bool:
+    return bool(
+        pt.is_binary(kind)
+        or pt.is_large_binary(kind)
+        or pt.is_binary_view(kind)
+        or pt.is_fixed_size_binary(kind)
+    )
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return bool(pt.is_integer(kind) or pt.is_floating(kind) or pt.is_decimal(kind))

@@ -1,0 +1,81 @@
+"""Images that stand in a cell as text: base64, and ``data:`` URLs.
+
+INPUT a cell's text, or bytes that hold such text; OUTPUT the encoded image. Text is taken for
+base64 only if what it stands for begins as an image, or another known file, does.
+"""
+
+from __future__ import annotations
+
+import binascii
+import re
+from urllib.parse import unquote_to_bytes
+
+from trio.pipeline import formats
+from trio.pipeline.policy import RowError
+
+LEAST = 32
+# characters of base64 that are not perhaps a word
+HEAD = 8192
+# characters that are looked at first; enough for every signature
+_DATA = re.compile(rb"\s*data:([^,]{0,300}),", re.IGNORECASE)
+_ALPHABET = bytes.maketrans(b"-_", b"+/")
+_SPACE = b" \t\r\n\f\v"
+_DIGITS = re.compile(rb"[A-Za-z0-9+/]+")
+
+
+def is_text_of_image(text: bytes) -> bool:
+    """Whether text is a ``data:`` URL or base64 of something known."""
+    return _is_data(text) or _is_base64(text)
+
+
+def is_certain(text: bytes) -> bool:
+    """Whether it can be nothing else, such as a path."""
+    match = _DATA.match(text)
+    kind = match[1].strip().lower() if match else b""
+    return kind.startswith(b"image/") or kind.endswith(b"base64")
+
+
+def decoded(text: bytes) -> bytes:
+    """The encoded image that the text stands for.
+
+    Raises:
+        RowError: it is damaged.
+    """
+    match = _DATA.match(text)
+    if match is None:
+        return _from_base64(text, "base64 text")
+    body = text[match.end() :]
+    if b"%" in body:
+        body = unquote_to_bytes(body)
+    if not match[1].rstrip().lower().endswith(b"base64"):
+        return body
+    return _from_base64(body, "base64 of a data: URL")
+
+
+def _is_data(text: bytes) -> bool:
+    match = _DATA.match(text)
+    kind = match[1].lower() if match else b"?"
+    return not kind.strip() or b"/" in kind or b";" in kind or b"base64" in kind
+
+
+def _is_base64(text: bytes) -> bool:
+    match = _DIGITS.match(_plain(text[:HEAD]))
+    digits = match[0] if match else b""
+    if len(digits) < LEAST:
+        return False
+    start = binascii.a2b_base64(digits[: len(digits) // 4 * 4])
+    return formats.name_of(start, short=False) is not None
+
+
+def _plain(text: bytes) -> bytes:
+    """Without white space, in the standard alphabet."""
+    return text.translate(_ALPHABET, _SPACE)
+
+
+def _from_base64(text: bytes, what: str) -> bytes:
+    plain = _plain(text).rstrip(b"=")
+    try:
+        return binascii.a2b_base64(plain + b"=" * (-len(plain) % 4), strict_mode=True)
+    except binascii.Error as error:
+        message = f"{what} that cannot be decoded ({len(text)} characters)"
+        raise RowError("image_unreadable", message) from error
