@@ -77,8 +77,8 @@ class Location:
     @property
     def uri(self) -> str:
         """Text that ``locate`` takes back to this location."""
-        bare = self.prefix + self.path
-        return bare + self.query if self.query else bare + _end_of_name(bare)
+        name = self.prefix + self.path
+        return name + (self.query or _end_of_name(name))
 
     @property
     def local(self) -> bool:
@@ -145,23 +145,28 @@ def split_options(uri: str) -> tuple[str, str]:
     Options are what follows the last "?" if it reads ``name=value&...``. A name that itself goes on
     like that after a "?" is followed by ``?&``, which stands for no options.
     """
-    bare, sign, options = uri.rpartition("?")
+    name, sign, options = uri.rpartition("?")
     if not sign or scheme_of(uri) not in ARROW_SCHEMES:
         return uri, ""
     if options == _NO_OPTIONS:
-        return bare, ""
-    return (bare, f"?{options}") if _OPTIONS.fullmatch(options) else (uri, "")
+        return name, ""
+    return (name, f"?{options}") if _OPTIONS.fullmatch(options) else (uri, "")
 
 
-def _end_of_name(bare: str) -> str:
+def bare(uri: str) -> str:
+    """A path or URI without the options of its file system: what a shard is called."""
+    return split_options(uri)[0]
+
+
+def _end_of_name(name: str) -> str:
     """What has to follow a URI without options so that no part of its name is taken for some."""
-    return "" if split_options(bare)[0] == bare else f"?{_NO_OPTIONS}"
+    return "" if bare(name) == name else f"?{_NO_OPTIONS}"
 
 
 def _through_arrow(scheme: str, uri: str) -> Location:
     """Only host and options go through Arrow's parser: it refuses or decodes letters of names."""
-    bare, query = split_options(uri)
-    host, _, name = bare.partition("://")[2].partition("/")
+    whole, query = split_options(uri)
+    host, _, name = whole.partition("://")[2].partition("/")
     try:
         filesystem, root = pafs.FileSystem.from_uri(
             f"{scheme}://{host}{_in_one_request(scheme, query)}"
