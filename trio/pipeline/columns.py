@@ -13,6 +13,9 @@ from trio.pipeline.answers import EXPECTED, readable
 
 ROLES = ("image", "prompt", "id", "answers")
 ALIASES = {"prompt": ("prompt", "question")}
+NONE = "none"
+# as in id=none: no column has this role
+LEAVE_OUT = "leave it out with --columns id=none: ids are then <file>#<row>"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,7 +36,7 @@ class Columns:
 
 
 def parse_mapping(text: str) -> dict[str, str]:
-    """``image=jpg,prompt=caption_prompt`` as a mapping of roles to column names.
+    """``image=jpg,prompt=caption_prompt`` as a mapping of roles to column names; ``id=none`` or ``id=``: none.
 
     Raises:
         UserError: a pair without ``=`` or a role that does not exist.
@@ -41,11 +44,13 @@ def parse_mapping(text: str) -> dict[str, str]:
     out: dict[str, str] = {}
     for pair in filter(None, (part.strip() for part in text.split(","))):
         role, sign, name = pair.partition("=")
-        if not sign or not name or role not in (*ROLES, "question"):
+        role = "prompt" if role == "question" else role
+        if not sign or role not in ROLES or (role == "image" and not name):
             raise UserError(
-                f"--columns {pair}: write ROLE=COLUMN with one of the roles {', '.join(ROLES)}"
+                f"--columns {pair}: write ROLE=COLUMN with one of the roles {', '.join(ROLES)};"
+                f" all but image may be ROLE={NONE}"
             )
-        out["prompt" if role == "question" else role] = name
+        out[role] = name
     return out
 
 
@@ -70,7 +75,7 @@ def resolve(
     Raises:
         UserError: a column that is missing or of a type that cannot be one, naming the shard.
     """
-    if scored is False and "answers" in mapping:
+    if scored is False and mapping.get("answers", NONE) not in ("", NONE):
         raise UserError(
             f"--columns answers={mapping['answers']}: answers are read for scoring only;"
             " ask for it with --score"
@@ -95,6 +100,9 @@ def resolve(
 
 
 def _find(role: str, schemas: Sequence[pa.Schema], mapping: Mapping[str, str]) -> str | None:
+    if role != "image" and mapping.get(role) in ("", NONE):
+        _check_none(role, mapping[role], schemas)
+        return None
     names = (mapping[role],) if role in mapping else ALIASES.get(role, (role,))
     for name in names:
         if any(name in schema.names for schema in schemas):
@@ -105,6 +113,14 @@ def _find(role: str, schemas: Sequence[pa.Schema], mapping: Mapping[str, str]) -
             f" it has {', '.join(schemas[0].names) or 'none'}"
         )
     return None
+
+
+def _check_none(role: str, name: str, schemas: Sequence[pa.Schema]) -> None:
+    if any(name in schema.names for schema in schemas if name):
+        raise UserError(
+            f"--columns {role}={name}: the input has a column {name!r}; write {role}= (nothing"
+            " behind it) for no column, or rename that one"
+        )
 
 
 def _check_shard(
@@ -174,18 +190,31 @@ def _is_bytes(kind: pa.DataType) -> bool:
     )
 
 
+def _is_blob(kind: pa.DataType) -> bool:
+    return _is_bytes(kind.value_type if pt.is_dictionary(kind) else kind)
+
+
+def _is_id(kind: pa.DataType) -> bool:
+    """One value that Parquet can hold and that can be compared."""
+    if isinstance(kind, pa.BaseExtensionType):
+        return _is_id(kind.storage_type)
+    simple = pt.is_boolean, pt.is_integer, pt.is_floating, pt.is_decimal, _is_text, _is_bytes
+    moment = pt.is_date, pt.is_time, pt.is_timestamp, pt.is_duration
+    return any(is_kind(kind) for is_kind in (*simple, *moment))
+
+
 def _holds_image(kind: pa.DataType) -> bool:
+    if isinstance(kind, pa.BaseExtensionType):
+        return _holds_image(kind.storage_type)
     if pt.is_dictionary(kind):
         return _holds_image(kind.value_type)
-    if isinstance(kind, pa.ExtensionType):
-        return _holds_image(kind.storage_type)
     if pt.is_list(kind) or pt.is_large_list(kind) or pt.is_fixed_size_list(kind):
         return _holds_image(kind.value_type)
     if pt.is_struct(kind):
         parts = {kind.field(i).name: kind.field(i).type for i in range(kind.num_fields)}
         known = {name: part for name, part in parts.items() if name in ("bytes", "path")}
         return bool(known) and all(
-            _is_text(part) or (name == "bytes" and _is_bytes(part)) for name, part in known.items()
+            _is_text(part) or (name == "bytes" and _is_blob(part)) for name, part in known.items()
         )
     return _is_bytes(kind) or _is_text(kind)
 
@@ -198,18 +227,28 @@ def _id_type(name: str | None, schemas: Sequence[pa.Schema], paths: Sequence[str
     # each with the first shard that has it; a column of nulls says nothing
     for schema, path in zip(schemas, paths, strict=True):
         if name not in schema.names:
-            raise UserError(f"{path}: no column {name!r}, which other shards have as their id")
+            raise UserError(
+                f"{path}: no column {name!r}, which other shards have as their id; {LEAVE_OUT}"
+            )
         mine = schema.field(name).type
         mine = mine.value_type if pt.is_dictionary(mine) else mine
-        if not (pt.is_integer(mine) or _is_text(mine)):
-            raise UserError(f"{path}: column {name!r} is {mine}; an id is a string or an integer")
+        if not _is_id(mine):
+            raise UserError(
+                f"{path}: column {name!r} is {mine}, and an id is one value (text, bytes, UUID,"
+                f" number, date or time); name another with --columns id=NAME, or {LEAVE_OUT}"
+            )
         if not pt.is_null(mine):
             kinds.setdefault(mine, path)
     if len(kinds) <= 1:
         return next(iter(kinds), pa.string())
+    if all(map(_is_bytes, kinds)):
+        return pa.binary()
     texts, numbers = (list(filter(is_kind, kinds)) for is_kind in (_is_text, pt.is_integer))
+    others = [kind for kind in kinds if kind not in (*texts, *numbers)]
     signed = list(filter(pt.is_signed_integer, numbers))
-    if texts and numbers:
+    if others:
+        apart = others[0], next(kind for kind in kinds if kind != others[0])
+    elif texts and numbers:
         apart = texts[0], numbers[0]
     elif signed and pa.uint64() in numbers:
         apart = pa.uint64(), signed[0]
@@ -218,5 +257,5 @@ def _id_type(name: str | None, schemas: Sequence[pa.Schema], paths: Sequence[str
     first, second = sorted(apart, key=list(kinds).index)
     raise UserError(
         f"{kinds[second]}: column {name!r} is {second}, but {first} in {kinds[first]};"
-        " give all shards one type"
+        f" give all shards one type, or {LEAVE_OUT}"
     )

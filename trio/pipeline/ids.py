@@ -96,7 +96,7 @@ def scan(
 ) -> IdReport:
     """Look for ids that come more than once.
 
-    Ids that are numbers are compared as such, text by 64-bit hashes: among 64 million rows that
+    Ids that are integers are compared as such, others by 64-bit hashes: among 64 million rows that
     are all different, the chance of a false report is below one in fifty.
 
     Args:
@@ -170,11 +170,17 @@ def _values(shard: Shard, name: str) -> pa.Array:
 
 def hashes(values: pa.Array) -> _Hashes:
     """A 64-bit number for each value, the same for the same; integers stand for themselves."""
+    if isinstance(values, pa.ExtensionArray):
+        return hashes(values.storage)
+    if pt.is_boolean(values.type):
+        return hashes(values.cast(pa.uint8()))
     if pt.is_integer(values.type):
         numbers = np.asarray(pc.fill_null(values, 0))
         return numbers.astype(np.int64 if numbers.dtype.kind == "i" else np.uint64).view(np.uint64)
     if pt.is_null(values.type):
         return np.zeros(len(values), np.uint64)
+    if pt.is_floating(values.type) or pt.is_decimal(values.type) or pt.is_temporal(values.type):
+        values = values.view(pa.binary(values.type.bit_width // 8))
     text = pc.fill_null(values.cast(pa.large_binary()), b"")
     _, offsets, data = text.buffers()
     ends = np.frombuffer(offsets, np.int64)[text.offset : text.offset + len(text) + 1]
@@ -195,6 +201,13 @@ def hashes(values: pa.Array) -> _Hashes:
     return out
 
 
+def _shown(value: pa.Scalar) -> str:
+    try:
+        return f"{value.as_py()!r:.100}"
+    except ValueError:  # Python's times end at microseconds
+        return str(value.value)
+
+
 def _examples(columns: list[_Column], repeated: _Hashes, name: str) -> Iterator[str]:
     """The first few rows whose id an earlier row has, in input order."""
     if len(repeated) == 0:
@@ -210,9 +223,9 @@ def _examples(columns: list[_Column], repeated: _Hashes, name: str) -> Iterator[
                 first[key] = (column.shard, row)
                 continue
             shard, earlier = first[key]
-            value = _values(column.shard, name)[row].as_py()
+            value = _shown(_values(column.shard, name)[row])
             yield (
-                f"id {value!r:.100}: {column.shard.path} row {row},"
+                f"id {value}: {column.shard.path} row {row},"
                 f" as in {shard.path} row {earlier}"
             )
             shown += 1

@@ -21,6 +21,7 @@ from trio.pipeline import cli, outdir
 from trio.pipeline import config as settings
 from trio.pipeline.cli import ERRORS, FAILED, OK, WRONG
 from trio.pipeline.config import DEMO, JobConfig
+from trio.pipeline.manifest import tell
 from trio.pipeline.outdir import UNPRUNED
 from trio.pipeline.storage import Location, is_local, locate
 from trio.pipeline.summary import share, table
@@ -186,8 +187,14 @@ def _plans(job: Job, config: JobConfig, output: Location) -> list[tuple[str, Any
         if outdir.finished(place):
             out.append((name, outdir.read_summary(place)))
         else:
-            out.append((name, runner.plan(each, input_paths(job, each), around=output)))
+            say = tell if each is config else _once
+            plan = runner.plan(each, input_paths(job, each), around=output, say=say)
+            out.append((name, plan))
     return out
+
+
+def _once(_: str) -> None:
+    """What the comparison would say of the input, the main run says."""
 
 
 @contextmanager

@@ -9,17 +9,20 @@ same size is therefore not noticed.
 from __future__ import annotations
 
 import os
+import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pyarrow import fs as pafs
 
 from trio.errors import UserError, first_line
-from trio.pipeline.storage import Location, list_files, locate
+from trio.pipeline import listing
+from trio.pipeline.storage import Location, bare, list_files, locate
 
 FOOTER_THREADS = 16
 
@@ -46,6 +49,9 @@ class Shard:
     rows: int
     row_groups: tuple[int, ...]
     # rows of each row group
+    unpacked: int = field(default=0, compare=False)
+    # bytes without compression, as the footer says; only units are cut by it, which a run that goes
+    # on has cut already, so the table does not hold it: 0 then
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,14 +66,19 @@ class Manifest:
     def size(self) -> int:
         return sum(shard.size for shard in self.shards)
 
+    @property
+    def unpacked(self) -> int:
+        """Bytes that the rows take in memory, about."""
+        return sum(max(shard.size, shard.unpacked) for shard in self.shards)
+
     def shared_directory(self) -> str | None:
         """What the paths begin with, up to a ``/``, if file names alone do not tell the shards
         apart; None if they do."""
-        names = {shard.path.rpartition("/")[2] for shard in self.shards}
-        if len(names) == len(self.shards):
+        paths = [bare(shard.path) for shard in self.shards]
+        if len({path.rpartition("/")[2] for path in paths}) == len(paths):
             return None
         # By characters, and cut at a "/" then: paths and URIs may come together.
-        alike = os.path.commonprefix([shard.path for shard in self.shards])  # noqa: RUF071
+        alike = os.path.commonprefix(paths)  # noqa: RUF071
         return alike[: alike.rfind("/") + 1]
 
     def to_table(self) -> pa.Table:
@@ -128,10 +139,18 @@ class Manifest:
         return None
 
 
-def expand(inputs: Sequence[str], output: Location | None = None) -> list[tuple[Location, int]]:
+def tell(text: str) -> None:
+    """One line to whoever started the job."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def expand(
+    inputs: Sequence[str], output: Location | None = None, say: Callable[[str], None] = tell
+) -> list[tuple[Location, int]]:
     """(location, bytes) of every shard that the inputs name, sorted by path within each input.
 
     What lies below ``output`` is no input: a run that goes on must find the listing it began with.
+    Files that are left out and might hold rows are said.
 
     Raises:
         UserError: an input that names nothing, or one file named twice.
@@ -141,17 +160,21 @@ def expand(inputs: Sequence[str], output: Location | None = None) -> list[tuple[
         location = locate(uri)
         try:
             infos = list_files(location)
-        except (OSError, pa.ArrowException) as error:
-            raise UserError(f"--input {uri}: cannot be listed: {error}") from error
+        except (OSError, UnicodeError, pa.ArrowException) as error:
+            raise UserError(f"--input {uri}: cannot be listed: {first_line(error)}") from error
+        left: list[pafs.FileInfo] = []
         if [i.path for i in infos] != [location.path]:
-            infos = [i for i in infos if i.path.endswith((".parquet", ".pq"))]
             if output is not None and output.prefix == location.prefix:
                 infos = [i for i in infos if not i.path.startswith(output.path.rstrip("/") + "/")]
+            infos, left = listing.split(location, infos)
+        note = f": {listing.left_out(left)}" if left else ""
         if not infos:
             raise UserError(
-                f"--input {uri}: no Parquet file there; give a .parquet file, a directory that"
+                f"--input {uri}: no Parquet file there{note}; give a .parquet file, a directory that"
                 " holds some, a pattern in quotes, or an s3://, gs:// or hf:// URI"
             )
+        if left:
+            say(f"--input {uri}{note}")
         found += [(location.at(info.path), int(info.size)) for info in infos]
     counts = Counter(location.uri for location, _ in found)
     twice = sorted(uri for uri, count in counts.items() if count > 1)
@@ -161,7 +184,7 @@ def expand(inputs: Sequence[str], output: Location | None = None) -> list[tuple[
 
 
 def inspect(
-    inputs: Sequence[str], output: Location | None = None
+    inputs: Sequence[str], output: Location | None = None, say: Callable[[str], None] = tell
 ) -> tuple[Manifest, list[pa.Schema]]:
     """Manifest of the input and the Arrow schema of each shard, from the footers.
 
@@ -170,32 +193,38 @@ def inspect(
     Raises:
         UserError: nothing found, a file that is not Parquet, or no rows at all.
     """
-    found = expand(inputs, output)
+    found = expand(inputs, output, say)
     with ThreadPoolExecutor(FOOTER_THREADS) as pool:
         footers = list(pool.map(_footer, [location for location, _ in found]))
     # Shards of one data set are alike in schema and often in row groups: kept once each.
     cuts: dict[tuple[int, ...], tuple[int, ...]] = {}
     kinds: dict[bytes, pa.Schema] = {}
     shards, schemas = [], []
-    for number, ((location, size), (groups, raw)) in enumerate(zip(found, footers, strict=True)):
+    for number, ((location, size), footer) in enumerate(zip(found, footers, strict=True)):
+        groups, unpacked, raw = footer
         groups = cuts.setdefault(groups, groups)
         shards.append(
-            Shard(number=number, path=location.uri, size=size, rows=sum(groups), row_groups=groups)
-        )
+            Shard(
+                number=number, path=location.uri, size=size, rows=sum(groups), row_groups=groups,
+                unpacked=unpacked,
+            )
+        )  # fmt: skip
         if raw not in kinds:
             kinds[raw] = pa.ipc.read_schema(pa.py_buffer(raw))
         schemas.append(kinds[raw])
     return Manifest(shards=tuple(shards)), schemas
 
 
-def _footer(location: Location) -> tuple[tuple[int, ...], bytes]:
-    """Rows of each row group, and the Arrow schema as bytes."""
+def _footer(location: Location) -> tuple[tuple[int, ...], int, bytes]:
+    """Rows of each row group, bytes without compression, and the Arrow schema as bytes."""
     try:
         with location.filesystem.open_input_file(location.path) as stream:
             file = pq.ParquetFile(stream)
             meta = file.metadata
-            groups = tuple(meta.row_group(i).num_rows for i in range(meta.num_row_groups))
-            return groups, file.schema_arrow.serialize().to_pybytes()
+            groups = [meta.row_group(i) for i in range(meta.num_row_groups)]
+            unpacked = sum(group.total_byte_size for group in groups)
+            schema = file.schema_arrow.serialize().to_pybytes()
+            return tuple(group.num_rows for group in groups), unpacked, schema
     except (OSError, pa.ArrowException) as error:
         reason = first_line(error)
         raise UserError(f"{location.uri}: not a readable Parquet file ({reason})") from error

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from trio.pipeline.manifest import Manifest, Shard
 
 UNIT_BYTES = 128 << 20
-# encoded input bytes one unit may hold on average: an actor holds a few units whole
+# input bytes, unpacked, one unit may hold on average: an actor holds a few units whole
 MAX_UNIT_ROWS, MAX_UNIT_ROWS_EVER = 512, 4096
 MANY_UNITS = 100_000
 # from here on units grow: their files are listed on resume
@@ -47,7 +47,7 @@ class Unit:
 def unit_rows(manifest: Manifest, *, actors: int, limit: int | None = None) -> int:
     """Rows per unit: enough units to share among the actors, none too heavy to hold in memory."""
     rows = min(manifest.rows, limit) if limit is not None else manifest.rows
-    row_bytes = manifest.size / max(manifest.rows, 1)
+    row_bytes = manifest.unpacked / max(manifest.rows, 1)
     by_bytes = int(UNIT_BYTES / max(row_bytes, 1.0))
     by_share = -(-rows // (actors * UNITS_PER_ACTOR))
     most = min(max(MAX_UNIT_ROWS, rows // MANY_UNITS), MAX_UNIT_ROWS_EVER)

@@ -8,7 +8,7 @@ a large row group nor one of many gigabytes is ever held whole.
 from __future__ import annotations
 
 import threading
-from collections.abc import Generator
+from collections.abc import Collection, Generator
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -19,8 +19,8 @@ from trio.pipeline.manifest import Shard
 from trio.pipeline.plan import Unit, group_of
 from trio.pipeline.storage import open_location
 
-BATCH_ROWS, BATCH_BYTES = 128, 16 << 20
-# decoded at a time while a row group streams past
+BATCH_ROWS, BATCH_BYTES = 128, 256 << 20
+# decoded at a time while a row group streams past, at the most; Arrow makes nothing of 2 GB nested
 BUFFER_BYTES = 4 << 20
 # without one, Arrow fetches a column of a row group whole
 OPEN_CURSORS = 2
@@ -130,9 +130,20 @@ class _Cursor:
         there = file.schema_arrow.names
         roles = {role: name for role, name in columns.roles.items() if name in there}
         names = sorted(set(roles.values()))
-        rows = max(1, min(BATCH_ROWS, BATCH_BYTES * shard.rows // max(shard.size, 1)))
         for number in range(group, len(groups)):
             if groups[number]:
+                rows = _batch_rows(file.metadata.row_group(number), names)
                 for batch in file.iter_batches(rows, row_groups=[number], columns=names):
                     yield batch.select(list(roles.values())).rename_columns(list(roles))
         raise UserError(f"{shard.path}: holds fewer rows than its footer says")
+
+
+def _batch_rows(group: pq.RowGroupMetaData, names: Collection[str]) -> int:
+    """Rows to decode at a time: no value is larger than its column's pages, unpacked, are."""
+    columns = (group.column(number) for number in range(group.num_columns))
+    sizes = (c.total_uncompressed_size for c in columns if _top(c.path_in_schema, names))
+    return max(1, min(BATCH_ROWS, BATCH_BYTES // max([1, *sizes])))
+
+
+def _top(path: str, names: Collection[str]) -> bool:
+    return any(path == name or path.startswith(f"{name}.") for name in names)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.types as pt
 from PIL.Image import Image
 
 from trio.engine.request import Request, Result, Sampling
@@ -21,7 +22,7 @@ from trio.pipeline.images import note_of
 from trio.pipeline.plan import Unit
 from trio.pipeline.policy import ImagePolicy, RowError
 from trio.pipeline.schema import row_key, split_key
-from trio.pipeline.storage import Location
+from trio.pipeline.storage import Location, bare
 
 ImageLoader = Callable[[Any, Location | None, ImagePolicy], list[Image]]
 # images of a cell, given the directory of its shard; raises RowError
@@ -133,15 +134,20 @@ def identify(source: Source, settings: RowSettings) -> str:
 def made_up_id(source: Source, settings: RowSettings) -> str:
     """Of a row whose data set brings no ids: its file and the row in it."""
     shared = settings.shared_directory
-    file = os.path.basename(source.path) if shared is None else source.path.removeprefix(shared)
+    path = bare(source.path)
+    file = os.path.basename(path) if shared is None else path.removeprefix(shared)
     return f"{file}#{split_key(source.key)[1]}"
 
 
 def _identity(source: Source, settings: RowSettings) -> Any:
-    value = source.cell("id")
-    if value is None and "id" not in source.table.column_names:
+    if "id" not in source.table.column_names:
         return made_up_id(source, settings)
-    return value
+    column = source.table.column("id")
+    if isinstance(column.type, pa.BaseExtensionType):
+        stored = column[source.index].value
+        return None if stored is None else stored.as_py()
+    # Python's dates and times end at microseconds; Arrow takes these numbers back.
+    return column[source.index].value if pt.is_temporal(column.type) else source.cell("id")
 
 
 def _prompt(source: Source, default: str | None) -> str:

@@ -23,7 +23,7 @@ from trio.pipeline.columns import Columns, parse_mapping, resolve
 from trio.pipeline.config import SCORED, JobConfig, results
 from trio.pipeline.dispatch import LEAST_ROOM_S, ROOM_S, ActorOptions, Dispatcher, Limits, Stop
 from trio.pipeline.fingerprint import Fingerprint
-from trio.pipeline.manifest import Manifest, expand, inspect
+from trio.pipeline.manifest import Manifest, expand, inspect, tell
 from trio.pipeline.placement import Need
 from trio.pipeline.plan import Unit, runs, unit_rows, units
 from trio.pipeline.progress import Progress
@@ -64,13 +64,20 @@ class Plan:
         return self.manifest.rows if limit is None else min(limit, self.manifest.rows)
 
 
-def plan(config: JobConfig, paths: Sequence[str], *, around: Location | None = None) -> Plan:
+def plan(
+    config: JobConfig,
+    paths: Sequence[str],
+    *,
+    around: Location | None = None,
+    say: Callable[[str], None] = tell,
+) -> Plan:
     """Check input and output.
 
     Args:
         config: the settings.
         paths: where their inputs lie.
         around: the directory around this run's, if another run keeps its output there: no input.
+        say: told of files that are left out.
 
     Raises:
         UserError: anything in them that keeps the run from making sense.
@@ -82,10 +89,10 @@ def plan(config: JobConfig, paths: Sequence[str], *, around: Location | None = N
     config = _settled(config, earlier)
     now = prints.take(config)
     if earlier is not None:
-        outdir.check_same(earlier, now, expand(paths, ours), output.uri)
+        outdir.check_same(earlier, now, expand(paths, ours, say), output.uri)
         manifest, columns = earlier.manifest, earlier.columns
     else:
-        manifest, schemas = inspect(paths, ours)
+        manifest, schemas = inspect(paths, ours, say)
         columns = resolve(
             schemas,
             [shard.path for shard in manifest.shards],
