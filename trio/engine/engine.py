@@ -255,7 +255,7 @@ class Engine:
         line = prompts_notice([prompt])
         if line is not None:
             self._checks_prompts = False
-            warnings.warn(line, stacklevel=3)
+            warnings.warn(line, stacklevel=4)
 
     def _count_idle(self) -> None:
         """Idle time up to now belongs to the counters as they are."""

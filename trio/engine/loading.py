@@ -38,7 +38,7 @@ def load(
     where = _device(device)
     kind = _dtype(dtype, where)
     if model == bundled.NAME and (line := bundled.shadowed()):
-        warnings.warn(line, stacklevel=2)
+        warnings.warn(line, stacklevel=3)
     model = _expanded(model)
     config = _config(model, revision)
     processor = _processor(model, config, revision)
