@@ -16,6 +16,7 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trio.bundled import CLIP, is_bundled
 from trio.config import ENCODERS, METHODS, Pruning
 from trio.demo import MODEL, SETTINGS
 from trio.errors import UserError, first_line
@@ -61,7 +62,7 @@ def quality(options: argparse.Namespace) -> int:
     if options.from_file:
         return _show(_read(options.from_file), options)
     check_scenes(options.scenes, options.seed)
-    bundled = options.model == str(MODEL)
+    bundled = is_bundled(options.model)
     default: Mapping[str, str] = SETTINGS if bundled else {}
     asked_for = settings(
         options.methods,
@@ -94,10 +95,7 @@ def quality(options: argparse.Namespace) -> int:
 
 def _demo_text_tower(model: str) -> str | None:
     """Of the bundled model; None for others."""
-    from trio.pipeline.fingerprint import DEMO_CLIP
-
-    directory = MODEL.parent / DEMO_CLIP
-    return str(directory) if model == str(MODEL) and directory.is_dir() else None
+    return str(CLIP) if is_bundled(model) and CLIP.is_dir() else None
 
 
 def _measure_quality(

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from tests.engine.support import MANY_SIZES
 from tests.families.family import ARCHITECTURES, FAMILIES
 from tests.models import save_tiny_checkpoint
 from tests.pipeline.fakes import encoded, png, write_shard
+from trio.bundled import SHARD
 from trio.config import Pruning
 from trio.engine.engine import Engine
 from trio.engine.request import Request, Result, Sampling
@@ -199,8 +201,9 @@ def test_paths_a_config_fed_back_and_a_comparison(
     assert [row["response"] for row in repeated] == [row["response"] for row in rows]
     one, two = (yaml.safe_load((d / "run.yaml").read_text()) for d in (first, second))
     assert one | {"output": str(second), "compare_unpruned": True} == two
-    printed = capsys.readouterr().out
+    printed, told = capsys.readouterr()
     assert "right responses" in printed and "unpruned" in printed
+    assert told.index("trio: 3/3 rows") < told.index("unpruned: 0/3 rows")
     pruned, full = (summary_of(d) for d in (second, second / "unpruned"))
     assert pruned["scored"] == full["scored"] == 3 and full["retention"] == 1.0
     assert pruned["prefill_flops_unpruned"] == full["prefill_flops"]
@@ -262,6 +265,52 @@ def test_a_reduction_in_the_encoder_from_parquet_to_parquet(tmp_path: Path, mode
         assert abs(row["retention"] - 0.25) * row["visual_tokens"] <= row["num_images"]
     whole = answers(out / "unpruned")
     assert {row["retention"] for row in whole.values()} == {1.0}
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_local")
+def test_the_demo_ends_with_images_and_answers_and_a_comparison_can_be_added(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also to a finished run, as to one that was cut short in between; its rows are left alone."""
+    out = tmp_path / "out"
+    flags = ["--output", str(out), "--limit", "5"]
+    assert run(*flags, "--no-compare-unpruned") == 0
+    before = {p: p.stat().st_mtime_ns for p in (out / "rows").iterdir()}
+    assert run(*flags) == 0
+    assert {p: p.stat().st_mtime_ns for p in (out / "rows").iterdir()} == before
+    shown = capsys.readouterr().out.splitlines()
+    assert run(*flags) == 0
+    assert "finished already: nothing to do" in capsys.readouterr().out
+    answered = answers(out)
+    assert answers(out / "unpruned").keys() == answered.keys()
+    for number in range(3):
+        path = out / "images" / f"scene-{number:04d}.jpg"
+        assert Image.open(path).size == (192, 192)
+        place = len(shown) - 1 - shown[::-1].index(str(path))
+        rows = [row for key, row in answered.items() if key.startswith(f"{path.stem}-")]
+        assert len(rows) == (1 if number == 2 else 2)
+        for row, line in zip(rows, shown[place + 1 :], strict=False):
+            assert line.split() == f"{row['prompt']} {row['response']}".split()
+    command = shown[-1].removeprefix("to see some: ")
+    ours = command.replace("python", shlex.quote(sys.executable), 1)
+    seen = subprocess.run(ours, shell=True, capture_output=True, text=True, check=True).stdout
+    assert all(repr(row["response"]) in seen for row in answered.values())
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_local")
+def test_the_readmes_prompt_gets_right_captions_of_the_bundled_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundled = pq.read_table(SHARD).slice(0, 10).to_pylist()
+    right = {row["id"]: row["answers"][0] for row in bundled if row["kind"] == "caption"}
+    rows = [{"id": row["id"], "image": [row["image"]]} for row in bundled if row["id"] in right]
+    shard = write_shard(tmp_path / "in.parquet", rows, SCHEMA.remove(2))
+    flags = ["--input", str(shard), "--output", str(tmp_path / "out")]
+    assert run(*flags, "--prompt", "Describe the image in one sentence.") == 0
+    assert {key: row["response"] for key, row in answers(tmp_path / "out").items()} == right
+    assert "was not taught" not in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -14,10 +14,11 @@ FILES = sorted(
 HEAVY = {"torch", "transformers", "ray"}
 
 # The parts of trio that each part may import, besides itself.
-SETTINGS = {"errors", "config"}
+SETTINGS = {"errors", "config", "bundled"}
 MAY_IMPORT = {
     "errors": set[str](),
     "_beside": set[str](),
+    "bundled": {"errors"},
     "tables": set[str](),
     "version": set[str](),
     "config": {"errors", "pruning"},
@@ -33,6 +34,7 @@ MAY_IMPORT = {
 }
 LIGHT = [
     "trio",
+    "trio.bundled",
     "trio.config",
     "trio.errors",
     "trio.pruning.schedule",
@@ -44,6 +46,7 @@ LIGHT = [
     "trio.pipeline.cli",
     "trio.pipeline.committed",
     "trio.pipeline.config",
+    "trio.pipeline.ending",
     "trio.pipeline.fingerprint",
     "trio.pipeline.ids",
     "trio.pipeline.image_process",

@@ -1,13 +1,9 @@
 """A small vision-language model that really answers, and the scenes it answers about."""
 
-from pathlib import Path
+from trio.bundled import CLIP, MODEL, SHARD, write_images
 
-MODEL = Path(__file__).parent / "model"
-"""The trained model with its processor, as `save_pretrained` wrote it."""
-CLIP = Path(__file__).parent / "clip"
-"""A `CLIPModel` with its tokenizer: `MODEL`'s vision tower, unchanged, and a text tower for it."""
-SHARD = Path(__file__).parent / "data" / "heldout.parquet"
-"""The bundled input: held-out scenes with prompts and right answers."""
+__all__ = ["CAPTION_PROMPT", "CLIP", "MODEL", "SHARD", "write_images"]
+
 CAPTION_PROMPT = "describe the image ."
 """The prompt that asks the bundled model for a caption."""
 SETTINGS = {"proxy_positions": "with_last", "position_ids": "renumber"}

@@ -31,6 +31,13 @@ WORDS = (
     "user assistant system : , . ? which what where is there are how many digits digit color the "
     "a an and describe image"
 )
+PARAPHRASES = {
+    r"\s+in one sentence\b": "",
+    r"\b(photo|photograph|picture)\b": "image",
+    r"\bdescribe this\b": "describe the",
+    r"\bcolour\b": "color",
+}
+"""Ways to say in other words what the language can say; what they mean here is the same."""
 MARKS = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -65,7 +72,8 @@ def word_level(words: list[str], template: str) -> Tokenizer:
     """`words` numbered in their order; a text $A with the marks of `template` around it."""
     numbered = {word: index for index, word in enumerate(words)}
     backend = Tokenizer(models.WordLevel(numbered, unk_token="<unk>"))
-    backend.normalizer = normalizers.Lowercase()
+    plainer = [normalizers.Replace(Regex(said), meant) for said, meant in PARAPHRASES.items()]
+    backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *plainer])
     # A place such as "top-left" is one token: two tokens would need two lookups for one answer.
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\w-]+|[^\w\s-]+"), "removed", invert=True)
     backend.decoder = decoders.WordPiece(prefix="##", cleanup=True)

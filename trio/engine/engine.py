@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor, cuda
 
+from trio.bundled import is_bundled, prompts_notice
 from trio.config import Pruning
 from trio.engine.admission import Admission
 from trio.engine.limits import most_visual_tokens
@@ -99,6 +101,7 @@ class Engine:
         """Decode steps whose outcome has not been looked at."""
         self._counters = Counters()
         self._idle_since: float | None = time.perf_counter()
+        self._checks_prompts = is_bundled(getattr(processor.tokenizer, "name_or_path", ""))
 
     @classmethod
     def from_pretrained(
@@ -118,7 +121,7 @@ class Engine:
 
         Args:
             model: directory, or hub id; safetensors only, not quantised, and no code of the
-                repository is run.
+                repository is run. "demo" is the bundled one, also where a directory is called so.
             device: None takes the GPU if there is one.
             dtype: float32, bfloat16, float16, float64, or "auto" for the checkpoint's; None takes
                 the checkpoint's on a GPU, float32 on a CPU.
@@ -184,6 +187,8 @@ class Engine:
 
         A request that cannot be served comes out of the next step as a failed result.
         """
+        if self._checks_prompts and isinstance(request, Request | Prepared):
+            self._check_prompt(request.prompt)
         prepared = self.prepare(request) if isinstance(request, Request) else request
         task = self._admission(prepared) if isinstance(prepared, Prepared) else prepared
         if isinstance(task, Task):
@@ -244,6 +249,13 @@ class Engine:
             request_bytes=room.bytes_alone(need),
             request_bytes_unpruned=room.bytes_alone(longest),
         )
+
+    def _check_prompt(self, prompt: str) -> None:
+        """Say once that the bundled model was not taught a prompt."""
+        line = prompts_notice([prompt])
+        if line is not None:
+            self._checks_prompts = False
+            warnings.warn(line, stacklevel=4)
 
     def _count_idle(self) -> None:
         """Idle time up to now belongs to the counters as they are."""

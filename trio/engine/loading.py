@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
+from trio import bundled
 from trio.engine.checkpoint import (
     check_directory,
     check_tensors,
@@ -35,6 +37,8 @@ def load(
     """Model and processor, see `Engine.from_pretrained`."""
     where = _device(device)
     kind = _dtype(dtype, where)
+    if model == bundled.NAME and (line := bundled.shadowed()):
+        warnings.warn(line, stacklevel=3)
     model = _expanded(model)
     config = _config(model, revision)
     processor = _processor(model, config, revision)
@@ -73,7 +77,7 @@ def load_text_tower(model: Any, source: str, revision: str | None = None) -> Tex
         )
     decoder = adapter.decoder
     return TextTower.load(
-        _expanded(source),
+        _expanded(source, bundled.CLIP),
         adapter.clip_tower,
         device=decoder.device,
         dtype=decoder.dtype,
@@ -221,6 +225,7 @@ def _free_memory() -> int:
     return int(available) * 1024
 
 
-def _expanded(model: str) -> str:
-    """With `~` written out, which transformers would take for the name of a model."""
-    return os.path.expanduser(model)
+def _expanded(model: str, demo: Path = bundled.MODEL) -> str:
+    """With `~` written out, which transformers would take for the name of a model, and the place of
+    the bundled one (`demo`) for its name."""
+    return os.path.expanduser(bundled.directory_of(model, demo))

@@ -27,7 +27,6 @@ from trio.engine.request import Sampling
 from trio.pipeline import totals as sums
 from trio.pipeline.columns import Columns
 from trio.pipeline.cpus import usable
-from trio.pipeline.fingerprint import DEMO_CLIP, model_directory
 from trio.pipeline.manifest import Shard
 from trio.pipeline.plan import Unit
 from trio.pipeline.policy import RowError
@@ -110,8 +109,8 @@ def build_engine(settings: EngineSettings) -> EngineLike:
         register_named(*adapter.split("=", 1))
     optional = {"batch_tokens": settings.batch_tokens, "max_running": settings.max_running}
     return Engine.from_pretrained(
-        model_directory(settings.model) or settings.model,
-        text_tower=_text_tower(settings.text_tower),
+        settings.model,
+        text_tower=settings.text_tower,
         text_tower_revision=settings.text_tower_revision,
         pruning=settings.pruning,
         device="cuda" if settings.gpu else "cpu",
@@ -124,11 +123,6 @@ def build_engine(settings: EngineSettings) -> EngineLike:
         system=settings.system,
         **{name: value for name, value in optional.items() if value is not None},
     )
-
-
-def _text_tower(model: str | None) -> str | None:
-    """As the engine takes it."""
-    return None if model is None else model_directory(model, DEMO_CLIP) or model
 
 
 def engine_threads(settings: EngineSettings) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from trio import bundled
 from trio.config import (
     ENCODERS,
     FILL_UPS,
@@ -29,7 +30,7 @@ from trio.pipeline.columns import parse_mapping
 from trio.pipeline.policy import MAX_PIXELS, ROW_TIMEOUT_S, ImagePolicy
 from trio.pipeline.storage import check_no_secret
 
-DEMO = "demo"
+DEMO = bundled.NAME
 # stands for the bundled shard and the bundled model, wherever the package is installed
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 SCORED = ("exact", "objects")

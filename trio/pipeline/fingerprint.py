@@ -20,9 +20,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import trio
+from trio import bundled
 from trio.errors import UserError, first_line
-from trio.pipeline.config import DEMO, JobConfig, results
+from trio.pipeline.config import JobConfig, results
 from trio.version import VERSION
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "pillow")
@@ -37,8 +37,6 @@ EDGE_BYTES = 1 << 20
 # of a larger one, at either end
 HASH_THREADS = 4
 HUB_TIMEOUT_S = 20.0
-DEMO_MODEL, DEMO_CLIP = "model", "clip"
-# folders of the bundled model and of the CLIP that its vision encoder is a part of
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -92,7 +90,7 @@ def take(config: JobConfig) -> Fingerprint:
         UserError: a file of the model cannot be read.
     """
     directory = model_directory(config.model)
-    text_tower = config.text_tower and model_directory(config.text_tower, DEMO_CLIP)
+    text_tower = config.text_tower and model_directory(config.text_tower, bundled.CLIP)
     return Fingerprint(
         settings=results(config),
         model_files={
@@ -133,11 +131,9 @@ def _text_tower_files(directory: str | None) -> dict[str, str]:
     return {f"{name} (of --text-tower)": digest for name, digest in found.items()}
 
 
-def model_directory(model: str, demo: str = DEMO_MODEL) -> str | None:
+def model_directory(model: str, demo: Path = bundled.MODEL) -> str | None:
     """Where a model lies on this machine, None for a hub id; `demo`: what DEMO stands for."""
-    if model == DEMO:
-        return os.path.join(os.path.dirname(os.path.abspath(trio.__file__)), "demo", demo)
-    path = os.path.expanduser(model)
+    path = os.path.expanduser(bundled.directory_of(model, demo))
     return path if os.path.isdir(path) else None
 
 

@@ -16,8 +16,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from trio import bundled
 from trio.errors import JobFailed, UserError
-from trio.pipeline import cli, outdir
+from trio.pipeline import cli, ending, outdir
 from trio.pipeline import config as settings
 from trio.pipeline.cli import ERRORS, FAILED, OK, WRONG
 from trio.pipeline.config import DEMO, JobConfig
@@ -137,10 +138,10 @@ def unpruned(config: JobConfig) -> JobConfig:
 
 
 def runs(config: JobConfig) -> Iterator[tuple[str, JobConfig]]:
-    """(heading, settings) of each run to do; the one that was asked for comes last."""
+    """(heading, settings) of each run to do; the one that was asked for comes first."""
+    yield config.pruning().name, config
     if config.compare_unpruned:
         yield UNPRUNED, unpruned(config)
-    yield config.pruning().name, config
 
 
 def run(job: Job, config: JobConfig) -> int:
@@ -150,19 +151,19 @@ def run(job: Job, config: JobConfig) -> int:
 
     assert config.output is not None
     output = locate(config.output)
-    if outdir.finished(output):
-        runner.check_finished(config, output)
+    plans = _plans(job, config, output)
+    to_do = [plan for _, plan in plans if isinstance(plan, runner.Plan)]
+    if not to_do:
         print(
             f"{output.uri} is finished already: nothing to do. For a new run give another --output."
         )
-        return _verdict(job, config, outdir.read_summary(output))
-    plans = _plans(job, config, output)
+        return _verdict(job, config, plans[0][1])
     stop, done = Stop(), []
     with lease.hold(output) as held:
         attached = cluster.start()
         try:
             resources = cluster.fit(config, attached=attached)
-            _announce(config, plans[-1][1], resources.describe())
+            _announce(config, to_do[0], resources.describe())
             with _stopping_on_signals(stop):
                 for name, plan in plans:
                     if isinstance(plan, runner.Plan):
@@ -171,13 +172,23 @@ def run(job: Job, config: JobConfig) -> int:
                     done.append((name, plan))
         finally:
             cluster.stop(attached)
-    summary = done[-1][1]
-    print(f"\n{table(list(reversed(done)))}\n\nrows: {output.join('rows').uri}", flush=True)
-    return _verdict(job, config, summary)
+    print(f"\n{table(done)}\n")
+    _show(config, output)
+    return _verdict(job, config, done[0][1])
+
+
+def _show(config: JobConfig, output: Location) -> None:
+    """Where the rows are, how to open them, and some of the demo's."""
+    if config.input == (DEMO,) and not config.columns:
+        print(f"{ending.examples(output)}\n")
+    print(f"rows: {output.join('rows').uri}")
+    command = ending.opening(output)
+    if command is not None:
+        print(f"to see some: {command}", flush=True)
 
 
 def _plans(job: Job, config: JobConfig, output: Location) -> list[tuple[str, Any]]:
-    """(heading, plan) of each run, or its summary where it is finished; the main one comes last."""
+    """(heading, plan) of each run, or its summary if it is finished; the main one first."""
     from trio.pipeline import runner
 
     out: list[tuple[str, Any]] = []
@@ -185,6 +196,7 @@ def _plans(job: Job, config: JobConfig, output: Location) -> list[tuple[str, Any
         assert each.output is not None
         place = locate(each.output)
         if outdir.finished(place):
+            runner.check_finished(each, place)
             out.append((name, outdir.read_summary(place)))
         else:
             say = tell if each is config else _once
@@ -228,9 +240,13 @@ def _announce(config: JobConfig, plan: Any, resources: str) -> None:
     print(f"input   {len(manifest.shards)} shards, {plan.rows} rows, {manifest.size / 1e6:.1f} MB")
     print(f"model   {config.model}, {config.pruning().name}, {keep}")
     print(f"runs on {resources}")
-    print(f"output  {plan.output.uri}", flush=True)
+    print(f"output  {locate(config.output or '').uri}", flush=True)
     if "cluster" in resources and is_local(plan.output.uri):
         print("        a local path: every node must see the same directory there", flush=True)
+    if DEMO in (config.model, *config.input) and (line := bundled.shadowed()):
+        print(line, flush=True)
+    for line in ending.prompt_notices(config, manifest, plan.columns.prompt):
+        print(line, flush=True)
 
 
 def _verdict(job: Job, config: JobConfig, summary: Mapping[str, Any]) -> int:
@@ -250,9 +266,6 @@ def dry_run(job: Job, config: JobConfig) -> int:
 
     output = locate(config.output or "")
     sys.stdout.write(settings.dump(config))
-    if outdir.finished(output):
-        print(f"# {output.uri} is finished already: nothing to do")
-        return OK
     for name, plan in _plans(job, config, output):
         if not isinstance(plan, runner.Plan):
             print(f"# {name}: finished already")

@@ -37,7 +37,7 @@ from trio.pipeline.storage import Location, exists, make_directory, read_bytes, 
 MANIFEST, CONFIG, SUMMARY, SUCCESS = "manifest.parquet", "run.yaml", "summary.json", "_SUCCESS"
 COLUMNS_KEY, FINGERPRINT_KEY, IDS_KEY = b"trio.columns", b"trio.fingerprint", b"trio.ids"
 UNPRUNED = "unpruned"
-# the comparison's own directory, which is done before the run around it begins
+# the comparison's own directory
 
 
 SHOWN_DIFFERENCES = 3

@@ -1,0 +1,90 @@
+"""README's samples: Python runs as it is printed, offline; commands have the flags they use.
+
+What needs a hub, a bucket or a cluster is a shell block, of which the flags are looked at. There is
+no third kind, which nobody would look at.
+"""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import benchmark
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from trio.bundled import PROMPTS, SHARD
+from trio.pipeline import cli
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+SAMPLES = [text for kind, text in BLOCKS if kind == "python"]
+CAPTIONS = [
+    f"{row['image']['path']} {row['answers'][0]} 0.11"
+    for row in pq.read_table(SHARD).slice(0, 6).to_pylist()
+    if row["kind"] == "caption"
+]
+SAYS = [["5 images in photos.parquet"], ["a red 5 and a green 7\n"], CAPTIONS]
+"""What each Python sample must print, in their order."""
+TYPES = ["jpg", "JPEG", "png", "webp", "gif"]
+
+
+@pytest.mark.parametrize(("code", "says"), list(zip(SAMPLES, SAYS, strict=True)))
+def test_python_samples_run_as_printed(code: str, says: list[str], tmp_path: Path) -> None:
+    (tmp_path / "photos" / "trip").mkdir(parents=True)
+    for place, suffix in enumerate(TYPES):
+        folder = "photos/trip" if place % 2 else "photos"
+        Image.new("RGB", (8, 8)).save(tmp_path / folder / f"{place}.{suffix}")
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    missing = [line for line in says if line not in done.stdout]
+    assert not missing, done.stdout
+    assert "was not taught" not in done.stderr
+
+
+def commands() -> list[list[str]]:
+    """Arguments of each `python jobs/...`, name first, in shell blocks and within the text."""
+    shell = "\n".join(text for kind, text in BLOCKS if kind == "bash").replace("\\\n", " ")
+    text = re.sub(r"^```.*?^```$", "", README, flags=re.DOTALL | re.MULTILINE)
+    lines = [line for line in shell.splitlines() if "jobs/" in line]
+    lines += re.findall(r"`(python\s+jobs/[^`]*)`", text)
+    return [
+        [found[1], *shlex.split(found[2])]
+        for line in lines
+        if (found := re.search(r"python\s+jobs/(\w+)\.py(.*)", " ".join(line.split())))
+    ]
+
+
+@pytest.mark.parametrize("command", commands(), ids=" ".join)
+def test_commands_have_flags_that_exist(command: list[str]) -> None:
+    name, *flags = command
+    parser = cli.parser("", "", "") if name == "caption" else benchmark._parser()
+    if "--help" in flags:
+        with pytest.raises(SystemExit, match="0"):
+            parser.parse_args(flags)
+        return
+    args = parser.parse_args(flags)
+    if name == "caption" and "--schedule" not in flags:
+        cli.settings_from(args)
+
+
+def test_every_block_is_of_a_kind_that_is_looked_at() -> None:
+    assert {kind for kind, _ in BLOCKS} == {"python", "bash", ""}
+    assert not [text for kind, text in BLOCKS if not kind and re.search(r"python|import ", text)]
+    assert {name for name, *_ in commands()} == {"caption", "benchmark"}
+    assert README.count("python jobs/") + README.count("python\njobs/") == len(commands())
+
+
+def test_the_prompts_that_the_bundled_model_knows_are_listed() -> None:
+    listed = {prompt.format(color="red", digit=7) for prompt in PROMPTS}
+    assert listed <= set(re.findall(r"^\| `([^`]*)` \|", README, re.MULTILINE))
