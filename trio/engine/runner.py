@@ -133,6 +133,7 @@ class Runner:
         self, tasks: Sequence[Task], features: Sequence[Sequence[Features]]
     ) -> tuple[Tensor, float]:
         """Run the prompts of fresh tasks; returns logits [B, V] and the seconds of pruning."""
+        self.adapter.check_unchanged()
         prompts, compared_s = self._packed(tasks, features), 0.0
         if self._relevances is not None:
             comparing = Stopwatch(self.decoder.device)

@@ -19,6 +19,7 @@ from transformers import AutoProcessor
 from trio.config import Pruning
 from trio.errors import UserError
 from trio.models.decoder import Decoder
+from trio.models.unchanged import Unchanged
 from trio.pruning.cost import DecoderShape
 from trio.pruning.schedule import AFTER_ENCODER, LLAVA, ScheduleShape
 
@@ -109,6 +110,7 @@ class Adapter(ABC):
             )
         self.model = model
         self.decoder = self._decoder()
+        self._unchanged = Unchanged(model, self.decoder.model, self.decoder.lm_head)
         self.image_token_id: int = model.config.image_token_id
 
     def _decoder(self) -> Decoder:
@@ -121,6 +123,11 @@ class Adapter(ABC):
                 "or no lm_head; give the whole ...ForConditionalGeneration"
             )
         return Decoder(text, head)
+
+    def check_unchanged(self) -> None:
+        """Raise UserError if the text decoder or its head has become another since: an adapter put
+        on, a quantisation, a module replaced, a hook. Called before every prefill."""
+        self._unchanged.check()
 
     @property
     def planned_visual_tokens(self) -> int:

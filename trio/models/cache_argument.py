@@ -1,4 +1,8 @@
-"""How transformers calls the cache: `past_key_values`, from 5.24 on `cache`."""
+"""How transformers calls the cache, `past_key_values`, from 5.24 on `cache`, and that it uses it.
+
+Layers take what they do not know and say nothing. So a name that a version no longer knows would
+give wrong answers, unless somebody counts.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import transformers
+from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from trio.errors import UserError
@@ -38,3 +43,51 @@ CACHE = cache_keyword(BaseModelOutputWithPast)
 def cache_of(call: Mapping[str, Any]) -> Any:
     """The cache that a call brings, under whichever name; None if it brings none."""
     return next((call[name] for name in _NAMES if call.get(name) is not None), None)
+
+
+class Once:
+    """Hands cache and layout of a call on to its layers, and sees that each uses both once.
+
+    Args:
+        cache: where keys and values go; None stores nothing.
+        layout: how the tokens belong together.
+        keyword: of the cache in the layers' forward.
+    """
+
+    def __init__(self, cache: Any, layout: Any, keyword: str) -> None:
+        self._cache, self._layout = cache, layout
+        self._updates: list[int] = []
+        self._attended = 0
+        self._wanted = 0 if cache is None else 1
+        self.arguments: dict[str, Any] = {keyword: self if self._wanted else None, "layout": self}
+        self._keyword = keyword
+
+    def update(
+        self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        self._updates.append(layer_idx)
+        stored: tuple[Tensor, Tensor] = self._cache.update(key, value, layer_idx, *args, **kwargs)
+        return stored
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        self._attended += 1
+        attended: Tensor = self._layout.attend(query, key, value, scale)
+        return attended
+
+    def check(self, index: int, layer: nn.Module) -> None:
+        """Look at what a layer has done.
+
+        Raises:
+            UserError: it has not stored its keys and values once, or not attended once.
+        """
+        if self._updates == [index] * self._wanted and self._attended == 1:
+            self._updates.clear()
+            self._attended = 0
+            return
+        raise UserError(
+            f"under transformers {transformers.__version__} layer {index}, a "
+            f"{type(layer).__name__}, has called update of its {self._keyword} for layers "
+            f"{self._updates} instead of {[index] * self._wanted}, and attend of its layout "
+            f"{self._attended} times instead of once, so answers would be wrong: install a version "
+            "of transformers that the README names"
+        )

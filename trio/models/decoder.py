@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from trio.errors import UserError
 from trio.models.attention import NAME, Layout
-from trio.models.cache_argument import cache_keyword
+from trio.models.cache_argument import Once, cache_keyword
 from trio.models.last_token import last_attention
 from trio.models.layers import check_layers
 from trio.models.products import linear
@@ -120,15 +120,17 @@ class Decoder:
         """
         assert self.config._attn_implementation == NAME, "run_layers outside of Decoder.ragged()"
         hidden = hidden_TD[None]
-        for layer in self.model.layers[start:stop]:
+        once = Once(cache, layout, self._cache_keyword)
+        for index in range(start, stop):
+            layer = self.model.layers[index]
             hidden = layer(
                 hidden,
                 attention_mask=None,
                 position_embeddings=rotary,
                 use_cache=cache is not None,
-                layout=layout,
-                **{self._cache_keyword: cache},
+                **once.arguments,
             )
+            once.check(index, layer)
         return hidden[0]
 
     def head(self, hidden: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from trio.errors import UserError
+from trio.models.unchanged import hooked
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _KNOWN = {*_PROJECTIONS, "q_norm", "k_norm"}
@@ -38,6 +39,8 @@ def check_layers(model: Any, lm_head: nn.Module) -> None:
 def _faults(model: Any, lm_head: nn.Module) -> Iterator[str]:
     if type(lm_head) is not nn.Linear:
         yield f"the output head is a {_name(lm_head)}"
+    if hooked(lm_head, leaving=True):
+        yield "the output head has a hook"
     tried: set[type] = set()
     width = model.config.hidden_size
     for number, layer in enumerate(model.layers):
@@ -46,6 +49,7 @@ def _faults(model: Any, lm_head: nn.Module) -> Iterator[str]:
         if not hasattr(attention, "head_dim"):
             yield f"{where} is a {_name(attention)}"
         yield from _attention_faults(attention, where)
+        yield from _hook_faults(layer, f"layer {number}")
         norm = getattr(layer, "input_layernorm", None)
         yield from _norm_faults(norm, f"layer {number}.input_layernorm", width, tried)
         if (norm := getattr(attention, "k_norm", None)) is not None:
@@ -76,6 +80,17 @@ def _attention_faults(attention: nn.Module, where: str) -> Iterator[str]:
             yield f"{where} has no {name}"
         elif type(projection) is not nn.Linear:
             yield f"{where}.{name} is a {_name(projection)}"
+
+
+def _hook_faults(layer: Any, where: str) -> Iterator[str]:
+    """Those of modules that are gone past, and of what comes before them."""
+    attention = layer.self_attn
+    for module in (layer, attention):
+        if hooked(module, leaving=False):
+            yield f"the {_name(module)} of {where} has a hook before it"
+    for module in (layer.input_layernorm, attention.k_proj, attention.v_proj):
+        if hooked(module, leaving=True):
+            yield f"a {_name(module)} of {where} has a hook"
 
 
 def _norm_faults(norm: Any, where: str, width: int, tried: set[type]) -> Iterator[str]:

@@ -87,6 +87,8 @@ def _unreadable(model: Any) -> str | None:
         packed, weight = getattr(module, "qweight", None), getattr(module, "weight", None)
         if isinstance(packed, Tensor):
             return f"{name}.qweight instead of a weight"
+        if callable(weight) and not isinstance(weight, Tensor):
+            return f"{name}.weight is packed"
         if isinstance(weight, Tensor) and weight.dtype not in DTYPES:
             return f"{name}.weight is {weight.dtype}"
         if isinstance(weight, Tensor) and type(weight.data) is not Tensor:

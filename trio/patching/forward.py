@@ -83,6 +83,7 @@ class PatchedForward(Override):
                 if cache is not None and ragged_layers(cache):
                     make_plain(cache)
                 if self._is_ours(call):
+                    self.adapter.check_unchanged()
                     call["trio_prompts"] = self._prompts(call)
         return self.original(**call)
 
