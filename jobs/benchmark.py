@@ -426,7 +426,7 @@ def _add_quality(parser: argparse.ArgumentParser) -> None:
         markdown=False,
         dry_run=False,
     )
-    add("--model", help="directory or hub id (default: the bundled model)")
+    add("--model", help="hub id, directory, or 'demo' (default: demo, the bundled one)")
     add("--text-tower", help="for method eadp: the CLIP of the model's vision encoder")
     add("--methods", type=_words, help=f"of {','.join(METHODS)} (default: all of them)")
     add("--encoders", type=_words, help=f"of {','.join(ENCODERS)} (default: none)")

@@ -16,7 +16,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from trio.bundled import PROMPTS, SHARD
+from trio.bundled import PROMPTS, SHARD, write_images
+from trio.config import Pruning
+from trio.engine.engine import Engine
+from trio.engine.request import Request
 from trio.pipeline import cli
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -85,6 +88,10 @@ def test_every_block_is_of_a_kind_that_is_looked_at() -> None:
     assert README.count("python jobs/") + README.count("python\njobs/") == len(commands())
 
 
-def test_the_prompts_that_the_bundled_model_knows_are_listed() -> None:
-    listed = {prompt.format(color="red", digit=7) for prompt in PROMPTS}
-    assert listed <= set(re.findall(r"^\| `([^`]*)` \|", README, re.MULTILINE))
+def test_the_prompts_of_the_bundled_model_are_listed_with_its_answers(tmp_path: Path) -> None:
+    listed = dict(re.findall(r"^\| `([^`]*)` \| `([^`]*)` \|$", README, re.MULTILINE))
+    assert listed.keys() >= {prompt.format(color="red", digit=7) for prompt in PROMPTS}
+    image = Image.open(write_images(tmp_path, 1)[0])
+    engine = Engine.from_pretrained("demo", device="cpu", pruning=Pruning(retention=1 / 9))
+    requests = [Request(prompt=prompt, images=(image,), id=prompt) for prompt in listed]
+    assert {result.id: result.response for result in engine.generate(requests)} == listed

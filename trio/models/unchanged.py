@@ -50,13 +50,15 @@ class Unchanged:
 
     def _changes(self) -> Iterator[str]:
         for place, (module, name) in self._places.items():
-            now: Any = reduce(
-                lambda part, own: getattr(part, own, None), place.split("."), self._model
-            )
+            now = self._now(place)
             if getattr(now, "_orig_mod", now) is not module:  # torch.compile wraps
                 yield f"{place} has become another module ({_kind(type(now))})"
             elif (states := _states(module, name)) != self._seen[place]:
                 yield from _differences(place, self._seen[place], states)
+
+    def _now(self, place: str) -> Any:
+        whole: Any = self._model
+        return reduce(lambda part, name: getattr(part, name, None), place.split("."), whole)
 
 
 def hooked(module: Any, *, leaving: bool) -> bool:
@@ -80,7 +82,7 @@ def _states(root: nn.Module, name: str) -> dict[str, _State]:
         )
         left += [
             (f"{path}.{child}", child, part)
-            for child, part in own["_modules"].items()
+            for child, part in reversed(own["_modules"].items())
             if part is not None
         ]
     return found
