@@ -184,7 +184,7 @@ def test_paths_a_config_fed_back_and_a_comparison(
     write_shard(tmp_path / "in" / "0.parquet", shard, schema)
     first = tmp_path / "first"
     flags = ["--input", str(tmp_path / "in" / "*.parquet"), "--output", str(first)]
-    flags += ["--model", model, "--prompt", PROMPT, "--columns", "image=jpg"]
+    flags += ["--model", model, "--prompt", PROMPT, "--columns", "image=jpg", "--score", "exact"]
     assert run(*flags, "--schedule", "1:20,3:5", "--max-new-tokens", "4") == 0
     rows = pq.read_table(first / "rows").to_pylist()
     assert [row["id"] for row in rows] == [f"0.parquet#{n}" for n in range(3)]

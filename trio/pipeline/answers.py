@@ -7,6 +7,7 @@ lists of these; OUTPUT strings. 5.0 is "5", as a person would write it.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,7 +19,11 @@ EXPECTED = (
     "strings, UTF-8 bytes, numbers, structs with a field answer or text, or lists of these; others"
     " (yes or no too) have to be written as text"
 )
-_FLOATS = {pa.float16(): np.float16, pa.float32(): np.float32, pa.float64(): np.float64}
+_FLOATS: dict[pa.DataType, Any] = {
+    pa.float16(): np.float16,
+    pa.float32(): np.float32,
+    pa.float64(): np.float64,
+}
 
 
 def readable(kind: pa.DataType, *, in_list: bool = False) -> bool:

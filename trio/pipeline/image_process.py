@@ -162,8 +162,8 @@ class ImageProcess:
         raise NoImageProcess(f"no process for images can be started: {fault}")
 
 
-def _image(size: Sequence[int], pixels: bytearray, note: str | None) -> Image.Image:
-    image = Image.frombuffer("RGB", tuple(size), pixels, "raw", "RGB", 0, 1)
+def _image(size: list[int], pixels: bytearray, note: str | None) -> Image.Image:
+    image = Image.frombuffer("RGB", (size[0], size[1]), pixels, "raw", "RGB", 0, 1)
     if note:
         image.info[NOTE] = note
     return image

@@ -197,17 +197,19 @@ def decode(data: Buffer, policy: ImagePolicy) -> Image.Image:
     try:
         image, note = _read(data, policy), mend.unfinished(data)
     except RowError as error:
-        damaged = error.kind in ("image_unreadable", "image_truncated")
-        mended = _mended(data, policy) if damaged else None
-        if mended is None:
+        if error.kind not in ("image_unreadable", "image_truncated"):
             raise
-        image, note = mended
+        image, note = _mended(data, policy, error)
     image.info = {NOTE: note} if note else {}
     return image
 
 
-def _mended(data: Buffer, policy: ImagePolicy) -> tuple[Image.Image, str] | None:
-    """A damaged image whose pixels are all there, and what was the matter."""
+def _mended(data: Buffer, policy: ImagePolicy, error: RowError) -> tuple[Image.Image, str]:
+    """A damaged image whose pixels are all there, and what was the matter.
+
+    Raises:
+        RowError: pixels are damaged too; the given one where nothing else is.
+    """
     with suppress(RowError):
         if image := _same(mend.ended(data), policy):
             return image, mend.NO_END
@@ -215,12 +217,14 @@ def _mended(data: Buffer, policy: ImagePolicy) -> tuple[Image.Image, str] | None
         bare = mend.bare(data, orientation=orientation)
         if bare is None:
             continue
-        with suppress(RowError):
+        try:
             return _read(bare, policy), mend.BARE
+        except RowError as without:
+            error = without
         with suppress(RowError):
             if image := _same(mend.ended(bare), policy):
                 return image, f"{mend.NO_END}; {mend.BARE}"
-    return None
+    raise error
 
 
 def _same(variants: Sequence[Buffer], policy: ImagePolicy) -> Image.Image | None:
