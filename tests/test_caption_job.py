@@ -214,6 +214,9 @@ def test_paths_a_config_fed_back_and_a_comparison(
     assert run(*again, "--seed", "5") == 2
     assert "holds a run that differs in this: seed: 0, now 5" in capsys.readouterr().err
     assert {p: p.stat().st_mtime_ns for p in second.rglob("*")} == before
+    write_shard(tmp_path / "in" / "1.parquet", shard, schema)
+    assert run(*again[:2], "--output", str(first), "--compare-unpruned") == 2
+    assert "the input: " in capsys.readouterr().err
 
 
 @pytest.mark.ray

@@ -87,7 +87,7 @@ def test_another_run_is_refused_and_the_difference_named() -> None:
 
 
 def test_a_run_stopped_during_its_comparison_goes_on(tmp_path: Path) -> None:
-    """The unpruned run lies inside and comes first; a hidden file may be left of a killed write."""
+    """An unpruned run may lie inside already; a hidden file may be left of a killed write."""
     outdir.claim(locate(str(tmp_path / "o" / "unpruned")), RUN)
     (tmp_path / "o" / ".run.yaml.1234.tmp").write_text("")
     assert outdir.earlier(locate(str(tmp_path / "o"))) is None

@@ -191,16 +191,17 @@ def _plans(job: Job, config: JobConfig, output: Location) -> list[tuple[str, Any
     """(heading, plan) of each run, or its summary if it is finished; the main one first."""
     from trio.pipeline import runner
 
+    wanted = [(name, each, locate(each.output or "")) for name, each in runs(config)]
+    whole = all(outdir.finished(place) for _, _, place in wanted)
     out: list[tuple[str, Any]] = []
-    for name, each in runs(config):
-        assert each.output is not None
-        place = locate(each.output)
+    for name, each, place in wanted:
+        paths = input_paths(job, each)
         if outdir.finished(place):
-            runner.check_finished(each, place)
+            runner.check_finished(each, place, None if whole else (paths, output))
             out.append((name, outdir.read_summary(place)))
         else:
             say = tell if each is config else _once
-            plan = runner.plan(each, input_paths(job, each), around=output, say=say)
+            plan = runner.plan(each, paths, around=output, say=say)
             out.append((name, plan))
     return out
 

@@ -116,15 +116,21 @@ def _settled(config: JobConfig, earlier: outdir.Pinned | None) -> JobConfig:
     return prints.pin_revision(config, earlier.config)
 
 
-def check_finished(config: JobConfig, output: Location) -> None:
+def check_finished(
+    config: JobConfig, output: Location, beside: tuple[Sequence[str], Location] | None = None
+) -> None:
     """Nothing is left to do there, if it is what these settings would do.
 
+    beside: paths of the inputs and the outer directory, for a run with which another one that is
+    not done yet is to be compared: then the input must be the same still.
+
     Raises:
-        UserError: the settings are others, or the model is.
+        UserError: the settings are others, or the model or such an input is.
     """
     earlier = outdir.earlier(output)
     if earlier is not None:
-        outdir.check_same(earlier, prints.take(_settled(config, earlier)), None, output.uri)
+        found = None if beside is None else expand(*beside)
+        outdir.check_same(earlier, prints.take(_settled(config, earlier)), found, output.uri)
 
 
 def resolve_resources(config: JobConfig, manifest: Manifest, resources: Resources) -> JobConfig:
