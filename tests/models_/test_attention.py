@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -153,6 +157,37 @@ def test_torch_kernel_call_with_and_without_grouped_heads(monkeypatch: pytest.Mo
         monkeypatch.setattr(varlen, "varlen_attn", stand_in)
         out = attention._torch_kernel()(query, key, value, offsets, 5, DIM**-0.5)
         torch.testing.assert_close(out, expected[0])
+
+
+FLASH_ATTN = {
+    "as version 4": ("flash_attn/cute/__init__.py", "", "_torch_kernel", 1),
+    "of another torch": (
+        "flash_attn/__init__.py",
+        "raise ImportError('undefined symbol: c10')",
+        "_torch_kernel",
+        1,
+    ),
+    "usable": ("flash_attn/__init__.py", "flash_attn_varlen_func = print", "_flash_attn_kernel", 0),
+}
+
+
+@pytest.mark.parametrize("kind", FLASH_ATTN)
+def test_flash_attn_serves_if_it_has_the_kernel_and_else_torch(
+    kind: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    file, text, kernel, lines = FLASH_ATTN[kind]
+    (tmp_path / file).parent.mkdir(parents=True)
+    (tmp_path / file).write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    found: Any = attention._cuda_kernel.__wrapped__(torch.device("cuda", 0))
+    sys.modules.pop("flash_attn", None)
+    assert found.__qualname__.split(".")[0] == kernel
+    assert [r.message for r in caplog.records if "not usable" in r.message] == caplog.messages
+    assert len(caplog.messages) == lines
 
 
 @pytest.mark.gpu

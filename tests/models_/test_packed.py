@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from tests.models import Family, tiny_llava
-from trio.models.cache_argument import cache_of
+import trio
+from tests.models import Family, tiny_llava, tiny_processor
+from tests.patching.prompts import rows
+from trio.engine.engine import Engine
+from trio.engine.request import Request
+from trio.errors import UserError
+from trio.models.cache_argument import CACHE, cache_of
 from trio.models.decoder import Decoder
 from trio.models.prefill import PackedPrompts, prefill
 
@@ -97,3 +105,40 @@ def test_a_switched_model_still_works_as_usual() -> None:
         with decoder_of(model).ragged():
             got = model(input_ids=ids, attention_mask=mask).logits[:, 3:]
     torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-6)
+
+
+def forgetful(keyword: str) -> Any:
+    """A layer's forward that takes an argument and makes nothing of it."""
+    forward = LlamaDecoderLayer.forward
+
+    @functools.wraps(forward)
+    def without(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return forward(self, *args, **{**kwargs, keyword: None})
+
+    return without
+
+
+@pytest.mark.parametrize("keyword", [CACHE, "layout"])
+def test_a_layer_that_ignores_cache_or_layout_is_an_error(
+    keyword: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_llava(layers=2)
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", forgetful(keyword))
+    message = f"transformers {transformers.__version__} layer 0, a LlamaDecoderLayer.*answers would"
+    with pytest.raises(UserError, match=message):
+        list(Engine(model, tiny_processor()).generate([Request(prompt="what")]))
+    (inputs,) = rows(model, [1])
+    with pytest.raises(UserError, match=message):
+        trio.patch(model, trio.Pruning(schedule="1:4")).generate(**inputs)
+
+
+def test_a_layer_that_knows_no_such_argument_is_an_error() -> None:
+    def forward(hidden_states: Tensor, kept: Any = None, **kwargs: Any) -> Tensor:
+        return hidden_states
+
+    model = tiny_llava(layers=1)
+    model.model.language_model.layers[0].forward = forward
+    with pytest.raises(
+        UserError, match=f"forward takes its cache by none.*{transformers.__version__}"
+    ):
+        decoder_of(model)

@@ -11,7 +11,7 @@ from transformers import LlavaForConditionalGeneration
 from transformers.cache_utils import DynamicCache
 
 import trio
-from tests.models import tiny_llava
+from tests.models import IMAGE_TOKEN_ID, tiny_llava
 from tests.patching.prompts import pad, rows, run
 from trio.errors import UserError
 from trio.models.cache_argument import CACHE, cache_of
@@ -320,3 +320,34 @@ def test_a_row_of_padding_alone(model: Any) -> None:
     trio.patch(model, PRUNING)
     with pytest.raises(UserError, match=r"row 1 .* padding"):
         run(model, batch)
+
+
+def test_embeddings_that_hold_images_are_refused_and_those_of_text_are_not(model: Any) -> None:
+    """Right away as in a chat that goes on; padding may be anything."""
+    one, text = rows(model, [1, 0])
+    table = model.get_input_embeddings()
+    embeds = table(text["input_ids"])
+    wanted = run(model, text)
+    trio.patch(model, PRUNING)
+    options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    padded = torch.cat([torch.full_like(embeds[:, :2], 0.5), embeds], dim=1)
+    mask = torch.ones(padded.shape[:2]).long().index_fill(1, torch.arange(2), 0)
+    for given in (
+        {"inputs_embeds": embeds},
+        {"inputs_embeds": embeds, "input_ids": text["input_ids"]},
+        {"inputs_embeds": padded, "attention_mask": mask},
+    ):
+        got = model.generate(**given, **options)
+        assert torch.equal(got[:, -6:], wanted[0])
+
+    merged = table(one["input_ids"]).masked_fill((one["input_ids"] == IMAGE_TOKEN_ID)[..., None], 1)
+    for call in (model, model.generate):
+        with pytest.raises(UserError, match=r"inputs_embeds with 64 vectors.*unpatch"):
+            call(inputs_embeds=merged)
+    with pytest.raises(UserError, match="inputs_embeds beside input_ids with placeholders"):
+        model.generate(inputs_embeds=merged, input_ids=one["input_ids"])
+    filled = run(model, one)[2]
+    with pytest.raises(UserError, match="inputs_embeds with 64 vectors"):
+        model(inputs_embeds=merged, **{CACHE: filled})
+    trio.patch(model, trio.Pruning())
+    assert model(inputs_embeds=merged).logits.shape[1] == merged.shape[1]

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import inspect
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import accumulate, groupby
@@ -24,7 +25,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
+from trio.errors import first_line
+
 NAME = "trio_ragged"
+_log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True, eq=False)
@@ -183,13 +187,23 @@ def _varlen_kernel(device: torch.device, dtype: torch.dtype) -> VarlenKernel | N
 def _cuda_kernel(device: torch.device) -> VarlenKernel | None:
     if torch.cuda.get_device_capability(device) < (8, 0):
         return None
-    if importlib.util.find_spec("flash_attn") is not None:
-        return _flash_attn_kernel()
-    return _torch_kernel()
+    return _flash_attn_kernel() or _torch_kernel()
 
 
-def _flash_attn_kernel() -> VarlenKernel:
-    from flash_attn import flash_attn_varlen_func
+def _flash_attn_kernel() -> VarlenKernel | None:
+    """None where it is not installed, or what is installed has another interface (version 4) or
+    was built for another torch."""
+    if importlib.util.find_spec("flash_attn") is None:
+        return None
+    try:
+        from flash_attn import flash_attn_varlen_func
+    except (ImportError, OSError, RuntimeError) as error:
+        _log.warning(
+            "flash-attn is installed and not usable (%s): attention goes through torch's kernel; "
+            "install flash-attn>=2.7 and <4 built for this torch, or none",
+            first_line(error),
+        )
+        return None
 
     def kernel(
         q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, longest: int, scale: float

@@ -28,6 +28,7 @@ from trio.models.cache_argument import CACHE, cache_of
 from trio.models.prefill import PackedPrompts, prefill
 from trio.models.raster import packed, unknown
 from trio.patching.cache import RaggedLayer, make_plain, make_ragged, ragged_layers
+from trio.patching.embeds import check_embeds
 from trio.patching.override import Override
 from trio.pruning.methods.random import salt_of
 
@@ -77,6 +78,7 @@ class PatchedForward(Override):
         call = _by_name(self.original, args, kwargs)
         cache = cache_of(call)
         if self.pruning.active:
+            self._check_embeds(call, cache)
             if cache is not None and cache.get_seq_length() > 0:
                 self._refuse_new_images(call)
             else:
@@ -86,6 +88,14 @@ class PatchedForward(Override):
                     self.adapter.check_unchanged()
                     call["trio_prompts"] = self._prompts(call)
         return self.original(**call)
+
+    def _check_embeds(self, call: dict[str, Any], cache: Any) -> None:
+        """One vector on top of a filled cache is a decode step."""
+        embeds = call.get("inputs_embeds")
+        if embeds is None or _brought(call, self.adapter):
+            return
+        if cache is None or cache.get_seq_length() == 0 or embeds.shape[1] > 1:
+            check_embeds(call, self.adapter.decoder.model.embed_tokens.weight)
 
     def _visual(self, call: dict[str, Any]) -> Tensor | None:
         """Which token ids stand for features [B, S], None if the call brings no image or video."""
@@ -385,6 +395,8 @@ class PatchedGenerate(Override):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         call = _by_name(self.original, args, kwargs)
         kinds = _brought(call, self.adapter) if self.pruning.active else []
+        if self.pruning.active and call.get("inputs_embeds") is not None:
+            _check_no_placeholders(self.adapter, call)
         if kinds:
             self._check_whole_prompt(call)
             self._check_order(call)
@@ -500,6 +512,16 @@ def _counts(adapter: Adapter, call: dict[str, Any], kind: str) -> list[int]:
 
 def _token_id(adapter: Adapter, kind: str) -> int | None:
     return adapter.video_token_id if kind == "video" else adapter.image_token_id
+
+
+def _check_no_placeholders(adapter: Adapter, call: Mapping[str, Any]) -> None:
+    ids_BS = _ids(call)
+    kinds = [i for i in (adapter.image_token_id, adapter.video_token_id) if i is not None]
+    if ids_BS is not None and any(bool((ids_BS == kind).any()) for kind in kinds):
+        raise UserError(
+            "inputs_embeds beside input_ids with placeholders of images or videos: a patched model "
+            f"prunes what it encodes itself; pass input_ids and pixel_values alone, {UNPATCH}"
+        )
 
 
 def _wants_last_logits(call: dict[str, Any]) -> bool:

@@ -1,0 +1,46 @@
+"""Allowed versions are those that `.ci/run` has run: their bounds stand in two places."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def bounds(package: str) -> tuple[str, str]:
+    """Lower and upper, of a line such as `ray[default]>=2.60,<2.61`."""
+    (found,) = (
+        match.groups()
+        for line in PROJECT["dependencies"]
+        if (match := re.fullmatch(rf"{package}(?:\[\w+\])?>=([\d.]+),<([\d.]+)", line))
+    )
+    return found
+
+
+def pins(name: str) -> dict[str, str]:
+    lines = (ROOT / ".ci" / f"requirements-{name}.txt").read_text().split()
+    return dict(line.split("==") for line in lines)
+
+
+def minor(version: str) -> tuple[int, int]:
+    major, second = version.split(".")[:2]
+    return int(major), int(second)
+
+
+@pytest.mark.parametrize("package", ["torch", "transformers", "ray"])
+def test_bounds_are_the_versions_that_have_been_run(package: str) -> None:
+    lower, upper = bounds(package)
+    lowest, newest = pins("lowest")[package], pins("newest")[package]
+    assert lowest == f"{lower}.0"
+    major, second = minor(newest)
+    assert minor(upper) == (major, second + 1)
+    assert upper.count(".") == 1
+
+
+def test_both_files_pin_the_same_packages() -> None:
+    assert set(pins("lowest")) == set(pins("newest")) == {"torch", "transformers", "ray"}
