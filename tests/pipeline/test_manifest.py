@@ -133,15 +133,26 @@ def test_a_file_named_in_full_is_taken_as_it_is(tmp_path: Path) -> None:
     for name in (".hidden/x.parquet", "_x.parquet", "rows.dat"):
         path = shard(tmp_path / name, 1)
         said: list[str] = []
-        assert [location.path for location, _ in expand([str(path)], say=said.append)] == [str(path)]
+        assert [location.path for location, _ in expand([str(path)], say=said.append)] == [
+            str(path)
+        ]
         assert said == []
 
 
 def test_partitions_with_an_underscore_are_not_hidden(tmp_path: Path) -> None:
     for name in ("_day=1/a.parquet", "_day=2/_tmp/a.parquet", "_day=2/b=_x/_c=.y/a.parquet"):
         shard(tmp_path / name, 1)
-    found = [str(Path(location.path).relative_to(tmp_path)) for location, _ in expand([str(tmp_path)])]
+    found = [
+        str(Path(location.path).relative_to(tmp_path)) for location, _ in expand([str(tmp_path)])
+    ]
     assert found == ["_day=1/a.parquet", "_day=2/b=_x/_c=.y/a.parquet"]
+
+
+def test_options_are_no_part_of_what_shards_are_called() -> None:
+    uris = [f"s3://b/{day}/a.parquet?tls_ca_file_path=/etc/{day}" for day in "12"]
+    shards = [Shard(number=0, path=uri, size=1, rows=1, row_groups=(1,)) for uri in uris]
+    assert Manifest(shards=tuple(shards)).shared_directory() == "s3://b/"
+    assert Manifest(shards=tuple(shards[:1])).shared_directory() is None
 
 
 def test_only_files_that_are_left_out(tmp_path: Path) -> None:

@@ -59,7 +59,9 @@ def test_listing_leaves_hidden_files_out_below_a_directory(tmp_path: Path) -> No
         path.parent.mkdir(exist_ok=True)
         path.write_text("1")
     found = listed(tmp_path)
-    assert found == listed(tmp_path, "**") == listed(tmp_path, "**/*.x") == ["a.x", "b.x", "sub/c.x"]
+    assert (
+        found == listed(tmp_path, "**") == listed(tmp_path, "**/*.x") == ["a.x", "b.x", "sub/c.x"]
+    )
     assert listed(tmp_path, "_h*.x") == listed(tmp_path, "_hidden.x") == ["_hidden.x"]
     assert listed(tmp_path, "_sub") == ["_sub/d.x"]
 
