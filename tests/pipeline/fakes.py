@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import time
 from collections.abc import Mapping, Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,64 @@ from trio.pipeline.actor import EngineSettings
 
 VISUAL = 16
 KEPT = 4
+ODD_NAMES = (
+    "kind=hot dog",
+    "caf\u00e9",
+    "cafe\u0301",
+    "50%",
+    "a%20b",
+    "a+b",
+    "a#b",
+    "why?",
+    "a?b=c",
+    "a?&",
+    "[1]",
+    "a*b",
+    "a::b",
+    "a:b@c",
+    "a\\b",
+    "\u732b \U0001f408 'x' \"y\" &;,$=~!()",
+)
+# of directories and files: each letter that some parser of URIs takes for something else
+
+ID_TYPES = (
+    pa.string(),
+    pa.large_string(),
+    pa.int8(),
+    pa.uint64(),
+    pa.uuid(),
+    pa.binary(),
+    pa.large_binary(),
+    pa.binary(16),
+    pa.decimal128(20, 2),
+    pa.decimal256(60, 3),
+    pa.decimal32(5, 1),
+    pa.float64(),
+    pa.float16(),
+    pa.bool_(),
+    pa.date32(),
+    pa.time64("ns"),
+    pa.timestamp("ns"),
+    pa.timestamp("ms", tz="Europe/Berlin"),
+    pa.duration("us"),
+    pa.bool8(),
+)
+
+
+def id_values(kind: pa.DataType) -> pa.Array:
+    """Two different ids and a null."""
+    if isinstance(kind, pa.BaseExtensionType):
+        return pa.ExtensionArray.from_storage(kind, id_values(kind.storage_type))
+    if pa.types.is_temporal(kind):
+        width = pa.int32() if kind.bit_width == 32 else pa.int64()
+        return pa.array([1, 12_345_678_901 % 2**20, None], width).cast(kind)
+    if pa.types.is_decimal(kind):
+        return pa.array([Decimal("1.5"), Decimal("-2"), None], kind)
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        return pa.array(["a", "b", None], kind)
+    if "binary" in str(kind):
+        return pa.array([b"\xff" * 16, bytes(16), None], kind)
+    return pa.array([1, 0, None]).cast(kind)
 
 
 class FakeEngine:

@@ -3,6 +3,7 @@
 import pyarrow as pa
 import pytest
 
+from tests.pipeline.fakes import ID_TYPES
 from trio.errors import UserError
 from trio.pipeline.columns import parse_mapping, resolve
 
@@ -33,8 +34,10 @@ def found(*schemas: pa.Schema, mapping: str = "", prompt: bool = False) -> list[
         pa.large_list(pa.binary()),
         pa.list_(pa.string(), 2),
         pa.dictionary(pa.int32(), pa.binary()),
-        pa.dictionary(pa.int32(), pa.string()),
-        pa.struct([("bytes", pa.dictionary(pa.int8(), pa.binary()))]),
+        pa.dictionary(pa.int8(), pa.string()),
+        pa.list_(pa.dictionary(pa.int32(), pa.binary())),
+        pa.struct([("bytes", pa.dictionary(pa.int32(), pa.binary())), ("path", pa.string())]),
+        pa.opaque(pa.binary(), "jpeg", "camera"),
     ],
 )
 def test_image_types(kind: pa.DataType) -> None:
@@ -42,7 +45,13 @@ def test_image_types(kind: pa.DataType) -> None:
 
 
 @pytest.mark.parametrize(
-    "kind", [pa.int64(), pa.struct([("url", pa.string())]), pa.list_(pa.float32())]
+    "kind",
+    [
+        pa.int64(),
+        pa.struct([("url", pa.string())]),
+        pa.list_(pa.float32()),
+        pa.dictionary(pa.int32(), pa.int64()),
+    ],
 )
 def test_types_that_hold_no_image(kind: pa.DataType) -> None:
     with pytest.raises(UserError, match=r"s0\.parquet: column 'image' is"):
@@ -100,7 +109,7 @@ def test_mapping_renames_roles() -> None:
     assert found(kinds, mapping="image=jpg,prompt=txt,id=key") == ["jpg", "txt", "key", None]
 
 
-@pytest.mark.parametrize("text", ["image", "image=", "picture=jpg"])
+@pytest.mark.parametrize("text", ["image", "image=", "picture=jpg", "picture=", "=id"])
 def test_mapping_mistakes(text: str) -> None:
     with pytest.raises(UserError, match="ROLE=COLUMN"):
         parse_mapping(text)
@@ -135,7 +144,22 @@ def test_prompts_are_text() -> None:
         found(schema(image=pa.binary(), prompt=pa.int64()))
 
 
-@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.int8(), pa.uint64()])
+@pytest.mark.parametrize("text", ["id=none", "id=", "answers=none,id="])
+def test_a_column_may_be_left_out(text: str) -> None:
+    kinds = schema(image=pa.binary(), id=pa.struct([("a", pa.int8())]), answers=pa.string())
+    answers = None if "answers" in text else "answers"
+    assert found(kinds, mapping=text, prompt=True) == ["image", None, None, answers]
+    named = schema(image=pa.binary(), none=pa.string(), id=pa.string())
+    if "none" in text:
+        with pytest.raises(UserError, match=r"has a column 'none'; write (id|answers)= "):
+            found(named, mapping=text, prompt=True)
+    else:
+        assert found(named, mapping=text, prompt=True)[2] is None
+    with pytest.raises(UserError, match="no column 'prompt'"):
+        found(schema(image=pa.binary(), prompt=pa.string()), mapping="prompt=none")
+
+
+@pytest.mark.parametrize("kind", ID_TYPES)
 def test_id_keeps_its_type(kind: pa.DataType) -> None:
     columns = resolve([schema(image=pa.binary(), id=kind)], ["s"], {}, prompt_given=True)
     assert columns.id_type == kind
@@ -159,6 +183,9 @@ SMALL, TEXT = pa.dictionary(pa.int8(), pa.int16()), pa.dictionary(pa.int8(), pa.
         ([pa.null(), pa.int32(), pa.null()], pa.int32()),
         ([pa.string(), pa.null()], pa.string()),
         ([pa.null()], pa.string()),
+        ([pa.null(), pa.uuid()], pa.uuid()),
+        ([pa.decimal128(5, 1), pa.decimal128(5, 1)], pa.decimal128(5, 1)),
+        ([pa.binary(), pa.large_binary(), pa.binary(16)], pa.binary()),
     ],
 )
 def test_ids_of_several_types_have_one_that_holds_all(
@@ -176,11 +203,16 @@ def test_ids_of_several_types_have_one_that_holds_all(
         [pa.string(), pa.int64()],
         [pa.null(), pa.int8(), pa.int64(), TEXT],
         [pa.uint64(), pa.uint8(), pa.int8()],
+        [pa.uuid(), pa.binary(16)],
+        [pa.int64(), pa.int8(), pa.float64()],
+        [pa.timestamp("us"), pa.timestamp("ns")],
+        [pa.string(), TEXT, pa.binary()],
     ],
 )
 def test_ids_that_no_type_holds(kinds: list[pa.DataType]) -> None:
     schemas = [schema(image=pa.binary(), id=kind) for kind in kinds]
-    with pytest.raises(UserError, match=rf"s{len(kinds) - 1}: column 'id' is .*, but .* in s"):
+    message = rf"s{len(kinds) - 1}: column 'id' is .*, but .* in s.*--columns id=none"
+    with pytest.raises(UserError, match=message):
         resolve(schemas, [f"s{n}" for n in range(len(kinds))], {}, prompt_given=True)
 
 
@@ -188,9 +220,10 @@ def test_ids_are_one_type_in_all_shards() -> None:
     number, text = (schema(image=pa.binary(), id=kind) for kind in (pa.int64(), pa.string()))
     with pytest.raises(UserError, match="one type"):
         found(number, text, prompt=True)
-    with pytest.raises(UserError, match="an id is a string or an integer"):
-        found(schema(image=pa.binary(), id=pa.float64()), prompt=True)
-    with pytest.raises(UserError, match="other shards have as their id"):
+    for kind in (pa.struct([("a", pa.int8())]), pa.list_(pa.int8()), pa.month_day_nano_interval()):
+        with pytest.raises(UserError, match=r"an id is one value .*--columns id=none"):
+            found(schema(image=pa.binary(), id=kind), prompt=True)
+    with pytest.raises(UserError, match=r"other shards have as their id.*--columns id=none"):
         found(number, schema(image=pa.binary()), prompt=True)
 
 

@@ -168,6 +168,7 @@ def test_files_with_mistakes(tmp_path: Path, text: str, message: str) -> None:
         (["--remote-images-from", "https://a.org"], "needs --allow-remote-images"),
         (["--remote-images-from", "a.org/x"], "--remote-images-from: an origin is scheme://host"),
         (["--image-roots", "s3://bucket"], "--image-roots: expected a local directory"),
+        (["--image-roots", "file://server/x"], "--image-roots: .* names the machine 'server'"),
         (["--retent", "0.5"], "unrecognized arguments"),
         (["--config", "/nowhere/run.yaml"], "cannot be read"),
         (["--output", "s3://key:secret@bucket/x"], "credentials"),
@@ -204,7 +205,7 @@ def test_limits_on_the_size_of_images_change_rows(tmp_path: Path) -> None:
 def test_where_images_may_come_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     flags = ["--allow-remote-images", "--remote-images-from", "https://a.org", "s3://b"]
-    flags += ["--image-roots", "photos", "/data", "--row-timeout", "2.5"]
+    flags += ["--image-roots", "photos", "file:///data/a%20b", "--row-timeout", "2.5"]
     first = from_flags(*flags, "--max-image-pixels", "1000")
     (tmp_path / "run.yaml").write_text(config.dump(first))
     monkeypatch.chdir("/")
@@ -213,7 +214,7 @@ def test_where_images_may_come_from(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             max_pixels=1000,
             allow_remote=True,
             remote_from=("https://a.org", "s3://b"),
-            roots=(str(tmp_path / "photos"), "/data"),
+            roots=(str(tmp_path / "photos"), "/data/a b"),
             row_timeout=2.5,
         )
     assert from_flags().image_policy() == ImagePolicy()

@@ -5,12 +5,25 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from tests.pipeline.fakes import write_shard
+from tests.pipeline.fakes import ID_TYPES, id_values, write_shard
+from trio.engine.request import Sampling
 from trio.errors import UserError
+from trio.pipeline.columns import resolve
 from trio.pipeline.ids import LONG_ID, IdReport, hashes, scan
 from trio.pipeline.manifest import Manifest, inspect
+from trio.pipeline.plan import Unit
+from trio.pipeline.policy import ImagePolicy
+from trio.pipeline.reader import UnitReader
+from trio.pipeline.rows import RowSettings, identify, sources
+from trio.pipeline.schema import build_table
+from trio.pipeline.sink import serialise
+
+SETTINGS = RowSettings(
+    prompt="x", sampling=Sampling(max_new_tokens=1), policy=ImagePolicy(), seed=0, save_kept=False
+)
 
 
 def shards(path: Path, kind: pa.DataType, *columns: list[Any]) -> Manifest:
@@ -36,6 +49,29 @@ def test_a_number_for_each_value(kind: pa.DataType, ids: list[Any]) -> None:
     assert found.dtype == np.uint64 and len(set(found.tolist())) == len(ids)
     again = pa.array([None, *ids, *ids], kind).slice(1)
     assert hashes(again).tolist() == found.tolist() * 2
+
+
+@pytest.mark.parametrize("kind", ID_TYPES)
+def test_ids_of_every_type_are_counted_and_reach_the_output(
+    tmp_path: Path, kind: pa.DataType
+) -> None:
+    values = id_values(kind)
+    column = pa.chunked_array([values, values])
+    table = pa.table({"id": column, "image": [b"x"] * 6})
+    pq.write_table(table, tmp_path / "0.parquet")
+    manifest, schemas = inspect([str(tmp_path)])
+    found = scan(manifest, "id")
+    assert (found.duplicates, found.nulls) == (2, 2) and len(found.examples) == 2
+    columns = resolve(schemas, ["0"], {}, prompt_given=True)
+    assert columns.id_type == kind
+    unit = Unit(0, 0, 6)
+    read = sources(UnitReader(columns).read(manifest.shards[0], unit), unit, "0")
+    for source in read:
+        identify(source, SETTINGS)
+    rows = [{"row": source.key, "id": source.id} for source in read]
+    schema = pa.schema([("row", pa.int64()), ("id", columns.id_type)])
+    written = pq.read_table(pa.BufferReader(serialise(build_table(rows, schema))))
+    assert written.column("id").type == kind and written.column("id").equals(column)
 
 
 def test_many_similar_names_have_different_numbers() -> None:

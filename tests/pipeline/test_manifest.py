@@ -1,5 +1,6 @@
 """Input expansion and the pinned listing."""
 
+import dataclasses
 import random
 import tracemalloc
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from tests.pipeline.fakes import write_shard
 from trio.errors import UserError
 from trio.pipeline.manifest import Manifest, Shard, expand, inspect
+from trio.pipeline.plan import unit_rows
 from trio.pipeline.storage import locate
 
 SCHEMA = pa.schema([("image", pa.binary())])
@@ -102,6 +104,72 @@ def test_what_a_shard_costs_in_the_manifest() -> None:
     used, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert manifest.rows == 10_000 * count and used / count < 1500
+
+
+CAPITALS = ["a.parquet", "B.PARQUET", "c.Pq", "d.parq", "e.snappy.parquet"]
+EXPORTS = ["part-000", "000000_0", "x.parquet.gzip", "é día.PARQUET.snappy"]
+HIDDEN = ["._a.parquet", ".ipynb_checkpoints/a-checkpoint.parquet", "_temporary/0/a.parquet",
+          "_delta_log/1.checkpoint.parquet", "b/.a.parquet.crc", "b/_SUCCESS"]  # fmt: skip
+COMPANIONS = ["README.md", "dataset_info.json", "b/1.jpg", "b/LICENSE"]
+
+
+@pytest.mark.parametrize("pattern", ["", "**", "**/*", "*"])
+def test_shards_by_suffix_and_nothing_left_out_in_silence(tmp_path: Path, pattern: str) -> None:
+    taken = [*CAPITALS, *EXPORTS]
+    for name in (*taken, *HIDDEN, "copy.parquet.bak"):
+        shard(tmp_path / name, 1)
+    for name in (*COMPANIONS, "rows.csv", "no-suffix", "z.parquet.gz", "it.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("no shard")
+    said: list[str] = []
+    found = expand([str(tmp_path / pattern)], say=said.append)
+    assert [Path(location.path).name for location, _ in found] == sorted(taken)
+    (line,) = said
+    assert "5 files are no Parquet by name" in line and "\n" not in line
+    assert "left out: copy.parquet.bak, it.jsonl, no-suffix and 2 more" in line
+
+
+def test_a_file_named_in_full_is_taken_as_it_is(tmp_path: Path) -> None:
+    for name in (".hidden/x.parquet", "_x.parquet", "rows.dat"):
+        path = shard(tmp_path / name, 1)
+        said: list[str] = []
+        assert [location.path for location, _ in expand([str(path)], say=said.append)] == [
+            str(path)
+        ]
+        assert said == []
+
+
+def test_partitions_with_an_underscore_are_not_hidden(tmp_path: Path) -> None:
+    for name in ("_day=1/a.parquet", "_day=2/_tmp/a.parquet", "_day=2/b=_x/_c=.y/a.parquet"):
+        shard(tmp_path / name, 1)
+    found = [
+        str(Path(location.path).relative_to(tmp_path)) for location, _ in expand([str(tmp_path)])
+    ]
+    assert found == ["_day=1/a.parquet", "_day=2/b=_x/_c=.y/a.parquet"]
+
+
+def test_options_are_no_part_of_what_shards_are_called() -> None:
+    uris = [f"s3://b/{day}/a.parquet?tls_ca_file_path=/etc/{day}" for day in "12"]
+    shards = [Shard(number=0, path=uri, size=1, rows=1, row_groups=(1,)) for uri in uris]
+    assert Manifest(shards=tuple(shards)).shared_directory() == "s3://b/"
+    assert Manifest(shards=tuple(shards[:1])).shared_directory() is None
+
+
+def test_only_files_that_are_left_out(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("no shard")
+    with pytest.raises(UserError, match=r"no Parquet file there: 1 file is .*left out: a\.csv"):
+        inspect([str(tmp_path)])
+
+
+def test_units_are_cut_by_what_rows_take_unpacked(tmp_path: Path) -> None:
+    """A shard of 64 MB of zeros that compression leaves nothing of."""
+    rows = [{"image": bytes(1 << 20)}] * 64
+    table = pa.Table.from_pylist(rows, schema=SCHEMA)
+    pq.write_table(table, tmp_path / "a.parquet", compression="zstd", use_dictionary=False)
+    manifest, _ = inspect([str(tmp_path)])
+    assert manifest.size < 1 << 20 and 64 << 20 <= manifest.unpacked < 65 << 20
+    whole = dataclasses.replace(manifest.shards[0], unpacked=manifest.unpacked * 1000)
+    assert unit_rows(Manifest(shards=(whole,)), actors=1) == 1
 
 
 @pytest.mark.parametrize("name", ["missing", "missing.parquet", "missing-*.parquet", "empty"])

@@ -15,19 +15,39 @@ import pyarrow.parquet as pq
 import pytest
 from pyarrow import fs as pafs
 
-from tests.pipeline.fakes import png
+from tests.pipeline.fakes import ODD_NAMES, png
 from tests.pipeline.store import Store, bucket_of, serving
 from tests.pipeline.test_committed import commit, totals
+from trio.engine.request import Sampling
 from trio.errors import UserError
 from trio.pipeline import committed, fingerprint, ids, lease, outdir
 from trio.pipeline.columns import resolve
 from trio.pipeline.config import JobConfig
+from trio.pipeline.images import load_images
 from trio.pipeline.manifest import expand, inspect
 from trio.pipeline.plan import Unit, units
+from trio.pipeline.policy import ImagePolicy
+from trio.pipeline.reader import UnitReader
+from trio.pipeline.rows import RowSettings, request_of, sources
 from trio.pipeline.sink import serialise
-from trio.pipeline.storage import Location, exists, list_files, read_bytes, write_atomic
+from trio.pipeline.storage import (
+    Location,
+    exists,
+    list_files,
+    locate,
+    parent,
+    read_bytes,
+    write_atomic,
+)
 
 SHARDS, ROWS, UNIT_ROWS = 10, 8, 4
+PROMPT = RowSettings(
+    prompt="what is this?",
+    sampling=Sampling(max_new_tokens=1),
+    policy=ImagePolicy(),
+    seed=0,
+    save_kept=False,
+)
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +121,28 @@ def test_ctrl_c_while_writing_shows_the_whole(
     while not exists(store.at("x/a")) and time.monotonic() < until:
         time.sleep(0.05)
     assert read_bytes(store.at("x/a")) == b"data"
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_names_are_taken_letter_for_letter(store: Store, name: str) -> None:
+    """Listed, planned, read, and resumed on; images beside the shard and an output there too."""
+    table = pa.table({"image": [f"images/{name}.png"]})
+    store.put(f"d/{name}/{name}.parquet", serialise(table))
+    store.put(f"d/{name}/images/{name}.png", png())
+    (location,) = [found for found, _ in expand([store.uri("d")])]
+    assert location.path.endswith(f"/d/{name}/{name}.parquet")
+    for uri in (store.uri("d"), store.uri(f"d/{name}"), location.uri):
+        manifest, schemas = inspect([uri])
+        (shard,) = manifest.shards
+        assert manifest.difference(expand([uri])) is None and locate(shard.path) == location
+    columns = resolve(schemas, [shard.path], {}, prompt_given=True)
+    unit = Unit(0, 0, 1)
+    (row,) = sources(UnitReader(columns).read(shard, unit), unit, shard.path)
+    assert request_of(row, parent(shard.path), PROMPT, load_images).images
+    assert row.id == f"{name}.parquet#0"
+    output = store.at(f"out/{name}")
+    commit(output.uri, unit)
+    assert committed.listed(locate(output.uri)) == {unit}
 
 
 def shards(store: Store) -> list[str]:

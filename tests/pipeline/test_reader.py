@@ -10,6 +10,7 @@ import pytest
 
 from tests.pipeline.fakes import write_shard
 from trio.errors import UserError
+from trio.pipeline import reader
 from trio.pipeline.columns import Columns, resolve
 from trio.pipeline.manifest import Manifest, inspect
 from trio.pipeline.plan import Unit, units
@@ -128,6 +129,50 @@ def test_a_large_row_group_is_not_held_whole(tmp_path: Path) -> None:
         assert table.column("image")[0].as_py() == bytes([start]) * (1 << 20)
         del table
         assert pa.total_allocated_bytes() - before < 48 << 20
+
+
+def blobs(data: list[bytes]) -> dict[str, pa.Array]:
+    """The same images in columns of several types."""
+    flat, names = pa.array(data), pa.array(["x"] * len(data))
+    coded = pa.concat_arrays([pa.array([each]) for each in data]).dictionary_encode()
+    ends = list(range(len(data) + 1))
+    large = flat.cast(pa.large_binary())
+    return {
+        "flat": flat,
+        "struct": pa.StructArray.from_arrays([flat, names], ["bytes", "path"]),
+        "list": pa.ListArray.from_arrays(ends, flat),
+        "large": pa.StructArray.from_arrays([large, names], ["bytes", "path"]),
+        "view": flat.cast(pa.binary_view()),
+        "dictionary": coded,
+        "dictionary in a struct": pa.StructArray.from_arrays([coded, names], ["bytes", "path"]),
+        "dictionary in a list": pa.ListArray.from_arrays(ends, coded),
+    }
+
+
+@pytest.mark.parametrize("kind", list(blobs([b"x"])))
+def test_images_that_compression_makes_small_are_held_a_few_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """64 images of 1 MB in a file of a few kB; the text beside them is a dictionary too."""
+    monkeypatch.setattr(reader, "BATCH_BYTES", 4 << 20)
+    data = [i.to_bytes(2, "little") + bytes((1 << 20) - 2) for i in range(64)]
+    text = pa.array([f"text {i % 3}" for i in range(64)]).dictionary_encode()
+    table = pa.table({"image": blobs(data)[kind], "prompt": text, "id": text})
+    path = tmp_path / "a.parquet"
+    pq.write_table(table, path, compression="zstd", use_dictionary=False, write_batch_size=1)
+    del table
+    manifest, schemas = inspect([str(path)])
+    assert manifest.size < 1 << 20
+    columns = resolve(schemas, ["a"], {}, prompt_given=False)
+    units_of, before = UnitReader(columns), pa.total_allocated_bytes()
+    for start in range(64):
+        found = units_of.read(manifest.shards[0], Unit(0, start, start + 1))
+        used = pa.total_allocated_bytes() - before
+        cell = found.column("image")[0].as_py()
+        cell = cell[0] if isinstance(cell, list) else cell
+        assert (cell["bytes"] if isinstance(cell, dict) else cell) == data[start]
+        assert found.column("id")[0].as_py() == f"text {start % 3}"
+        assert used < 24 << 20
 
 
 def test_a_shard_that_changed_or_went_is_noticed(tmp_path: Path) -> None:

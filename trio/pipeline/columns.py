@@ -36,7 +36,9 @@ class Columns:
 
 
 def parse_mapping(text: str) -> dict[str, str]:
-    """``image=jpg,prompt=caption_prompt`` as a mapping of roles to column names; ``id=none`` or ``id=``: none.
+    """``image=jpg,prompt=caption_prompt`` as a mapping of roles to column names.
+
+    ``id=none`` or ``id=`` stands for no such column; all roles but image may have none.
 
     Raises:
         UserError: a pair without ``=`` or a role that does not exist.

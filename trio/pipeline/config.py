@@ -102,7 +102,7 @@ class JobConfig:
         None,
         parse.text,
         "names of input columns, as in image=jpg,prompt=caption_prompt; the roles are image,"
-        " prompt, id and answers",
+        " prompt, id and answers; id=none leaves an id column out",
         results=True,
         metavar="ROLE=COLUMN,...",
     )

@@ -224,10 +224,7 @@ def _examples(columns: list[_Column], repeated: _Hashes, name: str) -> Iterator[
                 continue
             shard, earlier = first[key]
             value = _shown(_values(column.shard, name)[row])
-            yield (
-                f"id {value}: {column.shard.path} row {row},"
-                f" as in {shard.path} row {earlier}"
-            )
+            yield (f"id {value}: {column.shard.path} row {row}, as in {shard.path} row {earlier}")
             shown += 1
             if shown == EXAMPLES:
                 return

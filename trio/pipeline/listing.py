@@ -1,7 +1,7 @@
 """Which of the files that an input names are shards, and what is said about the others.
 
-INPUT a listing; OUTPUT the shards among it, and the files left out that might hold rows. A file that
-is named in full is not asked for its suffix.
+INPUT a listing; OUTPUT the shards among it, and the files left out that might hold rows. A file
+that is named in full is not asked for its suffix.
 """
 
 from __future__ import annotations

@@ -170,8 +170,8 @@ def expand(
         note = f": {listing.left_out(left)}" if left else ""
         if not infos:
             raise UserError(
-                f"--input {uri}: no Parquet file there{note}; give a .parquet file, a directory that"
-                " holds some, a pattern in quotes, or an s3://, gs:// or hf:// URI"
+                f"--input {uri}: no Parquet file there{note}; give a .parquet file, a directory"
+                " that holds some, a pattern in quotes, or an s3://, gs:// or hf:// URI"
             )
         if left:
             say(f"--input {uri}{note}")

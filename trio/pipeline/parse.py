@@ -11,6 +11,7 @@ from typing import Any
 
 from trio.errors import UserError
 from trio.pipeline.policy import parse_origin, redact
+from trio.pipeline.storage import is_local, local_path
 from trio.pruning.schedule import Schedule
 
 Reader = Callable[[Any], Any]
@@ -52,9 +53,12 @@ def directories(value: Any) -> tuple[str, ...]:
     """Local directories, any number of them, made absolute: workers have other working ones."""
     read = _any_number(value)
     for item in read:
-        if "://" in item:
+        if not is_local(item):
             raise UserError(f"expected a local directory, got {redact(item)!r}")
-    return tuple(os.path.abspath(os.path.expanduser(item)) for item in read)
+    try:
+        return tuple(os.path.normpath(local_path(item)) for item in read)
+    except OSError as error:
+        raise UserError(str(error)) from error
 
 
 def adapters(value: Any) -> tuple[str, ...]:

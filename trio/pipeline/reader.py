@@ -12,9 +12,11 @@ from collections.abc import Collection, Generator
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pyarrow.types as pt
 
 from trio.errors import UserError, first_line
 from trio.pipeline.columns import Columns
+from trio.pipeline.listing import MAGIC
 from trio.pipeline.manifest import Shard
 from trio.pipeline.plan import Unit, group_of
 from trio.pipeline.storage import open_location
@@ -24,6 +26,7 @@ BATCH_ROWS, BATCH_BYTES = 128, 256 << 20
 BUFFER_BYTES = 4 << 20
 # without one, Arrow fetches a column of a row group whole
 OPEN_CURSORS = 2
+ARROW_SCHEMA = b"ARROW:schema"
 
 
 class ShardUnreadable(Exception):
@@ -123,7 +126,7 @@ class _Cursor:
         self._stream.close()
 
     def _decoded(self, shard: Shard, columns: Columns, group: int) -> Generator[pa.RecordBatch]:
-        file = pq.ParquetFile(self._stream, buffer_size=BUFFER_BYTES, pre_buffer=False)
+        file = _opened(self._stream, columns)
         groups = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
         if tuple(groups) != shard.row_groups:
             raise UserError(f"{shard.path}: the shard has changed since the run was planned")
@@ -136,6 +139,30 @@ class _Cursor:
                 for batch in file.iter_batches(rows, row_groups=[number], columns=names):
                     yield batch.select(list(roles.values())).rename_columns(list(roles))
         raise UserError(f"{shard.path}: holds fewer rows than its footer says")
+
+
+def _opened(stream: pa.NativeFile, columns: Columns) -> pq.ParquetFile:
+    """A shard, whose dictionary columns are read as what they stand for.
+
+    Arrow would make one dictionary of all values of a row group, and copy it into every batch. That
+    a column was a dictionary says only the Arrow schema in the footer, so there it goes unread.
+    """
+    file = pq.ParquetFile(stream, buffer_size=BUFFER_BYTES, pre_buffer=False)
+    wanted = set(columns.roles.values())
+    if not any(_has_dictionary(f.type) for f in file.schema_arrow if f.name in wanted):
+        return file
+    stream.seek(stream.size() - 8)
+    end = stream.read(8)
+    length = int.from_bytes(end[:4], "little")
+    stream.seek(stream.size() - 8 - length)
+    footer = stream.read(length).replace(ARROW_SCHEMA, ARROW_SCHEMA.lower())
+    metadata = pq.read_metadata(pa.BufferReader(MAGIC + footer + end))
+    return pq.ParquetFile(stream, metadata=metadata, buffer_size=BUFFER_BYTES, pre_buffer=False)
+
+
+def _has_dictionary(kind: pa.DataType) -> bool:
+    inner = (kind.field(number).type for number in range(kind.num_fields))
+    return pt.is_dictionary(kind) or any(map(_has_dictionary, inner))
 
 
 def _batch_rows(group: pq.RowGroupMetaData, names: Collection[str]) -> int:

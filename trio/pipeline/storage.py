@@ -135,7 +135,7 @@ def local_path(uri: str) -> str:
     try:
         path.encode()
     except UnicodeEncodeError:
-        raise OSError(f"{ascii(path)}: a name that is not UTF-8; rename it") from None
+        raise OSError(f"{path!a}: a name that is not UTF-8; rename it") from None
     return Path(path).absolute().as_posix()
 
 
