@@ -30,6 +30,7 @@ _BESIDE = {*range(0xE2, 0xEE), 0xEF, _COMMENT}
 _EXIF = 0xE1
 _PROGRESSIVE = {0xC2, 0xCA}
 _FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
+_NEXT = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
 _RESTART = re.compile(rb"\xff[\xd0-\xd7]")
 _FILLERS = (37, 101, 181)
 # factors of the patterns that stand in for missing data
@@ -139,11 +140,8 @@ def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:
 
 def _behind_scan(data: bytes, at: int) -> int:
     """Where the next marker stands that is no restart; the file's end where there is none."""
-    while (at := data.find(b"\xff", at)) >= 0 and at + 1 < len(data):
-        if data[at + 1] not in (0x00, 0xFF, *_RESTARTS):
-            return at
-        at += 1 if data[at + 1] == 0xFF else 2
-    return len(data)
+    match = _NEXT.search(data, at)
+    return match.start() if match else len(data)
 
 
 def ended(data: Buffer) -> list[bytes]:
