@@ -33,8 +33,10 @@ def found(*schemas: pa.Schema, mapping: str = "", prompt: bool = False) -> list[
         pa.large_list(pa.binary()),
         pa.list_(pa.string(), 2),
         pa.dictionary(pa.int32(), pa.binary()),
-        pa.dictionary(pa.int32(), pa.string()),
-        pa.struct([("bytes", pa.dictionary(pa.int8(), pa.binary()))]),
+        pa.dictionary(pa.int8(), pa.string()),
+        pa.list_(pa.dictionary(pa.int32(), pa.binary())),
+        pa.struct([("bytes", pa.dictionary(pa.int32(), pa.binary())), ("path", pa.string())]),
+        pa.opaque(pa.binary(), "jpeg", "camera"),
     ],
 )
 def test_image_types(kind: pa.DataType) -> None:

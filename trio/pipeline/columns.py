@@ -70,7 +70,7 @@ def resolve(
     Raises:
         UserError: a column that is missing or of a type that cannot be one, naming the shard.
     """
-    if scored is False and "answers" in mapping:
+    if scored is False and mapping.get("answers") not in (None, "", "none"):
         raise UserError(
             f"--columns answers={mapping['answers']}: answers are read for scoring only;"
             " ask for it with --score"
@@ -164,8 +164,6 @@ def _is_text(kind: pa.DataType) -> bool:
 
 
 def _is_bytes(kind: pa.DataType) -> bool:
-    if pt.is_dictionary(kind):
-        return _is_bytes(kind.value_type)
     return bool(
         pt.is_binary(kind)
         or pt.is_large_binary(kind)
@@ -174,18 +172,22 @@ def _is_bytes(kind: pa.DataType) -> bool:
     )
 
 
+def _is_blob(kind: pa.DataType) -> bool:
+    return _is_bytes(kind.value_type if pt.is_dictionary(kind) else kind)
+
+
 def _holds_image(kind: pa.DataType) -> bool:
+    if isinstance(kind, pa.BaseExtensionType):
+        return _holds_image(kind.storage_type)
     if pt.is_dictionary(kind):
         return _holds_image(kind.value_type)
-    if isinstance(kind, pa.ExtensionType):
-        return _holds_image(kind.storage_type)
     if pt.is_list(kind) or pt.is_large_list(kind) or pt.is_fixed_size_list(kind):
         return _holds_image(kind.value_type)
     if pt.is_struct(kind):
         parts = {kind.field(i).name: kind.field(i).type for i in range(kind.num_fields)}
         known = {name: part for name, part in parts.items() if name in ("bytes", "path")}
         return bool(known) and all(
-            _is_text(part) or (name == "bytes" and _is_bytes(part)) for name, part in known.items()
+            _is_text(part) or (name == "bytes" and _is_blob(part)) for name, part in known.items()
         )
     return _is_bytes(kind) or _is_text(kind)
 
