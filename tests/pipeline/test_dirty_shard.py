@@ -151,7 +151,8 @@ def singles() -> list[Case]:
     """One image a row, or none."""
     good = [Case(images=[data]) for data in good_images()]
     bad = [Case(images=[data], kind=kind) for data, kind in bad_images()]
-    return [case for pair in zip(good, bad, strict=False) for case in pair] + bad[len(good) :]
+    pairs = [case for pair in zip(good, bad, strict=False) for case in pair]
+    return pairs + good[len(bad) :] + bad[len(good) :]
 
 
 def lists() -> list[Case]:

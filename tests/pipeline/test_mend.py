@@ -185,6 +185,16 @@ def test_a_jpeg_that_lacks_pixels_is_an_error(options: dict[str, Any]) -> None:
         assert caught.value.kind == "image_truncated", len(data) - end
 
 
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF", "GIF", "BMP", "AVIF", "JPEG2000"])
+def test_other_formats_that_lack_pixels_are_errors(kind: str) -> None:
+    data = encoded(PHOTO.resize((40, 30)), kind)
+    for cut in (1, 2, 12, 40, 120):
+        if kind in ("PNG", "GIF") and cut < 40:  # their end, a checksum
+            continue
+        with pytest.raises(RowError):
+            decode(data[:-cut], POLICY)
+
+
 def test_missing_pixels_of_one_colour_are_missed() -> None:
     data = encoded(FLAT, "JPEG")
     for cut in (4, 40, 100):
@@ -230,7 +240,12 @@ def test_damaged_files_are_errors_of_their_own(kind: str) -> None:
 
 def test_bare_leaves_good_files_alone() -> None:
     assert mend.bare(PNG, orientation=True) is None
-    assert mend.bare(b"junk", orientation=True) is None
+    for junk in (
+        b"junk",
+        b"II+\0\x08\0\0\0" + b"\x10" + bytes(7) + b"\xff" * 8,
+        b"II*\0" + b"\xff" * 4,
+    ):
+        assert mend.bare(junk, orientation=True) is None
     assert mend.ended(encoded(PHOTO, "JPEG")) == [] == mend.ended(PNG)
 
 

@@ -12,9 +12,12 @@ TOTALS = Totals(
 )  # fmt: skip
 
 
-def made(totals: Totals = TOTALS, before: Totals | None = None) -> dict[str, object]:
+def made(
+    totals: Totals = TOTALS, before: Totals | None = None, score: str = "objects"
+) -> dict[str, object]:
     return summarise(
         totals,
+        score=score,
         run_id="r",
         wall_s=75.0,
         done_before=before or Totals(),
@@ -43,6 +46,14 @@ def test_two_runs_stand_side_by_side() -> None:
     assert "15/20 = 75.0 %" in text and "18/20 = 90.0 %" in text
     assert "6.60 x fewer" in text and lines["wall time"][-2:] == ["1:15", "1:15"]
     assert len({len(line) for line in text.splitlines()}) == 1
+
+
+def test_objects_are_told_of_only_where_asked() -> None:
+    text = table([("trio", made()), ("exact", made(score="exact"))])
+    lines = {line[:30].strip(): line.split() for line in text.splitlines()}
+    assert lines["objects named rightly"][-3:] == ["75.0", "%", "-"]
+    assert made(score="exact")["captions"] == 0
+    assert "objects" not in table([("exact", made(score="exact"))])
 
 
 def test_lines_that_say_nothing_are_left_out() -> None:

@@ -24,21 +24,16 @@ BAD = {"response": None, "error": "image_empty: zero: bytes"}
 
 
 def test_one_row() -> None:
-    good = of_row(GOOD, ["a red 7"], objects=True)
+    good = of_row(GOOD, ["a red 7"])
     assert (good.rows, good.errors, good.images, good.right, good.scored) == (1, 0, 2, 1, 1)
     assert (good.captions, good.object_share, good.accuracy) == (1, 1.0, 1.0)
     assert (good.flops_ratio, good.kv_ratio, good.retention) == (3.0, 5.0, 0.25)
 
 
 def test_a_row_in_error_counts_as_wrong() -> None:
-    bad = of_row(BAD, ["a red 7"], objects=True)
+    bad = of_row(BAD, ["a red 7"])
     assert (bad.errors, bad.images, bad.right, bad.scored, bad.object_share) == (1, 0, 0, 1, 0.0)
     assert bad.error_kinds == {"image_empty": 1} and bad.retention is None
-
-
-def test_objects_are_counted_only_where_asked() -> None:
-    plain = of_row(GOOD | {"response": "a dog"}, ["a dog"])
-    assert (plain.scored, plain.right, plain.captions, plain.object_share) == (1, 1, 0, None)
 
 
 def test_without_answers_nothing_is_scored() -> None:

@@ -39,11 +39,14 @@ def sample(
         UserError: the input is none, or cannot be read.
     """
     manifest, schemas = inspect(paths)
+    mapping = parse_mapping(config.columns or "")
+    mapping.pop("answers", None)
     columns = resolve(
         schemas,
         [shard.path for shard in manifest.shards],
-        parse_mapping(config.columns or ""),
+        mapping,
         prompt_given=config.prompt is not None,
+        scored=False,
     )
     settings = RowSettings(
         prompt=config.prompt,

@@ -213,7 +213,7 @@ class EngineActor:
         table = self._reader.read(shard, unit, turn)
         read = sources(table, unit, shard.path)
         rows = self._outcomes(read, shard)
-        return self._commit(unit, rows, sums.merge(map(self._totals, rows, read)), began_at)
+        return self._commit(unit, rows, sums.merge(map(_totals, rows, read)), began_at)
 
     def answer_row(
         self, shard: Shard, unit: Unit, index: int, refusal: str | None
@@ -229,7 +229,7 @@ class EngineActor:
             with suppress(RowError):
                 identify(source, self._rows)
             row = self._row(source, RowError("quarantined", refusal))
-        return row, self._totals(row, source)
+        return row, _totals(row, source)
 
     def commit_rows(self, unit: Unit, rows: Sequence[dict[str, Any]], totals: Totals) -> Receipt:
         """Commit a unit whose rows were answered one by one."""
@@ -244,7 +244,7 @@ class EngineActor:
             for source in read:
                 source.id = made_up_id(source, self._rows)
         rows = [self._row(source, RowError("shard_unreadable", message)) for source in read]
-        return self._commit(unit, rows, sums.merge(map(self._totals, rows, read)), began_at)
+        return self._commit(unit, rows, sums.merge(map(_totals, rows, read)), began_at)
 
     def _outcomes(self, read: Sequence[Source], shard: Shard) -> list[dict[str, Any]]:
         assert self._engine is not None, "start() comes first"
@@ -264,11 +264,11 @@ class EngineActor:
         self._sink.commit(unit, rows, stats, totals)
         return Receipt(unit=unit, began_at=began_at, totals=totals, node=self._node)
 
-    def _totals(self, row: Mapping[str, Any], source: Source) -> Totals:
-        answers: list[str] = []
-        with suppress(RowError):  # the row is in error for it
-            answers = answers_of(source)
-        return sums.of_row(row, answers, objects=self._rows.objects)
+
+def _totals(row: Mapping[str, Any], source: Source) -> Totals:
+    with suppress(RowError):  # the row is in error for it
+        return sums.of_row(row, answers_of(source))
+    return sums.of_row(row, [])
 
 
 class _Report:

@@ -182,8 +182,6 @@ def _is_text(kind: pa.DataType) -> bool:
 
 
 def _is_bytes(kind: pa.DataType) -> bool:
-    if pt.is_dictionary(kind):
-        return _is_bytes(kind.value_type)
     return bool(
         pt.is_binary(kind)
         or pt.is_large_binary(kind)

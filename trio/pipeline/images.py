@@ -50,6 +50,8 @@ MAX_ASPECT = 200
 # resizing the short side of a thinner image to a model's input makes a huge one
 MAX_NAME = 4096
 # characters of a path or URI
+LONG_NAME = 255
+# of a file: what is longer and in base64's alphabet is hardly meant as one
 NOTE = "note"
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -167,12 +169,15 @@ def _from_text(text: str, base: str | None, policy: ImagePolicy) -> Buffer:
             if local:
                 return fetch(text, base, policy)
         return _inline(data, policy)
+    neither = f"text of {len(text)} characters is neither a path or URI nor base64 of an image"
     if len(text) > MAX_NAME:
-        raise RowError(
-            "image_unreadable",
-            f"text of {len(text)} characters is neither a path or URI nor base64 of an image",
-        )
-    return fetch(text, base, policy)
+        raise RowError("image_unreadable", neither)
+    try:
+        return fetch(text, base, policy)
+    except RowError as error:
+        if len(text) > LONG_NAME and inline.is_digits(data):
+            raise RowError(error.kind, neither) from error
+        raise
 
 
 def _from_bytes(data: Buffer, policy: ImagePolicy) -> Buffer:

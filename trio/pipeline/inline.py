@@ -17,7 +17,8 @@ LEAST = 32
 # characters of base64 that are not perhaps a word
 HEAD = 8192
 # characters that are looked at first; enough for every signature
-_DATA = re.compile(rb"\s*data:([^,]{0,300}),", re.IGNORECASE)
+_DATA = re.compile(rb"\s*(?:data:([^,]{0,300})|(image/[^,]{1,99};\s*base64)),", re.IGNORECASE)
+# its media type and encoding; as it is found in the wild, without `data:` too
 _ALPHABET = bytes.maketrans(b"-_", b"+/")
 _SPACE = b" \t\r\n\f\v"
 _DIGITS = re.compile(rb"[A-Za-z0-9+/]+")
@@ -31,7 +32,7 @@ def is_text_of_image(text: bytes) -> bool:
 def is_certain(text: bytes) -> bool:
     """Whether it can be nothing else, such as a path."""
     match = _DATA.match(text)
-    kind = match[1].strip().lower() if match else b""
+    kind = _kind(match) if match else b""
     return kind.startswith(b"image/") or kind.endswith(b"base64")
 
 
@@ -47,15 +48,24 @@ def decoded(text: bytes) -> bytes:
     body = text[match.end() :]
     if b"%" in body:
         body = unquote_to_bytes(body)
-    if not match[1].rstrip().lower().endswith(b"base64"):
+    if not _kind(match).endswith(b"base64"):
         return body
     return _from_base64(body, "base64 of a data: URL")
 
 
 def _is_data(text: bytes) -> bool:
     match = _DATA.match(text)
-    kind = match[1].lower() if match else b"?"
-    return not kind.strip() or b"/" in kind or b";" in kind or b"base64" in kind
+    kind = _kind(match) if match else b"?"
+    return not kind or b"/" in kind or b";" in kind or b"base64" in kind
+
+
+def _kind(match: re.Match[bytes]) -> bytes:
+    return bytes(match[1] if match[2] is None else match[2]).strip().lower()
+
+
+def is_digits(text: bytes) -> bool:
+    """Whether text may be base64 of something, known or not."""
+    return _DIGITS.fullmatch(_plain(text).rstrip(b"=")) is not None
 
 
 def _is_base64(text: bytes) -> bool:

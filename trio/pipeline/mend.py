@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from itertools import product
 
 Buffer = bytes | bytearray | memoryview
-BARE = "read without what stands beside its pixels in the file, which is damaged or too large"
+BARE = "read without data beside its pixels (text, profile, EXIF), which is damaged or too large"
 NO_END = "the file lacks its end marker"
 _PNG = b"\x89PNG\r\n\x1a\n"
 _PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
@@ -30,6 +30,7 @@ _BESIDE = {*range(0xE2, 0xEE), 0xEF, _COMMENT}
 _EXIF = 0xE1
 _PROGRESSIVE = {0xC2, 0xCA}
 _FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
+_NEXT = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
 _RESTART = re.compile(rb"\xff[\xd0-\xd7]")
 _FILLERS = (37, 101, 181)
 # factors of the patterns that stand in for missing data
@@ -63,7 +64,11 @@ def bare(data: Buffer, *, orientation: bool) -> bytes | None:
             out = _bare_tiff(data, orientation)
         else:
             return None
-    except (struct.error, IndexError):  # offsets and lengths that lead outside of the file
+    except (
+        struct.error,
+        IndexError,
+        OverflowError,
+    ):  # offsets and lengths that lead outside of the file
         return None
     return out if out != data else None
 
@@ -139,11 +144,8 @@ def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:
 
 def _behind_scan(data: bytes, at: int) -> int:
     """Where the next marker stands that is no restart; the file's end where there is none."""
-    while (at := data.find(b"\xff", at)) >= 0 and at + 1 < len(data):
-        if data[at + 1] not in (0x00, 0xFF, *_RESTARTS):
-            return at
-        at += 1 if data[at + 1] == 0xFF else 2
-    return len(data)
+    match = _NEXT.search(data, at)
+    return match.start() if match else len(data)
 
 
 def ended(data: Buffer) -> list[bytes]:
@@ -215,16 +217,22 @@ def _flagged(chunk: bytes) -> bytes:
 
 
 def _bare_tiff(data: bytes, orientation: bool) -> bytes:
-    """With a directory of its first picture that has the raster's tags only."""
+    """With the raster's tags only in the directory of its first picture, which stays in its place.
+
+    Nothing is put behind the end: where pixels are missing it would be taken for them.
+    """
     order, big = ("<" if data[:2] == b"II" else ">"), 43 in data[2:4]
     offset, count, size = ("Q", "Q", 20) if big else ("I", "H", 12)
-    (first,) = struct.unpack_from(order + offset, data, 8 if big else 4)
-    (entries,) = struct.unpack_from(order + count, data, first)
-    first += struct.calcsize("=" + count)
+    (start,) = struct.unpack_from(order + offset, data, 8 if big else 4)
+    (entries,) = struct.unpack_from(order + count, data, start)
+    first = start + struct.calcsize("=" + count)
+    if first + entries * size > len(data):
+        return data
     table = [data[at : at + size] for at in range(first, first + entries * size, size)]
     tags = _RASTER_TAGS | ({_ORIENTATION} if orientation else set())
     kept = [entry for entry in table if struct.unpack_from(order + "H", entry)[0] in tags]
-    body = data + b"\0" * (len(data) % 2)
-    head = body[: 8 if big else 4] + struct.pack(order + offset, len(body))
+    if len(kept) == entries:
+        return data
     directory = struct.pack(order + count, len(kept)) + b"".join(kept)
-    return head + body[len(head) :] + directory + struct.pack(order + offset, 0)
+    directory += struct.pack(order + offset, 0)
+    return data[:start] + directory + data[start + len(directory) :]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,8 +53,6 @@ class RowSettings:
     policy: ImagePolicy
     seed: int
     save_kept: bool
-    objects: bool = False
-    # whether answers that list objects are scored as such too
     shared_directory: str | None = None
     # of the shards, to be left out of ids; None where file names alone tell them apart
 
@@ -176,7 +174,7 @@ def _sampling(settings: RowSettings, key: int) -> Sampling:
     )
 
 
-def answers_of(source: Source) -> list[str]:
+def answers_of(source: Source) -> Sequence[str]:
     """Right answers that the row brings for scoring; empty when it brings none.
 
     Raises:

@@ -336,7 +336,6 @@ def _receipts(
         policy=config.image_policy(),
         seed=config.seed,
         save_kept=config.save_kept,
-        objects=config.score == "objects",
         shared_directory=run.manifest.shared_directory(),
     )
     sink = Sink(

@@ -48,8 +48,9 @@ def summarise(
         work_s: from the first unit that an engine took to the last row [s]: what rates refer to.
         resources: what it ran on, in words.
         memory_plan: of the engine that answered first; None where no engine was needed.
-        score: how responses were compared with answers.
+        score: how responses were compared with answers; objects are told of with "objects" only.
     """
+    objects = score == "objects"
     per_s = 1.0 / work_s if work_s > 0 else 0.0
     return {
         "run": run_id,
@@ -75,8 +76,8 @@ def summarise(
         "scored": totals.scored,
         "right": totals.right,
         "accuracy": totals.accuracy,
-        "captions": totals.captions,
-        "object_share": totals.object_share,
+        "captions": totals.captions if objects else 0,
+        "object_share": totals.object_share if objects else None,
         "wall_s": wall_s,
         "work_s": work_s,
         "resources": resources,

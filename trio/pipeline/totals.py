@@ -95,14 +95,11 @@ def merge(parts: Iterable[Totals]) -> Totals:
     return out
 
 
-def of_row(row: Mapping[str, Any], answers: Sequence[str], *, objects: bool = False) -> Totals:
-    """Totals of one output row; ``answers`` are the right ones, none when it is not scored.
-
-    ``objects``: answers that list objects count for the share of objects named rightly too.
-    """
+def of_row(row: Mapping[str, Any], answers: Sequence[str]) -> Totals:
+    """Totals of one output row; ``answers`` are the right ones, none when it is not scored."""
     error, response = row.get("error"), row.get("response")
     retention = row.get("retention")
-    captioned = objects and bool(answers) and is_caption(answers)
+    captioned = bool(answers) and is_caption(answers)
     answered = response is not None
     return Totals(
         rows=1,
