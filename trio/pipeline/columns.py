@@ -190,6 +190,10 @@ def _is_bytes(kind: pa.DataType) -> bool:
     )
 
 
+def _is_blob(kind: pa.DataType) -> bool:
+    return _is_bytes(kind.value_type if pt.is_dictionary(kind) else kind)
+
+
 def _is_id(kind: pa.DataType) -> bool:
     """One value that Parquet can hold and that can be compared."""
     if isinstance(kind, pa.BaseExtensionType):
@@ -210,7 +214,7 @@ def _holds_image(kind: pa.DataType) -> bool:
         parts = {kind.field(i).name: kind.field(i).type for i in range(kind.num_fields)}
         known = {name: part for name, part in parts.items() if name in ("bytes", "path")}
         return bool(known) and all(
-            _is_text(part) or (name == "bytes" and _is_bytes(part)) for name, part in known.items()
+            _is_text(part) or (name == "bytes" and _is_blob(part)) for name, part in known.items()
         )
     return _is_bytes(kind) or _is_text(kind)
 
