@@ -97,16 +97,21 @@ class Rules:
         """Of the content of a generation config.
 
         Raises:
-            UserError: a value of a rule or cut that makes no sense.
+            UserError: a value of a rule that makes no sense.
         """
-        ours = _set(config, RULES | CUTS | OTHER_CUTS)
+        ours, told = _set(config, RULES | CUTS | OTHER_CUTS), _unfollowed(config)
         if "min_new_tokens" in ours:
             ours.pop("min_length", None)
-        try:
-            Sampling(**{name: ours[name] for name in SET_BY_SAMPLING if name in ours})
-        except UserError as error:
-            raise UserError(f"{FILE}: {error}; correct it there") from error
-        return cls(values=ours, unfollowed=tuple(_unfollowed(config)))
+        for name in SET_BY_SAMPLING:
+            own: dict[str, Any] = {name: ours.get(name)}
+            try:
+                Sampling(**own)
+            except UserError as error:
+                if name not in CUTS:  # which greedy answers can do without
+                    raise UserError(f"{FILE}: {error}; correct it there") from error
+                told.append(str(error))
+                del ours[name]
+        return cls(values=ours, unfollowed=tuple(told))
 
     @classmethod
     def of(cls, model: Any) -> Rules:

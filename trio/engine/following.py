@@ -51,21 +51,22 @@ from trio.errors import UserError, first_line
 class _Answer:
     """What processors must know of the answer that they are made for."""
 
-    prompt_1S: Tensor
+    prompt_1S: Any
+    """Tensor of token ids."""
     most: int
     """New tokens at most."""
     eos: list[int]
-    device: torch.device
+    device: str
     begins_forced: bool
 
     @property
     def start(self) -> int:
-        return self.prompt_1S.shape[1]
+        return len(self.prompt_1S[0])
 
     @property
     def first_free(self) -> int:
         """Tokens before the first that is not forced."""
-        return self.start + (self.start == 1 and self.begins_forced)
+        return int(self.start + (self.start == 1 and self.begins_forced))
 
 
 _MAKERS: dict[str, Callable[[Any, _Answer], Any]] = {
@@ -130,9 +131,11 @@ class Following:
     @property
     def kind(self) -> object:
         """Requests of one kind may go through the processors of any of them, together."""
-        only = self.processors[0] if len(self.processors) == 1 else None
-        alone = isinstance(only, RepetitionPenaltyLogitsProcessor)
-        return only.penalty if alone else id(self)
+        only = self.processors[0]
+        alone = len(self.processors) == 1
+        if alone and isinstance(only, RepetitionPenaltyLogitsProcessor):
+            return only.penalty
+        return self
 
     @property
     def ids_S(self) -> Tensor:
@@ -182,7 +185,7 @@ def follow(
         prompt_1S=torch.tensor(prompt, device=device)[None],
         most=sampling.max_new_tokens,
         eos=sorted(eos),
-        device=device,
+        device=str(device),
         begins_forced="forced_bos_token_id" in asked,
     )
     made = [make(asked[name], answer) for name, make in _MAKERS.items() if name in asked]

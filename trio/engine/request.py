@@ -30,7 +30,7 @@ def _real(value: object, fits: Callable[[float], bool]) -> bool:
 
 
 def _count(value: object) -> bool:
-    return isinstance(value, Integral) and value >= 0
+    return isinstance(value, Integral) and int(value) >= 0
 
 
 _LIMITS: dict[str, tuple[Callable[[object], bool], str]] = {

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trio.errors import JobFailed, UserError
-from trio.pipeline import cli, outdir
+from trio.pipeline import cli, decoding, outdir
 from trio.pipeline import config as settings
 from trio.pipeline.cli import ERRORS, FAILED, OK, WRONG
 from trio.pipeline.config import DEMO, JobConfig
@@ -218,6 +218,9 @@ def _announce(config: JobConfig, plan: Any, resources: str) -> None:
         keep = f"schedule {schedule}" if schedule else f"retention {retention:.4g}"
     print(f"input   {len(manifest.shards)} shards, {plan.rows} rows, {manifest.size / 1e6:.1f} MB")
     print(f"model   {config.model}, {config.pruning().name}, {keep}")
+    for line in decoding.lines(config, plan.decoding):
+        if line != decoding.PLAIN:
+            print(line)
     print(f"runs on {resources}")
     print(f"output  {plan.output.uri}", flush=True)
     if "cluster" in resources and is_local(plan.output.uri):
@@ -244,7 +247,10 @@ def dry_run(job: Job, config: JobConfig) -> int:
     if outdir.finished(output):
         print(f"# {output.uri} is finished already: nothing to do")
         return OK
-    for name, plan in _plans(job, config, output):
+    plans = _plans(job, config, output)
+    for line in decoding.lines(config, plans[-1][1].decoding):
+        print(f"# {line}")
+    for name, plan in plans:
         if not isinstance(plan, runner.Plan):
             print(f"# {name}: finished already")
             continue
