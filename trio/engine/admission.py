@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import time
 
+from trio.engine.decoding import Rules
+from trio.engine.following import follow
 from trio.engine.request import Prepared, Result, Sampling, failed
 from trio.engine.runner import Runner
 from trio.engine.sampling import stream
@@ -15,13 +17,22 @@ from trio.errors import UserError
 class Admission:
     """Checks prepared requests one by one, before any of them costs device time.
 
-    `sampling`: for requests without their own. `eos`: the model's own stop tokens.
+    `sampling`: for requests without their own. `eos`: the model's own stop tokens. `rules`: the
+    checkpoint's rules of decoding; None follows none.
     """
 
-    def __init__(self, runner: Runner, *, sampling: Sampling, eos: frozenset[int]) -> None:
+    def __init__(
+        self,
+        runner: Runner,
+        *,
+        sampling: Sampling,
+        eos: frozenset[int],
+        rules: Rules | None = None,
+    ) -> None:
         self._runner = runner
         self._sampling = sampling
         self._eos = eos
+        self._rules = rules or Rules(values={})
         self._keys = itertools.count()
 
     def __call__(self, prepared: Prepared) -> Task | Result:
@@ -50,14 +61,24 @@ class Admission:
         if not runner.cache.fits(need):
             message = f"{size} pass the KV cache of {runner.cache.room.budget} bytes"
             return failed(prepared.id, "no_room", message)
+        stop = frozenset(sampling.stop_token_ids)
+        sampling, following = follow(
+            self._rules,
+            sampling,
+            prepared.input_ids,
+            eos=self._eos | stop,
+            device=runner.decoder.device,
+            lag=runner.lag,
+        )
         own = frozenset() if sampling.ignore_eos else self._eos
         return Task(
             key=next(self._keys),
             prepared=prepared,
             sampling=sampling,
-            stop_ids=own | frozenset(sampling.stop_token_ids),
+            stop_ids=own | stop,
             spans=tuple(spans),
             need=need,
             stream=stream(sampling),
             submitted=time.perf_counter(),
+            following=following,
         )

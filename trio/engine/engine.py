@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 import warnings
 from collections import deque
@@ -15,6 +16,8 @@ from torch import Tensor, cuda
 from trio.bundled import is_bundled, prompts_notice
 from trio.config import Pruning
 from trio.engine.admission import Admission
+from trio.engine.decoding import Rules
+from trio.engine.following import check, note, ruled
 from trio.engine.limits import most_visual_tokens
 from trio.engine.loading import default_kv_bytes, load, load_text_tower
 from trio.engine.plan import TEXT_TOKENS, MemoryPlan
@@ -30,6 +33,8 @@ from trio.errors import UserError
 from trio.models.adapter import Adapter, Features
 from trio.models.registry import adapt
 from trio.models.text_tower import TextTower
+
+_log = logging.getLogger(__name__)
 
 
 class Engine:
@@ -47,8 +52,9 @@ class Engine:
         that read the same images one after the other.
     `text_tower`: of the model's vision encoder, which method `eadp` needs.
 
-    `memory_plan` says how many requests the memory holds at once. One thread submits and steps;
-    `prepare` may be called from any.
+    `memory_plan` says how many requests the memory holds at once, `decoding` which rules the
+    checkpoint's `generation_config.json` has; what it asks for and is not followed is logged. One
+    thread submits and steps; `prepare` may be called from any.
 
     Raises:
         UserError: model, processor and pruning do not go together.
@@ -75,7 +81,7 @@ class Engine:
         if adapter.decoder.device.type == "meta":
             raise UserError("the model is on the meta device, without weights; load them first")
         self.prepare = Preparer(processor, type(adapter), system)
-        _check_fit(self.prepare, adapter)
+        sample = _check_fit(self.prepare, adapter)
         if kv_bytes is None:
             kv_bytes = default_kv_bytes(adapter.decoder.device, memory_share)
         self._runner = Runner(
@@ -90,10 +96,13 @@ class Engine:
         self._scheduler: Scheduler[Task] = Scheduler(self._cache, batch_tokens=batch_tokens)
         self._max_running = max_running
         self._shape = adapter.shape()
+        eos = end_of_sequence(model, processor)
+        self.decoding = Rules.of(model)
+        check(self.decoding, sample.input_ids, len(adapter.decoder.lm_head.weight), eos)
+        if self.decoding.notice is not None:
+            _log.warning("%s", self.decoding.notice)
         self._admission = Admission(
-            self._runner,
-            sampling=sampling or Sampling(),
-            eos=end_of_sequence(model, processor),
+            self._runner, sampling=sampling or Sampling(), eos=eos, rules=self.decoding
         )
         self.memory_plan = self._plan(sampling or Sampling(), most_visual_tokens(processor))
         self._done: list[Result] = []
@@ -311,7 +320,7 @@ class Engine:
         encoded = self._runner.now()
         if tasks:
             logits_BV, prune_s = self._runner.prefill(tasks, features)
-            chosen = choose(logits_BV, [t.sampling for t in tasks], [t.stream for t in tasks])
+            chosen = _choose(tasks, logits_BV)
             _note_distributions(tasks, logits_BV)
             complete = self._append(tasks, chosen)
             self._runner.start(tasks)
@@ -342,7 +351,7 @@ class Engine:
     def _decode(self, tasks: list[Task]) -> None:
         began = time.perf_counter()
         logits_BV = self._runner.decode()
-        chosen = choose(logits_BV, [t.sampling for t in tasks], [t.stream for t in tasks])
+        chosen = _choose(tasks, logits_BV)
         self._cache.rows.token_B[: len(tasks)] = chosen.tokens_B
         self._under_way.append((tasks, chosen))
         finished = self._look_at_steps(but=self._runner.lag)
@@ -398,6 +407,14 @@ class Engine:
         self._done.append(result)
 
 
+def _choose(tasks: Sequence[Task], logits_BV: Tensor) -> Chosen:
+    """The next token of each task, by its rules of decoding and its sampling."""
+    samplings, streams = [task.sampling for task in tasks], [task.stream for task in tasks]
+    chosen = choose(logits_BV, samplings, streams, ruled(tasks, logits_BV))
+    note(tasks, chosen.tokens_B)
+    return chosen
+
+
 def _note_distributions(tasks: Sequence[Task], logits_BV: Tensor) -> None:
     """Log-probabilities of all first tokens, for the tasks that ask for them."""
     for task, logits_V in zip(tasks, logits_BV, strict=True):
@@ -409,8 +426,11 @@ def _no_memory(task: Task, message: str) -> Result:
     return failed(task.prepared.id, "no_room", f"the device ran out of memory: {message}")
 
 
-def _check_fit(prepare: Preparer, adapter: Adapter) -> None:
-    """Serve the encoder one image: a processor of another model would spoil every request."""
+def _check_fit(prepare: Preparer, adapter: Adapter) -> Prepared:
+    """Serve the encoder one image: a processor of another model would spoil every request.
+
+    Returns the prompt that it stands in.
+    """
     sample = prepare(Request(prompt="", images=(Image.new("RGB", (64, 64)),)))
     if isinstance(sample, Result):
         raise UserError(f"the processor cannot prepare a request: {sample.error}")
@@ -430,6 +450,7 @@ def _check_fit(prepare: Preparer, adapter: Adapter) -> None:
             f"the processor does not fit the model: it writes {sample.image_tokens[0]} placeholder "
             f"tokens for an image, and the encoder gives {len(features)} features"
         )
+    return sample
 
 
 def end_of_sequence(model: Any, processor: Any) -> frozenset[int]:

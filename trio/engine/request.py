@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from numbers import Integral
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, Literal
 
 from trio.errors import UserError
@@ -24,18 +25,47 @@ FailureKind = Literal["prompt", "image", "mismatch", "too_long", "no_room"]
 """
 
 
+def _real(value: object, fits: Callable[[float], bool]) -> bool:
+    return isinstance(value, Real) and math.isfinite(value) and fits(float(value))
+
+
+def _count(value: object) -> bool:
+    return isinstance(value, Integral) and int(value) >= 0
+
+
+_LIMITS: dict[str, tuple[Callable[[object], bool], str]] = {
+    "top_p": (lambda x: _real(x, lambda v: 0 < v <= 1), "lie in (0, 1], 1 for all tokens"),
+    "top_k": (_count, "be at least 1, 0 for all tokens"),
+    "min_p": (lambda x: _real(x, lambda v: 0 <= v <= 1), "lie in [0, 1], 0 for all tokens"),
+    "repetition_penalty": (lambda x: _real(x, lambda v: v > 0), "be above 0, 1 for none"),
+    "no_repeat_ngram_size": (_count, "be at least 1, 0 for none"),
+}
+"""What a setting may be, and that in words."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sampling:
-    """How the tokens of one answer are chosen."""
+    """How the tokens of one answer are chosen.
+
+    None leaves a setting to the checkpoint's `generation_config.json`, and where that is silent
+    it is off.
+    """
 
     max_new_tokens: int = 64
     """Tokens after which the answer is cut (finish reason `length`)."""
     temperature: float = 0.0
     """0 takes the likeliest token; above 0 logits are divided by it and a token is drawn."""
-    top_p: float = 1.0
-    """Draw from the smallest set of tokens whose probabilities reach this sum."""
+    top_p: float | None = None
+    """Draw from the smallest set of tokens whose probabilities reach this sum; 1: from all."""
     top_k: int | None = None
-    """Draw from this many likeliest tokens; None: from all."""
+    """Draw from this many likeliest tokens; 0: from all."""
+    min_p: float | None = None
+    """Draw from tokens with at least this share of the likeliest one's probability; 0: from all."""
+    repetition_penalty: float | None = None
+    """Logits of tokens that stand in prompt or answer are divided by it where they are positive,
+    and multiplied where they are negative; 1: none."""
+    no_repeat_ngram_size: int | None = None
+    """No run of so many tokens comes twice in prompt and answer; 0: any may."""
     seed: int | None = None
     """Seed of this request's own random stream; None: a fresh one each time."""
     stop_token_ids: tuple[int, ...] = ()
@@ -49,12 +79,14 @@ class Sampling:
         limit: object = self.max_new_tokens
         if not isinstance(limit, Integral) or limit < 1:
             raise UserError(f"max_new_tokens is {limit!r}; it must be an integer of at least 1")
-        if not self.temperature >= 0:
-            raise UserError(f"temperature is {self.temperature}; it must be 0 or more")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p is {self.top_p}; it must lie in (0, 1]")
-        if self.top_k is not None and self.top_k < 1:
-            raise UserError(f"top_k is {self.top_k}; it must be at least 1, or None for all tokens")
+        if not _real(self.temperature, lambda x: x >= 0):
+            raise UserError(f"temperature is {self.temperature!r}; it must be 0 or more")
+        for name, (fits, must) in _LIMITS.items():
+            value = getattr(self, name)
+            if value is not None and not fits(value):
+                raise UserError(
+                    f"{name} is {value!r}; it must {must}, or None for the checkpoint's"
+                )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,7 +132,8 @@ class Result:
     token_ids: list[int] = field(default_factory=list)
     """The answer's tokens, the one that stopped it included."""
     logprobs: list[float] = field(default_factory=list)
-    """Natural log of each token's probability under the model, before temperature and cuts."""
+    """Natural log of each token's probability under the model, before all rules of decoding,
+    temperature and cuts."""
     first_logprobs: Tensor | None = field(default=None, compare=False, repr=False)
     """Where the sampling asks for it: the same of every token that could have come first, [V]
     float32 on the CPU."""

@@ -59,16 +59,24 @@ def stream(sampling: Sampling) -> random.Random:
 
 
 def choose(
-    logits_BV: Tensor, samplings: Sequence[Sampling], streams: Sequence[random.Random]
+    logits_BV: Tensor,
+    samplings: Sequence[Sampling],
+    streams: Sequence[random.Random],
+    ruled_BV: Tensor | None = None,
 ) -> Chosen:
-    """Pick one token per row: the likeliest at temperature 0, a drawn one otherwise."""
+    """Pick one token per row: the likeliest at temperature 0, a drawn one otherwise.
+
+    samplings: settled ones; None in them is off. ruled_BV: the logits to choose by, where rules of
+    decoding have changed them.
+    """
     logits_BV = logits_BV.float()
-    tokens_B = logits_BV.argmax(dim=-1)
+    ruled_BV = logits_BV if ruled_BV is None else ruled_BV
+    tokens_B = ruled_BV.argmax(dim=-1)
     drawn = [row for row, sampling in enumerate(samplings) if sampling.temperature > 0]
     if drawn:
         rows = torch.tensor(drawn, device=logits_BV.device)
         uniforms = [streams[row].random() for row in drawn]
-        probabilities = distribution(logits_BV[rows], [samplings[row] for row in drawn])
+        probabilities = distribution(ruled_BV[rows], [samplings[row] for row in drawn])
         tokens_B[rows] = _invert(probabilities, uniforms)
     log_norm_B = logits_BV.logsumexp(dim=-1)
     logprobs_B = logits_BV.gather(1, tokens_B[:, None])[:, 0] - log_norm_B
@@ -76,7 +84,7 @@ def choose(
 
 
 def distribution(logits_BV: Tensor, samplings: Sequence[Sampling]) -> Tensor:
-    """Probabilities [B, V] after temperature, top-k and top-p, in this order."""
+    """Probabilities [B, V] after temperature, top-k, top-p and min-p, in this order."""
     vocabulary = logits_BV.shape[-1]
 
     def column(values: list[float]) -> Tensor:
@@ -88,12 +96,17 @@ def distribution(logits_BV: Tensor, samplings: Sequence[Sampling]) -> Tensor:
         smallest_kept = scaled_BV.sort(dim=-1, descending=True).values.gather(1, ranks)
         scaled_BV = scaled_BV.masked_fill(scaled_BV < smallest_kept, -torch.inf)
     probabilities_BV = scaled_BV.softmax(dim=-1)
-    if any(s.top_p < 1 for s in samplings):
+    top_p = [1.0 if s.top_p is None else s.top_p for s in samplings]
+    if min(top_p) < 1:
         ordered, order = probabilities_BV.sort(dim=-1, descending=True, stable=True)
         # A token stays while those before it fall short of top_p, so the first always does.
-        outside = ordered.cumsum(dim=-1) - ordered >= column([s.top_p for s in samplings])
+        outside = ordered.cumsum(dim=-1) - ordered >= column(top_p)
         outside[:, 0] = False
         probabilities_BV = probabilities_BV.masked_fill(outside.gather(1, order.argsort(-1)), 0)
+    if any(s.min_p for s in samplings):
+        least_B1 = probabilities_BV.amax(dim=-1, keepdim=True)
+        least_B1 = least_B1 * column([s.min_p or 0.0 for s in samplings])
+        probabilities_BV = probabilities_BV.masked_fill(probabilities_BV < least_B1, 0)
     return probabilities_BV / probabilities_BV.sum(dim=-1, keepdim=True)
 
 

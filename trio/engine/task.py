@@ -12,6 +12,8 @@ from trio.engine.room import Need
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from trio.engine.following import Following
+
 
 @dataclass(kw_only=True, slots=True, eq=False)
 class Task:
@@ -28,6 +30,8 @@ class Task:
     stream: random.Random
     submitted: float
     """Time of arrival, by `time.perf_counter`."""
+    following: Following | None = None
+    """The checkpoint's and the sampling's rules of decoding, if there are any."""
 
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -66,6 +70,8 @@ class Task:
     def restart(self, stream: random.Random) -> None:
         """Forget the answer so far; `stream` is the request's random stream from its start."""
         self.stream = stream
+        if self.following is not None:
+            self.following.restart()
         answer = (self.token_ids, self.logprobs)
         for grown in (*answer, self.layer_tokens, self.positions, self.kept, self.entered):
             grown.clear()

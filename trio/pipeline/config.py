@@ -24,6 +24,7 @@ from trio.config import (
     PROXY_POSITIONS,
     Pruning,
 )
+from trio.engine.request import Sampling
 from trio.errors import UserError
 from trio.pipeline import parse
 from trio.pipeline.columns import parse_mapping
@@ -193,11 +194,44 @@ class JobConfig:
     temperature: float = option(
         0.0, parse.number(0.0), "0 takes the likeliest token, above 0 samples", results=True
     )
-    top_p: float = option(
-        1.0, parse.fraction, "sample from the likeliest tokens of this mass", results=True
+    top_p: float | None = option(
+        None,
+        parse.fraction,
+        "with --temperature: sample from the likeliest tokens of this mass, 1 from all (default:"
+        " the checkpoint's, else 1)",
+        results=True,
     )
     top_k: int | None = option(
-        None, parse.at_least(1), "sample from this many likeliest tokens", results=True
+        None,
+        parse.at_least(0),
+        "with --temperature: sample from this many likeliest tokens, 0 from all (default: the"
+        " checkpoint's, else 0)",
+        unit="tokens",
+        results=True,
+    )
+    min_p: float | None = option(
+        None,
+        parse.number(0.0, 1.0),
+        "with --temperature: sample from tokens with at least this share of the likeliest one's"
+        " probability, 0 from all (default: the checkpoint's, else 0)",
+        unit="fraction",
+        results=True,
+    )
+    repetition_penalty: float | None = option(
+        None,
+        parse.above(0.0),
+        "divides positive logits of tokens that prompt or answer already has, multiplies negative"
+        " ones; 1 is off (default: the checkpoint's, else 1)",
+        unit="factor",
+        results=True,
+    )
+    no_repeat_ngram_size: int | None = option(
+        None,
+        parse.at_least(0),
+        "no run of so many tokens comes twice in prompt and answer; 0 is off (default: the"
+        " checkpoint's, else 0)",
+        unit="tokens",
+        results=True,
     )
     seed: int = option(
         0, parse.at_least(0), "seed of sampling and of --method random", results=True
@@ -381,6 +415,18 @@ class JobConfig:
             fill_up=self.fill_up,
             position_ids=self.position_ids,
             seed=self.seed,
+        )
+
+    def sampling(self) -> Sampling:
+        """How answers are decoded; None in it is left to the checkpoint."""
+        return Sampling(
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            no_repeat_ngram_size=self.no_repeat_ngram_size,
         )
 
     def image_policy(self) -> ImagePolicy:

@@ -18,7 +18,7 @@ from typing import Any
 
 from trio import bundled
 from trio.errors import JobFailed, UserError
-from trio.pipeline import cli, ending, outdir
+from trio.pipeline import cli, decoding, ending, outdir
 from trio.pipeline import config as settings
 from trio.pipeline.cli import ERRORS, FAILED, OK, WRONG
 from trio.pipeline.config import DEMO, JobConfig
@@ -240,6 +240,9 @@ def _announce(config: JobConfig, plan: Any, resources: str) -> None:
         keep = f"schedule {schedule}" if schedule else f"retention {retention:.4g}"
     print(f"input   {len(manifest.shards)} shards, {plan.rows} rows, {manifest.size / 1e6:.1f} MB")
     print(f"model   {config.model}, {config.pruning().name}, {keep}")
+    for line in decoding.lines(config, plan.decoding):
+        if line != decoding.PLAIN:
+            print(line)
     print(f"runs on {resources}")
     print(f"output  {locate(config.output or '').uri}", flush=True)
     if "cluster" in resources and is_local(plan.output.uri):
@@ -267,7 +270,11 @@ def dry_run(job: Job, config: JobConfig) -> int:
 
     output = locate(config.output or "")
     sys.stdout.write(settings.dump(config))
-    for name, plan in _plans(job, config, output):
+    plans = _plans(job, config, output)
+    planned = [plan for _, plan in plans if isinstance(plan, runner.Plan)]
+    for line in decoding.lines(config, planned[0].decoding) if planned else ():
+        print(f"# {line}")
+    for name, plan in plans:
         if not isinstance(plan, runner.Plan):
             print(f"# {name}: finished already")
             continue

@@ -191,8 +191,8 @@ def new_run_id() -> str:
     return uuid.uuid4().hex
 
 
-def claim(output: Location, run: Pinned) -> None:
-    """Write what the run is before its first row.
+def claim(output: Location, run: Pinned, facts: Sequence[str] = ()) -> None:
+    """Write what the run is before its first row; `facts` are lines that its settings leave open.
 
     Raises:
         UserError: the directory cannot be made or written.
@@ -207,6 +207,7 @@ def claim(output: Location, run: Pinned) -> None:
         f"trio-vlm {run.fingerprint.version}, run {run.run_id}\n"
         f"Repeat: --config {CONFIG} --output NEW_DIRECTORY"
     )
+    comment = "\n".join([comment, *facts])
     try:
         for name in (ROWS, STATS):
             make_directory(output.join(name))

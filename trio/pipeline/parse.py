@@ -104,6 +104,18 @@ def number(low: float, high: float = math.inf) -> Reader:
     return read
 
 
+def above(low: float) -> Reader:
+    """A real number above ``low``."""
+
+    def read(value: Any) -> float:
+        result = _real(value)
+        if not result > low:
+            raise UserError(f"must be above {low:g}, got {value}")
+        return result
+
+    return read
+
+
 def fraction(value: Any) -> float:
     """A real number in (0, 1], also written as 1/9."""
     result = _real(value)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import datetime
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
@@ -164,14 +164,7 @@ def _sampling(settings: RowSettings, key: int) -> Sampling:
     if base.temperature == 0:
         return base
     mixed = (settings.seed * 0x9E3779B97F4A7C15 + key * 0xBF58476D1CE4E5B9) % (1 << 62)
-    return Sampling(
-        max_new_tokens=base.max_new_tokens,
-        temperature=base.temperature,
-        top_p=base.top_p,
-        top_k=base.top_k,
-        seed=mixed,
-        stop_token_ids=base.stop_token_ids,
-    )
+    return replace(base, seed=mixed)
 
 
 def answers_of(source: Source) -> Sequence[str]:

@@ -12,10 +12,10 @@ from contextlib import closing, suppress
 from dataclasses import dataclass
 from typing import Any
 
+from trio.engine.decoding import Rules
 from trio.engine.plan import describe
-from trio.engine.request import Sampling
 from trio.errors import JobFailed
-from trio.pipeline import cluster, committed, ids, lease, outdir
+from trio.pipeline import cluster, committed, decoding, ids, lease, outdir
 from trio.pipeline import fingerprint as prints
 from trio.pipeline.actor import EngineFactory, EngineSettings, Receipt, build_engine
 from trio.pipeline.cluster import Resources
@@ -57,6 +57,8 @@ class Plan:
     output: Location
     fingerprint: Fingerprint
     earlier: outdir.Pinned | None
+    decoding: Rules | None = None
+    # of the model; None: they cannot be read here
 
     @property
     def rows(self) -> int:
@@ -102,7 +104,7 @@ def plan(
         )
     return Plan(
         config=config, manifest=manifest, columns=columns, output=output,
-        fingerprint=now, earlier=earlier,
+        fingerprint=now, earlier=earlier, decoding=decoding.read(config),
     )  # fmt: skip
 
 
@@ -241,7 +243,7 @@ def _pinned(run: Plan, config: JobConfig) -> outdir.Pinned:
             ids=ids.scan(run.manifest, column, limit=config.limit) if column else None,
             config=config,
         )
-        outdir.claim(run.output, pinned)
+        outdir.claim(run.output, pinned, decoding.lines(config, run.decoding))
     if pinned.ids is not None and pinned.ids.warning is not None:
         print(pinned.ids.warning, flush=True)
     return pinned
@@ -385,19 +387,13 @@ def _sharing(resources: Resources) -> Callable[[str], int]:
 def engine_settings(config: JobConfig, resources: Resources) -> EngineSettings:
     """What each actor is told about its engine."""
     gpu = resources.gpus_per_actor > 0
-    sampling = Sampling(
-        max_new_tokens=config.max_new_tokens,
-        temperature=config.temperature,
-        top_p=config.top_p,
-        top_k=config.top_k,
-    )
     dtype = {"auto": None if gpu else "float32"}.get(config.dtype, config.dtype)
     return EngineSettings(
         model=config.model,
         pruning=config.pruning(),
         text_tower=config.text_tower,
         text_tower_revision=config.text_tower_revision,
-        sampling=sampling,
+        sampling=config.sampling(),
         dtype=dtype,
         batch_tokens=config.batch_tokens,
         max_running=config.max_running,
