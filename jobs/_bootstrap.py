@@ -1,5 +1,7 @@
 """Makes `import trio` mean this checkout's package; the first import of every job and of the tests.
 
+It also lets threads wait passively, which has to be said before torch is loaded.
+
 An async I/O library of the same name may be installed, or even imported already (by a pytest plugin
 or a sitecustomize). It is kept: whoever holds it goes on with it, and `trio.run` and the like are
 found through our package (see trio/_beside.py).
@@ -21,3 +23,5 @@ def adopt() -> None:
 
 
 adopt()
+
+import trio.models.passive  # noqa: E402, F401  # also before anything loads torch

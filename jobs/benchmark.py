@@ -188,6 +188,7 @@ def speed(options: argparse.Namespace) -> int:
         "retention": pruning.retention,
         "schedule": options.schedule,
         "rounds": options.rounds,
+        "neighbours": options.neighbours,
         "seed": options.seed,
         "dtype": dtype,
         **machine(device),
@@ -203,6 +204,7 @@ def speed(options: argparse.Namespace) -> int:
         dtype=getattr(torch, dtype),
         rounds=options.rounds,
         tell=_tell,
+        neighbours=options.neighbours,
     )
     print(table(result))
     _write(options.json, {"conditions": conditions, **result})
@@ -476,6 +478,7 @@ def _add_speed(parser: argparse.ArgumentParser) -> None:
         device=None,
         dtype=None,
         rounds=3,
+        neighbours=0,
         seed=0,
         json=None,
         dry_run=False,
@@ -493,6 +496,12 @@ def _add_speed(parser: argparse.ArgumentParser) -> None:
     add("--method", help="trio, gradient, random, fastv or divprune (trio)")
     add("--encoder", help="only none in this version")
     _add_where(add)
+    add(
+        "--neighbours",
+        type=_positive,
+        metavar="N",
+        help="processes that want a CPU each, beside a second run of every row in each round",
+    )
     add("--seed", type=int, help="of words, pixels and the order of lengths (0)")
     add("--json", type=Path, metavar="FILE", help="also write conditions, ratios and rows as JSON")
     add("--dry-run", action="store_true", help="print the conditions, then stop")

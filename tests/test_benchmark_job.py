@@ -89,6 +89,22 @@ def test_speed_compares_four_ways_on_the_same_requests(
     assert "patch + generate" in printed and "flops_ratio_total" in printed
 
 
+def test_speed_beside_busy_loops(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "speed.json"
+    flags = ["--shape", "tiny", "--batch", "2", "--output-tokens", "2", "--rounds", "1"]
+    assert benchmark.main(["speed", *flags, "--neighbours", "1", "--json", str(file)]) == 0
+    told = json.loads(file.read_text())
+    assert told["conditions"]["neighbours"] == 1 and "=" in told["conditions"]["waiting"]
+    disturbed = told["neighbours"]
+    names = [row["name"] for row in told["rows"]]
+    assert disturbed["count"] == 1 and [row["name"] for row in disturbed["rows"]] == names
+    assert disturbed["rows"][0]["total_s"] != told["rows"][0]["total_s"]
+    idle, busy = told["rows"][2]["total_s"], disturbed["rows"][2]["total_s"]
+    assert disturbed["images_left"]["engine trio"] == pytest.approx(idle / busy)
+    printed = capsys.readouterr().out
+    assert "beside 1 busy loop\n" in printed and "engine trio: " in printed
+
+
 @pytest.mark.slow
 def test_speed_of_llava_next_counts_tiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The shape `tiny` with images of 5 tiles, 144 visual tokens each, and 24 newlines."""

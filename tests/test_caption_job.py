@@ -445,7 +445,7 @@ def test_a_dry_run_prints_the_plan_and_touches_nothing(
     printed = capsys.readouterr().out
     values = yaml.safe_load(printed)
     assert values["input"] == [str(shard)] and values["retention"] == pytest.approx(1 / 9)
-    assert "26 rows of 1 shards" in printed and "image from image" in printed
+    assert "26 rows of 1 shard;" in printed and "image from image" in printed
     assert not out.exists()
 
 

@@ -39,6 +39,19 @@ assert "trio_vlm_path" not in sys.modules
 ray.init(runtime_env=cluster_runtime_env() or None, log_to_driver=False)
 print("FOUND", trio.run(trio.sleep, 0), ray.get(work.remote()), cluster_runtime_env())
 """
+START = """
+import _bootstrap
+import ray, sys
+from trio.pipeline import cluster
+
+@ray.remote
+def work():
+    given = open("/proc/self/environ").read().split(chr(0))
+    return sorted(each for each in given if each.startswith(("OMP_WAIT_POLICY=", "GOMP_SPIN")))
+
+attached = cluster.start(sys.argv[1] if len(sys.argv) > 1 else None)
+print("FOUND", attached, ray.get(work.remote()))
+"""
 
 
 def free_port() -> int:
@@ -65,7 +78,7 @@ def environment() -> Iterator[dict[str, str]]:
     kept = {
         name: value
         for name, value in os.environ.items()
-        if name != "PYTHONPATH" and not name.startswith("RAY_")
+        if name != "PYTHONPATH" and not name.startswith(("RAY_", "OMP_WAIT", "GOMP_"))
     }
     yield {**kept, "RAY_TMPDIR": room, "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
     shutil.rmtree(room, ignore_errors=True)
@@ -80,7 +93,7 @@ def cluster(python: Path, environment: dict[str, str]) -> Iterator[dict[str, str
     # The agent that takes submitted jobs has a fixed port, which another Ray may hold.
     ports += [f"--dashboard-agent-listen-port={free_port()}"]
     head = subprocess.Popen(
-        [*command, *ports, f"--temp-dir={environment['RAY_TMPDIR']}"],
+        [*command, *ports],
         env=environment,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -117,6 +130,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "jobs").mkdir()
     shutil.copy(ROOT / "jobs" / "_bootstrap.py", folder / "jobs")
     (folder / "jobs" / "script.py").write_text(SCRIPT)
+    (folder / "jobs" / "start.py").write_text(START)
     return folder
 
 
@@ -174,6 +188,51 @@ def test_submitted_with_a_working_directory(checkout: Path, submit: Submit) -> N
     done = submit(checkout, "jobs/script.py", job="name-clash")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "FOUND None (0.5, None, 'None Pruning') {}" in done.stdout
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(
+    ("flag", "variables", "joined", "waits"),
+    [
+        (None, {}, False, "OMP_WAIT_POLICY=PASSIVE"),
+        ("local", {"RAY_ADDRESS": "{ray}", "GOMP_SPINCOUNT": "1000"}, False, "GOMP_SPINCOUNT=1000"),
+        ("{ray}", {"RAY_ADDRESS": "local"}, True, "OMP_WAIT_POLICY=PASSIVE"),
+        ("auto", {"OMP_WAIT_POLICY": "ACTIVE"}, True, "OMP_WAIT_POLICY=ACTIVE"),
+        (None, {"RAY_ADDRESS": "{ray}"}, True, "OMP_WAIT_POLICY=PASSIVE"),
+    ],
+)
+def test_which_ray_is_taken_and_how_its_workers_wait(
+    flag: str | None,
+    variables: dict[str, str],
+    joined: bool,
+    waits: str,
+    python: Path,
+    environment: dict[str, str],
+    cluster: dict[str, str],
+    checkout: Path,
+) -> None:
+    """Beside a Ray that somebody has started on this machine."""
+    filled = {name: value.format(**cluster) for name, value in variables.items()}
+    flags = [flag.format(**cluster)] if flag else []
+    done = subprocess.run(
+        [str(python), str(checkout / "jobs" / "start.py"), *flags],
+        cwd=python.parent,
+        env=environment | filled,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"FOUND {joined} ['{waits}']" in done.stdout
+    nobody_said = flag is None and "RAY_ADDRESS" not in variables
+    assert ("a Ray runs on this machine" in done.stderr) is nobody_said
+
+
+@pytest.mark.ray
+def test_workers_of_a_submitted_job_wait_passively(checkout: Path, submit: Submit) -> None:
+    done = submit(checkout, "jobs/start.py", job="waiting")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "FOUND True ['OMP_WAIT_POLICY=PASSIVE']" in done.stdout
 
 
 @pytest.mark.ray

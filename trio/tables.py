@@ -5,6 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
+def counted(number: int, noun: str) -> str:
+    """As in ``1 shard`` and ``2 shards``."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def aligned(lines: Sequence[Sequence[str]]) -> str:
     """Cells in columns, the first to the left and all others to the right."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]

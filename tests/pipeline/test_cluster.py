@@ -1,6 +1,11 @@
-"""What of a cluster is read and said; the arithmetic has its own tests."""
+"""What of a cluster is read and said, and which one is taken; the arithmetic has its own tests.
+
+A real Ray is joined, or left alone, in tests/test_submitted_job.py.
+"""
 
 import json
+import socket
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,8 +13,9 @@ import pytest
 import ray
 
 from trio.errors import UserError
-from trio.pipeline import cluster
+from trio.pipeline import cluster, parse
 from trio.pipeline.config import JobConfig
+from trio.pipeline.environment import cluster_variables
 from trio.pipeline.placement import Node
 
 
@@ -65,3 +71,88 @@ def test_whether_it_autoscales(
     client = SimpleNamespace(internal_kv_get=lambda key, namespace: value)
     monkeypatch.setattr(ray._private.worker.global_worker, "gcs_client", client, raising=False)
     assert cluster.autoscales() is expected
+
+
+@pytest.mark.parametrize("text", ["auto", "local", "10.0.0.1:6379", "head.ray:1", "[::1]:6379"])
+def test_addresses(text: str) -> None:
+    assert parse.address(text) == text
+
+
+@pytest.mark.parametrize("text", ["here", "10.0.0.1", "ray://10.0.0.1:10001", "head:x", ""])
+def test_what_is_no_address(text: str) -> None:
+    with pytest.raises(UserError, match="expected"):
+        parse.address(text)
+
+
+@pytest.fixture
+def not_submitted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR", raising=False)
+
+
+@pytest.mark.usefixtures("not_submitted")
+def test_an_address_at_which_nothing_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{closed.getsockname()[1]}"
+        with pytest.raises(UserError, match=f"--address {address}: no Ray cluster answers there"):
+            cluster.start(address)
+
+
+@pytest.mark.usefixtures("not_submitted")
+@pytest.mark.parametrize("alive", [True, False])
+def test_a_ray_that_runs_here_is_named_and_left_alone(
+    alive: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Only if it lives: word of one that was killed stays behind."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.setattr(cluster, "_start_here", lambda: None)
+    with socket.socket() as head:
+        head.bind(("127.0.0.1", 0))
+        if alive:
+            head.listen()
+        address = f"127.0.0.1:{head.getsockname()[1]}"
+        (tmp_path / "ray").mkdir()
+        (tmp_path / "ray" / "ray_current_cluster").write_text(address)
+        assert cluster.start() is False
+    said = capsys.readouterr().err
+    assert said.count("\n") == alive
+    for part in (address, "starts one of its own", "--address auto", "RAY_ADDRESS=auto"):
+        assert (part in said) is alive
+
+
+@pytest.mark.parametrize(
+    ("flag", "where"), [(None, "10.0.0.1:6379"), ("auto", "10.0.0.1:6379"), ("local", None)]
+)
+def test_a_submitted_job_stays_where_it_was_submitted(
+    flag: str | None, where: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    joined: list[str] = []
+    monkeypatch.setattr(cluster, "_attach", lambda address, _: joined.append(address))
+    if where is None:
+        with pytest.raises(UserError, match="leave --address out"):
+            cluster.start(flag)
+    else:
+        assert cluster.start(flag) is True and joined == [where]
+
+
+@pytest.mark.parametrize(
+    ("submitted", "expected"),
+    [({}, {"GOMP_SPINCOUNT": "7"}), ({"GOMP_SPINCOUNT": "9"}, {})],
+)
+def test_a_submitted_jobs_own_variables_are_not_repeated(
+    submitted: dict[str, str], expected: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray refuses one that comes twice."""
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    job = {"runtime_env": {"env_vars": submitted}}
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps(job))
+    assert cluster_variables() == expected

@@ -15,6 +15,7 @@ import pytest
 
 from tests.pipeline.fakes import png, write_shard
 from tests.pipeline.faults import faulty
+from trio.errors import UserError
 from trio.pipeline import cluster, dispatch, runner
 from trio.pipeline.config import JobConfig
 from trio.pipeline.dispatch import JobFailed, Stop, Stopped
@@ -163,6 +164,40 @@ def test_rows_that_cannot_be_read_become_errors(tmp_path: Path) -> None:
     assert len(got) == 32
     assert [r["error"] is not None for r in got] == [False] * 10 + [True] * 10 + [False] * 12
     assert got[10]["error"].startswith("shard_unreadable: ShardUnreadable: ")
+
+
+def rewritten(path: Path) -> None:
+    """As many rows as before in the same row groups."""
+    shard(path.parent, [f"another {n}" for n in range(30)], number=int(path.stem))
+
+
+@pytest.mark.parametrize(
+    ("fate", "kind"), [(rewritten, "shard_changed"), (Path.unlink, "shard_gone")]
+)
+def test_a_shard_that_changes_under_way_costs_its_own_rows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], fate: Callable[[Path], None], kind: str
+) -> None:
+    shard(tmp_path / "in", [f"p{n}" for n in range(200)])
+    last, out = shard(tmp_path / "in", [f"q{n}" for n in range(30)], number=1), tmp_path / "out"
+    when(lambda: len(list((out / "rows").glob("*"))) >= 1, lambda: fate(last))
+    summary = execute(tmp_path / "in", out, faulty(delay_s=0.05))
+    got = rows(out)
+    assert len({r["row"] for r in got}) == len(got) == 230
+    assert [r["row"] for r in got if r["error"]] == [(1 << 32) + n for n in range(30)]
+    assert {r["error"].partition(":")[0] for r in got if r["error"]} == {kind}
+    assert summary["error_kinds"] == {kind: 30} and (out / "_SUCCESS").exists()
+    said = capsys.readouterr().err
+    assert said.count("its rows that are not answered yet become errors") == 1
+
+
+def test_an_input_that_is_gone_as_a_whole_ends_the_run(tmp_path: Path) -> None:
+    """It may be a mount: what is left must not become errors."""
+    paths = [shard(tmp_path / "in", [f"p{n}" for n in range(100)], number=n) for n in range(2)]
+    out = tmp_path / "out"
+    when(lambda: len(list((out / "rows").glob("*"))) >= 1, lambda: [p.unlink() for p in paths])
+    with pytest.raises(UserError, match="is gone since the run was planned"):
+        execute(tmp_path / "in", out, faulty(delay_s=0.05))
+    assert not [r for r in rows(out) if r["error"]]
 
 
 def test_an_output_that_cannot_be_written_ends_the_run(tmp_path: Path) -> None:

@@ -10,14 +10,17 @@ from typing import Any
 import torch
 import transformers
 
+from trio.models import waiting
+
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """Date, device, threads and versions."""
+    """Date, device, threads and how they wait, and versions."""
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {
         "date": datetime.date.today().isoformat(),
         "device": gpu or _processor(),
         "threads": torch.get_num_threads(),
+        "waiting": waiting.describe(),
         "torch": str(torch.__version__),
         "transformers": transformers.__version__,
     }

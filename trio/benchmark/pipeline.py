@@ -5,7 +5,7 @@ preparing, answering, writing rows) over those of the engine alone on the same r
 cores. `pipeline_rows_per_s`: rows per second of a job whose engine answers at once, which is what
 one job can do at most however fast its engine is.
 
-A job's time goes from the first unit that an engine took to the last receipt, as in its
+A job's time goes from when its engine was ready to the last receipt, as in its
 summary.json: starting Ray and loading the model are shown beside it. What was read while the engine
 loaded is therefore not in it, so a run must be long against that; all else is. The engine alone is
 `Engine.generate` on requests whose images are decoded already: preparing them is in its time,

@@ -3,7 +3,8 @@ pruning.
 
 All subjects answer the same random requests on the same random weights, one after the other in
 every round, so that whatever slows the machine down meets all of them. Figures are medians over
-rounds, ratios are medians of the ratios within a round.
+rounds, ratios are medians of the ratios within a round. Where busy loops are asked for, every round
+has each subject once without them and once beside them.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from PIL import Image
 from trio.benchmark.ceilings import Ceilings, PeakMemory, seconds
 from trio.benchmark.ceilings import measure as measure_ceilings
 from trio.benchmark.cost import choosing_flops
+from trio.benchmark.neighbours import neighbours as busy
 from trio.benchmark.shapes import build
 from trio.config import Pruning
 from trio.engine.engine import Engine
@@ -30,7 +32,7 @@ from trio.models.registry import adapt
 from trio.patching import patch, unpatch
 from trio.pruning.cost import DecoderShape
 from trio.pruning.schedule import tokens_per_layer
-from trio.tables import aligned
+from trio.tables import aligned, counted
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -281,6 +283,12 @@ def measure(subjects: Sequence[Subject], rounds: int) -> Iterator[dict[str, Run]
             yield runs
 
 
+def beside(subjects: Sequence[Subject], count: int) -> dict[str, Run]:
+    """A run of every subject beside so many busy loops."""
+    with busy(count):
+        return {subject.name: subject.run() for subject in subjects}
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Work:
     """Multiply-adds of the prefill of all requests, pruned: what comes on top of the decoder's."""
@@ -382,7 +390,21 @@ def _row(
 
 
 def table(summary: dict[str, Any]) -> str:
-    """The rows as aligned text, then the ratios."""
+    """The rows as aligned text, then the ratios; the same again beside busy loops, if there were
+    any, and what share of its images per second each subject has left there."""
+    text = _table(summary)
+    disturbed = summary.get("neighbours")
+    if disturbed is None:
+        return text
+    left = "\n".join(
+        f"{name}: {share:.2f} of its images/s" for name, share in disturbed["images_left"].items()
+    )
+    return (
+        f"{text}\n\nbeside {counted(disturbed['count'], 'busy loop')}\n{_table(disturbed)}\n{left}"
+    )
+
+
+def _table(summary: dict[str, Any]) -> str:
     head = ["", "prefill s", "prune", "decode s", "total s", "(range)", "images/s", "tokens/s"]
     head += ["peak MB", "KV MB", "GFLOPs", "with all", "FLOPs of limit", "bytes of limit"]
     lines = [head]
@@ -426,6 +448,7 @@ def compare(
     dtype: torch.dtype,
     rounds: int,
     tell: Callable[[str], None],
+    neighbours: int = 0,
 ) -> dict[str, Any]:
     """Build a model and measure all four subjects on it.
 
@@ -433,9 +456,12 @@ def compare(
         shape: name in `trio.benchmark.shapes`.
         rounds: with a run of every subject each.
         tell: is told of every round that is done.
+        neighbours: busy loops beside a second run of every subject in each round; 0: no such run.
 
     Returns:
-        Ratios, ceilings and rows, as in the JSON file.
+        Ratios, ceilings and rows, as in the JSON file; with busy loops the same again, below
+        `neighbours`, with their `count` and `images_left`, each subject's share of its own images
+        per second.
 
     Raises:
         UserError: no such shape, or it does not fit into memory.
@@ -445,8 +471,27 @@ def compare(
     requests = requests_for(model, processor, workload)
     subjects = subjects_for(model, processor, requests, pruning)
     ceilings = measure_ceilings(device, dtype)
-    done = []
+    alone, disturbed = [], []
     for runs in measure(subjects, rounds):
-        done.append(runs)
-        tell(f"round {len(done)}/{rounds}")
-    return summary(done, work_of(model, pruning, requests), ceilings, workload.batch)
+        alone.append(runs)
+        if neighbours:
+            disturbed.append(beside(subjects, neighbours))
+        tell(f"round {len(alone)}/{rounds}")
+    work = work_of(model, pruning, requests)
+    found = summary(alone, work, ceilings, workload.batch)
+    if neighbours:
+        again = summary(disturbed, work, ceilings, workload.batch)
+        left = images_left(alone, disturbed)
+        found["neighbours"] = {"count": neighbours, "images_left": left, **again}
+    return found
+
+
+def images_left(
+    alone: Sequence[dict[str, Run]], disturbed: Sequence[dict[str, Run]]
+) -> dict[str, float]:
+    """Images per second beside busy loops over those without, of each subject."""
+    pairs = list(zip(alone, disturbed, strict=True))
+    return {
+        name: statistics.median(one[name].total_s / other[name].total_s for one, other in pairs)
+        for name in alone[0]
+    }

@@ -12,6 +12,8 @@ alone.
 
 from __future__ import annotations
 
+import trio.models.passive  # noqa: F401  # isort: skip
+
 import argparse
 import math
 from collections import defaultdict

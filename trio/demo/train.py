@@ -12,6 +12,8 @@ one thread each is faster on two cores than one process with two threads.
 
 from __future__ import annotations
 
+import trio.models.passive  # noqa: F401  # isort: skip
+
 import argparse
 import math
 import os

@@ -30,6 +30,7 @@ from trio.engine.scheduler import Scheduler
 from trio.engine.stats import Counters
 from trio.engine.task import Task
 from trio.errors import UserError
+from trio.models import waiting
 from trio.models.adapter import Adapter, Features
 from trio.models.registry import adapt
 from trio.models.text_tower import TextTower
@@ -80,6 +81,8 @@ class Engine:
         adapter = adapt(model)
         if adapter.decoder.device.type == "meta":
             raise UserError("the model is on the meta device, without weights; load them first")
+        if adapter.decoder.device.type == "cpu":
+            waiting.warn(torch.get_num_threads())
         self.prepare = Preparer(processor, type(adapter), system)
         sample = _check_fit(self.prepare, adapter)
         if kv_bytes is None:

@@ -10,7 +10,6 @@ import dataclasses
 import datetime
 import os
 import threading
-import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -24,6 +23,7 @@ from PIL import Image
 
 from trio.config import Pruning
 from trio.engine.request import Sampling
+from trio.models import waiting
 from trio.pipeline import totals as sums
 from trio.pipeline.columns import Columns
 from trio.pipeline.cpus import usable
@@ -98,6 +98,8 @@ EngineFactory = Callable[[EngineSettings], EngineLike]
 
 def build_engine(settings: EngineSettings) -> EngineLike:
     """The engine on this process's device."""
+    # A Ray that was started by other hands need not have it in its environment.
+    waiting.passively()
     import torch
 
     from trio.engine.engine import Engine
@@ -147,8 +149,6 @@ class Receipt:
     """What a committed unit adds up to."""
 
     unit: Unit
-    began_at: float
-    # when its actor took it [seconds since 1970]
     totals: Totals
     node: str
 
@@ -205,15 +205,14 @@ class EngineActor:
         """Answer and commit a unit; ``turn`` counts the calls that read.
 
         Raises:
-            ShardUnreadable: the rows cannot be read.
+            ShardUnreadable: the rows cannot be read, or are not those that were planned.
             EngineDied: the engine failed; this process is of no more use.
             OSError: the output cannot be written.
         """
-        began_at = time.time()
         table = self._reader.read(shard, unit, turn)
         read = sources(table, unit, shard.path)
         rows = self._outcomes(read, shard)
-        return self._commit(unit, rows, sums.merge(map(_totals, rows, read)), began_at)
+        return self._commit(unit, rows, sums.merge(map(_totals, rows, read)))
 
     def answer_row(
         self, shard: Shard, unit: Unit, index: int, refusal: str | None
@@ -233,18 +232,17 @@ class EngineActor:
 
     def commit_rows(self, unit: Unit, rows: Sequence[dict[str, Any]], totals: Totals) -> Receipt:
         """Commit a unit whose rows were answered one by one."""
-        return self._commit(unit, rows, totals, time.time())
+        return self._commit(unit, rows, totals)
 
-    def refuse(self, shard: Shard, unit: Unit, message: str) -> Receipt:
+    def refuse(self, shard: Shard, unit: Unit, kind: str, message: str) -> Receipt:
         """Commit a unit that cannot be read as so many errors."""
-        began_at = time.time()
         nothing = pa.table({"": pa.nulls(unit.stop - unit.start)})
         read = sources(nothing, unit, shard.path)
         if self._columns.id is None:
             for source in read:
                 source.id = made_up_id(source, self._rows)
-        rows = [self._row(source, RowError("shard_unreadable", message)) for source in read]
-        return self._commit(unit, rows, sums.merge(map(_totals, rows, read)), began_at)
+        rows = [self._row(source, RowError(kind, message)) for source in read]
+        return self._commit(unit, rows, sums.merge(map(_totals, rows, read)))
 
     def _outcomes(self, read: Sequence[Source], shard: Shard) -> list[dict[str, Any]]:
         assert self._engine is not None, "start() comes first"
@@ -257,12 +255,10 @@ class EngineActor:
             source, outcome, actor=self._name, node=self._node, save_kept=self._rows.save_kept
         )
 
-    def _commit(
-        self, unit: Unit, rows: Sequence[dict[str, Any]], totals: Totals, began_at: float
-    ) -> Receipt:
+    def _commit(self, unit: Unit, rows: Sequence[dict[str, Any]], totals: Totals) -> Receipt:
         stats = self._report.interval(totals) | {"actor": self._name, "node": self._node}
         self._sink.commit(unit, rows, stats, totals)
-        return Receipt(unit=unit, began_at=began_at, totals=totals, node=self._node)
+        return Receipt(unit=unit, totals=totals, node=self._node)
 
 
 def _totals(row: Mapping[str, Any], source: Source) -> Totals:

@@ -5,29 +5,42 @@ from __future__ import annotations
 import json
 import logging
 import os
+import socket
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
 
 from trio.errors import UserError
+from trio.models import waiting
 from trio.pipeline import cpus
-from trio.pipeline.config import JobConfig
-from trio.pipeline.environment import cluster_runtime_env, export_path
+from trio.pipeline.config import AUTO, LOCAL, JobConfig
+from trio.pipeline.environment import (
+    cluster_runtime_env,
+    cluster_variables,
+    export_path,
+    submitted,
+)
 from trio.pipeline.placement import Node, place
 
 LOCAL_CPUS = 4
 # logical, also on a smaller machine
+ANSWER_S, HERE_S = 10.0, 1.0
+# for a head to take a connection: one that was asked for, and one that may be here
 QUIET = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DEDUP_LOGS": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_BACKEND_LOG_LEVEL": "fatal",
 }
+
+
+LOGGING: dict[str, Any] = {"logging_level": logging.ERROR, "configure_logging": True}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,34 +72,85 @@ class Resources:
         )
 
 
-def start() -> bool:
-    """Attach to the cluster that RAY_ADDRESS or this machine names, else start Ray in here.
+def start(address: str | None = None) -> bool:
+    """Attach to the cluster that was asked for, else start Ray in here.
 
     Returns whether it is somebody's cluster. A Ray that is already initialised stays as it is.
+
+    Args:
+        address: as ``--address``; None leaves it to RAY_ADDRESS.
+
+    Raises:
+        UserError: no cluster answers there.
     """
     _silence()
+    waiting.passively()
     if ray.is_initialized():
         return True
-    options: dict[str, Any] = {"logging_level": logging.ERROR, "configure_logging": True}
-    address = os.environ.get("RAY_ADDRESS")
-    if address != "local" and (address or _cluster_here()):
-        try:
-            env = cluster_runtime_env() or None
-            with _hushed():
-                ray.init(address=address or "auto", runtime_env=env, log_to_driver=False, **options)
-            return True
-        except ConnectionError as error:
-            if address:
-                raise UserError(
-                    f"RAY_ADDRESS={address}: no Ray cluster answers there; correct it, or set it"
-                    " to 'local'"
-                ) from error
+    where, source = _asked(address)
+    if where is None:
+        _tell_of_another()
+    if where is None or where == LOCAL:
+        _start_here()
+        return False
+    _attach(where, source)
+    return True
+
+
+def _asked(address: str | None) -> tuple[str | None, str]:
+    """Which Ray is wanted, and what says so: ``--address`` before RAY_ADDRESS; None: nothing does.
+
+    Raises:
+        UserError: another one than that to which this job was submitted, or none answers there.
+    """
+    named = os.environ.get("RAY_ADDRESS") or None
+    if address is None or (submitted() and address in (AUTO, named)):
+        return named, f"RAY_ADDRESS={named}"
+    if submitted():
+        raise UserError(
+            f"--address {address}: a job of 'ray job submit' runs on the cluster it was submitted"
+            " to; leave --address out, also of --config"
+        )
+    if address not in (AUTO, LOCAL) and not _answers(address, ANSWER_S):
+        raise UserError(f"--address {address}: no Ray cluster answers there; correct it")
+    # Ray takes the variable's word against 'auto'.
+    os.environ.pop("RAY_ADDRESS", None)
+    return address, f"--address {address}"
+
+
+def _start_here() -> None:
     export_path()
     count = max(LOCAL_CPUS, cpus.usable())
-    options |= {"num_cpus": count, "include_dashboard": False, "log_to_driver": False}
     with _hushed():
-        ray.init(address="local", **options)
-    return False
+        ray.init(
+            address=LOCAL, num_cpus=count, include_dashboard=False, log_to_driver=False, **LOGGING
+        )
+
+
+def _attach(where: str, source: str) -> None:
+    env = cluster_runtime_env()
+    variables = cluster_variables()
+    if variables:
+        env["env_vars"] = variables
+    try:
+        with _hushed():
+            ray.init(address=where, runtime_env=env or None, log_to_driver=False, **LOGGING)
+    except ConnectionError as error:
+        raise UserError(
+            f"{source}: no Ray cluster answers there; correct it, or set it to '{LOCAL}'"
+        ) from error
+
+
+def _tell_of_another() -> None:
+    """Where nobody has said which Ray: the one that `ray start` left here is not ours to take."""
+    there = _cluster_here()
+    if there:
+        print(
+            f"a Ray runs on this machine ({there}); this job starts one of its own:"
+            f" --address {AUTO} (or RAY_ADDRESS={AUTO}) joins the other, {LOCAL} ends this line",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 @contextmanager
@@ -107,9 +171,24 @@ def _hushed() -> Iterator[None]:
             os.close(shown)
 
 
-def _cluster_here() -> bool:
-    """Whether ``ray start`` has left word of a cluster on this machine; it may be gone."""
-    return os.path.exists("/tmp/ray/ray_current_cluster")
+def _cluster_here() -> str | None:
+    """Address of the cluster that ``ray start`` has left word of on this machine, if it lives."""
+    base = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
+    try:
+        address = Path(base, "ray", "ray_current_cluster").read_text().strip()
+    except (OSError, UnicodeDecodeError):
+        return None
+    return address if _answers(address, HERE_S) else None
+
+
+def _answers(address: str, seconds: float) -> bool:
+    """Whether anything takes a connection at host:port."""
+    host, _, port = address.rpartition(":")
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), seconds):
+            return True
+    except (OSError, ValueError, OverflowError):
+        return False
 
 
 def _silence() -> None:

@@ -33,6 +33,8 @@ from trio.pipeline.storage import check_no_secret
 
 DEMO = bundled.NAME
 # stands for the bundled shard and the bundled model, wherever the package is installed
+AUTO, LOCAL = "auto", "local"
+# of --address: the Ray of this machine, and one of the job's own
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 SCORED = ("exact", "objects")
 
@@ -257,6 +259,14 @@ class JobConfig:
         " bounds their visual tokens; for the same models (default: the processor's)",
         unit="pixels",
         results=True,
+    )
+    address: str | None = option(
+        None,
+        parse.address,
+        f"Ray to run on: {LOCAL} starts one for this job, {AUTO} joins the one of this machine,"
+        " host:port joins a cluster (default: RAY_ADDRESS; without it local); for 'ray job submit'"
+        " leave it out",
+        metavar="RAY",
     )
     actors: int | None = option(
         None, parse.at_least(1), "engines (default: one per GPU; without GPUs 1)"

@@ -25,9 +25,11 @@ from trio.errors import JobFailed, UserError
 from trio.pipeline.actor import BEAT, EngineActor, Receipt
 from trio.pipeline.manifest import Shard
 from trio.pipeline.plan import Unit
-from trio.pipeline.reader import ShardGone, ShardUnreadable
+from trio.pipeline.reader import ShardChanged, ShardGone, ShardUnreadable
+from trio.pipeline.storage import exists, locate
 from trio.pipeline.totals import Totals, merge
 from trio.pipeline.work import WorkQueue
+from trio.tables import counted
 
 SUSPECT_DEATHS = 2
 # deaths of actors that had a unit in hand, from which on it is done alone
@@ -181,7 +183,10 @@ class Dispatcher:
         self._suspects: deque[_Suspect] = deque()
         self._delayed: list[tuple[float, Unit]] = []
         self._deaths: Counter[Unit] = Counter()
-        self._failures: dict[Unit, list[str]] = {}
+        self._failures: dict[Unit, list[tuple[str, str]]] = {}
+        # kind and reason of each
+        self._lost: set[int] = set()
+        # numbers of shards that changed or went: what is left of them is errors
         self._slots = [_Slot(number) for number in range(options.actors)]
         self._failed_starts = self._barren = 0
         self._counted = float("-inf")
@@ -346,7 +351,8 @@ class Dispatcher:
             return
         suspect = self._suspects.popleft()
         if suspect.deaths > ROW_DEATHS:
-            self._failures[suspect.unit] = ["the process died while it read or wrote these rows"]
+            reason = "the process died while it read or wrote these rows"
+            self._failures[suspect.unit] = [(ShardUnreadable.kind, reason)]
             self._ask(slot, _Call("refuse", suspect.unit))
             return
         kind = "alone" if not suspect.by_rows else "rows" if suspect.whole else "row"
@@ -362,7 +368,7 @@ class Dispatcher:
             ref = actor.answer.remote(shard, unit, slot.turn)
             slot.turn += 1
         elif call.kind == "refuse":
-            ref = actor.refuse.remote(shard, unit, self._failures[unit][-1])
+            ref = actor.refuse.remote(shard, unit, *self._failures[unit][-1])
         elif call.kind == "rows":
             assert suspect is not None
             rows, totals = [row for row, _ in suspect.rows], merge(t for _, t in suspect.rows)
@@ -425,13 +431,13 @@ class Dispatcher:
     def _failed(self, slot: _Slot, ref: Any, cause: BaseException) -> Iterator[Receipt]:
         """A call raised in an actor that lives."""
         call, reason = slot.calls[ref], _reason(cause)
-        if isinstance(cause, UserError) and not (call.kind == "start" and self._others(slot)):
-            raise UserError(str(cause)) from cause
-        if call.unit is None:
-            self._failed_start(slot, reason)
-        elif isinstance(cause, ShardUnreadable | OSError):
+        if call.unit is not None and isinstance(cause, ShardUnreadable | OSError):
             del slot.calls[ref]
             self._put_off(slot, call.unit, cause, reason)
+        elif isinstance(cause, UserError) and not (call.kind == "start" and self._others(slot)):
+            raise UserError(str(cause)) from cause
+        elif call.unit is None:
+            self._failed_start(slot, reason)
         else:
             yield from self._lose(slot, reason)
 
@@ -441,11 +447,14 @@ class Dispatcher:
     def _put_off(self, slot: _Slot, unit: Unit, cause: Exception, reason: str) -> None:
         """A unit that could not be read or written is tried again later, a few times."""
         tried = self._failures.setdefault(unit, [])
-        tried.append(reason)
-        if isinstance(cause, ShardGone) and len(tried) >= READ_TRIES:
-            raise UserError(str(cause))
-        if isinstance(cause, ShardUnreadable) and len(tried) >= READ_TRIES:
-            self._say(f"{reason}: rows {unit.start} to {unit.stop} become errors")
+        lost = isinstance(cause, ShardChanged | ShardGone)
+        kind = cause.kind if isinstance(cause, ShardUnreadable) else ""
+        tried.append((kind, str(cause) if lost else reason))
+        if kind and (len(tried) >= READ_TRIES or (lost and unit.shard in self._lost)):
+            if lost:
+                self._lose_shard(unit.shard, cause)
+            else:
+                self._say(f"{reason}: rows {unit.start} to {unit.stop} become errors")
             self._ask(slot, _Call("refuse", unit))
         elif len(tried) >= WRITE_TRIES:
             raise JobFailed(f"rows/{unit.name} failed {len(tried)} times: {reason}")
@@ -453,6 +462,29 @@ class Dispatcher:
             pause = _pause(len(tried))
             self._say(f"rows/{unit.name}: {reason}; next try in {pause:.0f} s")
             self._delayed.append((time.monotonic() + pause, unit))
+
+    def _lose_shard(self, number: int, cause: Exception) -> None:
+        """A shard that somebody replaced or removed costs its own rows; said once.
+
+        Raises:
+            UserError: the shard is gone, and not alone: a mount or a node is at fault, which will
+                be mended, and the run goes on from here then.
+        """
+        if number in self._lost:
+            return
+        if isinstance(cause, ShardGone) and not self._alone_gone(number):
+            raise UserError(str(cause))
+        self._lost.add(number)
+        self._say(f"{cause}: its rows that are not answered yet become errors")
+
+    def _alone_gone(self, number: int) -> bool:
+        """Whether a shard is gone, as seen from here, and a neighbour of it in the input is not."""
+        near = [n for n in (number, number - 1, number + 1) if n in self._shards]
+        try:
+            itself, *others = (exists(locate(self._shards[n].path)) for n in near)
+        except OSError:
+            return False
+        return not itself and any(others)
 
     def _lose(self, slot: _Slot, reason: str) -> Iterator[Receipt]:
         """The actor is gone or of no more use. What it had in hand is received if it is there after
@@ -466,13 +498,13 @@ class Dispatcher:
         if self._barren >= BARREN_DEATHS:
             raise JobFailed(f"engines died {self._barren} times with nothing done: {reason}")
         if calls:
-            self._say(f"an engine died ({reason}); {len(calls)} units are done again")
+            self._say(f"an engine died ({reason}); {counted(len(calls), 'unit')} done again")
         for call in calls:
             assert call.unit is not None
             totals = self._there(call.unit)
             if totals is not None:
                 node = slot_node or ""
-                receipt = Receipt(unit=call.unit, began_at=time.time(), totals=totals, node=node)
+                receipt = Receipt(unit=call.unit, totals=totals, node=node)
                 yield self._received(receipt)
             else:
                 self._again(call, charge)

@@ -1,7 +1,8 @@
-"""How Ray's worker processes find this package, and not the async library of the same name.
+"""How Ray's worker processes find this package, and not the async library of the same name; and how
+their threads wait.
 
-A job that was submitted with a working directory needs nothing: Ray unpacks it on every node and
-puts it first on PYTHONPATH. This module serves the other two ways to start.
+A job that was submitted with a working directory needs nothing to be found: Ray unpacks it on every
+node and puts it first on PYTHONPATH. The other two ways to start are served here.
 """
 
 import json
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import trio
+from trio.models import waiting
 
 PACKAGE = Path(trio.__file__).resolve().parent
 
@@ -24,14 +26,33 @@ def export_path() -> None:
     os.environ["PYTHONPATH"] = os.pathsep.join([ours, *(path for path in others if path != ours)])
 
 
+def submitted() -> bool:
+    """Whether this process is the driver of `ray job submit`."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
+def cluster_variables() -> dict[str, str]:
+    """Existing cluster: the `env_vars` of the `runtime_env`, so that its workers wait as we would.
+
+    Without those that the submitted job brings, of which Ray takes no second word.
+    """
+    given = _job_environment().get("env_vars") or {}
+    return {name: value for name, value in waiting.chosen().items() if name not in given}
+
+
+def _job_environment() -> dict[str, Any]:
+    """The `runtime_env` that this job was submitted with."""
+    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}")
+    return job.get("runtime_env") or {}
+
+
 def cluster_runtime_env() -> dict[str, Any]:
     """Existing cluster: the `runtime_env` for `ray.init`, so that every node has our package.
 
     Empty in a job submitted with a working directory that holds the package; else Ray uploads the
     package's directory, which its workers then find before anything in site-packages.
     """
-    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}")
-    submitted = (job.get("runtime_env") or {}).get("working_dir")
-    if submitted and PACKAGE.is_relative_to(Path.cwd().resolve()):
+    unpacked = _job_environment().get("working_dir")
+    if unpacked and PACKAGE.is_relative_to(Path.cwd().resolve()):
         return {}
     return {"py_modules": [str(PACKAGE)]}

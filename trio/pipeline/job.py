@@ -26,6 +26,7 @@ from trio.pipeline.manifest import tell
 from trio.pipeline.outdir import UNPRUNED
 from trio.pipeline.storage import Location, is_local, locate
 from trio.pipeline.summary import share, table
+from trio.tables import counted
 
 DEFAULT_RETENTION = 1 / 9
 
@@ -160,7 +161,7 @@ def run(job: Job, config: JobConfig) -> int:
         return _verdict(job, config, plans[0][1])
     stop, done = Stop(), []
     with lease.hold(output) as held:
-        attached = cluster.start()
+        attached = cluster.start(config.address)
         try:
             resources = cluster.fit(config, attached=attached)
             _announce(config, to_do[0], resources.describe())
@@ -238,7 +239,8 @@ def _announce(config: JobConfig, plan: Any, resources: str) -> None:
     if config.pruning_asked:
         schedule, retention = config.schedule, config.retention
         keep = f"schedule {schedule}" if schedule else f"retention {retention:.4g}"
-    print(f"input   {len(manifest.shards)} shards, {plan.rows} rows, {manifest.size / 1e6:.1f} MB")
+    shards, rows = counted(len(manifest.shards), "shard"), counted(plan.rows, "row")
+    print(f"input   {shards}, {rows}, {manifest.size / 1e6:.1f} MB")
     print(f"model   {config.model}, {config.pruning().name}, {keep}")
     for line in decoding.lines(config, plan.decoding):
         if line != decoding.PLAIN:
@@ -280,6 +282,7 @@ def dry_run(job: Job, config: JobConfig) -> int:
             continue
         roles = ", ".join(f"{role} from {column}" for role, column in plan.columns.roles.items())
         state = "goes on with an unfinished run" if plan.earlier else "new"
-        print(f"# {name}: {plan.rows} rows of {len(plan.manifest.shards)} shards; {roles}")
+        shards = counted(len(plan.manifest.shards), "shard")
+        print(f"# {name}: {counted(plan.rows, 'row')} of {shards}; {roles}")
         print(f"# {name}: output {plan.output.uri}, {state}")
     return OK

@@ -23,6 +23,7 @@ from pyarrow import fs as pafs
 from trio.errors import UserError, first_line
 from trio.pipeline import listing
 from trio.pipeline.storage import Location, bare, list_files, locate
+from trio.tables import counted
 
 FOOTER_THREADS = 16
 
@@ -130,7 +131,7 @@ class Manifest:
     def difference(self, found: Sequence[tuple[Location, int]]) -> str | None:
         """What tells a listing of the input (see `expand`) from this one, None when nothing."""
         if len(self.shards) != len(found):
-            return f"{len(self.shards)} shards then, {len(found)} now"
+            return f"{counted(len(self.shards), 'shard')} then, {len(found)} now"
         for shard, (location, size) in zip(self.shards, found, strict=True):
             if shard.path != location.uri:
                 return f"shard {shard.number} was {shard.path}, is {location.uri}"

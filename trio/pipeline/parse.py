@@ -72,6 +72,16 @@ def adapters(value: Any) -> tuple[str, ...]:
     return read
 
 
+def address(value: Any) -> str:
+    """Of a Ray: auto, local or host:port."""
+    read = text(value)
+    if read not in ("auto", "local") and not re.fullmatch(
+        r"(\[[\da-fA-F:.]+\]|[\w.-]+):\d{1,5}", read
+    ):
+        raise UserError(f"expected auto, local or host:port, got {read!r}")
+    return read
+
+
 def flag(value: Any) -> bool:
     if not isinstance(value, bool):
         raise UserError(f"expected true or false, got {value!r}")

@@ -32,9 +32,20 @@ ARROW_SCHEMA = b"ARROW:schema"
 class ShardUnreadable(Exception):
     """A shard, or the part of it that holds a unit, cannot be read now."""
 
+    kind = "shard_unreadable"
+
 
 class ShardGone(ShardUnreadable):
     """There is no such file now."""
+
+    kind = "shard_gone"
+
+
+class ShardChanged(ShardUnreadable, UserError):
+    """The file is not the one that the manifest describes: none of its rows is that which was
+    planned. A user's mistake for who reads once."""
+
+    kind = "shard_changed"
 
 
 class UnitReader:
@@ -56,7 +67,7 @@ class UnitReader:
         Raises:
             ShardUnreadable: no way to read it; another try may succeed.
             ShardGone: it is not there; on a node that is new it may come.
-            UserError: the shard is not the one that the manifest describes.
+            ShardChanged: it is not the one that the manifest describes.
         """
         with self._changed:
             if turn is None:
@@ -73,13 +84,16 @@ class UnitReader:
         try:
             cursor = self._cursor_at(shard, unit)
             return cursor.take(unit)
-        except FileNotFoundError as error:
-            raise ShardGone(f"{shard.path}: the shard is gone since the run was planned") from error
-        except (OSError, pa.ArrowException) as error:
+        except Exception as error:
             if cursor is not None:
                 self._cursors.remove(cursor)
                 cursor.close()
-            raise ShardUnreadable(f"{shard.path}: {first_line(error)}") from error
+            if isinstance(error, FileNotFoundError):
+                said = f"{shard.path}: the shard is gone since the run was planned"
+                raise ShardGone(said) from error
+            if isinstance(error, OSError | pa.ArrowException):
+                raise ShardUnreadable(f"{shard.path}: {first_line(error)}") from error
+            raise
 
     def _cursor_at(self, shard: Shard, unit: Unit) -> _Cursor:
         group, first = group_of(shard.row_groups, unit.start)
@@ -128,8 +142,8 @@ class _Cursor:
     def _decoded(self, shard: Shard, columns: Columns, group: int) -> Generator[pa.RecordBatch]:
         file = _opened(self._stream, columns)
         groups = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
-        if tuple(groups) != shard.row_groups:
-            raise UserError(f"{shard.path}: the shard has changed since the run was planned")
+        if self._stream.size() != shard.size or tuple(groups) != shard.row_groups:
+            raise ShardChanged(f"{shard.path}: the shard has changed since the run was planned")
         there = file.schema_arrow.names
         roles = {role: name for role, name in columns.roles.items() if name in there}
         names = sorted(set(roles.values()))
@@ -138,7 +152,7 @@ class _Cursor:
                 rows = _batch_rows(file.metadata.row_group(number), names)
                 for batch in file.iter_batches(rows, row_groups=[number], columns=names):
                     yield batch.select(list(roles.values())).rename_columns(list(roles))
-        raise UserError(f"{shard.path}: holds fewer rows than its footer says")
+        raise ShardUnreadable(f"{shard.path}: holds fewer rows than its footer says")
 
 
 def _opened(stream: pa.NativeFile, columns: Columns) -> pq.ParquetFile:

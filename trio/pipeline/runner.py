@@ -196,11 +196,12 @@ def execute(
                     if item.node not in seen:
                         _check_shared(run, item, pinned.run_id)
                         seen.add(item.node)
-                    progress.add(item.totals, item.began_at)
+                    progress.add(item.totals)
                     snapshot.add(item.unit, progress.done)
                     _check_errors(config, before, progress.done)
                 elif memory_plan is None:
                     memory_plan = item
+                    progress.answering()
                     progress.say(describe(memory_plan))
     _check_complete(run, wanted, progress.done)
     summary = summarise(

@@ -45,7 +45,7 @@ def summarise(
         run_id: the run's id.
         wall_s: of this attempt, from start to end, in seconds.
         done_before: what earlier attempts had committed.
-        work_s: from the first unit that an engine took to the last row [s]: what rates refer to.
+        work_s: from when the first engine was ready to the last row [s]: what rates refer to.
         resources: what it ran on, in words.
         memory_plan: of the engine that answered first; None where no engine was needed.
         score: how responses were compared with answers; objects are told of with "objects" only.

@@ -1,0 +1,54 @@
+"""How the threads of a CPU wait for each other: PyTorch's parallel regions run on OpenMP.
+
+By default a thread that is through spins until the last one is, which is quick on an idle machine.
+Beside other processes the spinning takes the CPU from the very thread that is waited for, and a
+step can last fifty times as long. `OMP_WAIT_POLICY=PASSIVE` lets threads sleep instead. GNU's
+OpenMP, which PyTorch's wheels for Linux bring, and LLVM's and Intel's all read it, once, when torch
+is loaded. No torch in here.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+
+POLICY, PASSIVE = "OMP_WAIT_POLICY", "PASSIVE"
+CHOICES = (POLICY, "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+# by any of these a user decides; the second is GNU's, the third LLVM's and Intel's
+_warned = False
+
+
+def chosen() -> dict[str, str]:
+    """The variables that decide it, as far as they are set."""
+    return {name: value for name in CHOICES if (value := os.environ.get(name))}
+
+
+def passively() -> None:
+    """Let threads of this process and of its children sleep, unless the environment says how.
+
+    To be called before torch is loaded.
+    """
+    if not chosen():
+        os.environ[POLICY] = PASSIVE
+
+
+def describe() -> str:
+    """For the conditions of a measurement, as in ``OMP_WAIT_POLICY=PASSIVE``."""
+    return " ".join(f"{name}={value}" for name, value in chosen().items()) or "spinning"
+
+
+def warn(threads: int) -> None:
+    """Say once in a process that several threads spin, where nobody has decided it.
+
+    threads: that compute on this CPU.
+    """
+    global _warned
+    if threads < 2 or chosen() or _warned:
+        return
+    _warned = True
+    logging.getLogger(__name__).warning(
+        "%d threads compute on this CPU and spin while they wait for each other, which is many"
+        " times slower beside other processes: set OMP_WAIT_POLICY=PASSIVE in the environment"
+        " before torch is imported (ACTIVE keeps the spinning and ends this line)",
+        threads,
+    )
