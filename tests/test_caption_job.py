@@ -436,6 +436,39 @@ def test_mistakes_end_with_code_2_and_one_line(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in.parquet"]
 
 
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_local")
+def test_the_models_rules_of_decoding_are_followed_and_noted(
+    tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ruled = tmp_path / "model"
+    shutil.copytree(model, ruled)
+    rules = {"eos_token_id": 2, "repetition_penalty": 1.4, "num_beams": 4}
+    (ruled / "generation_config.json").write_text(json.dumps(rules))
+    rows = [{"id": str(n), "image": cell(png_of(n)), "prompt": PROMPT} for n in range(8)]
+    shard = write_shard(tmp_path / "in.parquet", rows, SCHEMA)
+    out = tmp_path / "out"
+    flags = ["--input", str(shard), "--model", str(ruled), "--retention", "0.4", "--output"]
+    flags += [str(out), "--max-new-tokens", "9", "--no-repeat-ngram-size", "2", "--actors", "2"]
+    assert run(*flags, "--compare-unpruned") == 0
+    printed = capsys.readouterr()
+    notice = "generation_config.json: not followed: num_beams 4"
+    told = "decoding: greedy, repetition_penalty 1.4 (generation_config.json)"
+    assert [(printed.out + printed.err).count(line) for line in (notice, told)] == [1, 1]
+    for place in (out, out / "unpruned"):
+        text = (place / "run.yaml").read_text()
+        assert f"# {told}, no_repeat_ngram_size 2 (given)\n# {notice}\n" in text
+    sampling = Sampling(max_new_tokens=9, no_repeat_ngram_size=2)
+    expected = said(str(ruled), rows, pruning=Pruning(retention=0.4), sampling=sampling)
+    got = {key: row["response"] for key, row in answers(out).items()}
+    assert got == {key: result.response for key, result in expected.items()}
+    options: dict[str, Any] = {"pruning": Pruning(retention=0.4)}
+    plain = said(model, rows, **options, sampling=Sampling(max_new_tokens=9))
+    assert got != {key: result.response for key, result in plain.items()}
+    assert run(*flags, "--repetition-penalty", "1") == 2
+    assert "repetition_penalty: None, now 1.0" in capsys.readouterr().err
+
+
 def test_a_dry_run_prints_the_plan_and_touches_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,9 +1,15 @@
 import math
 import random
+from typing import Any
 
 import pytest
 import torch
-from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import (
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from trio.engine.request import Sampling
 from trio.engine.sampling import choose, distribution, stream
@@ -25,8 +31,9 @@ def test_greedy_takes_the_likeliest_and_reports_its_probability() -> None:
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
 @pytest.mark.parametrize("top_k", [None, 1, 7, 500])
 @pytest.mark.parametrize("top_p", [1e-6, 0.4, 0.9, 1.0])
+@pytest.mark.parametrize("min_p", [None, 0.0, 0.05, 1.0])
 def test_distribution_equals_the_warpers_of_transformers(
-    temperature: float, top_k: int | None, top_p: float
+    temperature: float, top_k: int | None, top_p: float, min_p: float | None
 ) -> None:
     table = logits(5)
     expected = TemperatureLogitsWarper(temperature)(None, table)
@@ -34,16 +41,19 @@ def test_distribution_equals_the_warpers_of_transformers(
         expected = TopKLogitsWarper(top_k)(None, expected)
     if top_p < 1:
         expected = TopPLogitsWarper(top_p)(None, expected)
-    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
+    if min_p is not None:
+        expected = MinPLogitsWarper(min_p)(None, expected)
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     torch.testing.assert_close(distribution(table, [sampling] * 5), expected.softmax(-1))
 
 
 def test_settings_of_one_row_leave_the_others_alone() -> None:
-    table = logits(3)
+    table = logits(4)
     settings = [
         Sampling(temperature=0.5),
         Sampling(temperature=1.5, top_k=3),
         Sampling(temperature=1.0, top_p=0.3),
+        Sampling(temperature=2.0, min_p=0.2),
     ]
     together = distribution(table, settings)
     for row, sampling in enumerate(settings):
@@ -93,8 +103,11 @@ def test_greedy_rows_do_not_advance_their_stream() -> None:
 @pytest.mark.parametrize(
     "wrong",
     [{"max_new_tokens": 0}, {"max_new_tokens": 2.5}, {"temperature": -1.0},
-     {"temperature": math.nan}, {"top_p": 0.0}, {"top_p": 1.1}, {"top_k": 0}],
+     {"temperature": math.nan}, {"temperature": "hot"}, {"top_p": 0.0}, {"top_p": 1.1},
+     {"top_k": -1}, {"top_k": 2.5}, {"min_p": -0.1}, {"min_p": 1.1}, {"min_p": "x"},
+     {"repetition_penalty": 0.0}, {"repetition_penalty": math.inf}, {"repetition_penalty": "x"},
+     {"no_repeat_ngram_size": -1}, {"no_repeat_ngram_size": 1.5}],
 )  # fmt: skip
-def test_impossible_settings_are_refused(wrong: dict[str, float]) -> None:
+def test_impossible_settings_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=next(iter(wrong))):
-        Sampling(**wrong)  # type: ignore[arg-type]
+        Sampling(**wrong)

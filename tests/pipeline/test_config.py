@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from trio.config import Pruning
+from trio.engine.request import Sampling
 from trio.errors import UserError
 from trio.pipeline import cli, config, job
 from trio.pipeline.config import FIELDS, JobConfig
@@ -165,6 +166,10 @@ def test_files_with_mistakes(tmp_path: Path, text: str, message: str) -> None:
         (["--min-pixels", "9", "--max-pixels", "8"], "--min-pixels 9 is above --max-pixels 8"),
         (["--dtype", "int4"], "unknown dtype 'int4'; available: auto, float32, bfloat16, float16"),
         (["--row-timeout", "0"], "--row-timeout: must be between"),
+        (["--repetition-penalty", "0"], "--repetition-penalty: must be above 0"),
+        (["--repetition-penalty", "inf"], "--repetition-penalty: expected a finite number"),
+        (["--no-repeat-ngram-size", "-1"], "--no-repeat-ngram-size: must be at least 0"),
+        (["--min-p", "1.5"], "--min-p: must be between 0 and 1"),
         (["--remote-images-from", "https://a.org"], "needs --allow-remote-images"),
         (["--remote-images-from", "a.org/x"], "--remote-images-from: an origin is scheme://host"),
         (["--image-roots", "s3://bucket"], "--image-roots: expected a local directory"),
@@ -200,6 +205,21 @@ def test_limits_on_the_size_of_images_change_rows(tmp_path: Path) -> None:
     assert from_flags("--config", str(tmp_path / "run.yaml")) == got
     changed = config.results(JobConfig()) | {"min_pixels": 3136, "max_pixels": 1003520}
     assert config.results(got) == changed
+
+
+def test_rules_of_decoding_change_rows_and_none_leaves_them_to_the_checkpoint(
+    tmp_path: Path,
+) -> None:
+    names = ("top_p", "top_k", "min_p", "repetition_penalty", "no_repeat_ngram_size")
+    assert JobConfig().sampling() == Sampling(max_new_tokens=64)
+    flags = ["--repetition-penalty", "1.05", "--no-repeat-ngram-size", "3", "--min-p", "0.1"]
+    got = from_flags(*flags, "--top-p", "1", "--top-k", "0", "--temperature", "0.5")
+    sampling = got.sampling()
+    assert [getattr(sampling, name) for name in names] == [1.0, 0, 0.1, 1.05, 3]
+    (tmp_path / "run.yaml").write_text(config.dump(got))
+    assert from_flags("--config", str(tmp_path / "run.yaml")) == got
+    plain = config.results(JobConfig(temperature=0.5))
+    assert {name for name, value in config.results(got).items() if plain[name] != value} == {*names}
 
 
 def test_where_images_may_come_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """Input rows to requests, results to output rows."""
 
 import decimal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,9 @@ def test_each_row_samples_from_its_own_stream() -> None:
     assert len(set(first)) == 3 and seeds(drawing) == first
     assert seeds(settings(sampling=Sampling(temperature=0.7), seed=1)) != first
     assert seeds(settings()) == [None] * 3
+    ruled = Sampling(temperature=0.7, min_p=0.1, repetition_penalty=1.1, no_repeat_ngram_size=2)
+    (request, *_) = [request_of(r, None, settings(sampling=ruled), load_images) for r in read]
+    assert request.sampling == replace(ruled, seed=first[0])
 
 
 VQA = pa.struct([("answer_id", pa.int64()), ("answer", pa.string()), ("text", pa.int8())])
