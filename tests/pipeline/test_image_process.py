@@ -272,3 +272,11 @@ def test_messages_come_back_and_an_end_is_noticed() -> None:
         assert got["names"] == header["names"] and back == buffers
     with pytest.raises(EOFError):
         frames.read(io.BytesIO(data[:-1]))
+
+
+def test_it_waits_as_its_parent_does(load: ImageProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
+    load.start()
+    assert load._child is not None
+    given = Path(f"/proc/{load._child.process.pid}/environ").read_text().split("\0")
+    assert "OMP_WAIT_POLICY=PASSIVE" in given
