@@ -185,13 +185,13 @@ def _plans(job: Job, config: JobConfig, output: Location) -> list[tuple[str, Any
         if outdir.finished(place):
             out.append((name, outdir.read_summary(place)))
         else:
-            say = tell if each is config else _once
+            say = tell if each is config else _nothing
             plan = runner.plan(each, input_paths(job, each), around=output, say=say)
             out.append((name, plan))
     return out
 
 
-def _once(_: str) -> None:
+def _nothing(_: str) -> None:
     """What the comparison would say of the input, the main run says."""
 
 
