@@ -201,13 +201,13 @@ def _plans(job: Job, config: JobConfig, output: Location) -> list[tuple[str, Any
             runner.check_finished(each, place, None if whole else (paths, output))
             out.append((name, outdir.read_summary(place)))
         else:
-            say = tell if each is config else _once
+            say = tell if each is config else _nothing
             plan = runner.plan(each, paths, around=output, say=say)
             out.append((name, plan))
     return out
 
 
-def _once(_: str) -> None:
+def _nothing(_: str) -> None:
     """What the comparison would say of the input, the main run says."""
 
 
