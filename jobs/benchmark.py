@@ -70,11 +70,13 @@ def quality(options: argparse.Namespace) -> int:
         _proxies(options, default),
         options.position_ids or [default.get("position_ids")],
         options.seed[0],
+        options.schedule_shape,
     )
     conditions: dict[str, Any] = {
         "model": DEMO if bundled else options.model,
         "dtype": options.dtype,
         "scenes": options.scenes,
+        "questions": "every scene" if options.every_scene else "every second scene",
         "seeds": options.seed,
     }
     options.text_tower = options.text_tower or _demo_text_tower(options.model)
@@ -113,7 +115,7 @@ def _measure_quality(
     from trio.benchmark.quality_table import share
     from trio.engine.loading import load, load_text_tower
 
-    asked = ask(options.scenes, options.seed)
+    asked = ask(options.scenes, options.seed, every=options.every_scene)
     model, processor = load(options.model, device=None, dtype=options.dtype)
     text_tower = None
     if any(row.pruning.method == "eadp" for row in rows):
@@ -419,7 +421,9 @@ def _add_quality(parser: argparse.ArgumentParser) -> None:
         proxy_head=["output"],
         fill_up=["mixed"],
         position_ids=None,
+        schedule_shape=[None],
         scenes=300,
+        every_scene=False,
         seed=[7],
         dtype="float32",
         json=None,
@@ -442,7 +446,16 @@ def _add_quality(parser: argparse.ArgumentParser) -> None:
     add("--proxy-head", type=_words, help="output,input_embedding (default: output)")
     add("--fill-up", type=_words, help="mixed,reference, of method trio (default: mixed)")
     add("--position-ids", type=_words, help="renumber,keep (default: as caption.py)")
+    add(
+        "--schedule-shape",
+        nargs="+",
+        type=_shape,
+        metavar="SHAPE",
+        help="one or more of family, start, 0:0.16,10:0.09@32, as for caption.py; in labels start "
+        "is 'from layer 0' (default: the model's)",
+    )
     add("--scenes", type=int, help="of each seed; a caption of each, a question of half (300)")
+    add("--every-scene", action="store_true", help="a question of every scene instead of half")
     add(
         "--seed",
         type=_integers,
@@ -606,6 +619,14 @@ def _schedule(text: str) -> str:
         return parse.schedule(text)
     except UserError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _shape(text: str) -> str:
+    try:
+        Pruning(schedule_shape=text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
 
 
 def _positive(text: str) -> int:

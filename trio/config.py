@@ -9,9 +9,11 @@ from trio.pruning.schedule import (
     AFTER_ENCODER,
     AT_ONCE,
     LLAVA,
+    SHAPES,
     Schedule,
     ScheduleShape,
     check_retention,
+    shape_of,
 )
 
 METHODS = ("trio", "none", "random", "fastv", "divprune", "eadp", "gradient")
@@ -31,7 +33,9 @@ class Pruning:
 
     retention: target layer-average share of visual tokens, in (0, 1]; 1 switches pruning off.
         Exclusive with `schedule`; with neither, nothing is pruned.
-    schedule_shape: how `retention` is spread over the layers; None takes the model family's.
+    schedule_shape: how `retention` is spread over the layers: `family` (the model family's: the
+        paper's), `start` (the same with its first stage at layer 0), or stages and the depth that
+        they are for, `"0:0.16,10:0.09@32"`, of whose shares only the ratios matter.
     schedule: explicit stages, `"1:92,10:54,15:22"` (counts per image) or ratios `"1:0.16,..."`,
         with `@32` behind them for decoders of 32 layers alone; or `Schedule.load(path)`.
     method: `trio` (gradient saliency, then NMS), `gradient` (saliency alone), `fastv` (attention of
@@ -73,7 +77,7 @@ class Pruning:
     similarity_threshold: float = 0.8
     fill_up: str = "mixed"
     seed: int = 0
-    schedule_shape: ScheduleShape | None = None
+    schedule_shape: ScheduleShape | str | None = None
     encoder: str = "none"
 
     def __post_init__(self) -> None:
@@ -87,9 +91,13 @@ class Pruning:
             raise UserError(
                 f"schedule must be a trio.Schedule or text like 1:92,10:54, got {self.schedule!r}"
             )
-        if not isinstance(self.schedule_shape, ScheduleShape | None):
+        if isinstance(self.schedule_shape, str) and self.schedule_shape not in SHAPES:
+            shape = ScheduleShape.parse(self.schedule_shape)
+            object.__setattr__(self, "schedule_shape", shape)
+        elif not isinstance(self.schedule_shape, ScheduleShape | str | None):
             raise UserError(
-                f"schedule_shape must be a ScheduleShape or None, got {self.schedule_shape!r:.100}"
+                f"schedule_shape must be a ScheduleShape, text or None, "
+                f"got {self.schedule_shape!r:.100}"
             )
         _one_of("method", self.method, METHODS)
         _one_of("encoder", self.encoder, ENCODERS)
@@ -201,7 +209,7 @@ class Pruning:
         if not isinstance(schedule, Schedule):
             assert self.retention is not None
             usual = LLAVA if self.encoder == "none" else AFTER_ENCODER
-            shape = AT_ONCE if self._at_once else self.schedule_shape or usual
+            shape = AT_ONCE if self._at_once else shape_of(self.schedule_shape, usual)
             schedule = Schedule.for_retention(self.retention, num_layers, visual_tokens, shape)
             self._check_layers(schedule)
         schedule.check_depth(num_layers, behind_last=self.proxy_layer == "previous")

@@ -20,7 +20,7 @@ from trio.config import Pruning
 from trio.errors import UserError
 from trio.models.decoder import Decoder
 from trio.pruning.cost import DecoderShape
-from trio.pruning.schedule import AFTER_ENCODER, LLAVA, ScheduleShape
+from trio.pruning.schedule import AFTER_ENCODER, LLAVA, ScheduleShape, shape_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -334,7 +334,7 @@ class Adapter(ABC):
             pruning,
             encoder=pruning.encoder if pruning.active else "none",
             position_ids=pruning.position_ids or self.default_position_ids,
-            schedule_shape=pruning.schedule_shape or usual,
+            schedule_shape=shape_of(pruning.schedule_shape, usual),
         )
         settled.stages(self.max_visual_tokens, self.decoder.num_layers)
         return settled
