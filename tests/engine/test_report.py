@@ -12,6 +12,7 @@ from tests.models import tiny_processor
 from trio.config import Pruning
 from trio.engine.engine import Engine
 from trio.engine.request import Request, Sampling
+from trio.models.cache_argument import cache_of
 
 PROCESSOR = tiny_processor()
 LAYERS, HIDDEN, KV_HEADS, HEAD_DIM = 6, 32, 2, 8
@@ -26,7 +27,7 @@ def test_kv_bytes_unpruned_are_those_of_the_cache_of_generate(model: Any) -> Non
     requests = mixed_requests(5, seed=1)
     results = by_id(Engine(model, PROCESSOR).generate(requests))
     for request in requests:
-        cache = generate(model, PROCESSOR, request).past_key_values
+        cache = cache_of(generate(model, PROCESSOR, request))
         stored = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
         assert results[request.id].kv_bytes == stored
         assert results[request.id].kv_bytes_unpruned == stored

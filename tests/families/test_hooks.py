@@ -23,6 +23,7 @@ from trio.engine.prepare import Preparer
 from trio.engine.request import Prepared, Request
 from trio.models.adapter import Adapter
 from trio.models.attention import NAME, ragged_attention
+from trio.models.cache_argument import cache_of
 from trio.models.registry import adapt, adapter_class
 from trio.patching.cache import RaggedLayer
 
@@ -42,7 +43,9 @@ class Spy:
         self.scales.append(scale)
         return query.transpose(1, 2)
 
-    def update(self, key: Tensor, value: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         self.stored.append(layer_idx)
         return key, value
 
@@ -116,7 +119,7 @@ def test_generate_makes_of_a_prompt_what_patch_takes_for_one(family: Family) -> 
 
     def note(_: Any, args: Any, kwargs: dict[str, Any]) -> None:
         assert not args
-        cache = kwargs["past_key_values"]
+        cache = cache_of(kwargs)
         length = kwargs["input_ids"].shape[1] if kwargs.get("input_ids") is not None else 0
         calls.append((length, cache.get_seq_length(), kwargs.get("logits_to_keep"), type(cache)))
 

@@ -15,6 +15,7 @@ from tests.families.family import Family, requests_with
 from tests.patching.prompts import run
 from trio.engine.request import Request
 from trio.errors import UserError
+from trio.models.cache_argument import cache_of
 
 PRUNING = trio.Pruning(retention=0.4)
 IMAGES = (1, 2, 0, 1, 3, 1, 0, 1)
@@ -67,7 +68,7 @@ def test_a_call_of_the_model_itself_prunes_as_generate_does(family: Family, mode
     _, logits, cache = run(model, inputs, max_new_tokens=1)
     out = model(**inputs, logits_to_keep=1)
     torch.testing.assert_close(out.logits[:, 0], logits[:, 0])
-    for one, other in zip(out.past_key_values.layers, cache.layers, strict=True):
+    for one, other in zip(cache_of(out).layers, cache.layers, strict=True):
         assert torch.equal(one.lengths_B, other.lengths_B)
     if family.sizes is not None:
         del inputs[family.sizes]
@@ -183,7 +184,7 @@ def test_one_that_keeps_all_answers_as_unpatched_and_goes_on(
     def follow_up(answer: Any, inputs: dict[str, Any], cache: Any) -> Any:
         ids = torch.cat([inputs["input_ids"], answer, torch.full((len(answer), 3), 20)], dim=1)
         mask = torch.cat([inputs["attention_mask"], torch.ones(len(answer), 9).long()], dim=1)
-        return run(model, {"input_ids": ids, "attention_mask": mask}, past_key_values=cache)
+        return run(model, {"input_ids": ids, "attention_mask": mask}, cache=cache)
 
     second = follow_up(got[0], inputs, got[2])
     trio.unpatch(model)

@@ -16,6 +16,7 @@ from tests.families.family import FAMILIES, LAYERS
 from tests.families.videos import FRAME_TOKENS, WRITERS, Inputs, OnevisionWriter, Row, joined
 from tests.patching.prompts import run
 from trio.errors import UserError
+from trio.models.cache_argument import CACHE, cache_of
 from trio.models.prefill import Prefilled, prefill
 from trio.models.registry import adapt
 from trio.patching import forward
@@ -75,7 +76,7 @@ def test_one_that_keeps_all_answers_as_unpatched_and_goes_on(
     def follow_up(answer: Any, inputs: Inputs, cache: Any) -> Any:
         ids = torch.cat([inputs["input_ids"], answer, torch.full((len(answer), 3), 20)], dim=1)
         mask = torch.cat([inputs["attention_mask"], torch.ones(len(answer), 9).long()], dim=1)
-        return run(model, {"input_ids": ids, "attention_mask": mask}, past_key_values=cache)
+        return run(model, {"input_ids": ids, "attention_mask": mask}, cache=cache)
 
     second = follow_up(got[0], inputs, got[2])
     trio.unpatch(model)
@@ -159,7 +160,7 @@ def test_a_call_of_the_model_itself_prunes_as_generate_does(model: Any, rows: li
     _, logits, cache = run(model, inputs, max_new_tokens=1)
     out = model(**inputs, logits_to_keep=1)
     torch.testing.assert_close(out.logits[:, 0], logits[:, 0])
-    for one, other in zip(out.past_key_values.layers, cache.layers, strict=True):
+    for one, other in zip(cache_of(out).layers, cache.layers, strict=True):
         assert torch.equal(one.lengths_B, other.lengths_B)
         assert torch.equal(one.positions_B, other.positions_B)
 
@@ -240,9 +241,9 @@ def test_what_cannot_be_pruned_says_so(name: str, model: Any, rows: list[Row]) -
             model.generate(**inputs, max_new_tokens=4, do_sample=False, **option)
     with pytest.raises(UserError, match="logits for its last token only"):
         model(**inputs)
-    cache = run(model, rows[1].inputs, past_key_values=DynamicCache())[2]
+    cache = run(model, rows[1].inputs, cache=DynamicCache())[2]
     with pytest.raises(UserError, match="videos on top of a filled cache"):
-        model(**inputs, past_key_values=cache, logits_to_keep=1)
+        model(**inputs, **{CACHE: cache}, logits_to_keep=1)
     short = {**inputs, "input_ids": inputs["input_ids"].clone()}
     short["input_ids"][0, rows[0].spans[0][0]] = 20
     with pytest.raises(UserError, match="video placeholder tokens but its 1 videos give"):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.models import Family, tiny_llava
+from trio.models.cache_argument import cache_of
 from trio.models.decoder import Decoder
 from trio.models.prefill import PackedPrompts, prefill
 
@@ -24,7 +25,9 @@ class RecordingCache:
     def begin_prefill(self, first_layer: int, lengths: tuple[int, ...]) -> None:
         self.groups.append((first_layer, tuple(lengths)))
 
-    def update(self, key: Tensor, value: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         self.keys[layer_idx], self.values[layer_idx] = key, value
         return key, value
 
@@ -58,7 +61,7 @@ def test_packed_equals_separate(family: Family, kv_heads: int, lengths: tuple[in
             logits = model.lm_head(one.last_hidden_state[0, -1])
         torch.testing.assert_close(done.logits_BV[row], logits, atol=1e-5, rtol=1e-5)
         for layer in range(3):
-            expected = one.past_key_values.layers[layer]
+            expected = cache_of(one).layers[layer]
             torch.testing.assert_close(
                 cache.keys[layer][:, :, piece], expected.keys, atol=1e-5, rtol=1e-5
             )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.models import IMAGE_TOKEN_ID, SPECIAL
+from trio.models.cache_argument import CACHE, cache_of
 
 PAD = SPECIAL.index("<pad>")
 FIRST_WORD = len(SPECIAL)
@@ -54,12 +55,17 @@ def pad(singles: Sequence[Batch], side: str) -> Batch:
     return batch
 
 
-def run(model: Any, batch: Batch, **options: Any) -> tuple[Tensor, Tensor, Any]:
+def run(
+    model: Any, batch: Batch, *, cache: Any = None, **options: Any
+) -> tuple[Tensor, Tensor, Any]:
     """New tokens `[B, N]`, their logits `[B, N, V]` and the cache; greedy unless told otherwise."""
-    settings = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, **options}
+    usual = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    settings: dict[str, Any] = {**usual, **options}
+    if cache is not None:
+        settings[CACHE] = cache
     out = model.generate(**batch, **settings, return_dict_in_generate=True, output_logits=True)
     new = out.sequences[:, batch["input_ids"].shape[1] :]
-    return new, torch.stack(out.logits, dim=1), out.past_key_values
+    return new, torch.stack(out.logits, dim=1), cache_of(out)
 
 
 def _words(model: Any, count: int, generator: torch.Generator) -> list[int]:

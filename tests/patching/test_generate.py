@@ -219,7 +219,7 @@ def test_the_users_own_cache(model: Any) -> None:
     for batch, want in zip(
         (one, other, one, text), [*wanted[:2], wanted[0], wanted[2]], strict=True
     ):
-        got = run(model, batch, past_key_values=cache)
+        got = run(model, batch, cache=cache)
         assert got[2] is cache
         assert_same(got, want)
         assert cache.get_seq_length() == batch["input_ids"].shape[1] + 5
@@ -233,7 +233,7 @@ def test_a_conversation_goes_on_from_its_cache(model: Any) -> None:
     question = torch.tensor([[20, 21, 22, 23]])
     ids = torch.cat([single["input_ids"], new, question], dim=1)
     follow = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    answer, logits, _ = run(model, follow, past_key_values=cache)
+    answer, logits, _ = run(model, follow, cache=cache)
     path = torch.cat([new, question, answer], dim=1)[0]
     embeds, layers = present(model, single, SETTINGS[0])
     for step, got in enumerate(logits[0]):
@@ -250,12 +250,12 @@ def test_follow_ups_of_different_lengths(model: Any, side: str) -> None:
     alone = []
     for single, question in zip(singles, questions, strict=True):
         new, _, cache = run(model, single)
-        alone.append(run(model, follow_up(single, new, question), past_key_values=cache))
+        alone.append(run(model, follow_up(single, new, question), cache=cache))
     batch = pad(singles, "left")
     new, _, cache = run(model, batch)
     asked = pad([{"input_ids": ids} for ids in questions], side)
     both = follow_up(batch, new, asked["input_ids"], asked["attention_mask"])
-    together = run(model, both, past_key_values=cache)
+    together = run(model, both, cache=cache)
     for index, wanted in enumerate(alone):
         assert_same(row_of(together, index), wanted)
 

@@ -14,6 +14,7 @@ import trio
 from tests.models import tiny_llava
 from tests.patching.prompts import pad, rows, run
 from trio.errors import UserError
+from trio.models.cache_argument import CACHE, cache_of
 from trio.patching.cache import ragged_layers
 
 PRUNING = trio.Pruning(schedule="1:20,2:6")
@@ -199,7 +200,7 @@ def test_direct_calls_decode_as_generate_does(model: Any) -> None:
     for step in range(4):
         assert out.logits.shape == (1, 1, 80)
         torch.testing.assert_close(out.logits[:, 0], logits[:, step])
-        out = model(tokens[:, step, None], past_key_values=out.past_key_values)
+        out = model(tokens[:, step, None], **{CACHE: cache_of(out)})
     flat = model(**single, logits_to_keep=1, return_dict=False)
     torch.testing.assert_close(flat[0][:, 0], logits[:, 0])
 
@@ -249,18 +250,18 @@ def test_caches_that_do_not_fit_the_call(model: Any) -> None:
     one, text = rows(model, [1, 0])
     two = pad([one, one], "left")
     unpruned = DynamicCache()
-    run(model, text, past_key_values=unpruned)
+    run(model, text, cache=unpruned)
     trio.patch(model, PRUNING)
     longer = {**one, "input_ids": torch.cat([text["input_ids"], one["input_ids"]], dim=1)}
     longer["attention_mask"] = torch.ones_like(longer["input_ids"])
     with pytest.raises(UserError, match="filled cache"):
-        run(model, longer, past_key_values=unpruned)
+        run(model, longer, cache=unpruned)
     cache = run(model, one)[2]
     with pytest.raises(UserError, match="holds 1 rows and the call brings 2"):
-        model(torch.ones(2, 1).long(), past_key_values=cache)
+        model(torch.ones(2, 1).long(), **{CACHE: cache})
     trio.unpatch(model)
     with pytest.raises(UserError, match="pruned prompt"):
-        model(torch.ones(1, 1).long(), past_key_values=cache)
+        model(torch.ones(1, 1).long(), **{CACHE: cache})
     assert run(model, two)[0].shape == (2, 6)
 
 
@@ -279,11 +280,11 @@ def test_a_failed_prefill_leaves_the_cache_empty(
     with monkeypatch.context() as patched:
         patched.setattr(model.model.language_model.layers[2].mlp, "forward", broken)
         with pytest.raises(RuntimeError, match="no memory"):
-            run(model, single, past_key_values=cache)
+            run(model, single, cache=cache)
     assert cache.get_seq_length() == 0
     assert not ragged_layers(cache)
     assert vars(model.config.text_config) == config
-    assert torch.equal(run(model, single, past_key_values=cache)[1], wanted)
+    assert torch.equal(run(model, single, cache=cache)[1], wanted)
 
 
 def test_wrong_models_and_settings_say_so(model: Any) -> None:

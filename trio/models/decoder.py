@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from trio.errors import UserError
 from trio.models.attention import NAME, Layout
+from trio.models.cache_argument import cache_keyword
 from trio.models.last_token import last_attention
 from trio.models.layers import check_layers
 from trio.models.products import linear
@@ -72,6 +73,7 @@ class Decoder:
         self.num_kv_heads: int = config.num_key_value_heads
         self.head_dim: int = model.layers[0].self_attn.head_dim
         self.intermediate_size: int = config.intermediate_size
+        self._cache_keyword = cache_keyword(model.layers[0].forward)
         self.normed_keys = getattr(model.layers[0].self_attn, "k_norm", None) is not None
         self.vocab_size: int = config.vocab_size
         self.max_positions = _max_positions(model)
@@ -123,9 +125,9 @@ class Decoder:
                 hidden,
                 attention_mask=None,
                 position_embeddings=rotary,
-                past_key_values=cache,
                 use_cache=cache is not None,
                 layout=layout,
+                **{self._cache_keyword: cache},
             )
         return hidden[0]
 

@@ -98,8 +98,6 @@ class Proxy:
                     rows_RD[None],
                     attention_mask=None,
                     position_embeddings=(cos[:, index_R], sin[:, index_R]),
-                    past_key_values=None,
-                    use_cache=False,
                     layout=_RowAttention(others, groups),
                 )
             normed_RD = self._decoder.model.norm(out[0])

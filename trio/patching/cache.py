@@ -20,6 +20,7 @@ from transformers.cache_utils import (
 )
 
 from trio.errors import UserError
+from trio.models.cache_argument import CACHE
 
 GROWTH = 64  # columns added when a layer is full
 # A sliding window is no matter while the sequence is shorter, which the caller checks.
@@ -102,7 +103,7 @@ class RaggedLayer(CacheLayerMixin):
     def _foreign() -> UserError:
         return UserError(
             "this cache holds a pruned prompt, and only the patched model that filled it can go on "
-            "from it: pass a new DynamicCache() as past_key_values"
+            f"from it: pass {CACHE}=DynamicCache()"
         )
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -160,7 +161,7 @@ def make_ragged(cache: Cache, num_layers: int) -> list[RaggedLayer]:
     if not plain or not _are_plain(cache.layers, num_layers):
         raise UserError(
             f"pruning needs a plain DynamicCache for {num_layers} layers, got {cache!r:.200}: pass "
-            "past_key_values=DynamicCache(), or neither that nor cache_implementation"
+            f"{CACHE}=DynamicCache(), or neither that nor cache_implementation"
         )
     replaced = list(cache.layers) or [DynamicLayer() for _ in range(num_layers)]
     layers = [RaggedLayer(layer) for layer in replaced]

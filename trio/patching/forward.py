@@ -24,6 +24,7 @@ from trio.config import Pruning
 from trio.errors import UserError
 from trio.models.adapter import Adapter, Span
 from trio.models.attention import Padded
+from trio.models.cache_argument import CACHE, cache_of
 from trio.models.prefill import PackedPrompts, prefill
 from trio.models.raster import packed, unknown
 from trio.patching.cache import RaggedLayer, make_plain, make_ragged, ragged_layers
@@ -74,7 +75,7 @@ class PatchedForward(Override):
     @torch.compiler.disable
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         call = _by_name(self.original, args, kwargs)
-        cache = call.get("past_key_values")
+        cache = cache_of(call)
         if self.pruning.active:
             if cache is not None and cache.get_seq_length() > 0:
                 self._refuse_new_images(call)
@@ -103,7 +104,7 @@ class PatchedForward(Override):
         if visual_BS is not None and bool(visual_BS.any()):
             raise UserError(
                 "images or videos on top of a filled cache cannot be pruned: generate from the "
-                f"whole prompt without past_key_values, {UNPATCH}"
+                f"whole prompt without a cache, {UNPATCH}"
             )
 
     def _is_ours(self, call: dict[str, Any]) -> bool:
@@ -228,7 +229,7 @@ class PatchedDecoder(Override):
     @torch.compiler.disable
     def __call__(self, *args: Any, trio_prompts: Prompts | None = None, **kwargs: Any) -> Any:
         call = _by_name(self.original, args, kwargs)
-        cache = call.get("past_key_values")
+        cache = cache_of(call)
         layers = ragged_layers(cache)
         if trio_prompts is None and not layers:
             return self.original(**call)
@@ -249,7 +250,8 @@ class PatchedDecoder(Override):
             positions_T = self._positions(call.get("position_ids"), trio_prompts)
             injected = self.adapter.injected(call)
             last = self._prefill(hidden, trio_prompts, positions_T, injected, cache)
-        return BaseModelOutputWithPast(last_hidden_state=last, past_key_values=cache)
+        returned: Any = {CACHE: cache}
+        return BaseModelOutputWithPast(last_hidden_state=last, **returned)
 
     def _positions(self, given: Tensor | None, prompts: Prompts) -> Tensor | None:
         """Of the real tokens, [T] or [A, T]; None is 0, 1, 2, ... in each row.
