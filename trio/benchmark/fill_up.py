@@ -1,4 +1,4 @@
-"""How many of the tokens that method `trio` keeps its suppression chose, and how many the fill-up."""
+"""How many of the tokens that method `trio` keeps its suppression left, and how many filled up."""
 
 from __future__ import annotations
 

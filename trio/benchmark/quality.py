@@ -119,8 +119,8 @@ def settings(
             words = [pruning.name]
             if has_proxy and len(proxies) > 1:
                 parts = (pruning.proxy_layer, pruning.proxy_head, pruning.fill_up)
-                words.append(pruning.proxy_positions)
-                words += [part for part in parts if part not in USUAL_PROXY]
+                words += [pruning.proxy_positions] if pruning.proxy_positions else []
+                words += [part for part in parts if part and part not in USUAL_PROXY]
             if len(position_ids) > 1 and handling:
                 words.append(handling)
             own = shapes if encoder == "none" and method not in BEFORE_DECODER else [None]
@@ -152,7 +152,7 @@ def _of_method(method: str, proxies: Sequence[Mapping[str, Any]]) -> list[dict[s
 
 def _published(pruning: Pruning) -> Setting:
     """TRIO as its authors run it, but for the numbers of tokens."""
-    shape = None if pruning.encoder == "none" else PUBLISHED_AFTER_ENCODER
+    shape = "family" if pruning.encoder == "none" else PUBLISHED_AFTER_ENCODER
     published = replace(
         pruning, proxy_positions="reference", fill_up="reference", schedule_shape=shape
     )

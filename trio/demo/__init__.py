@@ -10,5 +10,3 @@ SHARD = Path(__file__).parent / "data" / "heldout.parquet"
 """The bundled input: held-out scenes with prompts and right answers."""
 CAPTION_PROMPT = "describe the image ."
 """The prompt that asks the bundled model for a caption."""
-SETTINGS = {"proxy_positions": "with_last", "position_ids": "renumber"}
-"""How the bundled model is pruned where nothing else is said: the README's table says why."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,9 @@ from transformers import AutoProcessor
 from trio.config import Pruning
 from trio.errors import UserError
 from trio.models.decoder import Decoder
+from trio.models.pruning_defaults import defaults_of
 from trio.pruning.cost import DecoderShape
+from trio.pruning.defaults import PruningDefaults
 from trio.pruning.schedule import AFTER_ENCODER, LLAVA, ScheduleShape, shape_of
 
 if TYPE_CHECKING:
@@ -317,8 +320,18 @@ class Adapter(ABC):
         text = self.model.config.text_config
         return DecoderShape.of_config(text, normed_keys=self.decoder.normed_keys)
 
+    @cached_property
+    def pruning_defaults(self) -> PruningDefaults:
+        """Of the model's checkpoint.
+
+        Raises:
+            UserError: its file is broken.
+        """
+        return defaults_of(self.model)
+
     def settle(self, pruning: Pruning) -> Pruning:
-        """The settings with this family's defaults where they leave something open.
+        """The settings with the checkpoint's defaults, else the family's and those built in, where
+        they leave something open.
 
         Raises:
             UserError: an image of this model cannot be pruned as they say.
@@ -329,6 +342,7 @@ class Adapter(ABC):
                 f"encoder {pruning.encoder} is not available for this {type(self.model).__name__}; "
                 f"there is: {there}"
             )
+        pruning = self.pruning_defaults.fill(pruning)
         usual = self.schedule_shape if pruning.encoder == "none" else AFTER_ENCODER
         settled = replace(
             pruning,
