@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from trio.bundled import CLIP, is_bundled
 from trio.config import ENCODERS, METHODS, Pruning
-from trio.demo import MODEL, SETTINGS
+from trio.demo import MODEL
 from trio.errors import UserError, first_line
 from trio.pipeline import parse
 from trio.pipeline.cli import WRONG, Parser, add_flags, fail, settings_from
@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 
 CALIBRATE = (
     "input", "model", "revision", "adapters", "prompt", "system_prompt", "columns", "retention",
-    "method", "encoder", "proxy_positions", "proxy_layer", "proxy_head", "fill_up", "position_ids",
+    "schedule_shape", "method", "encoder", "proxy_positions", "proxy_layer", "proxy_head",
+    "similarity_threshold", "fill_up", "position_ids",
     "max_new_tokens", "seed", "dtype", "min_pixels", "max_pixels", "allow_remote_images",
     "remote_images_from", "image_roots", "max_image_pixels", "row_timeout",
 )  # fmt: skip
@@ -63,19 +64,20 @@ def quality(options: argparse.Namespace) -> int:
         return _show(_read(options.from_file), options)
     check_scenes(options.scenes, options.seed)
     bundled = is_bundled(options.model)
-    default: Mapping[str, str] = SETTINGS if bundled else {}
     asked_for = settings(
         options.methods,
         options.retention,
         options.encoders,
-        _proxies(options, default),
-        options.position_ids or [default.get("position_ids")],
+        _proxies(options),
+        options.position_ids or [None],
         options.seed[0],
+        options.schedule_shape,
     )
     conditions: dict[str, Any] = {
         "model": DEMO if bundled else options.model,
         "dtype": options.dtype,
         "scenes": options.scenes,
+        "questions": "every scene" if options.every_scene else "every second scene",
         "seeds": options.seed,
     }
     options.text_tower = options.text_tower or _demo_text_tower(options.model)
@@ -111,7 +113,7 @@ def _measure_quality(
     from trio.benchmark.quality_table import share
     from trio.engine.loading import load, load_text_tower
 
-    asked = ask(options.scenes, options.seed)
+    asked = ask(options.scenes, options.seed, every=options.every_scene)
     model, processor = load(options.model, device=None, dtype=options.dtype)
     text_tower = None
     if any(row.pruning.method == "eadp" for row in rows):
@@ -153,9 +155,9 @@ def _read(path: Path) -> dict[str, Any]:
     return found
 
 
-def _proxies(options: argparse.Namespace, default: Mapping[str, str]) -> list[dict[str, str]]:
-    """Every combination of the proxy's settings."""
-    positions = options.proxy_positions or [default.get("proxy_positions", "reference")]
+def _proxies(options: argparse.Namespace) -> list[dict[str, str | None]]:
+    """Every combination of the proxy's settings; None is the checkpoint's."""
+    positions = options.proxy_positions or [None]
     names = ("proxy_positions", "proxy_layer", "proxy_head", "fill_up")
     combined = product(positions, options.proxy_layer, options.proxy_head, options.fill_up)
     return [dict(zip(names, values, strict=True)) for values in combined]
@@ -313,17 +315,23 @@ def _device(options: argparse.Namespace) -> tuple[torch.device, str]:
 
 def calibrate(options: argparse.Namespace) -> int:
     """A schedule searched for on one's own images, by least divergence from the unpruned model."""
+    from trio.benchmark import pruning_file
     from trio.benchmark.calibrate import Plan, check_file, dump, resolved, table
     from trio.benchmark.calibrate import calibrate as search
 
-    plan = Plan.of(resolved(*settings_from(options)), options.rows)
+    config, _ = settings_from(options)
+    plan = Plan.of(resolved(config), options.rows)
     file = check_file(options.file)
+    defaults = file.name == pruning_file.FILE
+    if defaults:
+        pruning_file.check(file, plan.pruning)
     print(plan, flush=True)
     if options.dry_run:
         return 0
     report = search(plan, _tell)
     print(table(report))
-    file.write_text(dump(report), encoding="utf-8")
+    text = pruning_file.merged(file, report, plan.pruning) if defaults else dump(report)
+    file.write_text(text, encoding="utf-8")
     print(f"written: {file}")
     return 0
 
@@ -415,11 +423,13 @@ def _add_quality(parser: argparse.ArgumentParser) -> None:
         encoders=["none"],
         retention=[1 / 3, 2 / 9, 1 / 9],
         proxy_positions=None,
-        proxy_layer=["next"],
-        proxy_head=["output"],
-        fill_up=["mixed"],
+        proxy_layer=[None],
+        proxy_head=[None],
+        fill_up=[None],
         position_ids=None,
+        schedule_shape=[None],
         scenes=300,
+        every_scene=False,
         seed=[7],
         dtype="float32",
         json=None,
@@ -438,11 +448,20 @@ def _add_quality(parser: argparse.ArgumentParser) -> None:
         type=_words,
         help="reference,with_last,last (default: as caption.py)",
     )
-    add("--proxy-layer", type=_words, help="next,previous (default: next)")
-    add("--proxy-head", type=_words, help="output,input_embedding (default: output)")
-    add("--fill-up", type=_words, help="mixed,reference, of method trio (default: mixed)")
+    add("--proxy-layer", type=_words, help="next,previous (default: as caption.py)")
+    add("--proxy-head", type=_words, help="output,input_embedding (default: as caption.py)")
+    add("--fill-up", type=_words, help="mixed,reference, of method trio (default: as caption.py)")
     add("--position-ids", type=_words, help="renumber,keep (default: as caption.py)")
+    add(
+        "--schedule-shape",
+        nargs="+",
+        type=_shape,
+        metavar="SHAPE",
+        help="one or more of family, start, 0:0.16,10:0.09@32, as for caption.py; in labels start "
+        "is 'from layer 0' (default: the model's)",
+    )
     add("--scenes", type=int, help="of each seed; a caption of each, a question of half (300)")
+    add("--every-scene", action="store_true", help="a question of every scene instead of half")
     add(
         "--seed",
         type=_integers,
@@ -580,7 +599,13 @@ def _add_calibrate(parser: argparse.ArgumentParser) -> None:
     add_flags(parser, CALIBRATE)
     add = partial(parser.add_argument, default=argparse.SUPPRESS)
     add("--rows", type=_positive, help="of the input, drawn with --seed; half are held out (64)")
-    add("--output", type=Path, dest="file", metavar="FILE.yaml", help="the schedule file to write")
+    add(
+        "--output",
+        type=Path,
+        dest="file",
+        metavar="FILE",
+        help="what to write: a schedule file ending in .yaml, or a pruning_config.json",
+    )
 
 
 def _words(text: str) -> list[str]:
@@ -613,6 +638,14 @@ def _schedule(text: str) -> str:
         return parse.schedule(text)
     except UserError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _shape(text: str) -> str:
+    try:
+        Pruning(schedule_shape=text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
 
 
 def _positive(text: str) -> int:

@@ -4,7 +4,6 @@ import _bootstrap
 
 ROOT = _bootstrap.ROOT
 
-from trio.demo import SETTINGS  # noqa: E402
 from trio.pipeline.job import Job, main  # noqa: E402
 
 JOB = Job(
@@ -19,7 +18,6 @@ JOB = Job(
         " schema are wrong; 3 finished with more rows in error than --max-error-rate"
     ),
     package=str(ROOT / "trio"),
-    demo=SETTINGS,
 )
 
 if __name__ == "__main__":

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from trio.errors import UserError
 from trio.pruning.schedule import (
     AFTER_ENCODER,
     AT_ONCE,
     LLAVA,
+    SHAPES,
     Schedule,
     ScheduleShape,
     check_retention,
+    shape_of,
 )
 
 METHODS = ("trio", "none", "random", "fastv", "divprune", "eadp", "gradient")
@@ -23,15 +25,27 @@ POSITION_IDS = ("renumber", "keep")
 PROXY_LAYERS = ("next", "previous")
 PROXY_HEADS = ("output", "input_embedding")
 FILL_UPS = ("mixed", "reference")
+BUILT_IN = {
+    "proxy_positions": "reference",
+    "proxy_layer": "next",
+    "proxy_head": "output",
+    "similarity_threshold": 0.8,
+    "fill_up": "mixed",
+}
+"""What stands for None where neither somebody nor the checkpoint says it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pruning:
     """What to prune, how much and how.
 
+    None stands for what the checkpoint says in its `pruning_config.json`, else what is built in.
+
     retention: target layer-average share of visual tokens, in (0, 1]; 1 switches pruning off.
         Exclusive with `schedule`; with neither, nothing is pruned.
-    schedule_shape: how `retention` is spread over the layers; None takes the model family's.
+    schedule_shape: how `retention` is spread over the layers: `family` (the model family's: the
+        paper's), `start` (the same with its first stage at layer 0), or stages and the depth that
+        they are for, `"0:0.16,10:0.09@32"`, of whose shares only the ratios matter.
     schedule: explicit stages, `"1:92,10:54,15:22"` (counts per image) or ratios `"1:0.16,..."`,
         with `@32` behind them for decoders of 32 layers alone; or `Schedule.load(path)`.
     method: `trio` (gradient saliency, then NMS), `gradient` (saliency alone), `fastv` (attention of
@@ -43,37 +57,37 @@ class Pruning:
         unless told otherwise, and the decoder's stages do the rest; with method `none` it does all.
         A schedule says with a stage at layer 0 how many it keeps.
     proxy_positions: which rows of the proxy give the loss, for a sequence of n tokens:
-        `reference` n-5..n-2, `with_last` n-4..n-1, `last` n-1.
+        `reference` (built in) n-5..n-2, `with_last` n-4..n-1, `last` n-1.
     proxy_layer: the layer that stands for those still to come, for a stage after l layers: `next`
         (index l) or `previous` (index l-1, run once more on its own output: the published code
         for Qwen2.5-VL). `previous` rules out a stage at 0 and allows one behind the last layer.
     proxy_head: what makes the proxy's logits: `output` (the model's own head) or
         `input_embedding` (the matrix of token embeddings, also where the head has its own: the
-        published code for Qwen2.5-VL). Qwen2.5-VL has `next` and `output` by default too: they
+        published code for Qwen2.5-VL). Built in are `next` and `output`, for Qwen2.5-VL too: they
         stand nearer to the result that the loss is a stand-in for.
     position_ids: `renumber` (0, 1, 2, ... after each stage, that in the encoder included, on all
-        axes that a position has) or `keep` (each token keeps its own); None takes the model
-        family's default.
-    similarity_threshold: cosine from which the NMS calls two tokens the same.
+        axes that a position has) or `keep` (each token keeps its own); built in is the model
+        family's.
+    similarity_threshold: cosine from which the NMS calls two tokens the same; built in is 0.8.
     fill_up: what makes up the number where the NMS leaves fewer tokens than are to be kept:
         `reference` (those of the highest saliency, near-duplicates though they be: the published
         code) or `mixed` (a quarter of what is missing that way; the rest one after another, each
         time the token whose nearest kept one is least near, likeness and closeness in the picture
-        added up).
+        added up; built in).
     seed: for `random`.
     """
 
     retention: float | None = None
     schedule: Schedule | str | None = None
     method: str = "trio"
-    proxy_positions: str = "reference"
-    proxy_layer: str = "next"
-    proxy_head: str = "output"
+    proxy_positions: str | None = None
+    proxy_layer: str | None = None
+    proxy_head: str | None = None
     position_ids: str | None = None
-    similarity_threshold: float = 0.8
-    fill_up: str = "mixed"
+    similarity_threshold: float | None = None
+    fill_up: str | None = None
     seed: int = 0
-    schedule_shape: ScheduleShape | None = None
+    schedule_shape: ScheduleShape | str | None = None
     encoder: str = "none"
 
     def __post_init__(self) -> None:
@@ -87,22 +101,29 @@ class Pruning:
             raise UserError(
                 f"schedule must be a trio.Schedule or text like 1:92,10:54, got {self.schedule!r}"
             )
-        if not isinstance(self.schedule_shape, ScheduleShape | None):
+        if isinstance(self.schedule_shape, str) and self.schedule_shape not in SHAPES:
+            shape = ScheduleShape.parse(self.schedule_shape)
+            object.__setattr__(self, "schedule_shape", shape)
+        elif not isinstance(self.schedule_shape, ScheduleShape | str | None):
             raise UserError(
-                f"schedule_shape must be a ScheduleShape or None, got {self.schedule_shape!r:.100}"
+                f"schedule_shape must be a ScheduleShape, text or None, "
+                f"got {self.schedule_shape!r:.100}"
             )
         _one_of("method", self.method, METHODS)
         _one_of("encoder", self.encoder, ENCODERS)
-        _one_of("proxy_positions", self.proxy_positions, PROXY_POSITIONS)
-        _one_of("proxy_layer", self.proxy_layer, PROXY_LAYERS)
-        _one_of("proxy_head", self.proxy_head, PROXY_HEADS)
-        _one_of("fill_up", self.fill_up, FILL_UPS)
-        if self.position_ids is not None:
-            _one_of("position_ids", self.position_ids, POSITION_IDS)
-        if not -1.0 < self.similarity_threshold <= 1.0:
-            raise UserError(
-                f"similarity_threshold must be in (-1, 1], got {self.similarity_threshold!r}"
-            )
+        for name, allowed in (
+            ("proxy_positions", PROXY_POSITIONS),
+            ("proxy_layer", PROXY_LAYERS),
+            ("proxy_head", PROXY_HEADS),
+            ("fill_up", FILL_UPS),
+            ("position_ids", POSITION_IDS),
+        ):
+            if (value := getattr(self, name)) is not None:
+                _one_of(name, value, allowed)
+        threshold = self.similarity_threshold
+        is_number = isinstance(threshold, (int, float)) and not isinstance(threshold, bool)
+        if threshold is not None and not (is_number and -1.0 < threshold <= 1.0):
+            raise UserError(f"similarity_threshold must be in (-1, 1], got {threshold!r}")
         if isinstance(self.schedule, Schedule):
             self._check_layers(self.schedule)
 
@@ -125,7 +146,8 @@ class Pruning:
         if self.proxy_layer == "previous" and 0 in first and not self._at_once:
             raise UserError(
                 f"schedule {schedule}: proxy_layer previous takes the layer that has just run, and "
-                "none has at layer 0; begin at layer 1, or set proxy_layer to next"
+                "none has at layer 0; begin at layer 1 (schedule_shape family), or set proxy_layer "
+                "to next"
             )
 
     @property
@@ -156,7 +178,13 @@ class Pruning:
     @property
     def looks_at_places(self) -> bool:
         """Whether the choice asks where in their picture tokens lie."""
-        return self.method == "trio" and self.fill_up == "mixed"
+        return self.method == "trio" and self.fill_up != "reference"
+
+    def filled(self) -> Pruning:
+        """The settings with what is built in where they are None; `position_ids` and
+        `schedule_shape` are the model family's matter."""
+        missing = {name: v for name, v in BUILT_IN.items() if getattr(self, name) is None}
+        return replace(self, **missing) if missing else self
 
     def proxy_index(self, layer: int) -> int:
         """The decoder layer (0-based) that scores at a stage after `layer` layers."""
@@ -201,7 +229,7 @@ class Pruning:
         if not isinstance(schedule, Schedule):
             assert self.retention is not None
             usual = LLAVA if self.encoder == "none" else AFTER_ENCODER
-            shape = AT_ONCE if self._at_once else self.schedule_shape or usual
+            shape = AT_ONCE if self._at_once else shape_of(self.schedule_shape, usual)
             schedule = Schedule.for_retention(self.retention, num_layers, visual_tokens, shape)
             self._check_layers(schedule)
         schedule.check_depth(num_layers, behind_last=self.proxy_layer == "previous")

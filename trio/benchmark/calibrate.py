@@ -25,19 +25,19 @@ from trio.benchmark.cost import choosing_flops
 from trio.benchmark.sample import sample
 from trio.benchmark.search import Search, Space, most_answers
 from trio.config import BEFORE_DECODER, Pruning
-from trio.demo import SETTINGS, SHARD
+from trio.demo import SHARD
 from trio.engine.forced import Answer, Answers
 from trio.engine.loading import load, load_outline
 from trio.engine.prepare import Preparer
 from trio.engine.request import Prepared
 from trio.errors import UserError
-from trio.models.adapter import Adapter
 from trio.models.registry import adapt, register_named
 from trio.pipeline.config import DEMO, JobConfig
 from trio.pipeline.fingerprint import model_directory
 from trio.pipeline.job import DEFAULT_RETENTION, check_model
 from trio.pipeline.parse import SCHEDULE_FILES
-from trio.pruning.schedule import LLAVA, Schedule, tokens_per_layer
+from trio.pruning.defaults import FILE as PRUNING_FILE
+from trio.pruning.schedule import Schedule, ScheduleShape, tokens_per_layer
 from trio.tables import aligned
 from trio.version import VERSION
 
@@ -46,12 +46,8 @@ RESAMPLES = 4000
 """Of the bootstrap."""
 
 
-def resolved(config: JobConfig, given: frozenset[str]) -> JobConfig:
+def resolved(config: JobConfig) -> JobConfig:
     """Settings with their defaults filled in.
-
-    Args:
-        config: the settings.
-        given: names of those that were asked for.
 
     Raises:
         UserError: with these there is nothing to search for.
@@ -60,8 +56,6 @@ def resolved(config: JobConfig, given: frozenset[str]) -> JobConfig:
     if config.schedule is not None:
         raise UserError("calibrate searches for a schedule: give --retention instead of one")
     changes: dict[str, Any] = {"retention": config.retention or DEFAULT_RETENTION}
-    if config.model == DEMO:
-        changes |= {name: value for name, value in SETTINGS.items() if name not in given}
     config = config.replace(**changes)
     if config.method in BEFORE_DECODER or not config.pruning_asked:
         what = "--retention 1" if config.retention == 1.0 else f"--method {config.method}"
@@ -72,9 +66,12 @@ def resolved(config: JobConfig, given: frozenset[str]) -> JobConfig:
 
 
 def check_file(path: Path | None) -> Path:
-    """Raise UserError unless a schedule file can be written there."""
-    if path is None or path.suffix not in SCHEDULE_FILES:
-        raise UserError("--output: name the file to write, ending in .yaml, as in schedule.yaml")
+    """Raise UserError unless a schedule file or a `pruning_config.json` can be written there."""
+    if path is None or (path.suffix not in SCHEDULE_FILES and path.name != PRUNING_FILE):
+        raise UserError(
+            "--output: name the file to write, ending in .yaml, as in schedule.yaml, or a "
+            f"checkpoint's {PRUNING_FILE}"
+        )
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise UserError(f"--output {path}: no file can be written there; name one in a directory")
     return path
@@ -84,12 +81,14 @@ def check_file(path: Path | None) -> Path:
 class Plan:
     """What is to be done, told before it is.
 
-    layers: of the decoder. default: the schedule to beat. answers: of the pruned model, at most.
+    layers: of the decoder. pruning: settled. default: the schedule to beat. answers: of the pruned
+    model, at most.
     """
 
     config: JobConfig
     rows: int
     layers: int
+    pruning: Pruning
     default: Schedule
 
     @classmethod
@@ -106,8 +105,9 @@ class Plan:
         model, _ = load_outline(_place(config), revision=config.revision)
         adapter = adapt(model)
         layers = adapter.shape().num_layers
-        default = default_schedule(adapter, config.pruning(), layers)
-        return cls(config=config, rows=rows, layers=layers, default=default)
+        settled = adapter.settle(config.pruning())
+        default = default_schedule(settled, layers)
+        return cls(config=config, rows=rows, layers=layers, pruning=settled, default=default)
 
     @property
     def answers(self) -> int:
@@ -126,15 +126,11 @@ class Plan:
         )
 
 
-def default_schedule(adapter: Adapter, pruning: Pruning, layers: int) -> Schedule:
-    """What a retention leads to without a calibration, as ratios.
-
-    Raises:
-        UserError: the model cannot be pruned like that.
-    """
-    settled = adapter.settle(pruning)
+def default_schedule(settled: Pruning, layers: int) -> Schedule:
+    """What a retention leads to without a calibration, as ratios."""
     assert settled.retention is not None
-    shape = settled.schedule_shape or LLAVA
+    shape = settled.schedule_shape
+    assert isinstance(shape, ScheduleShape)
     return Schedule.of_shares(settled.retention, layers, shape.at_depth(layers))
 
 
@@ -369,6 +365,7 @@ def report(
         "proxy_head": pruning.proxy_head,
         "fill_up": pruning.fill_up,
         "position_ids": pruning.position_ids,
+        "similarity_threshold": pruning.similarity_threshold,
         "max_new_tokens": config.max_new_tokens,
         "input": list(config.input),
         "seed": config.seed,

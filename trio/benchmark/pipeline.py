@@ -39,7 +39,6 @@ import ray
 import torch
 
 from trio.benchmark.instant import instant_engine
-from trio.demo import SETTINGS
 from trio.demo.scenes import make_scene
 from trio.demo.shard import write_shard
 from trio.engine.engine import Engine
@@ -53,7 +52,7 @@ from trio.pipeline.actor import (
     engine_threads,
 )
 from trio.pipeline.cluster import Resources
-from trio.pipeline.config import DEMO, JobConfig
+from trio.pipeline.config import JobConfig
 from trio.pipeline.cpus import usable
 from trio.pipeline.images import load_images
 from trio.pipeline.job import check_model
@@ -149,7 +148,7 @@ def _rounds(
 
 def job_config(workload: Workload, path: Path) -> JobConfig:
     """The job's settings, as `caption.py` would choose them, for one engine."""
-    config = JobConfig(
+    return JobConfig(
         input=(str(path),),
         model=workload.model,
         retention=workload.retention,
@@ -157,7 +156,6 @@ def job_config(workload: Workload, path: Path) -> JobConfig:
         actors=1,
         log_interval=3600.0,
     )
-    return config.replace(**SETTINGS) if workload.model == DEMO else config
 
 
 def write_small(path: Path, rows: int, size: int, seed: int) -> None:

@@ -26,9 +26,10 @@ import numpy as np
 from trio.benchmark.agreement import Agreement
 from trio.benchmark.cost import choosing_flops
 from trio.benchmark.encoding import EncodedOnce
+from trio.benchmark.fill_up import FillUp, counted
 from trio.benchmark.intervals import ClusteredBootstrap, wilson
 from trio.benchmark.quality_table import FROM_START
-from trio.config import Pruning
+from trio.config import BEFORE_DECODER, Pruning
 from trio.demo.scenes import KINDS, make_scene
 from trio.demo.shard import asked_of, rotation
 from trio.engine.engine import Engine
@@ -39,9 +40,11 @@ from trio.models.adapter import Adapter
 from trio.models.registry import adapt
 from trio.models.text_tower import TextTower
 from trio.pipeline.scoring import exact_match, object_share
-from trio.pruning.schedule import PUBLISHED_AFTER_ENCODER
+from trio.pruning.schedule import PUBLISHED_AFTER_ENCODER, shape_of
 
 MAX_NEW_TOKENS = 32
+COUNTED = 200
+"""Requests, at least, on which is counted what the fill-up keeps, if there are as many."""
 BATCH_TOKENS, MAX_RUNNING = 8192, 256
 """Of the engine: on a CPU less at a time stays in its cache, and more rows decode together."""
 PROXY_METHODS = ("gradient", "trio")
@@ -89,6 +92,7 @@ def settings(
     proxies: Sequence[Mapping[str, Any]],
     position_ids: Sequence[str | None],
     seed: int,
+    shapes: Sequence[str | None] = (None,),
 ) -> list[Setting]:
     """The unpruned model first, then every method after every encoder at every retention; methods
     without a proxy appear once per position handling, and trio also as published.
@@ -98,6 +102,8 @@ def settings(
     Args:
         proxies: settings of the proxy to try, by their names in `Pruning`.
         seed: of random pruning.
+        shapes: as `Pruning.schedule_shape`, for methods that choose in the decoder without an
+            encoder before it; None is the checkpoint's.
 
     Raises:
         UserError: a name that `Pruning` does not know.
@@ -113,15 +119,26 @@ def settings(
             words = [pruning.name]
             if has_proxy and len(proxies) > 1:
                 parts = (pruning.proxy_layer, pruning.proxy_head, pruning.fill_up)
-                words.append(pruning.proxy_positions)
-                words += [part for part in parts if part not in USUAL_PROXY]
+                words += [pruning.proxy_positions] if pruning.proxy_positions else []
+                words += [part for part in parts if part and part not in USUAL_PROXY]
             if len(position_ids) > 1 and handling:
                 words.append(handling)
-            rows.append(Setting(label=" ".join(words), pruning=pruning))
-        if method == "trio" and (encoder == "none" or math.isclose(retention, 1 / 9)):
+            own = shapes if encoder == "none" and method not in BEFORE_DECODER else [None]
+            for shape in own:
+                label = " ".join([*words, *_shape_name(shape)])
+                rows.append(Setting(label=label, pruning=replace(pruning, schedule_shape=shape)))
+        usual = list(shapes) == [None] and method == "trio"
+        if usual and (encoder == "none" or math.isclose(retention, 1 / 9)):
             # Behind an encoder it is published for one ninth alone.
             rows.append(_published(common))
     return rows
+
+
+def _shape_name(shape: str | None) -> list[str]:
+    """What of a shape stands in a label."""
+    if shape is None:
+        return []
+    return [FROM_START.strip()] if shape == "start" else [shape]
 
 
 def _of_method(method: str, proxies: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -135,7 +152,7 @@ def _of_method(method: str, proxies: Sequence[Mapping[str, Any]]) -> list[dict[s
 
 def _published(pruning: Pruning) -> Setting:
     """TRIO as its authors run it, but for the numbers of tokens."""
-    shape = None if pruning.encoder == "none" else PUBLISHED_AFTER_ENCODER
+    shape = "family" if pruning.encoder == "none" else PUBLISHED_AFTER_ENCODER
     published = replace(
         pruning, proxy_positions="reference", fill_up="reference", schedule_shape=shape
     )
@@ -158,7 +175,9 @@ def in_reach(
         try:
             if row.pruning.method == "eadp" and not has_text_tower:
                 raise UserError("method eadp needs --text-tower")
-            there.append(_settled(adapter, row))
+            found = _settled(adapter, row)
+            if all(adapter.settle(found.pruning) != adapter.settle(o.pruning) for o in there):
+                there.append(found)
         except UserError as error:
             retention = row.pruning.retention
             left_out.append({"label": row.label, "retention": retention, "reason": str(error)})
@@ -172,7 +191,7 @@ def _settled(adapter: Adapter, row: Setting) -> Setting:
     try:
         adapter.settle(row.pruning)
     except UserError:
-        shape = (row.pruning.schedule_shape or adapter.schedule_shape).from_start()
+        shape = shape_of(row.pruning.schedule_shape, adapter.schedule_shape).from_start()
         pruning = replace(row.pruning, schedule_shape=shape)
         adapter.settle(pruning)
         return Setting(label=row.label + FROM_START, pruning=pruning)
@@ -188,16 +207,18 @@ def check_scenes(scenes: int, seeds: Sequence[int]) -> None:
         raise UserError(f"--seed is {shown}; each must be at least 0 and come once")
 
 
-def ask(scenes: int, seeds: Sequence[int]) -> list[Asked]:
+def ask(scenes: int, seeds: Sequence[int], *, every: bool = False) -> list[Asked]:
     """The requests: a caption of each of `scenes` held-out scenes of each seed, and a question
-    about every second one. Questions are fewer, as they vary less from method to method."""
+    about every second one, or about every one. Questions are fewer by default, as they vary less
+    from method to method."""
     asked: list[Asked] = []
     for place, seed in enumerate(seeds):
         rng = np.random.default_rng(seed)
         for number in range(scenes):
             scene = make_scene(rng, "heldout")
             image = scene.image
-            for question in asked_of(rng, scene, rotation(number // 2, 2 - number % 2)):
+            kinds = rotation(number, 2) if every else rotation(number // 2, 2 - number % 2)
+            for question in asked_of(rng, scene, kinds):
                 asked.append(
                     Asked(
                         request=Request(id=len(asked), prompt=question.prompt, images=(image,)),
@@ -248,6 +269,7 @@ class _Run:
     prefill_s: float
     prune_s: float
     decode_s: float
+    filled: FillUp | None
 
 
 class _Trial:
@@ -292,7 +314,28 @@ class _Trial:
             prefill_s=counted["prefill_s"] / count,
             prune_s=counted["prune_s"] / count,
             decode_s=counted["decode_s"] / count,
+            filled=self._filled(pruning),
         )
+
+    def _filled(self, pruning: Pruning) -> FillUp | None:
+        """How many of the kept tokens the fill-up of method trio chose, in a run of its own, so
+        that counting is in no time."""
+        if pruning.method != "trio" or pruning.encoder != "none":
+            return None
+        some = self.requests[:: max(1, len(self.requests) // COUNTED)]
+        engine = Engine(
+            self._model,
+            self._processor,
+            pruning=pruning,
+            sampling=Sampling(max_new_tokens=1),
+            batch_tokens=BATCH_TOKENS,
+            max_running=MAX_RUNNING,
+            encode_images=self._encoded,
+        )
+        with counted() as count:
+            for result in engine.generate(some):
+                assert not result.error, result
+        return count.mean(len(some))
 
     def reads(self, pruning: Pruning) -> tuple[str, int]:
         """What stands for the features that a setting reads: the encoder, and what that leaves of
@@ -404,6 +447,8 @@ class _Comparison:
             "proxy_head": pruning.proxy_head if has_proxy else None,
             "fill_up": pruning.fill_up if pruning.method == "trio" else None,
             "position_ids": pruning.position_ids,
+            "schedule": self._schedule(pruning),
+            "fill_up_share": None if run.filled is None else asdict(run.filled),
             **{part: self._score(right, chosen) for part, chosen in self._parts.items()},
             "by_kind": {
                 kind: self._score(right, chosen) if chosen.any() else None
@@ -427,14 +472,24 @@ class _Comparison:
     def _score(self, right: np.ndarray, chosen: np.ndarray) -> dict[str, Any]:
         """Of the chosen requests."""
         after, before = right & chosen, self._right_before & chosen
-        n = int(chosen.sum())
+        n, both = int(chosen.sum()), int((after & before).sum())
         return {
             "n": n,
+            "right": int(after.sum()),
+            "right_unpruned": int(before.sum()),
+            "still_right": both,
+            "still_right_interval": wilson(both, int(before.sum())) if before.any() else None,
             "accuracy": float(after.sum() / n),
             "interval": wilson(int(after.sum()), n),
             "relative": float(after.sum() / before.sum()) if before.any() else None,
             "relative_interval": self._bootstrap.ratio(after, before),
         }
+
+    def _schedule(self, pruning: Pruning) -> str | None:
+        """The stages in the decoder of the largest image, as counts."""
+        adapter = self._adapter
+        stages = pruning.stages(adapter.max_visual_tokens, adapter.decoder.num_layers)
+        return ",".join(f"{layer}:{keep}" for layer, keep in stages) or None
 
     def _objects(self, run: _Run) -> float:
         """Share of objects named rightly in captions."""

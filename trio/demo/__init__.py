@@ -6,5 +6,3 @@ __all__ = ["CAPTION_PROMPT", "CLIP", "MODEL", "SHARD", "write_images"]
 
 CAPTION_PROMPT = "describe the image ."
 """The prompt that asks the bundled model for a caption."""
-SETTINGS = {"proxy_positions": "with_last", "position_ids": "renumber"}
-"""How the bundled model is pruned where nothing else is said: the README's table says why."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers.utils import cached_file
 
 from trio import bundled
 from trio.engine.checkpoint import (
@@ -23,6 +24,7 @@ from trio.errors import UserError, first_line
 from trio.models.registry import adapt, adapter_class
 from trio.models.text_tower import TextTower
 from trio.models.weights import DTYPES, check_unquantised
+from trio.pruning.defaults import FILE as PRUNING_DEFAULTS
 
 
 def load(
@@ -56,7 +58,26 @@ def load(
         )
     loaded, info = found
     check_tensors(model, info)
+    _fetch_pruning_defaults(model, config)
     return loaded.to(where).eval(), processor
+
+
+def _fetch_pruning_defaults(model: str, config: Any) -> None:
+    """The file of a hub id into the cache, where `adapt` finds it; most checkpoints have none."""
+    if not os.path.isdir(model):
+        commit = getattr(config, "_commit_hash", None)
+        try:
+            cached_file(
+                model,
+                PRUNING_DEFAULTS,
+                revision=commit,
+                _raise_exceptions_for_missing_entries=False,
+                _raise_exceptions_for_connection_errors=False,
+            )
+        except OSError as error:
+            raise UserError(
+                f"{PRUNING_DEFAULTS} of {model!r}: {first_line(error, None)}"
+            ) from error
 
 
 def load_text_tower(model: Any, source: str, revision: str | None = None) -> TextTower:

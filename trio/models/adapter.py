@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +20,11 @@ from transformers import AutoProcessor
 from trio.config import Pruning
 from trio.errors import UserError
 from trio.models.decoder import Decoder
+from trio.models.pruning_defaults import defaults_of
 from trio.models.unchanged import Unchanged
 from trio.pruning.cost import DecoderShape
-from trio.pruning.schedule import AFTER_ENCODER, LLAVA, ScheduleShape
+from trio.pruning.defaults import PruningDefaults
+from trio.pruning.schedule import AFTER_ENCODER, LLAVA, ScheduleShape, shape_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -324,8 +327,18 @@ class Adapter(ABC):
         text = self.model.config.text_config
         return DecoderShape.of_config(text, normed_keys=self.decoder.normed_keys)
 
+    @cached_property
+    def pruning_defaults(self) -> PruningDefaults:
+        """Of the model's checkpoint.
+
+        Raises:
+            UserError: its file is broken.
+        """
+        return defaults_of(self.model)
+
     def settle(self, pruning: Pruning) -> Pruning:
-        """The settings with this family's defaults where they leave something open.
+        """The settings with the checkpoint's defaults, else the family's and those built in, where
+        they leave something open.
 
         Raises:
             UserError: an image of this model cannot be pruned as they say.
@@ -336,12 +349,13 @@ class Adapter(ABC):
                 f"encoder {pruning.encoder} is not available for this {type(self.model).__name__}; "
                 f"there is: {there}"
             )
+        pruning = self.pruning_defaults.fill(pruning)
         usual = self.schedule_shape if pruning.encoder == "none" else AFTER_ENCODER
         settled = replace(
             pruning,
             encoder=pruning.encoder if pruning.active else "none",
             position_ids=pruning.position_ids or self.default_position_ids,
-            schedule_shape=pruning.schedule_shape or usual,
+            schedule_shape=shape_of(pruning.schedule_shape, usual),
         )
         settled.stages(self.max_visual_tokens, self.decoder.num_layers)
         return settled

@@ -30,6 +30,7 @@ from trio.pipeline import parse
 from trio.pipeline.columns import parse_mapping
 from trio.pipeline.policy import MAX_PIXELS, ROW_TIMEOUT_S, ImagePolicy
 from trio.pipeline.storage import check_no_secret
+from trio.pruning.defaults import CHOICES, PruningDefaults
 
 DEMO = bundled.NAME
 # stands for the bundled shard and the bundled model, wherever the package is installed
@@ -126,6 +127,15 @@ class JobConfig:
         results=True,
         metavar="LAYER:KEEP,...",
     )
+    schedule_shape: str | None = option(
+        None,
+        parse.shape,
+        "how --retention is spread over the layers: family (the paper's, scaled), start (the same"
+        " with its first stage at layer 0) or layer:share,...@layers, as in 0:0.2,5:0.12@16"
+        " (default: the checkpoint's, else family)",
+        results=True,
+        metavar="SHAPE",
+    )
     method: str = option(
         "trio",
         parse.choice("method", METHODS),
@@ -159,35 +169,43 @@ class JobConfig:
         None,
         parse.choice("proxy-positions", PROXY_POSITIONS),
         "positions whose loss gives the saliency: "
-        f"{', '.join(PROXY_POSITIONS)} (default: reference; the demo model's own for it)",
+        f"{', '.join(PROXY_POSITIONS)} (default: the checkpoint's, else reference)",
         results=True,
     )
-    proxy_layer: str = option(
-        "next",
+    proxy_layer: str | None = option(
+        None,
         parse.choice("proxy-layer", PROXY_LAYERS),
         "layer whose loss gives the saliency: next (the one that would run next) or previous (the"
-        " one that has just run)",
+        " one that has just run) (default: the checkpoint's, else next)",
         results=True,
     )
-    proxy_head: str = option(
-        "output",
+    proxy_head: str | None = option(
+        None,
         parse.choice("proxy-head", PROXY_HEADS),
         "what makes the logits of that loss: output (the model's head) or input_embedding (the"
-        " matrix of token embeddings)",
+        " matrix of token embeddings) (default: the checkpoint's, else output)",
         results=True,
     )
-    fill_up: str = option(
-        "mixed",
+    similarity_threshold: float | None = option(
+        None,
+        parse.threshold,
+        "cosine from which method trio calls two tokens the same (default: the checkpoint's, else"
+        " 0.8)",
+        results=True,
+    )
+    fill_up: str | None = option(
+        None,
         parse.choice("fill-up", FILL_UPS),
         "what method trio keeps where unlike tokens are fewer than it is to keep: mixed (a quarter"
         " by saliency, the others by distance from what is kept, in features and in the picture)"
-        " or reference (all by saliency, as published)",
+        " or reference (all by saliency, as published) (default: the checkpoint's, else mixed)",
         results=True,
     )
     position_ids: str | None = option(
         None,
         parse.choice("position-ids", POSITION_IDS),
-        "positions of the tokens that stay: renumber or keep (default: the model's)",
+        "positions of the tokens that stay: renumber or keep (default: the checkpoint's, else the"
+        " model family's)",
         results=True,
     )
     max_new_tokens: int = option(
@@ -419,9 +437,11 @@ class JobConfig:
             schedule=None if off else self.schedule,
             method=self.method,
             encoder=self.encoder,
-            proxy_positions=self.proxy_positions or "reference",
+            schedule_shape=self.schedule_shape,
+            proxy_positions=self.proxy_positions,
             proxy_layer=self.proxy_layer,
             proxy_head=self.proxy_head,
+            similarity_threshold=self.similarity_threshold,
             fill_up=self.fill_up,
             position_ids=self.position_ids,
             seed=self.seed,
@@ -438,6 +458,12 @@ class JobConfig:
             repetition_penalty=self.repetition_penalty,
             no_repeat_ngram_size=self.no_repeat_ngram_size,
         )
+
+    def with_pruning_defaults(self, defaults: PruningDefaults) -> JobConfig:
+        """The settings with a checkpoint's pruning defaults, and the built-in ones, written out."""
+        filled = defaults.fill(self.pruning())
+        changes = {name: getattr(filled, name) for name in CHOICES}
+        return self.replace(**changes, schedule_shape=str(filled.schedule_shape))
 
     def image_policy(self) -> ImagePolicy:
         """What the images of rows may be and where they may come from."""

@@ -20,8 +20,10 @@ from trio import bundled
 from trio.errors import JobFailed, UserError
 from trio.pipeline import cli, decoding, ending, outdir
 from trio.pipeline import config as settings
+from trio.pipeline.checkpoint_defaults import pruning_resolved
 from trio.pipeline.cli import ERRORS, FAILED, OK, WRONG
 from trio.pipeline.config import DEMO, JobConfig
+from trio.pipeline.fingerprint import model_directory
 from trio.pipeline.manifest import tell
 from trio.pipeline.outdir import UNPRUNED
 from trio.pipeline.storage import Location, is_local, locate
@@ -41,8 +43,6 @@ class Job:
     epilog: str
     package: str
     # directory of the package that holds the demo
-    demo: Mapping[str, Any]
-    # settings that the bundled model uses where none are given
 
     @property
     def prog(self) -> str:
@@ -54,8 +54,8 @@ def main(job: Job, argv: Sequence[str] | None = None) -> int:
     parser = cli.parser(job.prog, job.description, job.epilog)
     try:
         args = parser.parse_args(argv)
-        config, given = cli.settings_from(args)
-        config = resolve(job, config, given)
+        config, _ = cli.settings_from(args)
+        config = resolve(job, config)
         return dry_run(job, config) if args.dry_run else run(job, config)
     except UserError as error:
         return cli.fail(job.prog, str(error), WRONG)
@@ -72,13 +72,11 @@ def main(job: Job, argv: Sequence[str] | None = None) -> int:
         return cli.fail(job.prog, f"failed: {type(error).__name__}: {error}"[:500], FAILED)
 
 
-def resolve(job: Job, config: JobConfig, given: frozenset[str]) -> JobConfig:
+def resolve(job: Job, config: JobConfig) -> JobConfig:
     """Settings with every default that needs no cluster filled in."""
     changes: dict[str, Any] = {}
     if config.retention is None and config.schedule is None and config.pruning_asked:
         changes["retention"] = DEFAULT_RETENTION
-    if config.model == DEMO:
-        changes |= {name: value for name, value in job.demo.items() if name not in given}
     if config.model == DEMO and config.method == "eadp" and config.text_tower is None:
         changes["text_tower"] = DEMO
     if config.compare_unpruned is None:
@@ -95,7 +93,10 @@ def resolve(job: Job, config: JobConfig, given: frozenset[str]) -> JobConfig:
             "--method eadp compares images with prompts by CLIP: give as --text-tower the CLIP that"
             f" the model's vision encoder comes from, {HUB_IDS['--text-tower']} for LLaVA-1.5"
         )
-    return config.replace(**changes)
+    config = config.replace(**changes)
+    # Of a hub id it is known when its commit is.
+    here = model_directory(config.model) is not None
+    return pruning_resolved(config) if here else config
 
 
 HUB_IDS = {

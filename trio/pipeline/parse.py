@@ -12,7 +12,7 @@ from typing import Any
 from trio.errors import UserError
 from trio.pipeline.policy import parse_origin, redact
 from trio.pipeline.storage import is_local, local_path
-from trio.pruning.schedule import Schedule
+from trio.pruning.schedule import SHAPES, Schedule, ScheduleShape
 
 Reader = Callable[[Any], Any]
 SCHEDULE_FILES = (".yaml", ".yml")
@@ -28,6 +28,12 @@ def schedule(value: Any) -> str:
     """Stages as text; those in a file are read here, so that settings hold them, not its name."""
     read = text(value)
     return str(Schedule.load(read)) if read.endswith(SCHEDULE_FILES) else read
+
+
+def shape(value: Any) -> str:
+    """How a retention is spread over the layers, as text."""
+    read = text(value)
+    return read if read in SHAPES else str(ScheduleShape.parse(read))
 
 
 def texts(value: Any) -> tuple[str, ...]:
@@ -124,6 +130,14 @@ def above(low: float) -> Reader:
         return result
 
     return read
+
+
+def threshold(value: Any) -> float:
+    """A cosine above -1."""
+    result = _real(value)
+    if not -1.0 < result <= 1.0:
+        raise UserError(f"must be above -1 and at most 1, got {value}")
+    return result
 
 
 def fraction(value: Any) -> float:

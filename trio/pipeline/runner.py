@@ -18,6 +18,7 @@ from trio.errors import JobFailed
 from trio.pipeline import cluster, committed, decoding, ids, lease, outdir
 from trio.pipeline import fingerprint as prints
 from trio.pipeline.actor import EngineFactory, EngineSettings, Receipt, build_engine
+from trio.pipeline.checkpoint_defaults import pruning_resolved
 from trio.pipeline.cluster import Resources
 from trio.pipeline.columns import Columns, parse_mapping, resolve
 from trio.pipeline.config import SCORED, JobConfig, results
@@ -112,10 +113,10 @@ def _settled(config: JobConfig, earlier: outdir.Pinned | None) -> JobConfig:
     """Settings in which what an earlier run decided for itself stays, where nothing else is asked
     for, and a hub model is named by its commit."""
     if earlier is None:
-        return prints.pin_revision(config)
+        return pruning_resolved(prints.pin_revision(config))
     if config.rows_per_file is None:
         config = config.replace(rows_per_file=earlier.config.rows_per_file)
-    return prints.pin_revision(config, earlier.config)
+    return pruning_resolved(prints.pin_revision(config, earlier.config))
 
 
 def check_finished(

@@ -66,6 +66,26 @@ class ScheduleShape:
     layers: int
     stages: tuple[tuple[int, float], ...]
 
+    def __str__(self) -> str:
+        return ",".join(f"{layer}:{share!r}" for layer, share in self.stages) + f"@{self.layers}"
+
+    @classmethod
+    def parse(cls, text: str) -> ScheduleShape:
+        """Read `"0:0.16,10:0.09@32"`: stages of a decoder of 32 layers.
+
+        Raises:
+            UserError: the text is something else.
+        """
+        found = Schedule.parse(text)
+        shares = [(stage.layer, stage.keep) for stage in found.stages]
+        if found.depth is None or not all(isinstance(share, float) for _, share in shares):
+            raise UserError(
+                f"schedule shape {text!r}: write layer:share,... and behind @ the decoder's number "
+                f"of layers, as in 0:0.16,10:0.09@32, or one of {', '.join(SHAPES)}"
+            )
+        found.check_depth(found.depth, behind_last=True)
+        return cls(found.depth, tuple((layer, float(share)) for layer, share in shares))
+
     def from_start(self) -> ScheduleShape:
         """The same with its first stage on the embeddings, for retentions that are out of reach
         otherwise."""
@@ -93,6 +113,8 @@ Qwen2.5-VL-7B's has the same shares at its own half depth."""
 AFTER_ENCODER = ScheduleShape(32, ((0, 256 / 576), (4, 64 / 576), (10, 40 / 576), (16, 25 / 576)))
 """What is used instead: the encoder, which does not know the prompt, leaves the decoder more than
 twice as many to choose from. The README has what that keeps beside the published setting."""
+SHAPES = ("family", "start")
+"""Shapes by name: the model family's own, and that with its first stage at layer 0."""
 AT_ONCE = ScheduleShape(1, ((0, 1.0),))
 """Everything before the first layer."""
 _LEAST_RATIO = 1e-6
@@ -278,6 +300,18 @@ class Schedule:
                     f"schedule {self}: stage at layer {stage.layer}, but the decoder has "
                     f"{num_layers} layers; the last possible stage is at {last}"
                 )
+
+
+def shape_of(given: ScheduleShape | str | None, usual: ScheduleShape) -> ScheduleShape:
+    """The shape that is meant.
+
+    Args:
+        given: a shape, one of `SHAPES`, or None for the family's.
+        usual: the family's.
+    """
+    if isinstance(given, ScheduleShape):
+        return given
+    return usual.from_start() if given == "start" else usual
 
 
 def check_retention(retention: object) -> None:
