@@ -87,10 +87,29 @@ class Fixed(random.Random):
 
 
 def test_the_ends_of_the_unit_interval_never_draw_an_impossible_token() -> None:
-    table = torch.tensor([[-math.inf, 1.0, 2.0, -math.inf]])
-    sampling = Sampling(temperature=1.0)
+    table = torch.tensor([[0.0, 1.0, 2.0, -1.0]])
+    sampling = Sampling(temperature=1.0, top_k=2)
     for value, token in ((0.0, 1), (1 - 2**-53, 2)):
         assert choose(table, [sampling], [Fixed(value)]).token_ids == [token]
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_row_that_is_not_finite_is_told_and_leaves_the_others_alone(
+    wrong: float, temperature: float, dtype: torch.dtype
+) -> None:
+    table = logits(5).to(dtype)
+    settings = [Sampling(temperature=temperature, top_k=9, top_p=0.9, seed=s) for s in range(5)]
+    expected = choose(table, settings, list(map(stream, settings)))
+    table[1, 30] = wrong
+    table[3] = wrong
+    got = choose(table, settings, list(map(stream, settings)))
+    assert [math.isnan(own) for own in got.logprobs] == [False, True, False, True, False]
+    for row in (0, 2, 4):
+        assert got.token_ids[row] == expected.token_ids[row]
+        assert got.logprobs[row] == expected.logprobs[row]
+    assert all(0 <= token < 50 for token in got.token_ids)
 
 
 def test_greedy_rows_do_not_advance_their_stream() -> None:

@@ -107,6 +107,45 @@ def test_eadp_chooses_by_what_comes_with_the_prompts() -> None:
     assert chosen("eadp", relevance=[[], own]).kept[1][0] == [0, 2, 4]
 
 
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+@pytest.mark.parametrize("method", ["fastv", "divprune", "eadp", "eadp-tiles"])
+@pytest.mark.parametrize("spoilt", [[7], list(range(6, 11))], ids=["one", "all"])
+def test_an_image_of_no_numbers_is_told_and_leaves_the_others_alone(
+    method: str, wrong: float, spoilt: list[int]
+) -> None:
+    """It still gets as many tokens as it is to keep, none twice: others are packed behind it."""
+    generator = torch.Generator().manual_seed(0)
+    tiles = torch.tensor([0, 0, 1, 1, 1]) if method == "eadp-tiles" else None
+    hidden, score = torch.randn(20, 4, generator=generator), torch.rand(20, generator=generator)
+
+    def choice() -> Any:
+        return choose(
+            Pruning(schedule="0:3", method=method.partition("-")[0]),
+            _never,
+            hidden,
+            torch.arange(20),
+            Ragged.of_spans((5, 15), [[(0, 5)], [(1, 6), (9, 14)]]),
+            [[3], [3, 3]],
+            coordinates_T2=torch.zeros(20, 2),
+            salts=[0, 0],
+            layer=0,
+            attention=lambda requests: score,
+            relevance=[
+                [Relevance(score[:5], tiles)],
+                [Relevance(score[6:11], tiles), Relevance(score[14:19], tiles)],
+            ],
+        )
+
+    before = choice()
+    hidden[spoilt] = score[spoilt] = wrong
+    after = choice()
+    assert after.kept[0] == before.kept[0] and after.kept[1][1] == before.kept[1][1]
+    own = after.kept[1][0]
+    assert len(set(own)) == 3 and set(own) <= set(range(5))
+    for told, expected in ((before, [True, True]), (after, [True, False])):
+        assert method == "divprune" or told.finite_B.tolist() == expected
+
+
 def test_every_method_has_its_function() -> None:
     from trio.config import METHODS as NAMES
 

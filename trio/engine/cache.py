@@ -118,6 +118,17 @@ class Cache:
             row[slot] = row[last]
             row.pop()
 
+    def scrub(self) -> None:
+        """Zero what nobody holds: a NaN there would spoil whoever gets the place, since attention
+        masks what is not filled by a weight of zero, and zero times NaN is NaN."""
+        for layer, group in enumerate(self._group_of):
+            slots, _, capacity, _ = self._keys[layer].shape
+            lengths = [*self._lengths[group], *[0] * (slots - len(self.order))]
+            place = torch.arange(capacity, device=self._device)
+            free = place >= torch.tensor(lengths, device=self._device)[:, None]
+            for tensor in (self._keys[layer], self._values[layer]):
+                tensor.masked_fill_(free[:, None, :, None], 0)
+
     def prefill(self, keys: Sequence[int]) -> PrefillWriter:
         """Takes in the prompts of freshly allocated requests, packed in this order."""
         return PrefillWriter(self, [self.order.index(key) for key in keys])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 import warnings
 from collections import deque
@@ -34,6 +35,7 @@ from trio.models import waiting
 from trio.models.adapter import Adapter, Features
 from trio.models.registry import adapt
 from trio.models.text_tower import TextTower
+from trio.models.weights import how_to_mend
 
 _log = logging.getLogger(__name__)
 
@@ -232,6 +234,9 @@ class Engine:
     def reset(self) -> None:
         """Drop all that waits or runs."""
         self._under_way.clear()
+        if self._scheduler.running:
+            self._scheduler.clear()
+            self._cache.scrub()
         self._scheduler.clear()
         self._done.clear()
         if self._idle_since is None:
@@ -295,6 +300,7 @@ class Engine:
         tasks = [task for task in tasks if task.key in self._scheduler.running]
         self._scheduler.put_back(tasks)
         torch.cuda.empty_cache()
+        self._cache.scrub()
         if not tasks:
             return
         if work == self._decode:
@@ -326,7 +332,7 @@ class Engine:
             chosen = _choose(tasks, logits_BV)
             _note_distributions(tasks, logits_BV)
             complete = self._append(tasks, chosen)
-            self._runner.start(tasks)
+            self._runner.start([task for task in tasks if task.failure is None])
             self._counters.prune_s += prune_s
         ended = self._runner.now()
         self._counters.encode_s += encoded - began
@@ -334,8 +340,6 @@ class Engine:
         tokens = sum(task.prompt_tokens for task in tasks)
         for task in tasks:
             task.prefill_s = (ended - began) * task.prompt_tokens / tokens
-            self._counters.images += len(task.spans)
-            self._counters.prompt_tokens += task.prompt_tokens
         self._finish(complete)
 
     def _encode(self, tasks: list[Task]) -> tuple[list[Task], list[list[Features]]]:
@@ -377,25 +381,40 @@ class Engine:
     def _append(self, tasks: Sequence[Task], chosen: Chosen) -> list[Task]:
         """One token each, but none to those complete without it; returns those now complete."""
         complete = []
+        spoilt = False
         counters = self._counters
         counters.kv_used_bytes_peak = max(counters.kv_used_bytes_peak, self._cache.used_bytes)
         for task, token, logprob in zip(tasks, chosen.token_ids, chosen.logprobs, strict=True):
-            before = task.finish_reason
+            before, is_number = task.finish_reason, not math.isnan(logprob)
             if before is not None:
+                spoilt |= not is_number
                 continue
-            task.token_ids.append(token)
-            task.logprobs.append(logprob)
-            counters.output_tokens += 1
+            if is_number:
+                task.token_ids.append(token)
+                task.logprobs.append(logprob)
+            else:
+                task.failure = not_finite(task, self._runner.decoder.dtype)
             if task.finish_reason is not None:
                 complete.append(task)
+        if spoilt:  # a step too many, by a request that is gone
+            self._cache.scrub()
         return complete
 
     def _finish(self, tasks: Sequence[Task]) -> None:
         """Turn what is complete into results and give its memory back."""
+        counters = self._counters
         for task in tasks:
-            self._done.append(self._report(task))
             self._scheduler.finish(task)
-            self._counters.requests += 1
+            if task.failure is not None:
+                self._fail(self._report(task))
+                continue
+            self._done.append(self._report(task))
+            counters.requests += 1
+            counters.images += len(task.spans)
+            counters.prompt_tokens += task.prompt_tokens
+            counters.output_tokens += len(task.token_ids)
+        if any(task.failure is not None for task in tasks):
+            self._cache.scrub()
 
     def _report(self, task: Task) -> Result:
         return report(
@@ -423,6 +442,14 @@ def _note_distributions(tasks: Sequence[Task], logits_BV: Tensor) -> None:
     for task, logits_V in zip(tasks, logits_BV, strict=True):
         if task.sampling.first_logprobs:
             task.first_logprobs = logits_V.float().log_softmax(dim=-1).cpu()
+
+
+def not_finite(task: Task, dtype: torch.dtype) -> str:
+    """Of a task's next logits."""
+    step = len(task.token_ids)
+    where = f"in decode step {step}" if step else "in prefill"
+    kind = str(dtype).removeprefix("torch.")
+    return f"NaN or infinity {where}, computed in {kind}: {how_to_mend(dtype)}"
 
 
 def _no_memory(task: Task, message: str) -> Result:

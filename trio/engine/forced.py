@@ -15,15 +15,16 @@ from torch import Tensor
 
 from trio.config import Pruning
 from trio.engine.admission import Admission
-from trio.engine.engine import end_of_sequence
+from trio.engine.engine import end_of_sequence, not_finite
 from trio.engine.loading import default_kv_bytes
-from trio.engine.request import Prepared, Result, Sampling
+from trio.engine.request import Prepared, Result, Sampling, failed
 from trio.engine.runner import Runner
 from trio.engine.scheduler import Scheduler
 from trio.engine.task import Task
 from trio.errors import UserError
 from trio.models.adapter import Features
 from trio.models.registry import adapt
+from trio.pruning.finite import finite_rows
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,15 +106,19 @@ class Answers:
         scheduler: Scheduler[Task],
         tasks: list[Task],
         given: Mapping[Any, Sequence[int]] | None,
-    ) -> Iterator[tuple[Any, Answer]]:
+    ) -> Iterator[tuple[Any, Answer | Result]]:
         """Answers of the tasks that have just been admitted."""
         steps: dict[int, list[Tensor]] = {task.key: [] for task in tasks}
         logits_BV, _ = runner.prefill(tasks, self._encode(runner, tasks))
         _go_on(tasks, logits_BV, steps, given)
-        runner.start(tasks)
+        runner.start([task for task in tasks if task.failure is None])
         while True:
             for task in list(scheduler.running.values()):
-                if _complete(task, given):
+                if task.failure is not None:
+                    scheduler.finish(task)
+                    runner.cache.scrub()
+                    yield task.prepared.id, failed(task.prepared.id, "numeric", task.failure)
+                elif _complete(task, given):
                     scheduler.finish(task)
                     logits_NV = torch.stack(steps.pop(task.key))
                     token_ids = tuple(task.token_ids)
@@ -145,7 +150,13 @@ def _go_on(
 ) -> None:
     """Give each task its next token, and note the logits that it follows from."""
     likeliest = logits_BV.argmax(dim=-1).tolist()
-    for task, logits_V, token in zip(tasks, logits_BV, likeliest, strict=True):
+    are_finite = finite_rows(logits_BV).tolist()
+    for task, logits_V, token, is_finite in zip(
+        tasks, logits_BV, likeliest, are_finite, strict=True
+    ):
+        if not is_finite:
+            task.failure = not_finite(task, logits_BV.dtype)
+            continue
         steps[task.key].append(logits_V)
         if given is not None:
             token = given[task.prepared.id][len(task.token_ids)]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
-from trio.engine.request import Result
+from trio.engine.request import Result, failed
 from trio.engine.task import Task
 from trio.pruning.cost import DecoderShape, layer_average
 
@@ -17,12 +18,14 @@ def report(
     bytes_per_element: int,
     decode: Callable[[Sequence[int]], str],
 ) -> Result:
-    """The result of a task whose answer is complete.
+    """The result of a task whose answer is complete, or which has failed on the device.
 
     `decode`: token ids to text.
     """
     reason = task.finish_reason
     assert reason is not None
+    if task.failure is not None:
+        return _failed(task, task.failure)
     visual = task.visual_tokens
     text = task.prompt_tokens - visual
     # An answer's last token need not be stored: it is never fed back.
@@ -51,4 +54,17 @@ def report(
         decode_s=task.decode_s,
         latency_s=time.perf_counter() - task.submitted,
         kept_tokens=[task.entered, *task.kept] if task.entered else task.kept,
+    )
+
+
+def _failed(task: Task, failure: str) -> Result:
+    """With what is known of the prompt, and nothing of what came of it."""
+    return replace(
+        failed(task.prepared.id, "numeric", failure),
+        prompt_tokens=task.prompt_tokens,
+        num_images=len(task.spans),
+        visual_tokens=task.visual_tokens,
+        prefill_s=task.prefill_s,
+        decode_s=task.decode_s,
+        latency_s=time.perf_counter() - task.submitted,
     )

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
-FailureKind = Literal["prompt", "image", "mismatch", "too_long", "no_room"]
+FailureKind = Literal["prompt", "image", "mismatch", "too_long", "no_room", "numeric"]
 """Why a request could not be served:
 
 `prompt`   the prompt is no text, or the chat template cannot place it
@@ -22,6 +22,7 @@ FailureKind = Literal["prompt", "image", "mismatch", "too_long", "no_room"]
 `mismatch` the image placeholders of a prompt do not fit its images
 `too_long` prompt and output together pass the model's context
 `no_room`  even alone, the request passes the KV cache or the device's memory
+`numeric`  the model's numbers for it are not finite: NaN, or past what its dtype holds
 """
 
 

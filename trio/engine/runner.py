@@ -206,6 +206,8 @@ class Runner:
 
     def start(self, tasks: Sequence[Task]) -> None:
         """Let tasks whose prompts and first tokens are there take part in decoding."""
+        if not tasks:
+            return
         self.cache.start(
             [task.key for task in tasks],
             [task.token_ids[-1] for task in tasks],

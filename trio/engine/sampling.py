@@ -20,7 +20,8 @@ from trio.engine.request import Sampling
 
 
 class Chosen:
-    """The next token of each row and the natural log of its probability under the model.
+    """The next token of each row and the natural log of its probability under the model, which is
+    NaN where the row's logits are not all finite; the token is then any.
 
     On their way to the host from the moment they are chosen; only reading them there waits.
     """
@@ -79,8 +80,11 @@ def choose(
         probabilities = distribution(ruled_BV[rows], [samplings[row] for row in drawn])
         tokens_B[rows] = _invert(probabilities, uniforms)
     log_norm_B = logits_BV.logsumexp(dim=-1)
+    # The sum passes on a NaN and a positive infinity, the least is the other one.
+    finite_B = log_norm_B.isfinite() & logits_BV.amin(dim=-1).isfinite()
+    tokens_B = tokens_B.where(finite_B, 0)  # what NaN probabilities draw may be no token at all
     logprobs_B = logits_BV.gather(1, tokens_B[:, None])[:, 0] - log_norm_B
-    return Chosen(tokens_B, logprobs_B)
+    return Chosen(tokens_B, logprobs_B.where(finite_B, torch.nan))
 
 
 def distribution(logits_BV: Tensor, samplings: Sequence[Sampling]) -> Tensor:

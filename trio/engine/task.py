@@ -47,6 +47,8 @@ class Task:
     """Visual tokens that entered the decoder, where the encoder reduced them."""
     prefill_s: float = 0.0
     decode_s: float = 0.0
+    failure: str | None = None
+    """What has gone wrong with its numbers; ends it."""
     tried_alone: bool = False
     """Whether the device ran out of memory over this request alone."""
 
@@ -59,8 +61,10 @@ class Task:
         return sum(self.prepared.image_tokens)
 
     @property
-    def finish_reason(self) -> Literal["stop", "length"] | None:
-        """Why the answer is complete; None while it is not."""
+    def finish_reason(self) -> Literal["stop", "length", "error"] | None:
+        """Why nothing is added to the answer; None while something is."""
+        if self.failure is not None:
+            return "error"
         if self.token_ids and self.token_ids[-1] in self.stop_ids:
             return "stop"
         if len(self.token_ids) == self.sampling.max_new_tokens:
@@ -69,7 +73,7 @@ class Task:
 
     def restart(self, stream: random.Random) -> None:
         """Forget the answer so far; `stream` is the request's random stream from its start."""
-        self.stream = stream
+        self.stream, self.failure = stream, None
         if self.following is not None:
             self.following.restart()
         answer = (self.token_ids, self.logprobs)

@@ -23,6 +23,7 @@ from trio.models.raster import unknown
 from trio.models.stopwatch import Stopwatch
 from trio.pruning.candidates import Relevance, StageChoice
 from trio.pruning.compaction import Ragged, compact, contiguous_positions
+from trio.pruning.finite import finite_rows
 from trio.pruning.select import LOOKS_BACK, choose
 
 
@@ -89,6 +90,8 @@ class Prefilled:
     kept: `[request][stage]`, visual tokens left, numbered as they entered.
     visual_tokens_stages: `[request][stage]`, how many those are.
     prune_seconds: time in scoring, choosing and compacting, all requests together.
+    finite_B: whether all that a request's tokens were chosen by at its stages is finite; where not,
+        its hidden states and logits here are NaN.
     """
 
     hidden_BD: Tensor
@@ -98,6 +101,7 @@ class Prefilled:
     kept: list[list[list[int]]]
     visual_tokens_stages: list[list[int]]
     prune_seconds: float
+    finite_B: Tensor
 
 
 @dataclass(slots=True)
@@ -186,6 +190,7 @@ class _Prefill:
             coordinates_T2 = unknown(self.batch_tokens)
         self.coordinates_T2 = coordinates_T2.to(decoder.device)
         self.kept: list[list[list[int]]] = [[] for _ in prompts.lengths]
+        self.finite_B = torch.ones(len(prompts.lengths), dtype=torch.bool, device=decoder.device)
         self.pruning_time = Stopwatch(decoder.device)
 
     def result(self) -> Prefilled:
@@ -204,6 +209,8 @@ class _Prefill:
             start = stop
         last = torch.tensor([end - 1 for end in accumulate(self.ragged.lengths)])
         hidden_BD = self.hidden_TD[last.to(self.hidden_TD.device)]
+        # Tokens that are gone by a choice that was none would leave no trace.
+        hidden_BD = hidden_BD.masked_fill(~self.finite_B[:, None], torch.nan)
         if self.trace is not None:
             self.trace.hidden_TD = self.hidden_TD
         return Prefilled(
@@ -214,6 +221,7 @@ class _Prefill:
             kept=self.kept,
             visual_tokens_stages=[[len(stage) for stage in stages] for stages in self.kept],
             prune_seconds=self.pruning_time.seconds(),
+            finite_B=self.finite_B,
         )
 
     def _plan(self) -> dict[int, list[list[int] | None]]:
@@ -251,6 +259,7 @@ class _Prefill:
     def _prune(self, layer: int, keeps: list[list[int] | None]) -> None:
         hidden_in, positions_in, before = self.hidden_TD, self.positions_T, self.ragged
         with self.pruning_time.running():
+            self._check(hidden_in)
             choice = choose(
                 self.pruning,
                 lambda: self._proxy(layer),
@@ -265,6 +274,8 @@ class _Prefill:
                 relevance=self.relevance,
             )
             self.entered_TD = None
+            if choice is not None and choice.finite_B is not None:
+                self.finite_B &= choice.finite_B
             if choice is not None:
                 self.ragged, index = compact(before, choice.kept)
                 index = index.to(hidden_in.device, non_blocking=True)
@@ -288,6 +299,15 @@ class _Prefill:
                     self.positions_T,
                 )
             )
+
+    def _check(self, hidden_TD: Tensor) -> None:
+        """Note the requests of which a token is not finite, before it may be dropped."""
+        device = hidden_TD.device
+        lengths = torch.tensor(self.ragged.lengths)
+        request_T = torch.arange(len(lengths)).repeat_interleave(lengths).to(device)
+        bad_B = torch.zeros(len(lengths), dtype=torch.int32, device=device)
+        bad_B.index_add_(0, request_T, (~finite_rows(hidden_TD)).int())
+        self.finite_B &= bad_B == 0
 
     def _proxy(self, layer: int) -> Proxy:
         index = self.pruning.proxy_index(layer)

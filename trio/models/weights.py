@@ -108,3 +108,10 @@ def _spread(model: Any) -> str | None:
         return ", ".join(devices)
     hooked = any(hasattr(module, "_hf_hook") for module in model.modules())
     return "offloaded by accelerate" if devices == ["meta"] and hooked else None
+
+
+def how_to_mend(dtype: torch.dtype) -> str:
+    """What to do about numbers that are not finite, in a model of this dtype."""
+    if dtype == torch.float16:
+        return "its range ends at 65504, load the model in bfloat16 or float32 instead"
+    return "look for damaged weights, and for an image that the encoder cannot stand"

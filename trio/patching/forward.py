@@ -27,6 +27,7 @@ from trio.models.attention import Padded
 from trio.models.cache_argument import CACHE, cache_of
 from trio.models.prefill import PackedPrompts, prefill
 from trio.models.raster import packed, unknown
+from trio.models.weights import how_to_mend
 from trio.patching.cache import RaggedLayer, make_plain, make_ragged, ragged_layers
 from trio.patching.embeds import check_embeds
 from trio.patching.override import Override
@@ -326,6 +327,7 @@ class PatchedDecoder(Override):
         )
         store = _Store(layers)
         done = prefill(decoder, entering, self.pruning, store)
+        _check_finite(done.finite_B, decoder.dtype)
         for index, layer in enumerate(layers):
             layer.place(done.next_positions[index], embeds_BSD.shape[1], store.groups[index])
         return decoder.model.norm(done.hidden_BD)
@@ -557,6 +559,15 @@ def _check_places_told(model: nn.Module, call: dict[str, Any]) -> None:
         raise UserError(
             "images or videos without mm_token_type_ids, by which the model finds their rows and "
             "columns: pass on all that its own processor returns"
+        )
+
+
+def _check_finite(finite_B: Tensor, dtype: torch.dtype) -> None:
+    bad = (~finite_B).nonzero()[:, 0].tolist()
+    if bad:
+        raise UserError(
+            f"row {bad[0]} of the batch has hidden states or saliency that are not finite (NaN or "
+            f"infinity), so its tokens cannot be chosen: {how_to_mend(dtype)}"
         )
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from trio.config import Pruning
 from trio.pruning.compaction import Image, Kept, Ragged
+from trio.pruning.finite import finite_rows
 from trio.pruning.saliency import Proxy, Saliency
 
 Place = tuple[int, int]
@@ -42,12 +43,15 @@ class StageChoice:
     saliency: scores of these requests' tokens, packed; None for methods without.
     orders: for each pruned image, as `(request, image)`, its local indices by falling score, or in
         order of choice; empty for methods without an order.
+    finite_B: of every request, whether all that its images were judged by is finite: else the
+        choice is any. None for methods that judge by hidden states alone.
     """
 
     kept: Kept
     scored: list[int]
     saliency: Saliency | None
     orders: dict[Place, Tensor]
+    finite_B: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,8 +130,25 @@ class Candidates:
         start_N, count_N, _ = self.bounds
         return rank(scores_T, start_N, count_N, max(image.count for image in self.images))
 
+    def finite(self, scores_T: Tensor) -> Tensor:
+        """`StageChoice.finite_B` by scores of the tokens of `requests`."""
+        start_N, count_N, _ = self.bounds
+        place_V = torch.arange(max(image.count for image in self.images), device=scores_T.device)
+        index_NV = start_N[:, None] + place_V.minimum(count_N[:, None] - 1)
+        return self.by_image(finite_rows(scores_T[index_NV]))
+
+    def by_image(self, finite_N: Tensor) -> Tensor:
+        """`StageChoice.finite_B` by whether it holds for each image that loses tokens."""
+        request_N = torch.tensor([request for request, _ in self.goals], device=finite_N.device)
+        bad_B = torch.zeros(len(self.ragged.lengths), dtype=torch.int32, device=finite_N.device)
+        return bad_B.index_add_(0, request_N, (~finite_N).int()) == 0
+
     def choice(
-        self, kept_NK: Tensor, order_NV: Tensor, saliency: Saliency | None = None
+        self,
+        kept_NK: Tensor,
+        order_NV: Tensor,
+        saliency: Saliency | None = None,
+        finite_B: Tensor | None = None,
     ) -> StageChoice:
         """The outcome.
 
@@ -136,6 +157,7 @@ class Candidates:
             order_NV: local indices of each image in the order to report, of which as many count as
                 it has tokens.
             saliency: of `requests`.
+            finite_B: see `StageChoice`.
         """
         picks = {
             place: sorted(row[:keep])
@@ -146,7 +168,7 @@ class Candidates:
             for place, order, image in zip(self.goals, order_NV, self.images, strict=True)
         }
         scored = [] if saliency is None else self.requests
-        return StageChoice(self.by_request(picks), scored, saliency, orders)
+        return StageChoice(self.by_request(picks), scored, saliency, orders, finite_B)
 
     def by_request(self, picks: dict[Place, list[int]]) -> Kept:
         """Local indices of the images that lose tokens, as `compact` wants them."""

@@ -258,7 +258,7 @@ def _lazily(importance_N: np.ndarray, similar_NN: np.ndarray, keep: int) -> np.n
         more -= best_N
         np.maximum(more, 0, out=more)
         more *= importance_N
-        bound_N[candidates] = more.sum(axis=1)
+        bound_N[candidates] = np.nan_to_num(more.sum(axis=1))  # so that none is taken twice
 
     for place in range(keep):
         first = min(_FIRST, tokens - place)
@@ -293,7 +293,7 @@ def share_out(importance_N: Tensor, sizes: Sequence[int], keep: int) -> list[int
         raise ValueError(f"cannot keep {keep} of {sum(sizes)} visual tokens")
     sums = torch.stack([tile.double().sum() for tile in importance_N.split(list(sizes))]).tolist()
     # Tiles of no importance at all share evenly what no other has room for.
-    weights = [max(own, sys.float_info.min) for own in sums]
+    weights = [max(own, sys.float_info.min) if math.isfinite(own) else 1.0 for own in sums]
     shares = [float(size) for size in sizes]
     left, rest = keep, list(range(len(sizes)))
     while rest:

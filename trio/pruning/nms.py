@@ -143,9 +143,10 @@ def _mix(
     near_NV.masked_fill_(taken_NV | ~there_NV, torch.inf)
     looked_at = features_TD, coordinates_T2, index_NV, near_NV, far_N
     if features_TD.is_cuda:
-        taken_NV |= _farthest(*looked_at, most_far)
+        far_NV = _farthest(*looked_at, most_far)
     else:
-        taken_NV |= _farthest_on_host(*looked_at)
+        far_NV = _farthest_on_host(*looked_at)
+    taken_NV |= far_NV & there_NV  # beside a NaN nothing is too near
 
 
 def _nearest(
@@ -248,7 +249,8 @@ def _farthest_on_host(
             dots = _dots(tokens, tokens[local[slot]])[local]
             apart = (row - row[slot]) ** 2 + (column - column[slot]) ** 2
             nearness = _NEARNESS * np.exp(_FALL * apart)
-            np.maximum(near, dots / (norm * norm[slot]) + nearness, out=near)
+            with np.errstate(invalid="ignore"):  # of features that are not finite
+                np.maximum(near, dots / (norm * norm[slot]) + nearness, out=near)
     return torch.from_numpy(taken)
 
 

@@ -11,5 +11,7 @@ from trio.pruning.candidates import Candidates, StageChoice
 
 def by_attention(candidates: Candidates) -> StageChoice:
     """The tokens of the largest attention; of equal ones the lower index."""
-    order_NV = candidates.ranked(candidates.attention(candidates.requests))
-    return candidates.choice(order_NV[:, : candidates.most_kept], order_NV)
+    attention_T = candidates.attention(candidates.requests)
+    order_NV = candidates.ranked(attention_T)
+    kept_NK = order_NV[:, : candidates.most_kept]
+    return candidates.choice(kept_NK, order_NV, finite_B=candidates.finite(attention_T))

@@ -84,13 +84,16 @@ def _groups(counts: Sequence[int], size: int, device: str) -> Iterator[list[int]
 def _greedy(unit_NVD: Tensor, there_NV: Tensor, most_kept: int) -> Tensor:
     """`[N, K]`, local indices in order of choice, of tokens of unit length."""
     pick_N = _nearest(unit_NVD, there_NV).masked_fill_(~there_NV, torch.inf).argmin(dim=1)
-    # Largest cosine with a taken token; of what is not there or taken itself, more than any.
-    nearest_NV = torch.full_like(unit_NVD[..., 0], -torch.inf).masked_fill_(~there_NV, torch.inf)
+    # Largest cosine with a taken token; what is not there or taken itself is told apart, as no
+    # number is larger than a NaN.
+    nearest_NV = torch.full_like(unit_NVD[..., 0], -torch.inf)
+    gone_NV = ~there_NV
     picks = [pick_N]
     while len(picks) < most_kept:
         own_N1D = unit_NVD.take_along_dim(pick_N[:, None, None], dim=1)
         nearest_NV = torch.maximum(nearest_NV, _cosines(unit_NVD, own_N1D))
-        pick_N = nearest_NV.scatter_(1, pick_N[:, None], torch.inf).argmin(dim=1)
+        gone_NV.scatter_(1, pick_N[:, None], True)
+        pick_N = nearest_NV.masked_fill(gone_NV, torch.inf).argmin(dim=1)
         picks.append(pick_N)
     return torch.stack(picks, dim=1)
 

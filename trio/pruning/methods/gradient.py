@@ -14,7 +14,8 @@ def by_saliency(candidates: Candidates) -> StageChoice:
     """The tokens of the largest gradients, whether they resemble each other or not."""
     scores = _scored(candidates)
     order_NV = candidates.ranked(scores.scores_T)
-    return candidates.choice(order_NV[:, : candidates.most_kept], order_NV, scores)
+    finite_B = candidates.finite(scores.scores_T)
+    return candidates.choice(order_NV[:, : candidates.most_kept], order_NV, scores, finite_B)
 
 
 def by_saliency_and_distance(candidates: Candidates) -> StageChoice:
@@ -34,7 +35,7 @@ def by_saliency_and_distance(candidates: Candidates) -> StageChoice:
         candidates.pruning.similarity_threshold,
         candidates.pruning.fill_up,
     )
-    return candidates.choice(kept_NK, order_NV, scores)
+    return candidates.choice(kept_NK, order_NV, scores, candidates.finite(scores.scores_T))
 
 
 def _scored(candidates: Candidates) -> Saliency:

@@ -13,6 +13,7 @@ from torch import Tensor
 from trio.errors import UserError
 from trio.pruning.candidates import Candidates, Relevance, StageChoice
 from trio.pruning.eadp import select, select_by_tile
+from trio.pruning.finite import finite_rows
 
 
 def by_relevance(candidates: Candidates) -> StageChoice:
@@ -36,7 +37,10 @@ def by_relevance(candidates: Candidates) -> StageChoice:
         order_K = _select(own, hidden_TD[start : start + count], keep)
         orders[request, number] = order_K
         picks[request, number] = sorted(order_K.tolist())
-    return StageChoice(candidates.by_request(picks), [], None, orders)
+    importance = [candidates.relevance[r][i].importance_N for r, i in candidates.goals]
+    finite_N = torch.stack([finite_rows(own_N) for own_N in importance])
+    kept, finite_B = candidates.by_request(picks), candidates.by_image(finite_N)
+    return StageChoice(kept, [], None, orders, finite_B)
 
 
 def _select(own: Relevance, features_ND: Tensor, keep: int) -> Tensor:
