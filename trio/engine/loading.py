@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.utils import cached_file
 
 from trio import bundled
+from trio.cgroups import memory_left
 from trio.engine.checkpoint import (
     check_directory,
     check_tensors,
@@ -233,11 +234,12 @@ def default_kv_bytes(device: torch.device, share: float = 1.0) -> int:
         free, total = torch.cuda.mem_get_info(device)
         left = share * total - torch.cuda.memory_reserved(device)
         return max(0, int(min(free, left) * 0.7))
-    return min(_free_memory() // 4, 8 << 30)
+    free = _free_memory()
+    return min((free if (left := memory_left()) is None else min(free, left)) // 4, 8 << 30)
 
 
 def _free_memory() -> int:
-    """Bytes of main memory still to be had; all of it where the system does not say."""
+    """Bytes of the machine's main memory still to be had; all of it where it does not say."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
