@@ -46,7 +46,8 @@ def batch(family: Family, rows: list[Request], side: str = "left") -> dict[str, 
 def test_a_batch_of_many_sizes_equals_singles(
     family: Family, model: Any, side: str, pruning: trio.Pruning
 ) -> None:
-    rows = requests_with(IMAGES)
+    # Which of a thin picture's four tokens, alike but for 1e-13, lie farthest apart is chance.
+    rows = requests_with(IMAGES[:-1] if pruning.method == "divprune" else IMAGES)
     unpruned = [run(model, batch(family, [row]))[1] for row in rows]
     trio.patch(model, pruning)
     new, logits, cache = run(model, batch(family, rows, side))
