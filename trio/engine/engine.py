@@ -471,8 +471,10 @@ class Engine:
 def _choose(tasks: Sequence[Task], logits_BV: Tensor) -> Chosen:
     """The next token of each task, by its rules of decoding and its sampling."""
     samplings, streams = [task.sampling for task in tasks], [task.stream for task in tasks]
-    chosen = choose(logits_BV, samplings, streams, ruled(tasks, logits_BV))
-    note(tasks, chosen.tokens_B)
+    ruled_BV = ruled(tasks, logits_BV)
+    chosen = choose(logits_BV, samplings, streams, ruled_BV)
+    if ruled_BV is not None:
+        note(tasks, chosen.tokens_B)
     return chosen
 
 
