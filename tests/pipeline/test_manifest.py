@@ -70,7 +70,7 @@ def test_a_listing_is_compared_and_what_changed_is_named(tmp_path: Path) -> None
     path.rename(tmp_path / "c.parquet")
     assert "c.parquet" in str(before.difference(expand([str(tmp_path)])))
     shard(tmp_path / "b.parquet", 1)
-    assert "1 shards then, 2 now" in str(before.difference(expand([str(tmp_path)])))
+    assert "1 shard then, 2 now" in str(before.difference(expand([str(tmp_path)])))
 
 
 def planned(count: int, seed: int) -> Manifest:
