@@ -41,7 +41,7 @@ print("FOUND", trio.run(trio.sleep, 0), ray.get(work.remote()), cluster_runtime_
 """
 START = """
 import _bootstrap
-import ray, sys
+import os, ray, sys
 from trio.pipeline import cluster
 
 @ray.remote
@@ -49,7 +49,12 @@ def work():
     given = open("/proc/self/environ").read().split(chr(0))
     return sorted(each for each in given if each.startswith(("OMP_WAIT_POLICY=", "GOMP_SPIN")))
 
+@ray.remote
+def priority():
+    return os.nice(0)
+
 attached = cluster.start(sys.argv[1] if len(sys.argv) > 1 else None)
+assert attached or ray.get(priority.remote()) == os.nice(0)
 print("FOUND", attached, ray.get(work.remote()))
 """
 

@@ -194,7 +194,12 @@ def test_an_input_that_is_gone_as_a_whole_ends_the_run(tmp_path: Path) -> None:
     """It may be a mount: what is left must not become errors."""
     paths = [shard(tmp_path / "in", [f"p{n}" for n in range(100)], number=n) for n in range(2)]
     out = tmp_path / "out"
-    when(lambda: len(list((out / "rows").glob("*"))) >= 1, lambda: [p.unlink() for p in paths])
+
+    def unmount() -> None:
+        for path in paths:
+            path.unlink()
+
+    when(lambda: len(list((out / "rows").glob("*"))) >= 1, unmount)
     with pytest.raises(UserError, match="is gone since the run was planned"):
         execute(tmp_path / "in", out, faulty(delay_s=0.05))
     assert not [r for r in rows(out) if r["error"]]

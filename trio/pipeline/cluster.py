@@ -120,6 +120,9 @@ def _asked(address: str | None) -> tuple[str | None, str]:
 
 def _start_here() -> None:
     export_path()
+    # By default workers yield to all other processes (nice 15): beside two that are busy an engine
+    # on two cores is left with a thirtieth of them.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     count = max(LOCAL_CPUS, cpus.usable())
     with _hushed():
         ray.init(
