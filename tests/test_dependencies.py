@@ -14,12 +14,12 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 def bounds(package: str) -> tuple[str, str]:
     """Lower and upper, of a line such as `ray[default]>=2.60,<2.61`."""
-    (found,) = (
+    ((lower, upper),) = (
         match.groups()
         for line in PROJECT["dependencies"]
         if (match := re.fullmatch(rf"{package}(?:\[\w+\])?>=([\d.]+),<([\d.]+)", line))
     )
-    return found
+    return lower, upper
 
 
 def pins(name: str) -> dict[str, str]:

@@ -35,14 +35,14 @@ def test_greedy_takes_the_likeliest_and_reports_its_probability() -> None:
 def test_distribution_equals_the_warpers_of_transformers(
     temperature: float, top_k: int | None, top_p: float, min_p: float | None
 ) -> None:
-    table = logits(5)
-    expected = TemperatureLogitsWarper(temperature)(None, table)
+    table, none = logits(5), torch.empty(5, 0, dtype=torch.long)
+    expected = TemperatureLogitsWarper(temperature)(none, table)
     if top_k is not None:
-        expected = TopKLogitsWarper(top_k)(None, expected)
+        expected = TopKLogitsWarper(top_k)(none, expected)
     if top_p < 1:
-        expected = TopPLogitsWarper(top_p)(None, expected)
+        expected = TopPLogitsWarper(top_p)(none, expected)
     if min_p is not None:
-        expected = MinPLogitsWarper(min_p)(None, expected)
+        expected = MinPLogitsWarper(min_p)(none, expected)
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     torch.testing.assert_close(distribution(table, [sampling] * 5), expected.softmax(-1))
 

@@ -100,8 +100,8 @@ def test_settings_of_the_pruning_reach_the_engine() -> None:
     ],
 )
 def test_only_the_bundled_shard_is_scored_unasked(flags: list[str], score: str) -> None:
-    got, given = cli.settings_from(PARSER.parse_args(flags))
-    settled = job.resolve(caption.JOB, got, given)
+    got, _ = cli.settings_from(PARSER.parse_args(flags))
+    settled = job.resolve(caption.JOB, got)
     assert settled.score == score == config.results(settled)["score"]
 
 

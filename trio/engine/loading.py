@@ -234,8 +234,8 @@ def default_kv_bytes(device: torch.device, share: float = 1.0) -> int:
         free, total = torch.cuda.mem_get_info(device)
         left = share * total - torch.cuda.memory_reserved(device)
         return max(0, int(min(free, left) * 0.7))
-    free = _free_memory()
-    return min((free if (left := memory_left()) is None else min(free, left)) // 4, 8 << 30)
+    limit, available = memory_left(), _free_memory()
+    return min((available if limit is None else min(available, limit)) // 4, 8 << 30)
 
 
 def _free_memory() -> int:

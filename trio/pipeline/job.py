@@ -243,9 +243,9 @@ def _announce(config: JobConfig, plan: Any, resources: str) -> None:
     shards, rows = counted(len(manifest.shards), "shard"), counted(plan.rows, "row")
     print(f"input   {shards}, {rows}, {manifest.size / 1e6:.1f} MB")
     print(f"model   {config.model}, {config.pruning().name}, {keep}")
-    for line in decoding.lines(config, plan.decoding):
-        if line != decoding.PLAIN:
-            print(line)
+    for told in decoding.lines(config, plan.decoding):
+        if told != decoding.PLAIN:
+            print(told)
     print(f"runs on {resources}")
     print(f"output  {locate(config.output or '').uri}", flush=True)
     if "cluster" in resources and is_local(plan.output.uri):
