@@ -14,12 +14,10 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 def bounds(package: str) -> tuple[str, str]:
     """Lower and upper, of a line such as `ray[default]>=2.60,<2.61`."""
-    ((lower, upper),) = (
-        match.groups()
-        for line in PROJECT["dependencies"]
-        if (match := re.fullmatch(rf"{package}(?:\[\w+\])?>=([\d.]+),<([\d.]+)", line))
-    )
-    return lower, upper
+    pattern = rf"{package}(?:\[\w+\])?>=([\d.]+),<([\d.]+)"
+    lines = (re.fullmatch(pattern, line) for line in PROJECT["dependencies"])
+    (found,) = filter(None, lines)
+    return found[1], found[2]
 
 
 def pins(name: str) -> dict[str, str]:
