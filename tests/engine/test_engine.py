@@ -432,35 +432,6 @@ def test_what_needs_more_memory_than_there_is_fails_alone(
     assert tries[-2:] == [1, 1]
 
 
-@pytest.mark.parametrize("part", ["prefill", "decode"])
-def test_limits_grow_back_and_what_is_done_twice_counts_once(
-    model: Any, part: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    worker = engine(model)
-    before, most = worker.memory_plan, worker._scheduler.batch_tokens
-    work, tries, reduced = getattr(worker._runner, part), [], []
-
-    def scarce(*given: Any) -> Any:
-        tries.append(given)
-        if len(tries) == 2:
-            raise torch.OutOfMemoryError("no memory left")
-        reduced.append((worker.memory_plan.max_running, worker._scheduler.batch_tokens))
-        return work(*given)
-
-    monkeypatch.setattr(worker._runner, part, scarce)
-    monkeypatch.setattr("trio.engine.engine.CALM_STEPS", 2)
-    requests = mixed_requests(30, max_new_tokens=25)
-    results = list(worker.generate(requests))
-    after, limits = reduced[1], (before.max_running, most)
-    assert after != limits and all(a <= b for a, b in zip(after, limits, strict=True))
-    assert worker.memory_plan == before and worker._scheduler.batch_tokens == most
-    stats = worker.stats()
-    assert stats["out_of_memory"] == 1 and stats["requests"] == len(results) == 30
-    assert stats["images"] == sum(len(request.images) for request in requests)
-    assert stats["prompt_tokens"] == sum(result.prompt_tokens or 0 for result in results)
-    assert stats["output_tokens"] == sum(len(result.token_ids) for result in results)
-
-
 @pytest.mark.parametrize("gpu_way", [False, True])
 def test_a_device_with_less_memory_than_the_budget(
     model: Any, gpu_way: bool, monkeypatch: pytest.MonkeyPatch

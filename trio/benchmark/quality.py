@@ -370,15 +370,10 @@ def _prepared(prepare: Preparer, asked: Sequence[Asked]) -> list[Prepared]:
 
 
 def _answers(engine: Engine, requests: Sequence[Prepared]) -> list[Result]:
-    """Results in the order of the requests.
-
-    Raises:
-        UserError: one failed, which is no wrong answer.
-    """
+    """Results in the order of the requests; an error here is a bug, not a wrong answer."""
     results = {result.id: result for result in engine.generate(requests)}
     failed = next((result for result in results.values() if result.error), None)
-    if failed is not None:
-        raise UserError(f"the model answers a request with an error: {failed.error}")
+    assert failed is None, failed
     return [results[number] for number in range(len(requests))]
 
 

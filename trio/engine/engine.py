@@ -8,7 +8,6 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -39,9 +38,6 @@ from trio.models.text_tower import TextTower
 from trio.models.weights import how_to_mend
 
 _log = logging.getLogger(__name__)
-
-CALM_STEPS = 32
-"""Steps without running out of memory after which the limits grow again."""
 
 
 class Engine:
@@ -113,10 +109,7 @@ class Engine:
         self._admission = Admission(
             self._runner, sampling=sampling or Sampling(), eos=eos, rules=self.decoding
         )
-        self._planned = self._plan(sampling or Sampling(), most_visual_tokens(processor))
-        self._batch_tokens, self._kv_bytes = batch_tokens, kv_bytes
-        self._calm_steps = 0
-        """Steps since the device last ran out of memory."""
+        self.memory_plan = self._plan(sampling or Sampling(), most_visual_tokens(processor))
         self._done: list[Result] = []
         self._under_way: deque[tuple[list[Task], Chosen]] = deque()
         """Decode steps whose outcome has not been looked at."""
@@ -234,17 +227,9 @@ class Engine:
             self._sparing(self._decode, tasks)
         if not self._scheduler.running:
             self._under_way.clear()
-        self._grow_back()
         self._idle_since = None if self._scheduler.has_work else time.perf_counter()
         done, self._done = self._done, []
         return done
-
-    @property
-    def memory_plan(self) -> MemoryPlan:
-        """How many requests the memory holds at once; fewer for a while after the device ran out
-        of it."""
-        room = self._cache.room
-        return replace(self._planned, kv_budget_bytes=room.budget, max_running=room.max_slots)
 
     def reset(self) -> None:
         """Drop all that waits or runs."""
@@ -258,16 +243,11 @@ class Engine:
             self._idle_since = time.perf_counter()
 
     def stats(self, *, reset: bool = False) -> dict[str, Any]:
-        """Counters since the last reset, and whether decoding runs as CUDA graphs (`on`, or `off`
-        and why); absent figures are None."""
+        """Counters since the last reset; absent figures are None."""
         self._count_idle()
         device = self._runner.decoder.device
         peak = cuda.max_memory_allocated(device) if device.type == "cuda" else None
-        counted = {
-            **self._counters.as_dict(),
-            "device_bytes_peak": peak,
-            "cuda_graphs": self._runner.cuda_graphs,
-        }
+        counted = {**self._counters.as_dict(), "device_bytes_peak": peak}
         if reset:
             self._counters = Counters()
             if device.type == "cuda":
@@ -301,10 +281,8 @@ class Engine:
             self._counters.idle_s += self._idle_since - since
 
     def _admit(self) -> list[Task]:
-        scheduler, before = self._scheduler, self._cache.room.budget
+        scheduler = self._scheduler
         admitted = scheduler.admit()
-        if self._cache.room.budget < before:
-            self._note_out_of_memory()
         if not admitted and not scheduler.running and scheduler.waiting:
             task = scheduler.waiting[0]
             if not self._cache.fits(task.need):
@@ -318,7 +296,6 @@ class Engine:
             return work(tasks)
         except torch.OutOfMemoryError as error:
             caught = error.with_traceback(None)  # whose frames hold the step's tensors
-        self._note_out_of_memory()
         self._finish(self._look_at_steps(but=0))
         tasks = [task for task in tasks if task.key in self._scheduler.running]
         self._scheduler.put_back(tasks)
@@ -334,22 +311,6 @@ class Engine:
             task.restart(stream(task.sampling))
         if len(tasks) == 1 and not self._scheduler.running:
             self._give_up_or_retry(tasks[0], caught)
-
-    def _note_out_of_memory(self) -> None:
-        self._counters.out_of_memory += 1
-        self._calm_steps = 0
-
-    def _grow_back(self) -> None:
-        """After some steps without running out of memory, twice the limits of before, up to those
-        that were set: what took the memory may have been one odd batch, or a neighbour."""
-        self._calm_steps += 1
-        if self._calm_steps < CALM_STEPS:
-            return
-        self._calm_steps = 0
-        room, scheduler = self._cache.room, self._scheduler
-        room.max_slots = min(2 * room.max_slots, self._max_running)
-        room.budget = min(2 * room.budget, self._kv_bytes)
-        scheduler.batch_tokens = min(2 * scheduler.batch_tokens, self._batch_tokens)
 
     def _give_up_or_retry(self, task: Task, error: Exception) -> None:
         """What ran out of memory with the device to itself gets one more try."""

@@ -12,8 +12,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from trio.errors import first_line
-
 _log = logging.getLogger(__name__)
 
 
@@ -28,15 +26,14 @@ class StepGraphs:
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._generation = -1
         self._side: torch.cuda.Stream | None = None
-        self.given_up: str | None = None
-        """Why no more graphs are made; None while they are."""
+        self._broken = False
 
     def __call__(self, rows: int, generation: int) -> Tensor:
         """What `forward(rows)` returns; the next call with as many rows overwrites it.
 
         `generation`: graphs of an earlier one speak of tensors that are gone.
         """
-        if self.given_up is not None:
+        if self._broken:
             return self._forward(rows)
         if generation != self._generation:
             self._graphs.clear()
@@ -47,8 +44,8 @@ class StepGraphs:
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
-                self.given_up = first_line(error)
-                _log.warning("decoding goes on without CUDA graphs: %s", self.given_up)
+                self._broken = True
+                _log.warning("decoding goes on without CUDA graphs: %s", error)
                 return self._forward(rows)
         graph, out = self._graphs[rows]
         graph.replay()

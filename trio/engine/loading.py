@@ -13,7 +13,6 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.utils import cached_file
 
 from trio import bundled
-from trio.cgroups import memory_left
 from trio.engine.checkpoint import (
     check_directory,
     check_tensors,
@@ -234,12 +233,11 @@ def default_kv_bytes(device: torch.device, share: float = 1.0) -> int:
         free, total = torch.cuda.mem_get_info(device)
         left = share * total - torch.cuda.memory_reserved(device)
         return max(0, int(min(free, left) * 0.7))
-    limit, available = memory_left(), _free_memory()
-    return min((available if limit is None else min(available, limit)) // 4, 8 << 30)
+    return min(_free_memory() // 4, 8 << 30)
 
 
 def _free_memory() -> int:
-    """Bytes of the machine's main memory still to be had; all of it where it does not say."""
+    """Bytes of main memory still to be had; all of it where the system does not say."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:

@@ -11,7 +11,6 @@ class Counters:
     """Sums and peaks since the last reset; seconds are wall time of the engine's own thread."""
 
     requests: int = 0
-    """Answered; images and tokens are those of these requests."""
     failed: int = 0
     images: int = 0
     prompt_tokens: int = 0
@@ -27,8 +26,6 @@ class Counters:
     decode_rows: int = 0
     """Running requests, summed over decode steps."""
     kv_used_bytes_peak: int = 0
-    out_of_memory: int = 0
-    """Times that the device ran out of memory; what was under way was done again."""
 
     def as_dict(self) -> dict[str, Any]:
         """All counters, and the mean number of requests that ran together in a decode step."""

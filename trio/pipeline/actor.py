@@ -151,8 +151,6 @@ class Receipt:
     unit: Unit
     totals: Totals
     node: str
-    cuda_graphs: str | None = None
-    # how its engine decodes, see `Engine.stats`
 
 
 class EngineActor:
@@ -259,14 +257,8 @@ class EngineActor:
 
     def _commit(self, unit: Unit, rows: Sequence[dict[str, Any]], totals: Totals) -> Receipt:
         stats = self._report.interval(totals) | {"actor": self._name, "node": self._node}
-        totals = dataclasses.replace(totals, out_of_memory=stats["out_of_memory"])
         self._sink.commit(unit, rows, stats, totals)
-        return Receipt(
-            unit=unit,
-            totals=totals,
-            node=self._node,
-            cuda_graphs=stats["cuda_graphs"],
-        )
+        return Receipt(unit=unit, totals=totals, node=self._node)
 
 
 def _totals(row: Mapping[str, Any], source: Source) -> Totals:
@@ -293,8 +285,7 @@ class _Report:
             now, counters = datetime.datetime.now(datetime.UTC), self._counters()
             before, self._before = self._before, counters
             start, self._since = self._since, now
-        growing = (*SECONDS, *DECODING, "out_of_memory")
-        spent = {n: counters[n] - before.get(n, 0) for n in growing if n in counters}
+        spent = {n: counters[n] - before.get(n, 0) for n in (*SECONDS, *DECODING) if n in counters}
         rows, steps = (spent.pop(name, 0) for name in DECODING)
         return {
             "start": start,
@@ -303,8 +294,6 @@ class _Report:
             "prompt_tokens": totals.prompt_tokens,
             "output_tokens": totals.output_tokens,
             "running_mean": rows / steps if steps else None,
-            "out_of_memory": 0,
-            "cuda_graphs": counters.get("cuda_graphs"),
             **{name: counters.get(name) for name in PEAKS},
             **spent,
         }

@@ -218,10 +218,7 @@ def claim(output: Location, run: Pinned, facts: Sequence[str] = ()) -> None:
 
 
 def close(output: Location, summary: Mapping[str, Any]) -> None:
-    """Write the summary and what the run alone could tell, then the mark that all is there."""
-    if summary.get("cuda_graphs"):
-        told = f"# CUDA graphs: {summary['cuda_graphs']}\n".encode()
-        write_atomic(output.join(CONFIG), told + read_bytes(output.join(CONFIG)))
+    """Write the summary, then the mark that the output is whole."""
     text = json.dumps(summary, indent=2) + "\n"
     write_atomic(output.join(SUMMARY), text.encode())
     write_atomic(output.join(SUCCESS), b"")

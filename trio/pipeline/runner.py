@@ -183,7 +183,6 @@ def execute(
     done, before = there.units, there.totals
     todo = [unit for unit in wanted if unit not in done]
     memory_plan: dict[str, Any] | None = None
-    cuda_graphs: str | None = None
     with Progress(run.rows, before, log_interval_s=config.log_interval, label=label) as progress:
         seen: set[str] = set()
         snapshot = _Snapshot(run.output, wanted, done, pinned.run_id)
@@ -198,10 +197,6 @@ def execute(
                     if item.node not in seen:
                         _check_shared(run, item, pinned.run_id)
                         seen.add(item.node)
-                    if item.cuda_graphs is not None and cuda_graphs in (None, "on"):
-                        if item.cuda_graphs != "on":
-                            progress.say(f"CUDA graphs {item.cuda_graphs}: decoding is slower")
-                        cuda_graphs = item.cuda_graphs
                     progress.add(item.totals)
                     snapshot.add(item.unit, progress.done)
                     _check_errors(config, before, progress.done)
@@ -219,7 +214,6 @@ def execute(
         resources=resources.describe(),
         memory_plan=memory_plan,
         score=config.score,
-        cuda_graphs=cuda_graphs,
     )
     if pinned.ids is not None:
         summary["duplicate_ids"] = pinned.ids.duplicates

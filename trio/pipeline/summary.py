@@ -37,7 +37,6 @@ def summarise(
     resources: str,
     memory_plan: Mapping[str, Any] | None = None,
     score: str | None = None,
-    cuda_graphs: str | None = None,
 ) -> dict[str, Any]:
     """The object of ``summary.json``.
 
@@ -50,7 +49,6 @@ def summarise(
         resources: what it ran on, in words.
         memory_plan: of the engine that answered first; None where no engine was needed.
         score: how responses were compared with answers; objects are told of with "objects" only.
-        cuda_graphs: whether engines decoded with them; None on a CPU, which has none.
     """
     objects = score == "objects"
     per_s = 1.0 / work_s if work_s > 0 else 0.0
@@ -84,8 +82,6 @@ def summarise(
         "work_s": work_s,
         "resources": resources,
         "memory_plan": memory_plan,
-        "out_of_memory": totals.out_of_memory,
-        "cuda_graphs": cuda_graphs,
         "versions": versions(),
     }
 
@@ -139,10 +135,6 @@ _Line = tuple[str, Callable[[Summary], str | None]]
 _ROWS: tuple[_Line, ...] = (
     ("rows", lambda s: str(s["rows"])),
     ("rows in error", lambda s: str(s["errors"])),
-    (
-        "engine out of memory, times",
-        lambda s: str(s["out_of_memory"]) if s["out_of_memory"] else None,
-    ),
 )
 _FIGURES: tuple[_Line, ...] = (
     ("right responses (exact match)", _right),

@@ -42,8 +42,6 @@ class Totals:
     captions: int = 0
     # scored rows whose answer is a list of objects
     object_share_sum: float = 0.0
-    out_of_memory: int = 0
-    # times that an engine ran out of memory and began again with less at once
 
     def __add__(self, other: Totals) -> Totals:
         values = {
