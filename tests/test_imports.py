@@ -17,16 +17,17 @@ HEAVY = {"torch", "transformers", "ray"}
 SETTINGS = {"errors", "config"}
 MAY_IMPORT = {
     "errors": set[str](),
+    "cgroups": set[str](),
     "_beside": set[str](),
     "tables": set[str](),
     "version": set[str](),
     "config": {"errors", "pruning"},
     "pruning": SETTINGS,
     "models": SETTINGS | {"pruning"},
-    "engine": SETTINGS | {"pruning", "models"},
+    "engine": SETTINGS | {"pruning", "models", "cgroups"},
     "patching": SETTINGS | {"pruning", "models"},
     "conformance": SETTINGS | {"pruning", "models"},
-    "pipeline": SETTINGS | {"pruning", "models", "engine", "tables", "version"},
+    "pipeline": SETTINGS | {"pruning", "models", "engine", "tables", "version", "cgroups"},
     "demo": SETTINGS | {"pruning", "models", "engine"},
     "benchmark": SETTINGS
     | {"pruning", "models", "engine", "patching", "pipeline", "demo", "tables", "version"},
@@ -41,6 +42,7 @@ LIGHT = [
     "trio.engine.request",
     "trio.engine.room",
     "trio.engine.scheduler",
+    "trio.engine.shortage",
     "trio.pipeline.cli",
     "trio.pipeline.committed",
     "trio.pipeline.config",
