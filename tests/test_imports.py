@@ -17,6 +17,7 @@ HEAVY = {"torch", "transformers", "ray"}
 SETTINGS = {"errors", "config", "bundled"}
 MAY_IMPORT = {
     "errors": set[str](),
+    "cgroups": set[str](),
     "_beside": set[str](),
     "bundled": {"errors"},
     "tables": set[str](),
@@ -24,10 +25,10 @@ MAY_IMPORT = {
     "config": {"errors", "pruning"},
     "pruning": SETTINGS,
     "models": SETTINGS | {"pruning"},
-    "engine": SETTINGS | {"pruning", "models"},
+    "engine": SETTINGS | {"pruning", "models", "cgroups"},
     "patching": SETTINGS | {"pruning", "models"},
     "conformance": SETTINGS | {"pruning", "models"},
-    "pipeline": SETTINGS | {"pruning", "models", "engine", "tables", "version"},
+    "pipeline": SETTINGS | {"pruning", "models", "engine", "tables", "version", "cgroups"},
     "demo": SETTINGS | {"pruning", "models", "engine"},
     "benchmark": SETTINGS
     | {"pruning", "models", "engine", "patching", "pipeline", "demo", "tables", "version"},
@@ -43,6 +44,7 @@ LIGHT = [
     "trio.engine.request",
     "trio.engine.room",
     "trio.engine.scheduler",
+    "trio.engine.shortage",
     "trio.pipeline.cli",
     "trio.pipeline.committed",
     "trio.pipeline.config",

@@ -24,6 +24,7 @@ from tests.engine.support import (
 )
 from tests.models import tiny_processor
 from trio.config import Pruning
+from trio.engine import shortage
 from trio.engine.engine import Engine
 from trio.engine.plan import TEXT_TOKENS
 from trio.engine.request import Prepared, Request, Result, Sampling
@@ -409,6 +410,47 @@ def test_out_of_memory_work_is_done_in_smaller_parts(
         k: r.token_ids for k, r in expected.items()
     }
     assert worker._cache.used_bytes == worker._cache.room.holders == 0
+    stats = worker.stats()
+    assert stats["out_of_memory"] > 0 and stats["requests"] == len(requests)
+    assert stats["images"] == sum(len(request.images) for request in requests)
+    for name in ("prompt_tokens", "output_tokens"):
+        assert stats[name] == sum(getattr(result, name) for result in results.values())
+
+
+@pytest.mark.parametrize("part", ["prefill", "decode", "keys"])
+def test_limits_come_back_once_there_is_memory_again(
+    model: Any, part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shortage, "PATIENCE", 4)
+    worker = engine(model, max_running=16)
+    before, plan = worker.stats(), worker.memory_plan
+    owner, name = (worker._cache, "_rectangle") if part == "keys" else (worker._runner, part)
+    work, short = getattr(owner, name), [True]
+
+    def scarce(*given: Any) -> Any:
+        if short:
+            short.pop()
+            raise torch.OutOfMemoryError("no memory left")
+        return work(*given)
+
+    monkeypatch.setattr(owner, name, scarce)
+    requests = mixed_requests(10, max_new_tokens=3, ignore_eos=True)
+    changed = {"prefill": "batch_tokens", "decode": "max_running", "keys": "kv_budget_bytes"}[part]
+    worker.submit(requests[0])
+    worker.submit(requests[1])
+    while worker.has_work and worker.stats()[changed] == before[changed]:
+        worker.step()
+    stats = worker.stats()
+    assert stats["out_of_memory"] == 1 and stats[changed] < before[changed]
+    assert worker.memory_plan.max_running == stats["max_running"]
+    assert worker.memory_plan.kv_budget_bytes == stats["kv_budget_bytes"]
+    while worker.has_work:
+        worker.step()
+    for _ in range(20):
+        for request in requests:
+            by_id(worker.generate([request]))
+    assert worker.stats()[changed] == before[changed]
+    assert worker.memory_plan == plan
 
 
 @pytest.mark.parametrize("part", ["encode", "prefill", "decode"])

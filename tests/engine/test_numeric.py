@@ -1,4 +1,4 @@
-"""Numbers that are not finite: the request that has them fails, all others get what they get alone."""
+"""Numbers that are not finite: the request that has them fails, others get what they get alone."""
 
 from __future__ import annotations
 

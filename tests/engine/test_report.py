@@ -115,6 +115,8 @@ def test_counters_add_up_and_can_be_reset(model: Any) -> None:
     after = engine.stats()
     assert after.pop("running_mean") is None
     assert after.pop("idle_s") < 0.05
+    now = {name: after.pop(name) for name in ("max_running", "batch_tokens", "kv_budget_bytes")}
+    assert now == {name: stats[name] for name in now} and now["max_running"] == 4
     assert not any(after.values())
 
 

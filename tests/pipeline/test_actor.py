@@ -14,6 +14,7 @@ from trio.pipeline import actor
 from trio.pipeline.cluster import Resources
 from trio.pipeline.config import JobConfig
 from trio.pipeline.runner import engine_settings
+from trio.pipeline.totals import Totals
 
 
 @pytest.mark.parametrize(
@@ -42,3 +43,14 @@ def test_limits_on_the_size_of_images_reach_the_engine(
     for size, tokens in (((16, 16), 25), ((240, 200), 30)):
         made = engine.prepare(Request(prompt="what", images=(Image.new("RGB", size),)))
         assert isinstance(made, Prepared) and made.image_tokens == (tokens,)
+
+
+def test_intervals_tell_what_is_new_and_what_is_so() -> None:
+    counters: dict[str, Any] = {"out_of_memory": 2, "batch_tokens": 50, "cuda_graphs": "on"}
+    report = actor._Report(lambda: dict(counters))
+    first = report.interval(Totals())
+    assert (first["out_of_memory"], first["batch_tokens"]) == (2, 50)
+    counters |= {"out_of_memory": 3, "batch_tokens": 25, "cuda_graphs": "off: why"}
+    second = report.interval(Totals())
+    told = ("out_of_memory", "batch_tokens", "cuda_graphs", "max_running")
+    assert [second[name] for name in told] == [1, 25, "off: why", None]

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from trio import cgroups
 from trio.pipeline import cpus
 
 
@@ -68,3 +69,44 @@ def test_the_smaller_of_affinity_and_quota_and_never_none(
 
 def test_here() -> None:
     assert 1 <= cpus.usable() <= cpus.seen()
+
+
+@pytest.mark.parametrize(
+    ("membership", "files", "expected"),
+    [
+        ("0::/", {"memory.max": "1000", "memory.current": "300", "memory.stat": "anon 9"}, 700),
+        # Pages of files that nobody uses go when memory is wanted.
+        (
+            "0::/",
+            {"memory.max": "1000", "memory.current": "900", "memory.stat": "inactive_file 500"},
+            600,
+        ),
+        ("0::/", {"memory.max": "max", "memory.current": "300", "memory.stat": ""}, None),
+        ("0::/", {}, None),
+        (
+            "0::/a/b",
+            {
+                "a/b/memory.max": "max",
+                "a/b/memory.current": "1",
+                "a/b/memory.stat": "",
+                "a/memory.max": "5000",
+                "a/memory.current": "6000",
+                "a/memory.stat": "",
+            },
+            0,
+        ),
+        (
+            "4:memory:/docker/12\n3:cpu:/a",
+            {
+                "memory/memory.limit_in_bytes": "1000",
+                "memory/memory.usage_in_bytes": "700",
+                "memory/memory.stat": "inactive_file 7\ntotal_inactive_file 200",
+            },
+            500,
+        ),
+    ],
+)
+def test_memory_that_a_container_leaves(
+    tmp_path: Path, membership: str, files: dict[str, str], expected: int | None
+) -> None:
+    assert cgroups.free_memory(*group(tmp_path, membership, files)) == expected

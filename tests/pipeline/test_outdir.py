@@ -51,8 +51,13 @@ def test_files_of_a_run(tmp_path: Path) -> None:
     assert table.schema.metadata[b"trio.run"] == b"run1"
     assert yaml.safe_load(table.schema.metadata[b"trio.units"])["size"] == "bytes"
     assert not outdir.finished(out)
-    outdir.close(out, {"rows": 3})
-    assert outdir.finished(out) and outdir.read_summary(out) == {"rows": 3}
+    summary = {"rows": 3, "cuda_graphs": {"off: no: memory": 1, "on": 2}}
+    for _ in range(2):
+        outdir.close(out, summary)
+    assert outdir.finished(out) and outdir.read_summary(out) == summary
+    text = (tmp_path / "run.yaml").read_text()
+    assert text.count("# CUDA graphs: off: no: memory (1 files); on (2 files)\n") == 1
+    assert from_mapping(yaml.safe_load(text), "run.yaml") == CONFIG
 
 
 def test_a_run_without_ids_is_found_again(tmp_path: Path) -> None:

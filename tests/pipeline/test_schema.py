@@ -63,6 +63,11 @@ STATS = [
     "running_mean",
     "kv_used_bytes_peak",
     "device_bytes_peak",
+    "out_of_memory",
+    "max_running",
+    "batch_tokens",
+    "kv_budget_bytes",
+    "cuda_graphs",
 ]
 
 

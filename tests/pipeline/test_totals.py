@@ -43,10 +43,12 @@ def test_without_answers_nothing_is_scored() -> None:
 def test_split_then_merge_is_the_whole() -> None:
     rows = [of_row(GOOD | {"retention": n / 64}, ["x"] if n % 2 else []) for n in range(30)]
     rows += [of_row(BAD, []), of_row(BAD | {"error": "too_long: 9"}, [])]
+    rows += [Totals(out_of_memory=2, cuda_graphs={state: 1}) for state in ("on", "off: why", "on")]
     whole = merge(rows)
     random.Random(0).shuffle(rows)
     assert merge([merge(rows[:7]), Totals(), merge(rows[7:20]), merge(rows[20:])]) == whole
     assert whole.error_kinds == {"image_empty": 1, "too_long": 1}
+    assert whole.out_of_memory == 6 and whole.cuda_graphs == {"off: why": 1, "on": 2}
     assert whole.retention == pytest.approx(sum(n / 64 for n in range(30)) / 30)
     assert whole.error_rate == 2 / 32
 

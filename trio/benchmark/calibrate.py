@@ -243,7 +243,8 @@ class Calibration:
         given = {prompt.id: self.unpruned[prompt.id].token_ids for prompt in prompts}
         found = {}
         for name, answer in self._answers(self._with(schedule), prompts, given):
-            assert isinstance(answer, Answer), answer
+            if not isinstance(answer, Answer):
+                raise UserError(f"a row cannot be measured when pruned: {answer.error}")
             found[name] = divergence(self.unpruned[name].logits_NV, answer.logits_NV)
         self._done += len(prompts)
         mean = np.mean(list(found.values()))

@@ -370,10 +370,15 @@ def _prepared(prepare: Preparer, asked: Sequence[Asked]) -> list[Prepared]:
 
 
 def _answers(engine: Engine, requests: Sequence[Prepared]) -> list[Result]:
-    """Results in the order of the requests; an error here is a bug, not a wrong answer."""
+    """Results in the order of the requests.
+
+    Raises:
+        UserError: one of them failed, which is no wrong answer.
+    """
     results = {result.id: result for result in engine.generate(requests)}
     failed = next((result for result in results.values() if result.error), None)
-    assert failed is None, failed
+    if failed is not None:
+        raise UserError(f"request {failed.id} cannot be measured: {failed.error}")
     return [results[number] for number in range(len(requests))]
 
 

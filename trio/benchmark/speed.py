@@ -106,7 +106,9 @@ class EngineSubject:
         results: list[Result] = []
         total = seconds(lambda: results.extend(self._engine.generate(self._requests)), self._device)
         counted = self._engine.stats()
-        assert not counted["failed"], next(r.error for r in results if r.error)
+        if counted["failed"]:
+            error = next(result.error for result in results if result.error)
+            raise UserError(f"a request of the measurement failed: {error}")
         read = self._weights * counted["decode_steps"] + sum(map(self._cache_reads, results))
         return Run(
             total_s=total,

@@ -8,6 +8,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from trio.engine.request import Prepared, Request, Result, Sampling, failed
 from trio.engine.runner import EncodeImages, Runner
 from trio.engine.sampling import Chosen, choose, stream
 from trio.engine.scheduler import Scheduler
+from trio.engine.shortage import Limit
 from trio.engine.stats import Counters
 from trio.engine.task import Task
 from trio.errors import UserError
@@ -109,7 +111,10 @@ class Engine:
         self._admission = Admission(
             self._runner, sampling=sampling or Sampling(), eos=eos, rules=self.decoding
         )
-        self.memory_plan = self._plan(sampling or Sampling(), most_visual_tokens(processor))
+        self._planned = self._plan(sampling or Sampling(), most_visual_tokens(processor))
+        self._room_limit = Limit(self._cache.room.max_slots)
+        self._prefill_limit = Limit(batch_tokens)
+        self._kv_limit = Limit(self._cache.room.budget)
         self._done: list[Result] = []
         self._under_way: deque[tuple[list[Task], Chosen]] = deque()
         """Decode steps whose outcome has not been looked at."""
@@ -181,6 +186,12 @@ class Engine:
             self.reset()
 
     @property
+    def memory_plan(self) -> MemoryPlan:
+        """How many requests the memory holds at once: fewer for a time after it ran out."""
+        room = self._cache.room
+        return replace(self._planned, kv_budget_bytes=room.budget, max_running=room.max_slots)
+
+    @property
     def has_work(self) -> bool:
         """Whether a step would do or return something."""
         return bool(self._done) or self._scheduler.has_work
@@ -213,8 +224,9 @@ class Engine:
     def step(self) -> list[Result]:
         """Take in what fits, give every running request one more token, return what is finished.
 
-        Where the device runs out of memory, what was under way is done again in smaller parts; a
-        request that does not fit even alone fails. What else goes wrong on the device is raised;
+        Where the device runs out of memory, what was under way is done again in smaller parts,
+        which grow again while all goes well; a request that does not fit even alone fails. One
+        whose numbers are not finite fails by itself. What else goes wrong on the device is raised;
         `reset` then makes the engine usable again.
         """
         self._count_idle()
@@ -243,11 +255,19 @@ class Engine:
             self._idle_since = time.perf_counter()
 
     def stats(self, *, reset: bool = False) -> dict[str, Any]:
-        """Counters since the last reset; absent figures are None."""
+        """Counters since the last reset, the limits as they are now, and whether CUDA graphs are
+        in use (`on`, or `off: ` and why); absent figures are None."""
         self._count_idle()
         device = self._runner.decoder.device
         peak = cuda.max_memory_allocated(device) if device.type == "cuda" else None
-        counted = {**self._counters.as_dict(), "device_bytes_peak": peak}
+        counted = {
+            **self._counters.as_dict(),
+            "device_bytes_peak": peak,
+            "max_running": self._cache.room.max_slots,
+            "batch_tokens": self._scheduler.batch_tokens,
+            "kv_budget_bytes": self._cache.room.budget,
+            "cuda_graphs": self._runner.cuda_graphs,
+        }
         if reset:
             self._counters = Counters()
             if device.type == "cuda":
@@ -281,8 +301,14 @@ class Engine:
             self._counters.idle_s += self._idle_since - since
 
     def _admit(self) -> list[Task]:
-        scheduler = self._scheduler
+        scheduler, room = self._scheduler, self._cache.room
+        budget = room.budget
         admitted = scheduler.admit()
+        if room.budget < budget:
+            self._kv_limit.cut(room.budget)
+            self._counters.out_of_memory += 1
+        else:
+            room.budget = self._kv_limit.went_well()
         if not admitted and not scheduler.running and scheduler.waiting:
             task = scheduler.waiting[0]
             if not self._cache.fits(task.need):
@@ -293,8 +319,10 @@ class Engine:
     def _sparing(self, work: Callable[[list[Task]], None], tasks: list[Task]) -> None:
         """Do a step's work; out of memory, let its requests start over in smaller parts."""
         try:
-            return work(tasks)
+            work(tasks)
+            return self._went_well(work)
         except torch.OutOfMemoryError as error:
+            self._counters.out_of_memory += 1
             caught = error.with_traceback(None)  # whose frames hold the step's tensors
         self._finish(self._look_at_steps(but=0))
         tasks = [task for task in tasks if task.key in self._scheduler.running]
@@ -304,13 +332,20 @@ class Engine:
         if not tasks:
             return
         if work == self._decode:
-            self._cache.room.max_slots = max(1, len(tasks) // 2)
+            self._cache.room.max_slots = self._room_limit.cut(len(tasks) // 2)
         else:
-            self._scheduler.batch_tokens = max(1, sum(t.prompt_tokens for t in tasks) // 2)
+            tokens = sum(task.prompt_tokens for task in tasks)
+            self._scheduler.batch_tokens = self._prefill_limit.cut(tokens // 2)
         for task in tasks:
             task.restart(stream(task.sampling))
         if len(tasks) == 1 and not self._scheduler.running:
             self._give_up_or_retry(tasks[0], caught)
+
+    def _went_well(self, work: Callable[[list[Task]], None]) -> None:
+        if work == self._decode:
+            self._cache.room.max_slots = self._room_limit.went_well()
+        else:
+            self._scheduler.batch_tokens = self._prefill_limit.went_well()
 
     def _give_up_or_retry(self, task: Task, error: Exception) -> None:
         """What ran out of memory with the device to itself gets one more try."""

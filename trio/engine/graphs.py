@@ -12,6 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from trio.errors import first_line
+
 _log = logging.getLogger(__name__)
 
 
@@ -26,14 +28,15 @@ class StepGraphs:
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._generation = -1
         self._side: torch.cuda.Stream | None = None
-        self._broken = False
+        self.trouble: str | None = None
+        """Why graphs were given up; None while they are used."""
 
     def __call__(self, rows: int, generation: int) -> Tensor:
         """What `forward(rows)` returns; the next call with as many rows overwrites it.
 
         `generation`: graphs of an earlier one speak of tensors that are gone.
         """
-        if self._broken:
+        if self.trouble is not None:
             return self._forward(rows)
         if generation != self._generation:
             self._graphs.clear()
@@ -44,8 +47,8 @@ class StepGraphs:
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
-                self._broken = True
-                _log.warning("decoding goes on without CUDA graphs: %s", error)
+                self.trouble = first_line(error)
+                _log.warning("decoding goes on without CUDA graphs: %s", self.trouble)
                 return self._forward(rows)
         graph, out = self._graphs[rows]
         graph.replay()

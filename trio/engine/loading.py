@@ -12,7 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.utils import cached_file
 
-from trio import bundled
+from trio import bundled, cgroups
 from trio.engine.checkpoint import (
     check_directory,
     check_tensors,
@@ -237,13 +237,15 @@ def default_kv_bytes(device: torch.device, share: float = 1.0) -> int:
 
 
 def _free_memory() -> int:
-    """Bytes of main memory still to be had; all of it where the system does not say."""
+    """Bytes of main memory still to be had, by the machine and by this process's container; all
+    of it where the system does not say."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     (available,) = (line.split()[1] for line in lines if line.startswith("MemAvailable:"))
-    return int(available) * 1024
+    machine, container = int(available) * 1024, cgroups.free_memory()
+    return machine if container is None else min(machine, container)
 
 
 def _expanded(model: str, demo: Path = bundled.MODEL) -> str:

@@ -89,10 +89,18 @@ class Runner:
             max_slots=max_running,
         )
         gpu = self.decoder.device.type == "cuda"
-        self.replay: Callable[[int, int], Tensor] | None = StepGraphs(self._step) if gpu else None
+        self._graphs = StepGraphs(self._step) if gpu else None
+        self.replay: Callable[[int, int], Tensor] | None = self._graphs
         """Runs `_step` on a padded number of rows, where that is faster."""
         self.lag = 1 if gpu else 0
         """Decode steps that may be under way while the outcome of an earlier one is unknown."""
+
+    @property
+    def cuda_graphs(self) -> str | None:
+        """`on`, or `off: ` and why; None without a GPU."""
+        if self._graphs is None:
+            return None
+        return "on" if self._graphs.trouble is None else f"off: {self._graphs.trouble}"
 
     def need(self, prompt_tokens: int, image_tokens: Sequence[int], new_tokens: int) -> Need:
         """Tokens a request may come to store, per layer group."""

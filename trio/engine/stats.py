@@ -13,6 +13,7 @@ class Counters:
     requests: int = 0
     failed: int = 0
     images: int = 0
+    """Like the tokens of prompts and answers, of `requests`, and once for each of them."""
     prompt_tokens: int = 0
     output_tokens: int = 0
     encode_s: float = 0.0
@@ -26,6 +27,8 @@ class Counters:
     decode_rows: int = 0
     """Running requests, summed over decode steps."""
     kv_used_bytes_peak: int = 0
+    out_of_memory: int = 0
+    """Times that the device ran out of memory."""
 
     def as_dict(self) -> dict[str, Any]:
         """All counters, and the mean number of requests that ran together in a decode step."""

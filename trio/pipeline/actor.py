@@ -51,7 +51,15 @@ BEAT = "beat"
 SECONDS = ("preprocess_wait_s", "encode_s", "prefill_s", "prune_s", "decode_s", "idle_s")
 DECODING = ("decode_rows", "decode_steps")
 # sums over steps of the requests that ran together, and of the steps
-PEAKS = ("kv_used_bytes_peak", "device_bytes_peak")
+AS_THEY_ARE = (
+    "kv_used_bytes_peak",
+    "device_bytes_peak",
+    "max_running",
+    "batch_tokens",
+    "kv_budget_bytes",
+    "cuda_graphs",
+)
+# peaks, and what an engine's limits are at the time
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -257,6 +265,10 @@ class EngineActor:
 
     def _commit(self, unit: Unit, rows: Sequence[dict[str, Any]], totals: Totals) -> Receipt:
         stats = self._report.interval(totals) | {"actor": self._name, "node": self._node}
+        state = stats["cuda_graphs"]
+        totals += Totals(
+            out_of_memory=stats.get("out_of_memory", 0), cuda_graphs={state: 1} if state else {}
+        )
         self._sink.commit(unit, rows, stats, totals)
         return Receipt(unit=unit, totals=totals, node=self._node)
 
@@ -285,7 +297,8 @@ class _Report:
             now, counters = datetime.datetime.now(datetime.UTC), self._counters()
             before, self._before = self._before, counters
             start, self._since = self._since, now
-        spent = {n: counters[n] - before.get(n, 0) for n in (*SECONDS, *DECODING) if n in counters}
+        growing = (*SECONDS, *DECODING, "out_of_memory")
+        spent = {n: counters[n] - before.get(n, 0) for n in growing if n in counters}
         rows, steps = (spent.pop(name, 0) for name in DECODING)
         return {
             "start": start,
@@ -294,6 +307,6 @@ class _Report:
             "prompt_tokens": totals.prompt_tokens,
             "output_tokens": totals.output_tokens,
             "running_mean": rows / steps if steps else None,
-            **{name: counters.get(name) for name in PEAKS},
+            **{name: counters.get(name) for name in AS_THEY_ARE},
             **spent,
         }

@@ -8,11 +8,9 @@ where nothing is set, there is no quota.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
-CGROUPS = Path("/sys/fs/cgroup")
-MEMBERSHIP = Path("/proc/self/cgroup")
+from trio.cgroups import CGROUPS, MEMBERSHIP, groups
 
 
 def usable(cgroups: Path = CGROUPS, membership: Path = MEMBERSHIP) -> int:
@@ -33,37 +31,8 @@ def quota(cgroups: Path = CGROUPS, membership: Path = MEMBERSHIP) -> float | Non
         cgroups: where the control groups are mounted.
         membership: the file that names this process's groups.
     """
-    limits = [limit for group in _groups(cgroups, membership) if (limit := _limit(group))]
+    limits = [limit for group in groups("cpu", cgroups, membership) if (limit := _limit(group))]
     return min(limits, default=None)
-
-
-def _groups(cgroups: Path, membership: Path) -> Iterator[Path]:
-    """Directories of the groups that this process is in, with all above them: each may limit."""
-    try:
-        lines = membership.read_text().splitlines()
-    except OSError:
-        return
-    for line in lines:
-        number, _, rest = line.partition(":")
-        controllers, _, path = rest.partition(":")
-        if number == "0" and not controllers:
-            yield from _upwards(cgroups, path)
-        elif "cpu" in controllers.split(","):
-            for mount in dict.fromkeys((controllers, "cpu")):
-                yield from _upwards(cgroups / mount, path)
-
-
-def _upwards(mount: Path, path: str) -> Iterator[Path]:
-    """A group's directory and those above it.
-
-    A container may be told its path on the host, of which its own mount knows only the end: what
-    is not there has no files to read and is passed over.
-    """
-    parts = PurePosixPath(path).parts[1:]
-    if ".." in parts:  # a group outside this container's view
-        parts = ()
-    for depth in range(len(parts), -1, -1):
-        yield mount.joinpath(*parts[:depth])
 
 
 def _limit(group: Path) -> float | None:

@@ -218,10 +218,22 @@ def claim(output: Location, run: Pinned, facts: Sequence[str] = ()) -> None:
 
 
 def close(output: Location, summary: Mapping[str, Any]) -> None:
-    """Write the summary, then the mark that the output is whole."""
+    """Write the summary, then the mark that the output is whole.
+
+    What the engines said of CUDA graphs is noted in the settings as a comment, which nothing reads.
+    """
+    if summary.get("cuda_graphs"):
+        _note(output, "CUDA graphs", summary["cuda_graphs"])
     text = json.dumps(summary, indent=2) + "\n"
     write_atomic(output.join(SUMMARY), text.encode())
     write_atomic(output.join(SUCCESS), b"")
+
+
+def _note(output: Location, what: str, files: Mapping[str, int]) -> None:
+    said = "; ".join(f"{state} ({count} files)" for state, count in files.items())
+    lines = read_bytes(output.join(CONFIG)).decode().splitlines()
+    lines = [line for line in lines if not line.startswith(f"# {what}: ")]
+    write_atomic(output.join(CONFIG), "\n".join([*lines, f"# {what}: {said}", ""]).encode())
 
 
 def read_summary(output: Location) -> dict[str, Any]:

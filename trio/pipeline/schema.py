@@ -94,6 +94,11 @@ def stats_schema(*, run_id: str) -> pa.Schema:
         _field("running_mean", pa.float64(), "requests"),
         _field("kv_used_bytes_peak", pa.int64(), "bytes"),
         _field("device_bytes_peak", pa.int64(), "bytes"),
+        _field("out_of_memory", pa.int64(), "times"),
+        _field("max_running", pa.int64(), "requests"),
+        _field("batch_tokens", pa.int64(), "tokens"),
+        _field("kv_budget_bytes", pa.int64(), "bytes"),
+        _field("cuda_graphs", pa.string()),
     ]
     return pa.schema(fields, metadata=metadata_of(fields, run_id))
 

@@ -82,6 +82,8 @@ def summarise(
         "work_s": work_s,
         "resources": resources,
         "memory_plan": memory_plan,
+        "out_of_memory": totals.out_of_memory,
+        "cuda_graphs": dict(totals.cuda_graphs),
         "versions": versions(),
     }
 
@@ -126,6 +128,10 @@ def _ratio(name: str, summary: Summary) -> str | None:
     return None if value is None else f"{value:.2f} x fewer" if value > 1.005 else "as unpruned"
 
 
+def _times(number: int) -> str | None:
+    return f"{number} times" if number else None
+
+
 def _retention(summary: Summary) -> str | None:
     value = summary["retention"]
     return None if value is None else f"{value:.4f}"
@@ -144,5 +150,6 @@ _FIGURES: tuple[_Line, ...] = (
     ("KV cache bytes", lambda s: _ratio("kv_ratio", s)),
     ("images/s", lambda s: f"{s['images_per_s']:.2f}"),
     ("output tokens/s", lambda s: f"{s['output_tokens_per_s']:.1f}"),
+    ("out of memory, made do with less", lambda s: _times(s["out_of_memory"])),
     ("wall time", lambda s: duration(s["wall_s"])),
 )

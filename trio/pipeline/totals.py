@@ -15,10 +15,12 @@ from typing import Any
 
 from trio.pipeline.scoring import exact_match, is_caption, object_share
 
+COUNTS = ("error_kinds", "cuda_graphs")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Totals:
-    """Sums over rows; every field is a plain sum."""
+    """Sums over rows; every field is a plain sum, or counts by name."""
 
     rows: int = 0
     errors: int = 0
@@ -42,15 +44,21 @@ class Totals:
     captions: int = 0
     # scored rows whose answer is a list of objects
     object_share_sum: float = 0.0
+    out_of_memory: int = 0
+    # times that a device ran out of memory
+    cuda_graphs: Mapping[str, int] = field(default_factory=dict)
+    # files by whether their engine used them, "on" or "off: why"; none on a CPU
 
     def __add__(self, other: Totals) -> Totals:
         values = {
             f.name: getattr(self, f.name) + getattr(other, f.name)
             for f in dataclasses.fields(self)
-            if f.name != "error_kinds"
+            if f.name not in COUNTS
         }
-        kinds = Counter(self.error_kinds) + Counter(other.error_kinds)
-        return Totals(**values, error_kinds=dict(sorted(kinds.items())))
+        for name in COUNTS:
+            counts = Counter(getattr(self, name)) + Counter(getattr(other, name))
+            values[name] = dict(sorted(counts.items()))
+        return Totals(**values)
 
     @property
     def retention(self) -> float | None:
