@@ -42,7 +42,7 @@ def test_distribution_equals_the_warpers_of_transformers(
     if top_p < 1:
         expected = TopPLogitsWarper(top_p)(None, expected)
     if min_p is not None:
-        expected = MinPLogitsWarper(min_p)(None, expected)
+        expected = MinPLogitsWarper(min_p)(torch.zeros(0).long(), expected)  # type: ignore[arg-type]
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     torch.testing.assert_close(distribution(table, [sampling] * 5), expected.softmax(-1))
 
