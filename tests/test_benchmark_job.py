@@ -12,12 +12,12 @@ from transformers import LlamaConfig
 
 from tests.models import save_tiny_checkpoint
 from trio.benchmark import shapes, targets
-from trio.benchmark.cost import choosing_flops
 from trio.benchmark.llava import LlavaShape
 from trio.benchmark.onevision import ONEVISION_7B
 from trio.benchmark.qwen import QWEN2_5_7B, QWEN3_8B
 from trio.benchmark.shapes import blueprint
 from trio.config import Pruning
+from trio.engine.flops import choosing_flops
 from trio.models.registry import adapt
 from trio.pruning.cost import DecoderShape
 

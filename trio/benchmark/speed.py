@@ -19,10 +19,10 @@ from PIL import Image
 
 from trio.benchmark.ceilings import Ceilings, PeakMemory, seconds
 from trio.benchmark.ceilings import measure as measure_ceilings
-from trio.benchmark.cost import choosing_flops
 from trio.benchmark.shapes import build
 from trio.config import Pruning
 from trio.engine.engine import Engine
+from trio.engine.flops import choosing_flops
 from trio.engine.prepare import Preparer
 from trio.engine.request import Prepared, Request, Result, Sampling
 from trio.errors import UserError

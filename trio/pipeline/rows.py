@@ -67,6 +67,8 @@ class Source:
     size: tuple[int, int] | None = None
     # width and height in pixels of the first image
     num_images: int | None = None
+    reading_flops: tuple[int, int] = (0, 0)
+    # once answered: of the prompt with encoder and choice of tokens, pruned and unpruned
 
     def cell(self, role: str) -> Any:
         """The row's value in a column; None where the shard has no such column.

@@ -64,6 +64,7 @@ def summarise(
         "output_tokens_per_s": (totals.output_tokens - done_before.output_tokens) * per_s,
         "retention": totals.retention,
         "flops_ratio": totals.flops_ratio,
+        "reading_flops_ratio": totals.reading_ratio,
         "kv_ratio": totals.kv_ratio,
         "prefill_flops": totals.prefill_flops,
         "prefill_flops_unpruned": totals.prefill_flops_unpruned,
@@ -118,7 +119,7 @@ def _right(summary: Summary) -> str | None:
 
 
 def _ratio(name: str, summary: Summary) -> str | None:
-    value = summary[name]
+    value = summary.get(name)
     return None if value is None else f"{value:.2f} x fewer" if value > 1.005 else "as unpruned"
 
 
@@ -136,9 +137,10 @@ _FIGURES: tuple[_Line, ...] = (
     ("right responses", _right),
     ("objects named rightly", lambda s: share(s["object_share"])),
     ("visual tokens kept, layer average", _retention),
-    ("prefill FLOPs", lambda s: _ratio("flops_ratio", s)),
+    ("FLOPs of prompts, with encoder and choosing", lambda s: _ratio("reading_flops_ratio", s)),
+    ("  in the decoder's layers alone", lambda s: _ratio("flops_ratio", s)),
     ("KV cache bytes", lambda s: _ratio("kv_ratio", s)),
     ("images/s", lambda s: f"{s['images_per_s']:.2f}"),
-    ("output tokens/s", lambda s: f"{s['output_tokens_per_s']:.1f}"),
     ("wall time", lambda s: duration(s["wall_s"])),
+    ("output tokens/s", lambda s: f"{s['output_tokens_per_s']:.1f}"),
 )
