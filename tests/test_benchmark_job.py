@@ -12,12 +12,12 @@ from transformers import LlamaConfig
 
 from tests.models import save_tiny_checkpoint
 from trio.benchmark import shapes, targets
-from trio.benchmark.cost import choosing_flops
 from trio.benchmark.llava import LlavaShape
 from trio.benchmark.onevision import ONEVISION_7B
 from trio.benchmark.qwen import QWEN2_5_7B, QWEN3_8B
 from trio.benchmark.shapes import blueprint
 from trio.config import Pruning
+from trio.engine.flops import choosing_flops
 from trio.models.registry import adapt
 from trio.pruning.cost import DecoderShape
 
@@ -84,6 +84,9 @@ def test_speed_compares_four_ways_on_the_same_requests(
     assert 0 < told["prune_share"] < 1
     assert engine["prune_share"] == 0 and generate["prune_share"] is None
     keys = ("prefill_speedup", "throughput_speedup", "engine_vs_generate", "pruned_vs_generate")
+    keys += ("prefill_vs_generate",)
+    assert all(low <= told[key] <= high for key, (low, high) in told["ranges"].items())
+    assert next(iter(told)) == "conditions" and list(told)[1] == "prefill_vs_generate"
     assert all(told[key] > 0 for key in keys)
     printed = capsys.readouterr().out
     assert "patch + generate" in printed and "flops_ratio_total" in printed

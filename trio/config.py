@@ -146,8 +146,8 @@ class Pruning:
         if self.proxy_layer == "previous" and 0 in first and not self._at_once:
             raise UserError(
                 f"schedule {schedule}: proxy_layer previous takes the layer that has just run, and "
-                "none has at layer 0; begin at layer 1 (schedule_shape family), or set proxy_layer "
-                "to next"
+                "none has at layer 0; begin at layer 1, or set proxy_layer to next (with a "
+                "retention: or schedule_shape to family)"
             )
 
     @property

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,13 +28,16 @@ from trio.benchmark.search import COARSE, FINE, Search, Space, most_answers, run
 from trio.config import Pruning
 from trio.engine.engine import Engine
 from trio.engine.forced import Answer, Answers
+from trio.engine.loading import load
 from trio.engine.prepare import Preparer
 from trio.engine.request import Prepared, Sampling
 from trio.errors import UserError
+from trio.models.registry import adapt
 from trio.pipeline import cli, config
 from trio.pipeline.config import JobConfig
 from trio.pipeline.job import main
 from trio.pipeline.manifest import Manifest, Shard
+from trio.pruning.defaults import FILE
 from trio.pruning.schedule import LLAVA, Schedule, tokens_per_layer
 
 PROMPT = "what is in the picture ?"
@@ -251,6 +256,33 @@ def test_calibrate_writes_a_file_that_a_job_takes(
     job = ["--model", model, "--input", shard, "--output", output, *FLAGS[2:]]
     assert main(caption.JOB, [*job, "--schedule", str(file), "--dry-run"]) == 0
     assert f"schedule: {text}\n" in capsys.readouterr().out
+
+
+def test_calibrate_writes_a_pruning_config_that_engines_take(
+    model: str, shard: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = Path(shutil.copytree(model, tmp_path / "model"))
+    file = place / FILE
+    file.write_text('{"schedule_shape": "family", "proxy_positions": "with_last"}')
+    flags = ["calibrate", "--model", str(place), "--input", shard, "--retention", "1/3", *FLAGS]
+    scan = [*flags, "--output", str(file), "--encoder", "scan"]
+    assert benchmark.main(scan) == 2 and "without an encoder" in capsys.readouterr().err
+    other = [*flags, "--output", str(file), "--proxy-positions", "last"]
+    assert benchmark.main(other) == 2
+    assert "says proxy_positions with_last" in capsys.readouterr().err
+    assert benchmark.main([*flags, "--output", str(file)]) == 0
+    content = json.loads(file.read_text())
+    shape = content["schedule_shape"]["1/3"]
+    assert shape.endswith("@6") and content["schedule_shape"]["other"] == "family"
+    assert content["about"]["calibrated at 1/3"]["held_out_rows"] == 6
+    adapter = adapt(load(str(place), device="cpu")[0])
+    found = adapter.settle(Pruning(retention=1 / 3))
+    assert (str(found.schedule_shape), found.proxy_positions) == (shape, "with_last")
+    shares = Schedule.parse(shape)
+    visual = adapter.max_visual_tokens
+    wanted = shares.counts(visual)
+    for (layer, keep), (at, own) in zip(found.stages(visual, 6), wanted, strict=True):
+        assert layer == at and abs(keep - own) <= 2
 
 
 def written(path: Path, **changes: Any) -> Path:

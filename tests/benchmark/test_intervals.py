@@ -52,3 +52,12 @@ def test_nothing_right_before_has_no_ratio() -> None:
 def test_wilson() -> None:
     assert wilson(0, 10) == pytest.approx((0.0, 0.27753), abs=1e-5)
     assert wilson(10, 10) == pytest.approx((0.72247, 1.0), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("hits", "n", "low", "high"),
+    # From the formula worked out by hand: at 200 of 200 the lower end is 200 / (200 + z²).
+    [(200, 200, 0.98115, 1.0), (0, 10, 0.0, 0.27753), (81, 263, 0.25529, 0.36621)],
+)
+def test_wilson_of_known_shares(hits: int, n: int, low: float, high: float) -> None:
+    assert wilson(hits, n) == pytest.approx((low, high), abs=1e-4)

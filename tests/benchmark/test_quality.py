@@ -38,7 +38,7 @@ def test_conditions_and_what_is_out_of_reach(told: Any) -> None:
     assert (left_out["label"], left_out["retention"]) == ("trio", pytest.approx(1 / 18))
     assert "none has at layer 0" in left_out["reason"]
     further = [row["label"] for row in told["rows"] if row["retention"] < 1 / 9]
-    assert further == ["random from layer 0", "trio as published from layer 0"]
+    assert further == ["random", "trio as published from layer 0"]
 
 
 def test_the_unpruned_model_agrees_with_itself(told: Any) -> None:

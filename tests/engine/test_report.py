@@ -11,8 +11,10 @@ from tests.engine.support import by_id, generate, lively_llava, mixed_requests, 
 from tests.models import tiny_processor
 from trio.config import Pruning
 from trio.engine.engine import Engine
-from trio.engine.request import Request, Sampling
+from trio.engine.flops import choosing_flops
+from trio.engine.request import Prepared, Request, Sampling
 from trio.models.cache_argument import cache_of
+from trio.models.registry import adapt
 
 PROCESSOR = tiny_processor()
 LAYERS, HIDDEN, KV_HEADS, HEAD_DIM = 6, 32, 2, 8
@@ -64,6 +66,13 @@ def test_figures_of_a_pruned_request(model: Any) -> None:
 
     assert result.prefill_flops == 2 * (flops(68) + flops(24) + flops(10))
     assert result.prefill_flops_unpruned == LAYERS * flops(68)
+    adapter, prepared = adapt(model), engine.prepare(request)
+    assert isinstance(prepared, Prepared)
+    vision = adapter.vision_flops(prepared.image_inputs[0])
+    choosing = choosing_flops(adapter.shape(), Pruning(schedule="2:20,4:6"), 64, 4)
+    assert result.reading_flops == result.prefill_flops + vision + choosing
+    assert result.reading_flops_unpruned == result.prefill_flops_unpruned + vision
+    assert vision > 0 and choosing > 0
     assert result.prefill_s is not None
     assert result.decode_s is not None
     assert result.latency_s is not None

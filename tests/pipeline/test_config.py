@@ -13,6 +13,7 @@ from trio.errors import UserError
 from trio.pipeline import cli, config, job
 from trio.pipeline.config import FIELDS, JobConfig
 from trio.pipeline.policy import ImagePolicy
+from trio.pruning.defaults import PruningDefaults
 
 PARSER = cli.parser("caption.py", "description", "epilog")
 
@@ -85,7 +86,10 @@ def test_settings_of_the_pruning_reach_the_engine() -> None:
         position_ids="keep",
     )
     plain = JobConfig().pruning()
-    assert (plain.proxy_layer, plain.proxy_head) == ("next", "output")
+    assert (plain.proxy_layer, plain.proxy_head) == (None, None)
+    filled = JobConfig().with_pruning_defaults(PruningDefaults())
+    assert (filled.proxy_layer, filled.proxy_head) == ("next", "output")
+    assert (filled.schedule_shape, filled.position_ids) == ("family", None)
     assert config.results(got)["proxy_layer"] == "previous"
     assert config.results(got)["proxy_head"] == "input_embedding"
 

@@ -8,7 +8,8 @@ from trio.pipeline.totals import Totals
 TOTALS = Totals(
     rows=20, errors=2, error_kinds={"image_empty": 2}, images=18, output_tokens=90, scored=20,
     right=15, captions=4, object_share_sum=3.0, retention_sum=2.0, retention_rows=18,
-    prefill_flops=10, prefill_flops_unpruned=66, kv_bytes=10, kv_bytes_unpruned=51,
+    prefill_flops=10, prefill_flops_unpruned=66, reading_flops=20,
+    reading_flops_unpruned=50, kv_bytes=10, kv_bytes_unpruned=51,
 )  # fmt: skip
 
 
@@ -44,7 +45,9 @@ def test_two_runs_stand_side_by_side() -> None:
     lines = {line[:30].strip(): line.split() for line in text.splitlines()}
     assert text.splitlines()[0].split() == ["trio", "unpruned"]
     assert "15/20 = 75.0 %" in text and "18/20 = 90.0 %" in text
-    assert "6.60 x fewer" in text and lines["wall time"][-2:] == ["1:15", "1:15"]
+    assert "6.60 x fewer" in text and "2.50 x fewer" in text
+    assert list(lines).index("wall time") == list(lines).index("images/s") + 1
+    assert lines["wall time"][-2:] == ["1:15", "1:15"]
     assert len({len(line) for line in text.splitlines()}) == 1
 
 

@@ -21,11 +21,11 @@ import yaml
 from torch import Tensor
 
 from trio.benchmark.conditions import machine
-from trio.benchmark.cost import choosing_flops
 from trio.benchmark.sample import sample
 from trio.benchmark.search import Search, Space, most_answers
 from trio.config import BEFORE_DECODER, Pruning
 from trio.demo import SHARD
+from trio.engine.flops import choosing_flops
 from trio.engine.forced import Answer, Answers
 from trio.engine.loading import load, load_outline
 from trio.engine.prepare import Preparer

@@ -12,11 +12,11 @@ from typing import Any
 from PIL import Image
 
 from trio.config import Pruning
+from trio.engine.flops import choosing_flops
 from trio.engine.prepare import MAX_ASPECT_RATIO
 from trio.errors import UserError
 from trio.models.registry import adapt
-from trio.pruning.cost import DecoderShape, layer_average
-from trio.pruning.saliency import proxy_rows
+from trio.pruning.cost import layer_average
 from trio.pruning.schedule import tokens_per_layer
 from trio.tables import aligned
 
@@ -92,29 +92,6 @@ def cost(
         whole=(before + vision) / (after + choosing + reduced),
         kv_cache=shape.kv_bytes(full, 2) / shape.kv_bytes(pruned, 2),
     )
-
-
-def choosing_flops(
-    shape: DecoderShape, pruning: Pruning, visual_tokens: int, prompt_tokens: int
-) -> int:
-    """Scoring and choosing at all stages of a prompt with one image.
-
-    prompt_tokens: of text.
-    """
-    flops, left = 0, pruning.encoded(visual_tokens, shape.num_layers)
-    for _, keep in pruning.stages(visual_tokens, shape.num_layers):
-        if keep == left:
-            continue
-        tokens = left + prompt_tokens
-        flops += shape.choosing_flops(
-            pruning.method,
-            tokens=tokens,
-            visual_tokens=left,
-            keep=keep,
-            rows=len(proxy_rows(tokens, pruning.proxy_positions)),
-        )
-        left = keep
-    return flops
 
 
 def table(rows: Sequence[tuple[str, Cost]]) -> str:

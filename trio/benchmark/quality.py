@@ -24,7 +24,6 @@ from typing import Any
 import numpy as np
 
 from trio.benchmark.agreement import Agreement
-from trio.benchmark.cost import choosing_flops
 from trio.benchmark.encoding import EncodedOnce
 from trio.benchmark.fill_up import FillUp, counted
 from trio.benchmark.intervals import ClusteredBootstrap, wilson
@@ -33,6 +32,7 @@ from trio.config import BEFORE_DECODER, Pruning
 from trio.demo.scenes import KINDS, make_scene
 from trio.demo.shard import asked_of, rotation
 from trio.engine.engine import Engine
+from trio.engine.flops import choosing_flops, encoder_flops
 from trio.engine.prepare import Preparer
 from trio.engine.request import Prepared, Request, Result, Sampling
 from trio.errors import UserError
@@ -396,16 +396,11 @@ def total_flops(
         result: what became of the request under it.
         text_tower: where it takes part.
     """
-    ((visual,), (image,)) = request.image_tokens, request.image_inputs
+    (visual,) = request.image_tokens
     text = len(request.input_ids) - visual
-    left = pruning.encoded(visual, adapter.decoder.num_layers)
-    if pruning.encoder == "none":
-        encoder = adapter.vision_flops(image)
-    else:
-        encoder = adapter.reduced_flops(image, pruning.encoder, left)
     return Flops(
         decoder=result.prefill_flops or 0.0,
-        encoder=encoder + (0 if text_tower is None else text_tower.flops(request.prompt, left)),
+        encoder=encoder_flops(adapter, pruning, request, text_tower),
         choosing=choosing_flops(adapter.shape(), pruning, visual, text),
     )
 

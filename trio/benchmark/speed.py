@@ -20,11 +20,11 @@ from PIL import Image
 
 from trio.benchmark.ceilings import Ceilings, PeakMemory, seconds
 from trio.benchmark.ceilings import measure as measure_ceilings
-from trio.benchmark.cost import choosing_flops
 from trio.benchmark.neighbours import neighbours as busy
 from trio.benchmark.shapes import build
 from trio.config import Pruning
 from trio.engine.engine import Engine
+from trio.engine.flops import choosing_flops
 from trio.engine.prepare import Preparer
 from trio.engine.request import Prepared, Request, Result, Sampling
 from trio.errors import UserError
@@ -336,21 +336,32 @@ GENERATE, ENGINE, PRUNED, PATCHED = "generate", "engine", "engine trio", "patch 
 def summary(
     rounds: Sequence[dict[str, Run]], work: Work, ceilings: Ceilings, images: int
 ) -> dict[str, Any]:
-    """Medians, ratios and utilisation; the keys of the JSON file."""
+    """Medians, ratios and utilisation; the keys of the JSON file.
+
+    Ratios to `generate`, which is what a user has without this package, come first; `ranges` holds
+    the smallest and the largest of each over the rounds.
+    """
 
     def ratio(of: Callable[[dict[str, Run]], float]) -> float:
         return statistics.median(of(runs) for runs in rounds)
 
+    measured: dict[str, Callable[[dict[str, Run]], float]] = {
+        "prefill_vs_generate": lambda r: r[GENERATE].prefill_s / r[PRUNED].prefill_s,
+        "pruned_vs_generate": lambda r: r[GENERATE].total_s / r[PRUNED].total_s,
+        "engine_vs_generate": lambda r: r[GENERATE].total_s / r[ENGINE].total_s,
+        "prefill_speedup": lambda r: r[ENGINE].prefill_s / r[PRUNED].prefill_s,
+        "throughput_speedup": lambda r: r[ENGINE].total_s / r[PRUNED].total_s,
+        "prune_share": lambda r: (r[PRUNED].prune_s or 0.0) / r[PRUNED].prefill_s,
+    }
     plain, pruned = rounds[0][ENGINE], rounds[0][PRUNED]
     total = pruned.flops + work.encoder + work.proxy
     return {
-        "prefill_speedup": ratio(lambda r: r[ENGINE].prefill_s / r[PRUNED].prefill_s),
+        **{name: ratio(of) for name, of in measured.items()},
+        "ranges": {
+            name: (min(map(of, rounds)), max(map(of, rounds))) for name, of in measured.items()
+        },
         "flops_ratio": plain.flops / pruned.flops,
         "flops_ratio_total": (plain.flops + work.encoder) / total,
-        "prune_share": ratio(lambda r: (r[PRUNED].prune_s or 0.0) / r[PRUNED].prefill_s),
-        "throughput_speedup": ratio(lambda r: r[ENGINE].total_s / r[PRUNED].total_s),
-        "engine_vs_generate": ratio(lambda r: r[GENERATE].total_s / r[ENGINE].total_s),
-        "pruned_vs_generate": ratio(lambda r: r[GENERATE].total_s / r[PRUNED].total_s),
         "kv_ratio": plain.kv_bytes / pruned.kv_bytes,
         "ceilings": asdict(ceilings),
         "rows": [
@@ -433,7 +444,9 @@ def _table(summary: dict[str, Any]) -> str:
     text = [aligned(lines)]
     for key, value in summary.items():
         if isinstance(value, float):
-            text.append(f"{key} {value:.3f}")
+            low_high = summary["ranges"].get(key)
+            spread = f" ({low_high[0]:.3f}-{low_high[1]:.3f})" if low_high else ""
+            text.append(f"{key} {value:.3f}{spread}")
     return "\n".join(text)
 
 

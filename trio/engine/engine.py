@@ -457,6 +457,7 @@ class Engine:
             shape=self._shape,
             bytes_per_element=self._runner.decoder.dtype.itemsize,
             decode=self.prepare.decode,
+            beside=self._runner.beside_decoder(task.prepared),
         )
 
     def _fail(self, result: Result) -> None:

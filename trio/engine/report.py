@@ -17,10 +17,12 @@ def report(
     shape: DecoderShape,
     bytes_per_element: int,
     decode: Callable[[Sequence[int]], str],
+    beside: tuple[int, int] = (0, 0),
 ) -> Result:
     """The result of a task whose answer is complete, or which has failed on the device.
 
-    `decode`: token ids to text.
+    `decode`: token ids to text. `beside`: FLOPs of reading the prompt that are not the decoder's,
+    pruned and unpruned.
     """
     reason = task.finish_reason
     assert reason is not None
@@ -32,6 +34,7 @@ def report(
     added = len(task.token_ids) - 1
     unpruned = [task.prompt_tokens] * shape.num_layers
     present = [tokens - text for tokens in task.layer_tokens]
+    flops, flops_unpruned = shape.prefill_flops(task.layer_tokens), shape.prefill_flops(unpruned)
     return Result(
         id=task.prepared.id,
         response=decode(task.token_ids[:-1] if reason == "stop" else task.token_ids),
@@ -46,8 +49,10 @@ def report(
         visual_tokens_encoder=len(task.entered) or visual,
         visual_tokens_stages=[len(stage) for stage in task.kept],
         retention=layer_average(visual, present) if visual else None,
-        prefill_flops=shape.prefill_flops(task.layer_tokens),
-        prefill_flops_unpruned=shape.prefill_flops(unpruned),
+        prefill_flops=flops,
+        prefill_flops_unpruned=flops_unpruned,
+        reading_flops=flops + beside[0],
+        reading_flops_unpruned=flops_unpruned + beside[1],
         kv_bytes=shape.kv_bytes([n + added for n in task.layer_tokens], bytes_per_element),
         kv_bytes_unpruned=shape.kv_bytes([n + added for n in unpruned], bytes_per_element),
         prefill_s=task.prefill_s,

@@ -156,6 +156,9 @@ class Result:
     prefill_flops: float | None = None
     """FLOPs of the decoder's prefill, by the field's convention (see `trio.pruning.cost`)."""
     prefill_flops_unpruned: float | None = None
+    reading_flops: float | None = None
+    """`prefill_flops`, those of the vision encoder and those of scoring and choosing tokens."""
+    reading_flops_unpruned: float | None = None
     kv_bytes: int | None = None
     """Keys and values stored for this request when it finished, over all layers."""
     kv_bytes_unpruned: int | None = None

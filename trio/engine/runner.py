@@ -16,8 +16,10 @@ from torch import Tensor
 from trio.config import Pruning
 from trio.engine.cache import Cache
 from trio.engine.entry import Entry, coordinates, entered
+from trio.engine.flops import beside_decoder
 from trio.engine.graphs import StepGraphs, rounded_up
 from trio.engine.relevance import Relevances
+from trio.engine.request import Prepared
 from trio.engine.room import Need
 from trio.engine.task import Task
 from trio.errors import UserError
@@ -70,6 +72,7 @@ class Runner:
         asked = text_tower if comparing else None
         self._join = asked.project if asked else None
         self._relevances = Relevances(asked) if asked else None
+        self._text_tower = asked
         self._encode_images = encode_images or adapter.encode_images
         self.decoder = adapter.decoder
         self.pruning = adapter.settle(pruning)
@@ -101,6 +104,10 @@ class Runner:
         if self._graphs is None:
             return None
         return "on" if self._graphs.trouble is None else f"off: {self._graphs.trouble}"
+
+    def beside_decoder(self, prepared: Prepared) -> tuple[int, int]:
+        """FLOPs of reading a prompt that are not the decoder's, pruned and unpruned."""
+        return beside_decoder(self.adapter, self.pruning, prepared, self._text_tower)
 
     def need(self, prompt_tokens: int, image_tokens: Sequence[int], new_tokens: int) -> Need:
         """Tokens a request may come to store, per layer group."""

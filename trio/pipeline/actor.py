@@ -22,7 +22,7 @@ import ray
 from PIL import Image
 
 from trio.config import Pruning
-from trio.engine.request import Sampling
+from trio.engine.request import Result, Sampling
 from trio.models import waiting
 from trio.pipeline import totals as sums
 from trio.pipeline.columns import Columns
@@ -259,6 +259,9 @@ class EngineActor:
         return [self._row(source, outcome) for source, outcome in zip(read, outcomes, strict=True)]
 
     def _row(self, source: Source, outcome: Outcome) -> dict[str, Any]:
+        if isinstance(outcome, Result):
+            flops = outcome.reading_flops, outcome.reading_flops_unpruned
+            source.reading_flops = (round(flops[0] or 0), round(flops[1] or 0))
         return output_row(
             source, outcome, actor=self._name, node=self._node, save_kept=self._rows.save_kept
         )
@@ -275,8 +278,8 @@ class EngineActor:
 
 def _totals(row: Mapping[str, Any], source: Source) -> Totals:
     with suppress(RowError):  # the row is in error for it
-        return sums.of_row(row, answers_of(source))
-    return sums.of_row(row, [])
+        return sums.of_row(row, answers_of(source), source.reading_flops)
+    return sums.of_row(row, [], source.reading_flops)
 
 
 class _Report:

@@ -72,6 +72,8 @@ class Source:
     num_images: int | None = None
     note: str | None = None
     # what had to be mended in its images
+    reading_flops: tuple[int, int] = (0, 0)
+    # once answered: of the prompt with encoder and choice of tokens, pruned and unpruned
 
     def cell(self, role: str) -> Any:
         """The row's value in a column; None where the shard has no such column.

@@ -36,6 +36,9 @@ class Totals:
     # rows that have a retention
     prefill_flops: int = 0
     prefill_flops_unpruned: int = 0
+    reading_flops: int = 0
+    # with the vision encoder and the choice of tokens
+    reading_flops_unpruned: int = 0
     kv_bytes: int = 0
     kv_bytes_unpruned: int = 0
     scored: int = 0
@@ -71,6 +74,11 @@ class Totals:
         return self.prefill_flops_unpruned / self.prefill_flops if self.prefill_flops else None
 
     @property
+    def reading_ratio(self) -> float | None:
+        """As `flops_ratio`, with the vision encoder and the choice of tokens."""
+        return self.reading_flops_unpruned / self.reading_flops if self.reading_flops else None
+
+    @property
     def kv_ratio(self) -> float | None:
         """KV cache bytes without pruning over those with it."""
         return self.kv_bytes_unpruned / self.kv_bytes if self.kv_bytes else None
@@ -103,8 +111,11 @@ def merge(parts: Iterable[Totals]) -> Totals:
     return out
 
 
-def of_row(row: Mapping[str, Any], answers: Sequence[str]) -> Totals:
-    """Totals of one output row; ``answers`` are the right ones, none when it is not scored."""
+def of_row(
+    row: Mapping[str, Any], answers: Sequence[str], reading: tuple[int, int] = (0, 0)
+) -> Totals:
+    """Totals of one output row; ``answers`` are the right ones, none when it is not scored;
+    ``reading``: FLOPs of its prompt with encoder and choice, pruned and unpruned."""
     error, response = row.get("error"), row.get("response")
     retention = row.get("retention")
     captioned = bool(answers) and is_caption(answers)
@@ -121,6 +132,8 @@ def of_row(row: Mapping[str, Any], answers: Sequence[str]) -> Totals:
         retention_rows=int(retention is not None),
         prefill_flops=row.get("prefill_flops") or 0,
         prefill_flops_unpruned=row.get("prefill_flops_unpruned") or 0,
+        reading_flops=reading[0],
+        reading_flops_unpruned=reading[1],
         kv_bytes=row.get("kv_bytes") or 0,
         kv_bytes_unpruned=row.get("kv_bytes_unpruned") or 0,
         scored=int(bool(answers)),

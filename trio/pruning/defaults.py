@@ -12,7 +12,8 @@ decoding. What somebody gives in `trio.Pruning` wins over it; what it leaves out
 
 `schedule_shape` is one shape for all retentions, or one for each of some and, as `other`, for all
 others (without it the model family's). It is for methods in the decoder without a reduction in the
-encoder, where a schedule means something else. No torch.
+encoder, where a schedule means something else; one that begins at layer 0 gives way to the family's
+where somebody sets `proxy_layer` to `previous`. No torch.
 """
 
 from __future__ import annotations
@@ -65,7 +66,10 @@ class PruningDefaults:
             return self.choices.get(name, BUILT_IN.get(name))
         if pruning.encoder != "none":
             return "family"
-        return self.shape(pruning.retention)
+        shape = self.shape(pruning.retention)
+        layer = pruning.proxy_layer or self.choices.get("proxy_layer")
+        # The layer that has just run is asked for, and none has at layer 0.
+        return "family" if layer == "previous" and _at_start(shape) else shape
 
     def shape(self, retention: float | None) -> Shape:
         """What a retention is spread by."""
@@ -73,6 +77,10 @@ class PruningDefaults:
             if retention is not None and math.isclose(known, retention, rel_tol=1e-6):
                 return shape
         return self.other or "family"
+
+
+def _at_start(shape: Shape) -> bool:
+    return shape == "start" if isinstance(shape, str) else shape.stages[0][0] == 0
 
 
 def _is_open(pruning: Pruning, name: str) -> bool:

@@ -1,0 +1,70 @@
+"""What reading a prompt takes beside the decoder's layers: the vision encoder and the choice."""
+
+from __future__ import annotations
+
+from trio.config import Pruning
+from trio.engine.request import Prepared
+from trio.models.adapter import Adapter
+from trio.models.text_tower import TextTower
+from trio.pruning.cost import DecoderShape
+from trio.pruning.saliency import proxy_rows
+
+
+def choosing_flops(
+    shape: DecoderShape, pruning: Pruning, visual_tokens: int, prompt_tokens: int
+) -> int:
+    """Scoring and choosing at all stages of a prompt with one image.
+
+    prompt_tokens: of text.
+    """
+    flops, left = 0, pruning.encoded(visual_tokens, shape.num_layers)
+    for _, keep in pruning.stages(visual_tokens, shape.num_layers):
+        if keep == left:
+            continue
+        tokens = left + prompt_tokens
+        flops += shape.choosing_flops(
+            pruning.method,
+            tokens=tokens,
+            visual_tokens=left,
+            keep=keep,
+            rows=len(proxy_rows(tokens, pruning.filled().proxy_positions or "")),
+        )
+        left = keep
+    return flops
+
+
+def encoder_flops(
+    adapter: Adapter, pruning: Pruning, prepared: Prepared, text_tower: TextTower | None = None
+) -> int:
+    """Of all images of a prompt, reduced if the settings say so, and of the text tower.
+
+    Args:
+        pruning: settled.
+        text_tower: where it takes part.
+    """
+    flops = 0
+    for count, inputs in zip(prepared.image_tokens, prepared.image_inputs, strict=True):
+        left = pruning.encoded(count, adapter.decoder.num_layers)
+        if pruning.encoder == "none":
+            flops += adapter.vision_flops(inputs)
+        else:
+            flops += adapter.reduced_flops(inputs, pruning.encoder, left)
+        flops += 0 if text_tower is None else text_tower.flops(prepared.prompt, left)
+    return flops
+
+
+def beside_decoder(
+    adapter: Adapter, pruning: Pruning, prepared: Prepared, text_tower: TextTower | None = None
+) -> tuple[int, int]:
+    """Encoder and choosing of a prompt, pruned, and the encoder of the same unpruned.
+
+    Of several images the choice is counted for all their tokens together, as it is made.
+    """
+    visual = sum(prepared.image_tokens)
+    text = len(prepared.input_ids) - visual
+    choosing = choosing_flops(adapter.shape(), pruning, visual, text) if visual else 0
+    plain = sum(adapter.vision_flops(inputs) for inputs in prepared.image_inputs)
+    own = plain
+    if pruning.encoder != "none" or text_tower is not None:
+        own = encoder_flops(adapter, pruning, prepared, text_tower)
+    return own + choosing, plain
