@@ -137,8 +137,7 @@ def test_patch_knows_the_places_of_each_rows_images(
     family: Family, model: Any, side: str, options: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own = [0, 2, 1, 1]
-    encodes_ahead = "mm_encoder_outputs" in inspect.signature(model.forward).parameters
-    if options and not encodes_ahead:
+    if options and not forward.repeats_by_prompt(model):
         own = [0, 1, 1]  # others are refused
     rows = requests_with(own)
     inputs = batch(family, rows, side)

@@ -16,6 +16,7 @@ from tests.patching.prompts import run
 from trio.engine.request import Request
 from trio.errors import UserError
 from trio.models.cache_argument import cache_of
+from trio.patching.forward import repeats_by_prompt
 
 PRUNING = trio.Pruning(retention=0.4)
 IMAGES = (1, 2, 0, 1, 3, 1, 0, 1)
@@ -135,8 +136,7 @@ def test_beams_keep_the_images_of_their_prompt(family: Family, model: Any) -> No
     trio.patch(model, PRUNING)
     options = {"max_new_tokens": 4, "num_beams": 3, "num_return_sequences": 2, "do_sample": False}
     together = batch(family, rows)
-    encodes_ahead = "mm_encoder_outputs" in inspect.signature(model.forward).parameters
-    if not encodes_ahead and "_expand_inputs_for_generation" not in vars(type(model)):
+    if not repeats_by_prompt(model):
         with pytest.raises(UserError, match="mixes up the images"):
             model.generate(**together, **options)
         return

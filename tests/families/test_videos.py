@@ -20,6 +20,7 @@ from trio.models.cache_argument import CACHE, cache_of
 from trio.models.prefill import Prefilled, prefill
 from trio.models.registry import adapt
 from trio.patching import forward
+from trio.patching.forward import repeats_by_prompt
 
 PROMPTS = ["wvwww", "wwwww", "wiwvwwwww", "wviwvww", "iiww", "wvvwwwwwww"]
 """Of LLaVA-OneVision, neighbours have nothing between them."""
@@ -168,7 +169,7 @@ def test_a_call_of_the_model_itself_prunes_as_generate_does(model: Any, rows: li
 def test_beams_keep_the_videos_of_their_prompt(model: Any, rows: list[Row]) -> None:
     trio.patch(model, PRUNING)
     options = {"max_new_tokens": 4, "num_beams": 3, "num_return_sequences": 2, "do_sample": False}
-    if not _repeats_by_prompt(model):
+    if not repeats_by_prompt(model):
         with pytest.raises(UserError, match="mixes up the"):
             model.generate(**joined(rows), **options)
         rows = [rows[0], rows[1]]
@@ -177,11 +178,6 @@ def test_beams_keep_the_videos_of_their_prompt(model: Any, rows: list[Row]) -> N
     for index, row in enumerate(rows):
         alone = model.generate(**row.inputs, **options)[:, row.inputs["input_ids"].shape[1] :]
         assert torch.equal(out[2 * index : 2 * index + 2, : alone.shape[1]], alone)
-
-
-def _repeats_by_prompt(model: Any) -> bool:
-    encodes_ahead = "mm_encoder_outputs" in inspect.signature(model.forward).parameters
-    return encodes_ahead or "_expand_inputs_for_generation" in vars(type(model))
 
 
 def test_videos_that_are_encoded_already(model: Any, rows: list[Row]) -> None:

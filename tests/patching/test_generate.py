@@ -1,5 +1,4 @@
 import functools
-import inspect
 from typing import Any
 
 import pytest
@@ -15,6 +14,7 @@ from trio.errors import UserError
 from trio.models.prefill import PackedPrompts, prefill
 from trio.models.raster import packed
 from trio.models.registry import adapt
+from trio.patching.forward import repeats_by_prompt
 
 LAYERS = 6
 close = functools.partial(torch.testing.assert_close, atol=2e-5, rtol=1e-4)
@@ -144,7 +144,7 @@ def test_beams_of_a_batch_equal_those_of_singles(model: Any, side: str) -> None:
 def test_several_images_under_beams(model: Any) -> None:
     (single,) = rows(model, [2], seed=2)
     trio.patch(model, SETTINGS[0])
-    if "mm_encoder_outputs" not in inspect.signature(model.forward).parameters:
+    if not repeats_by_prompt(model):
         with pytest.raises(UserError, match="mixes up the images"):
             run(model, single, num_beams=2)
         return

@@ -222,10 +222,7 @@ class PatchedForward(Override):
 
     def _counts(self, call: dict[str, Any], kind: str) -> list[int]:
         """Visual tokens of each image, or video, of the batch."""
-        encoded = (call.get("mm_encoder_outputs") or {}).get(kind)
-        if encoded is not None:
-            return [len(features) for features in encoded.pooler_output]
-        return _counts(self.adapter, call, kind)
+        return _counts_of(self.adapter, call, kind)
 
 
 class PatchedDecoder(Override):
@@ -426,20 +423,15 @@ class PatchedGenerate(Override):
                 )
 
     def _check_order(self, call: dict[str, Any]) -> None:
-        """Before transformers encoded images ahead of the prefill, it repeated each image of a
-        prompt by itself for beams and return sequences, so a prompt got its first image twice; and
-        so with videos."""
-        if "mm_encoder_outputs" in inspect.signature(self.module.forward).parameters:
+        if repeats_by_prompt(self.module):
             return
-        if "_expand_inputs_for_generation" in vars(type(self.module)):
-            return  # its own way of repeating images, which knows the prompt of each
         ids_BS = _ids(call)
         copies = [self._given(call, name) or 1 for name in ("num_beams", "num_return_sequences")]
         if ids_BS is None or max(copies) == 1:
             return
         for kind in _brought(call, self.adapter):
             prompts = int((ids_BS == _token_id(self.adapter, kind)).any(dim=1).sum())
-            if call[_PIXELS[kind]].shape[0] > prompts:
+            if len(_counts_of(self.adapter, call, kind)) > prompts:
                 raise UserError(
                     f"transformers {transformers.__version__} mixes up the {kind}s of a prompt "
                     "that has several under num_beams or num_return_sequences: upgrade it, or "
@@ -510,6 +502,24 @@ def _brought(call: dict[str, Any], adapter: Adapter) -> list[str]:
 def _counts(adapter: Adapter, call: dict[str, Any], kind: str) -> list[int]:
     """Visual tokens of each image, or video, that the call brings as pixels."""
     return adapter.video_tokens(call) if kind == "video" else adapter.visual_tokens(call)
+
+
+def _counts_of(adapter: Adapter, call: dict[str, Any], kind: str) -> list[int]:
+    """As `_counts`, or of what is encoded already."""
+    encoded = (call.get("mm_encoder_outputs") or {}).get(kind)
+    if encoded is not None:
+        return [len(features) for features in encoded.pooler_output]
+    return _counts(adapter, call, kind)
+
+
+def repeats_by_prompt(model: nn.Module) -> bool:
+    """Whether `generate` repeats the images and videos of a prompt together for beams and return
+    sequences. Else each comes by itself several times, and a prompt gets its first image twice: so
+    before transformers encoded images ahead of the prefill, and in 5.18, when it had begun to."""
+    if "mm_encoder_outputs" in inspect.signature(model.forward).parameters:
+        return not transformers.__version__.startswith("5.18.")
+    # A family's own way of repeating images, which knows the prompt of each.
+    return "_expand_inputs_for_generation" in vars(type(model))
 
 
 def _token_id(adapter: Adapter, kind: str) -> int | None:
