@@ -421,7 +421,7 @@ def test_out_of_memory_work_is_done_in_smaller_parts(
 def test_limits_come_back_once_there_is_memory_again(
     model: Any, part: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shortage, "PATIENCE", 4)
+    monkeypatch.setattr(shortage, "PATIENCE", 1)
     worker = engine(model, max_running=16)
     before, plan = worker.stats(), worker.memory_plan
     owner, name = (worker._cache, "_rectangle") if part == "keys" else (worker._runner, part)
@@ -446,7 +446,7 @@ def test_limits_come_back_once_there_is_memory_again(
     assert worker.memory_plan.kv_budget_bytes == stats["kv_budget_bytes"]
     while worker.has_work:
         worker.step()
-    for _ in range(20):
+    for _ in range(3):
         for request in requests:
             by_id(worker.generate([request]))
     assert worker.stats()[changed] == before[changed]

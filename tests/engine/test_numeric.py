@@ -95,7 +95,7 @@ def check(worker: Engine, expected: dict[Any, Result], asked: list[Request], whe
 @pytest.mark.parametrize("pruning", PRUNINGS.values(), ids=PRUNINGS)
 def test_features_of_one_image(model: Any, pruning: Pruning | None, wrong: float) -> None:
     few: dict[str, Any] = {"gpu_way": True, "max_running": 4, "batch_tokens": 200}
-    for temperature, options in ((0.0, {}), (1.0, few)):
+    for temperature, options in ((0.0, dict[str, Any]()), (1.0, few)):
         asked = requests(temperature=temperature)
         expected = by_id(engine(model, pruning).generate(asked))
         worker = spoiling(engine(model, pruning, **options), wrong, slice(2, 3))
