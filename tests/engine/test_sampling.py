@@ -130,3 +130,16 @@ def test_greedy_rows_do_not_advance_their_stream() -> None:
 def test_impossible_settings_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=next(iter(wrong))):
         Sampling(**wrong)
+
+
+def test_rules_that_forbid_every_token_fail_their_own_row() -> None:
+    table = logits(3)
+    ruled = table.clone()
+    ruled[1] = -math.inf
+    drawing = [Sampling(temperature=1.0, seed=seed) for seed in range(3)]
+    chosen = choose(table, drawing, [stream(s) for s in drawing], ruled)
+    alone = choose(table, drawing, [stream(s) for s in drawing])
+    assert chosen.logprobs[1] == -math.inf
+    for row in (0, 2):
+        assert chosen.token_ids[row] == alone.token_ids[row]
+        assert chosen.logprobs[row] == alone.logprobs[row]

@@ -420,7 +420,7 @@ class Engine:
         counters = self._counters
         counters.kv_used_bytes_peak = max(counters.kv_used_bytes_peak, self._cache.used_bytes)
         for task, token, logprob in zip(tasks, chosen.token_ids, chosen.logprobs, strict=True):
-            before, is_number = task.finish_reason, not math.isnan(logprob)
+            before, is_number = task.finish_reason, math.isfinite(logprob)
             if before is not None:
                 spoilt |= not is_number
                 continue
@@ -428,12 +428,18 @@ class Engine:
                 task.token_ids.append(token)
                 task.logprobs.append(logprob)
             else:
-                task.failure = not_finite(task, self._runner.decoder.dtype)
+                task.failure = self._failure(task, logprob)
             if task.finish_reason is not None:
                 complete.append(task)
         if spoilt:  # a step too many, by a request that is gone
             self._cache.scrub()
         return complete
+
+    def _failure(self, task: Task, logprob: float) -> str:
+        """Why a task has no next token; `logprob` as in `Chosen`."""
+        if math.isnan(logprob):
+            return not_finite(task, self._runner.decoder.dtype)
+        return "the rules of decoding leave no token to draw: drop one, or set temperature 0"
 
     def _finish(self, tasks: Sequence[Task]) -> None:
         """Turn what is complete into results and give its memory back."""

@@ -21,7 +21,8 @@ from trio.engine.request import Sampling
 
 class Chosen:
     """The next token of each row and the natural log of its probability under the model, which is
-    NaN where the row's logits are not all finite; the token is then any.
+    NaN where the row's logits are not all finite, and minus infinity where rules leave it nothing
+    to draw from; the token is then any.
 
     On their way to the host from the moment they are chosen; only reading them there waits.
     """
@@ -73,18 +74,21 @@ def choose(
     logits_BV = logits_BV.float()
     ruled_BV = logits_BV if ruled_BV is None else ruled_BV
     tokens_B = ruled_BV.argmax(dim=-1)
+    possible_B = torch.ones_like(tokens_B, dtype=torch.bool)
     drawn = [row for row, sampling in enumerate(samplings) if sampling.temperature > 0]
     if drawn:
         rows = torch.tensor(drawn, device=logits_BV.device)
         uniforms = [streams[row].random() for row in drawn]
         probabilities = distribution(ruled_BV[rows], [samplings[row] for row in drawn])
+        possible_B[rows] = probabilities[:, 0].isfinite()
         tokens_B[rows] = _invert(probabilities, uniforms)
     log_norm_B = logits_BV.logsumexp(dim=-1)
     # The sum passes on a NaN and a positive infinity, the least is the other one.
     finite_B = log_norm_B.isfinite() & logits_BV.amin(dim=-1).isfinite()
-    tokens_B = tokens_B.where(finite_B, 0)  # what NaN probabilities draw may be no token at all
+    tokens_B = tokens_B.where(possible_B, 0)  # what NaN probabilities draw may be no token at all
     logprobs_B = logits_BV.gather(1, tokens_B[:, None])[:, 0] - log_norm_B
-    return Chosen(tokens_B, logprobs_B.where(finite_B, torch.nan))
+    logprobs_B = logprobs_B.where(possible_B, -torch.inf).where(finite_B, torch.nan)
+    return Chosen(tokens_B, logprobs_B)
 
 
 def distribution(logits_BV: Tensor, samplings: Sequence[Sampling]) -> Tensor:
