@@ -134,10 +134,12 @@ def _measure_quality(
 def _show(found: Mapping[str, Any], options: argparse.Namespace) -> int:
     """Print the table of a JSON file and draw its plot."""
     from trio.benchmark import plots
-    from trio.benchmark.quality_table import NOTE, table
+    from trio.benchmark.quality_table import NOTE, STAGES_NOTE, stages_table, table
 
     print(table(found["rows"], as_markdown=options.markdown))
     print(f"\n{NOTE}")
+    if all("fill_up_share" in row for row in found["rows"]):
+        print(f"\n{stages_table(found['rows'], as_markdown=options.markdown)}\n\n{STAGES_NOTE}")
     if options.plot:
         plots.draw(found["rows"], options.plot)
     return 0

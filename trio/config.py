@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from trio.errors import UserError
 from trio.pruning.schedule import (
@@ -25,7 +26,7 @@ POSITION_IDS = ("renumber", "keep")
 PROXY_LAYERS = ("next", "previous")
 PROXY_HEADS = ("output", "input_embedding")
 FILL_UPS = ("mixed", "reference")
-BUILT_IN = {
+BUILT_IN: dict[str, Any] = {
     "proxy_positions": "reference",
     "proxy_layer": "next",
     "proxy_head": "output",

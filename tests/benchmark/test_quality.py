@@ -6,12 +6,15 @@ from typing import Any
 
 import benchmark
 import pytest
+import torch
 
 from tests.models import save_tiny_checkpoint
 from trio.benchmark import plots
+from trio.benchmark.fill_up import survivors
 from trio.benchmark.progress import Clock
 from trio.benchmark.quality import ask, settings
 from trio.config import METHODS, Pruning
+from trio.pruning.nms import suppress
 
 FLAGS = ["--methods", "none,random,trio", "--retention", "1/9,1/18", "--scenes", "1"]
 FLAGS += ["--proxy-layer", "previous"]
@@ -82,6 +85,7 @@ def test_a_file_is_shown_again(written: Path, capsys: pytest.CaptureFixture[str]
     head, unpruned, gap, *lines = capsys.readouterr().out.splitlines()
     assert head.split()[:3] == ["setting", "kept", "all"] and not gap
     assert unpruned.split()[:2] == ["none", "1"] and lines[0].split()[:2] == ["random", "1/9"]
+    assert any("1:58, 5:35, 8:14" in line and "2 of 2 [34.2, 100.0]" in line for line in lines)
     assert benchmark.main(["quality", "--from", str(written), "--markdown"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].startswith("|---|") and lines[2].startswith("| none | 1 |")
@@ -167,3 +171,47 @@ def test_the_clock_says_how_long_it_may_take() -> None:
     first, second, last = (clock.lap() for _ in range(3))
     assert first == "1/3 after 0:00:00" and last == "3/3 after 0:00:00"
     assert second == "2/3 after 0:00:00, about 0:00:00 to go"
+
+
+def test_two_schedules_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A question of every scene, both first stages at one retention and one of them below."""
+    file = tmp_path / "quality.json"
+    flags = ["--methods", "trio", "--retention", "1/9,1/18", "--schedule-shape", "start", "family"]
+    flags += ["--scenes", "2", "--every-scene", "--seed", "13", "--json", str(file)]
+    assert benchmark.main(["quality", *flags]) == 0
+    unpruned, *rows = json.loads(file.read_text())["rows"]
+    assert [unpruned[part]["n"] for part in PARTS] == [4, 2, 2]
+    assert [(row["label"], row["schedule"]) for row in rows] == [
+        ("trio from layer 0", "0:118,5:69,8:28"),
+        ("trio family", "1:58,5:35,8:14"),
+        ("trio from layer 0", "0:59,5:35,8:14"),
+    ]
+    for row in rows:
+        filled = row["fill_up_share"]
+        kept = [int(stage.split(":")[1]) for stage in row["schedule"].split(",")]
+        pairs = zip(filled["suppressed_to"], filled["filled_up"], strict=True)
+        assert [unlike + more for unlike, more in pairs] == pytest.approx(kept)
+        assert filled["requests"] == 4 and 1 <= filled["suppressed_to"][0] < kept[0]
+        both, of = row["questions"]["still_right"], row["questions"]["right_unpruned"]
+        low, high = row["questions"]["still_right_interval"]
+        assert low <= both / of <= high and low < high
+    assert f"{both} of {of} [" in capsys.readouterr().out
+
+
+def test_what_the_suppression_left_is_told_from_what_filled_up() -> None:
+    """Of what `suppress` keeps, those that it keeps without a fill-up, told by the kept alone."""
+    torch.manual_seed(2)
+    features = torch.randn(60, 6)
+    order = torch.randperm(60)
+    walked: list[int] = []
+    unit = torch.nn.functional.normalize(features, dim=-1)
+    for place in order.tolist():
+        if not (unit[walked] @ unit[place] >= 0.5).any():
+            walked.append(place)
+    keep = len(walked) + 7
+    (kept,) = suppress(
+        features, torch.zeros(60, 2), torch.tensor([0]), torch.tensor([60]), order[None],
+        torch.tensor([keep]), keep, 0.5, "mixed",
+    ).tolist()  # fmt: skip
+    ranked = [place for place in order.tolist() if place in kept]
+    assert len(kept) == keep and survivors(features[ranked], 0.5) == len(walked)

@@ -39,6 +39,8 @@ class Count:
     """For each image of a stage the tokens left by the suppression, and those kept."""
 
     def add(self, candidates: Candidates, choice: StageChoice) -> None:
+        threshold = candidates.pruning.similarity_threshold
+        assert threshold is not None
         for (request, number), order_V in choice.orders.items():
             kept = choice.kept[request][number]
             assert kept is not None
@@ -46,9 +48,7 @@ class Count:
             start += candidates.ragged.starts[request]
             wanted = set(kept)
             ranked = [start + place for place in order_V.tolist() if place in wanted]
-            unlike = survivors(
-                candidates.hidden_TD[ranked], candidates.pruning.similarity_threshold
-            )
+            unlike = survivors(candidates.hidden_TD[ranked], threshold)
             self.by_layer[candidates.layer].append((unlike, len(kept)))
 
     def mean(self, requests: int) -> FillUp:

@@ -57,6 +57,66 @@ def table(rows: Sequence[Mapping[str, Any]], *, as_markdown: bool = False) -> st
     return "\n".join(out)
 
 
+STAGES_HEAD = (
+    "setting",
+    "kept",
+    "stages",
+    "unlike + filled up",
+    "questions, %",
+    "still right",
+    "captions, %",
+    "still right",
+    "how many",
+    "FLOPs",
+    "choosing, ms",
+)
+STAGES_NOTE = (
+    "stages: layer:tokens kept of the largest image. unlike + filled up: of the tokens that stay "
+    "after each stage, those that the suppression of near-duplicates left (TRIO's own) and those "
+    "that made up the number, means per image. %: as above. still right: of those that the "
+    "unpruned model gets right, with Wilson's 95 % interval. how many: right of all. choosing: "
+    "per request."
+)
+
+
+def stages_table(rows: Sequence[Mapping[str, Any]], *, as_markdown: bool = False) -> str:
+    """What schedules keep, one line per setting.
+
+    Args: as of `table`.
+    """
+    ordered = sorted(rows, key=lambda row: (-row["retention"], row["number"]))
+    lines = [list(STAGES_HEAD), *map(_stages_line, ordered)]
+    return markdown(lines) if as_markdown else aligned(lines)
+
+
+def _stages_line(row: Mapping[str, Any]) -> list[str]:
+    filled, count = row["fill_up_share"], row["by_kind"]["count"]
+    parts = zip(filled["suppressed_to"], filled["filled_up"], strict=True) if filled else ()
+    return [
+        row["label"],
+        share(row["retention"]),
+        (row["schedule"] or "").replace(",", ", "),
+        ", ".join(f"{unlike:.1f} + {more:.1f}" for unlike, more in parts),
+        *(
+            cell
+            for part in ("questions", "captions")
+            for cell in (_relative(row[part]), _still_right(row[part]))
+        ),
+        "" if count is None else f"{count['right']} of {count['n']}",
+        f"{row['flops']['ratio']:.2f}×",
+        f"{row['ms']['prune']:.1f}",
+    ]
+
+
+def _still_right(score: Mapping[str, Any]) -> str:
+    if not score["right_unpruned"]:
+        return ""
+    low, high = score["still_right_interval"]
+    return (
+        f"{score['still_right']} of {score['right_unpruned']} [{100 * low:.1f}, {100 * high:.1f}]"
+    )
+
+
 def share(value: float) -> str:
     """A share as people write it: 1/9, where it is such a fraction."""
     near = Fraction(value).limit_denominator(99)
