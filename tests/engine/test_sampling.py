@@ -35,7 +35,7 @@ def test_greedy_takes_the_likeliest_and_reports_its_probability() -> None:
 def test_distribution_equals_the_warpers_of_transformers(
     temperature: float, top_k: int | None, top_p: float, min_p: float | None
 ) -> None:
-    table, none = logits(5), torch.empty(5, 0, dtype=torch.long)
+    table, none = logits(5), torch.LongTensor(5, 0)
     expected = TemperatureLogitsWarper(temperature)(none, table)
     if top_k is not None:
         expected = TopKLogitsWarper(top_k)(none, expected)

@@ -170,7 +170,8 @@ def in_reach(
     Raises:
         UserError: of several none is left beside the unpruned model.
     """
-    there, left_out = [], []
+    there: list[Setting] = []
+    left_out: list[dict[str, Any]] = []
     for row in rows:
         try:
             if row.pruning.method == "eadp" and not has_text_tower:
