@@ -61,7 +61,7 @@ def model() -> Any:
 
 
 def engine(model: Any, pruning: Pruning | None = None, **options: Any) -> Engine:
-    return Engine(model, PROCESSOR, pruning=pruning, kv_bytes=1 << 26, **options)
+    return Engine(model, PROCESSOR, pruning=pruning, **{"kv_bytes": 1 << 26, **options})
 
 
 def singles(engine: Engine, requests: list[Request]) -> dict[Any, Result]:
@@ -491,6 +491,34 @@ def test_a_device_with_less_memory_than_the_budget(
     results = by_id(worker.generate([*mixed_requests(6, max_new_tokens=5), big]))
     assert [k for k, r in results.items() if r.error] == ["big"]
     assert (results["big"].error or "").startswith("no_room: the device ran out of memory")
+
+
+def test_memory_that_was_short_may_be_free_again(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    big = Request(prompt="what", images=(picture(0),) * 5, id="big")
+    roomy = engine(model)
+    alone = roomy._cache.room.bytes_alone(roomy._runner.need(*_sizes(roomy, big)))
+    worker = engine(model, kv_bytes=alone)
+    make, failures = worker._cache._rectangle, iter([True] * 2)
+
+    def scarce(slots: int, capacity: int) -> torch.Tensor:
+        if next(failures, False):
+            raise torch.OutOfMemoryError("no memory left")
+        return make(slots, capacity)
+
+    monkeypatch.setattr(worker._cache, "_rectangle", scarce)
+    small = Request(prompt="what", id="small", sampling=Sampling(max_new_tokens=2))
+    assert [result.error for result in worker.generate([small])] == [None]
+    assert worker.memory_plan.kv_budget_bytes < alone
+    (result,) = worker.generate([big])
+    assert result.error is None
+
+
+def _sizes(worker: Engine, request: Request) -> tuple[int, list[int], int]:
+    prepared = worker.prepare(request)
+    assert isinstance(prepared, Prepared)
+    return len(prepared.input_ids), list(prepared.image_tokens), Sampling().max_new_tokens
 
 
 @pytest.mark.parametrize("pruning", [Pruning(), Pruning(schedule="1:20,3:4")])

@@ -132,11 +132,12 @@ def test_impossible_settings_are_refused(wrong: dict[str, Any]) -> None:
         Sampling(**wrong)
 
 
-def test_rules_that_forbid_every_token_fail_their_own_row() -> None:
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_rules_that_forbid_every_token_fail_their_own_row(temperature: float) -> None:
     table = logits(3)
     ruled = table.clone()
     ruled[1] = -math.inf
-    drawing = [Sampling(temperature=1.0, seed=seed) for seed in range(3)]
+    drawing = [Sampling(temperature=temperature, seed=seed) for seed in range(3)]
     chosen = choose(table, drawing, [stream(s) for s in drawing], ruled)
     alone = choose(table, drawing, [stream(s) for s in drawing])
     assert chosen.logprobs[1] == -math.inf

@@ -302,18 +302,28 @@ class Engine:
 
     def _admit(self) -> list[Task]:
         scheduler, room = self._scheduler, self._cache.room
+        admitted = self._admitted()
+        if not admitted and not scheduler.running and scheduler.waiting:
+            task = scheduler.waiting[0]
+            alone = room.bytes_alone(task.need)
+            if alone > room.budget:  # as it was cut; memory that was short may be free again
+                room.budget = alone
+                admitted = self._admitted()
+                if not admitted:
+                    scheduler.waiting.popleft()
+                    self._fail(_no_memory(task, "even alone, its keys and values do not fit"))
+        return admitted
+
+    def _admitted(self) -> list[Task]:
+        """What the scheduler lets in; notes if the device had less memory than the budget."""
+        room = self._cache.room
         budget = room.budget
-        admitted = scheduler.admit()
+        admitted = self._scheduler.admit()
         if room.budget < budget:
             self._kv_limit.cut(room.budget)
             self._counters.out_of_memory += 1
         else:
             room.budget = self._kv_limit.went_well()
-        if not admitted and not scheduler.running and scheduler.waiting:
-            task = scheduler.waiting[0]
-            if not self._cache.fits(task.need):
-                scheduler.waiting.popleft()
-                self._fail(_no_memory(task, "even alone, its keys and values do not fit"))
         return admitted
 
     def _sparing(self, work: Callable[[list[Task]], None], tasks: list[Task]) -> None:
@@ -439,7 +449,7 @@ class Engine:
         """Why a task has no next token; `logprob` as in `Chosen`."""
         if math.isnan(logprob):
             return not_finite(task, self._runner.decoder.dtype)
-        return "the rules of decoding leave no token to draw: drop one, or set temperature 0"
+        return "rules of decoding, or a temperature near 0, leave no token to choose from"
 
     def _finish(self, tasks: Sequence[Task]) -> None:
         """Turn what is complete into results and give its memory back."""

@@ -75,9 +75,9 @@ _MAKERS: dict[str, Callable[[Any, _Answer], Any]] = {
         float(x), a.prompt_1S
     ),
     "repetition_penalty": lambda x, a: RepetitionPenaltyLogitsProcessor(float(x)),
-    "no_repeat_ngram_size": lambda x, a: NoRepeatNGramLogitsProcessor(x),
+    "no_repeat_ngram_size": lambda x, a: NoRepeatNGramLogitsProcessor(int(x)),
     "encoder_no_repeat_ngram_size": lambda x, a: EncoderNoRepeatNGramLogitsProcessor(
-        x, a.prompt_1S
+        int(x), a.prompt_1S
     ),
     "bad_words_ids": lambda x, a: NoBadWordsLogitsProcessor(x, a.eos or None),
     "min_length": lambda x, a: MinLengthLogitsProcessor(x, a.eos, a.device),
@@ -96,7 +96,7 @@ _MAKERS: dict[str, Callable[[Any, _Answer], Any]] = {
     ),
     "temperature": lambda x, a: TemperatureLogitsWarper(float(x)),
     "top_h": lambda x, a: TopHLogitsWarper(x),
-    "top_k": lambda x, a: TopKLogitsWarper(x),
+    "top_k": lambda x, a: TopKLogitsWarper(int(x)),
     "top_p": lambda x, a: TopPLogitsWarper(x),
     "min_p": lambda x, a: MinPLogitsWarper(x),
     "typical_p": lambda x, a: TypicalLogitsWarper(x),

@@ -36,7 +36,7 @@ class Room:
     def __init__(
         self, *, budget: int, group_bytes: Sequence[int], max_slots: int, block: int = 64
     ) -> None:
-        self.budget = budget
+        self.budget = self.most = budget
         self.group_bytes = tuple(group_bytes)
         self.max_slots = max_slots
         self.block = block
@@ -56,8 +56,8 @@ class Room:
         return self.bytes_of(self._tight([need]))
 
     def fits(self, need: Need) -> bool:
-        """Whether a request could ever be held."""
-        return self.bytes_alone(need) <= self.budget
+        """Whether a request could ever be held, by the budget as it was set."""
+        return self.bytes_alone(need) <= self.most
 
     def can_allocate(self, need: Need) -> bool:
         return self._grown(need) is not None

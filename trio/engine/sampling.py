@@ -22,7 +22,7 @@ from trio.engine.request import Sampling
 class Chosen:
     """The next token of each row and the natural log of its probability under the model, which is
     NaN where the row's logits are not all finite, and minus infinity where rules leave it nothing
-    to draw from; the token is then any.
+    to choose from; the token is then any.
 
     On their way to the host from the moment they are chosen; only reading them there waits.
     """
@@ -74,13 +74,13 @@ def choose(
     logits_BV = logits_BV.float()
     ruled_BV = logits_BV if ruled_BV is None else ruled_BV
     tokens_B = ruled_BV.argmax(dim=-1)
-    possible_B = torch.ones_like(tokens_B, dtype=torch.bool)
+    possible_B = ruled_BV.gather(1, tokens_B[:, None])[:, 0] > -torch.inf
     drawn = [row for row, sampling in enumerate(samplings) if sampling.temperature > 0]
     if drawn:
         rows = torch.tensor(drawn, device=logits_BV.device)
         uniforms = [streams[row].random() for row in drawn]
         probabilities = distribution(ruled_BV[rows], [samplings[row] for row in drawn])
-        possible_B[rows] = probabilities[:, 0].isfinite()
+        possible_B[rows] &= probabilities[:, 0].isfinite()
         tokens_B[rows] = _invert(probabilities, uniforms)
     log_norm_B = logits_BV.logsumexp(dim=-1)
     # The sum passes on a NaN and a positive infinity, the least is the other one.

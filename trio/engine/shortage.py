@@ -21,6 +21,7 @@ class Limit:
     """As it was set; it grows no further."""
     now: int = field(init=False)
     _patience: int = field(init=False, default_factory=lambda: PATIENCE)
+    _next_patience: int = field(init=False, default_factory=lambda: PATIENCE)
     _went_well: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
@@ -30,7 +31,8 @@ class Limit:
         """Memory ran out; returns what it now is, at least 1 and never more than before."""
         self.now = max(1, min(to, self.now))
         self._went_well = 0
-        self._patience = min(2 * self._patience, MOST_PATIENCE)
+        self._patience = self._next_patience
+        self._next_patience = min(2 * self._patience, MOST_PATIENCE)
         return self.now
 
     def went_well(self) -> int:
