@@ -125,6 +125,16 @@ def test_a_ray_that_runs_here_is_named_and_left_alone(
         assert (part in said) is alive
 
 
+def test_auto_takes_no_ray_that_is_another_jobs_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    with pytest.raises(UserError, match="no Ray of 'ray start' runs on this machine"):
+        cluster.start("auto")
+
+
 @pytest.mark.parametrize(
     ("flag", "where"), [(None, "10.0.0.1:6379"), ("auto", "10.0.0.1:6379"), ("local", None)]
 )

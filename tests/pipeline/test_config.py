@@ -99,6 +99,7 @@ def test_settings_of_the_pruning_reach_the_engine() -> None:
     [
         ([], "objects"),
         (["--score", "none"], "none"),
+        (["--columns", "prompt=none", "--prompt", "Is there a 7?"], "none"),
         (["--input", "mine.parquet"], "none"),
         (["--input", "mine.parquet", "--score", "exact"], "exact"),
     ],

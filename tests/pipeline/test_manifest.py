@@ -199,3 +199,10 @@ def test_a_shard_named_twice(tmp_path: Path) -> None:
     path = str(shard(tmp_path / "a.parquet", 1))
     with pytest.raises(UserError, match="twice"):
         inspect([path, str(tmp_path)])
+
+
+def test_a_folder_of_images_is_called_one(tmp_path: Path) -> None:
+    for name in ("a.jpg", "b.PNG", "notes.txt"):
+        (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(UserError, match="2 images; put them into one first"):
+        expand([str(tmp_path)])

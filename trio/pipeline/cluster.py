@@ -93,7 +93,7 @@ def start(address: str | None = None) -> bool:
     if where is None or where == LOCAL:
         _start_here()
         return False
-    _attach(where, source)
+    _attach(_started_here(source) if where == AUTO and not submitted() else where, source)
     return True
 
 
@@ -116,6 +116,21 @@ def _asked(address: str | None) -> tuple[str | None, str]:
     # Ray takes the variable's word against 'auto'.
     os.environ.pop("RAY_ADDRESS", None)
     return address, f"--address {address}"
+
+
+def _started_here(source: str) -> str:
+    """The Ray that `ray start` began here; Ray itself would also take one of another job's own.
+
+    Raises:
+        UserError: there is none.
+    """
+    there = _cluster_here()
+    if there is None:
+        raise UserError(
+            f"{source}: no Ray of 'ray start' runs on this machine; name one as host:port, or leave"
+            " it out for a Ray of the job's own"
+        )
+    return there
 
 
 def _start_here() -> None:

@@ -343,7 +343,8 @@ class JobConfig:
         "compare responses with the column answers: exact (right is what equals one of the row's"
         " answers, both in lower case, without articles and punctuation; this is not VQA's"
         " accuracy), objects (that, and for answers such as 'a red 7 and a blue 3' the share of"
-        " objects named rightly) or none (default: objects for the bundled shard, else none)",
+        " objects named rightly) or none (default: objects for the bundled shard with its own"
+        " columns, else none)",
         results=True,
         metavar="HOW",
     )

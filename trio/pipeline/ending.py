@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -73,8 +73,10 @@ def prompt_notices(config: JobConfig, manifest: Manifest, column: str | None) ->
     if config.prompt is not None and column is not None:
         yield f"rows keep their own prompt (column {column!r}); --prompt is for those without"
     if bundled.is_bundled(config.model):
-        prompts = _prompts(manifest.shards, column, config.limit) if column is not None else ()
-        line = bundled.prompts_notice([*filter(None, [config.prompt]), *prompts])
+        prompts: Iterable[str] = filter(None, [config.prompt])
+        if column is not None:
+            prompts = _prompts(manifest.shards, column, config.limit)
+        line = bundled.prompts_notice(prompts)
         if line is not None:
             yield line
 

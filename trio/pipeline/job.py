@@ -82,7 +82,8 @@ def resolve(job: Job, config: JobConfig) -> JobConfig:
     if config.compare_unpruned is None:
         changes["compare_unpruned"] = config.input == (DEMO,) and config.pruning_asked
     if config.score is None:
-        changes["score"] = "objects" if config.input == (DEMO,) else "none"
+        as_bundled = config.input == (DEMO,) and config.columns is None
+        changes["score"] = "objects" if as_bundled else "none"
     if config.output is None:
         changes["output"] = outdir.fresh_directory(job.name)
     check_model(config.model)

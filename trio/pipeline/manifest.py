@@ -163,12 +163,18 @@ def expand(
             infos = list_files(location)
         except (OSError, UnicodeError, pa.ArrowException) as error:
             raise UserError(f"--input {uri}: cannot be listed: {first_line(error)}") from error
+        given = infos
         left: list[pafs.FileInfo] = []
         if [i.path for i in infos] != [location.path]:
             if output is not None and output.prefix == location.prefix:
                 infos = [i for i in infos if not i.path.startswith(output.path.rstrip("/") + "/")]
             infos, left = listing.split(location, infos)
         note = f": {listing.left_out(left)}" if left else ""
+        if not infos and (images := listing.images(given)):
+            raise UserError(
+                f"--input {uri}: no Parquet file there, but {counted(images, 'image')}; put them"
+                " into one first, as the README shows under 'Your own data'"
+            )
         if not infos:
             raise UserError(
                 f"--input {uri}: no Parquet file there{note}; give a .parquet file, a directory"
