@@ -107,6 +107,10 @@ def cluster(python: Path, environment: dict[str, str]) -> Iterator[dict[str, str
     url = f"http://127.0.0.1:{dashboard}"
     try:
         _await(url + "/api/version", head)
+        word = Path(environment["RAY_TMPDIR"], "ray", "ray_current_cluster")
+        deadline = time.monotonic() + 60  # what `ray start` does last
+        while not word.exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
         yield {"dashboard": url, "ray": f"127.0.0.1:{port}"}
     finally:
         # The processes of the head share its session, which is ours.
