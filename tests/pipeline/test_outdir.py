@@ -56,7 +56,7 @@ def test_files_of_a_run(tmp_path: Path) -> None:
         outdir.close(out, summary)
     assert outdir.finished(out) and outdir.read_summary(out) == summary
     text = (tmp_path / "run.yaml").read_text()
-    assert text.count("# CUDA graphs: off: no: memory (1 files); on (2 files)\n") == 1
+    assert text.count("# CUDA graphs: off: no: memory (1 file); on (2 files)\n") == 1
     assert from_mapping(yaml.safe_load(text), "run.yaml") == CONFIG
 
 
