@@ -25,7 +25,7 @@ import numpy as np
 
 from trio.benchmark.agreement import Agreement
 from trio.benchmark.encoding import EncodedOnce
-from trio.benchmark.fill_up import FillUp, counted
+from trio.benchmark.fill_up import FillUp, counting
 from trio.benchmark.intervals import ClusteredBootstrap, wilson
 from trio.benchmark.quality_table import FROM_START
 from trio.config import BEFORE_DECODER, Pruning
@@ -333,7 +333,7 @@ class _Trial:
             max_running=MAX_RUNNING,
             encode_images=self._encoded,
         )
-        with counted() as count:
+        with counting() as count:
             for result in engine.generate(some):
                 assert not result.error, result
         return count.mean(len(some))
