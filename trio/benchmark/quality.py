@@ -177,14 +177,22 @@ def in_reach(
             if row.pruning.method == "eadp" and not has_text_tower:
                 raise UserError("method eadp needs --text-tower")
             found = _settled(adapter, row)
-            if all(adapter.settle(found.pruning) != adapter.settle(o.pruning) for o in there):
-                there.append(found)
+            _check_new(adapter, found, there)
+            there.append(found)
         except UserError as error:
             retention = row.pruning.retention
             left_out.append({"label": row.label, "retention": retention, "reason": str(error)})
     if left_out and len(there) == 1:
         raise UserError(f"{left_out[0]['label']}: {left_out[0]['reason']}")
     return there, left_out
+
+
+def _check_new(adapter: Adapter, row: Setting, earlier: Sequence[Setting]) -> None:
+    """Raise UserError where an earlier setting does just the same on this model."""
+    own = adapter.settle(row.pruning)
+    for other in earlier:
+        if adapter.settle(other.pruning) == own:
+            raise UserError(f"same as {other.label}")
 
 
 def _settled(adapter: Adapter, row: Setting) -> Setting:
