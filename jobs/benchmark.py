@@ -321,7 +321,7 @@ def calibrate(options: argparse.Namespace) -> int:
     from trio.benchmark.calibrate import Plan, check_file, dump, resolved, table
     from trio.benchmark.calibrate import calibrate as search
 
-    config, _ = settings_from(options)
+    config = settings_from(options)
     plan = Plan.of(resolved(config), options.rows)
     file = check_file(options.file)
     defaults = file.name == pruning_file.FILE

@@ -295,13 +295,13 @@ def test_settings_hold_the_stages_and_not_the_file(tmp_path: Path) -> None:
     """So a run that goes on does as it began, whatever has become of the file."""
     file = written(tmp_path / "schedule.yaml")
     parser = cli.parser("caption.py", "", "")
-    got, _ = cli.settings_from(parser.parse_args(["--schedule", str(file)]))
+    got = cli.settings_from(parser.parse_args(["--schedule", str(file)]))
     assert got.schedule == "1:0.2,3:0.1@6" == config.results(got)["schedule"]
     assert got.pruning() == Pruning(schedule=Schedule.load(file))
     run = tmp_path / "run.yaml"
     run.write_text(config.dump(got))
     written(file, schedule="2:0.5")
-    assert cli.settings_from(parser.parse_args(["--config", str(run)]))[0] == got
+    assert cli.settings_from(parser.parse_args(["--config", str(run)])) == got
     assert Schedule.parse(got.schedule) == Schedule.parse("1:0.2, 3:0.1 @ 6")
 
 

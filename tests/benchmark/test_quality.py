@@ -179,7 +179,11 @@ def test_two_schedules_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixtur
     flags = ["--methods", "trio", "--retention", "1/9,1/18", "--schedule-shape", "start", "family"]
     flags += ["--scenes", "2", "--every-scene", "--seed", "13", "--json", str(file)]
     assert benchmark.main(["quality", *flags]) == 0
-    unpruned, *rows = json.loads(file.read_text())["rows"]
+    told = json.loads(file.read_text())
+    (same,) = told["left_out"]
+    assert (same["label"], same["reason"]) == ("trio family", "same as trio from layer 0")
+    assert same["retention"] == pytest.approx(1 / 18)
+    unpruned, *rows = told["rows"]
     assert [unpruned[part]["n"] for part in PARTS] == [4, 2, 2]
     assert [(row["label"], row["schedule"]) for row in rows] == [
         ("trio from layer 0", "0:118,5:69,8:28"),

@@ -24,7 +24,7 @@ from trio.engine.request import Prepared, Request, Sampling
 from trio.errors import UserError
 from trio.models.registry import adapt
 from trio.pipeline.job import main
-from trio.pruning.defaults import FILE, PruningDefaults, read
+from trio.pruning.defaults import FILE, read
 from trio.pruning.schedule import ScheduleShape
 
 
@@ -115,13 +115,16 @@ def test_a_file_decides_what_is_left_open(checkpoint: Path) -> None:
 
 
 def test_a_model_saved_elsewhere_has_what_is_built_in(checkpoint: Path, tmp_path: Path) -> None:
-    write(checkpoint, fill_up="reference")
+    write(checkpoint, fill_up="reference", similarity_threshold=0.5, proxy_positions="last")
     model, _ = load(str(checkpoint), device="cpu")
     model.save_pretrained(tmp_path / "saved")
     for name in ("processor_config.json", "tokenizer.json", "tokenizer_config.json"):
         if (checkpoint / name).exists():
             shutil.copy(checkpoint / name, tmp_path / "saved")
-    assert read(tmp_path / "saved") == PruningDefaults()
+    assert settled(checkpoint, Pruning(retention=0.5)).fill_up == "reference"
+    found = settled(tmp_path / "saved", Pruning(retention=0.5))
+    assert (found.fill_up, found.proxy_positions) == ("mixed", "reference")
+    assert found.similarity_threshold == 0.8
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ def undecided(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in waiting.CHOICES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(waiting, "_warned", False)
+    monkeypatch.setattr(waiting, "_late", False)
 
 
 @pytest.mark.parametrize("asked", ASKED)
@@ -56,15 +57,22 @@ def test_programs_say_it_before_openmp_is_loaded(
     assert (found["OMP_WAIT_POLICY"], found["GOMP_SPINCOUNT"]) == (policy, spins)
 
 
+@pytest.mark.parametrize("late", [False, True])
 def test_an_engine_says_once_that_its_threads_spin(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    late: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """Also where the setting came when torch was there already: it then holds for children."""
+    monkeypatch.setenv(waiting.POLICY, "")
+    if late:
+        waiting.passively()
+        assert os.environ[waiting.POLICY] == waiting.PASSIVE
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     with caplog.at_level(logging.WARNING, waiting.__name__):
         for _ in range(2):
             Engine(tiny_llava(), tiny_processor())
     (record,) = caplog.records
     assert "2 threads" in record.getMessage() and "OMP_WAIT_POLICY=PASSIVE" in record.getMessage()
+    assert waiting.describe() == "spinning"
 
 
 @pytest.mark.parametrize(

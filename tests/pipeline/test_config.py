@@ -19,7 +19,7 @@ PARSER = cli.parser("caption.py", "description", "epilog")
 
 
 def from_flags(*flags: str) -> JobConfig:
-    return cli.settings_from(PARSER.parse_args(flags))[0]
+    return cli.settings_from(PARSER.parse_args(flags))
 
 
 def test_flags_that_users_rely_on_exist() -> None:
@@ -105,7 +105,7 @@ def test_settings_of_the_pruning_reach_the_engine() -> None:
     ],
 )
 def test_only_the_bundled_shard_is_scored_unasked(flags: list[str], score: str) -> None:
-    got, _ = cli.settings_from(PARSER.parse_args(flags))
+    got = from_flags(*flags)
     settled = job.resolve(caption.JOB, got)
     assert settled.score == score == config.results(settled)["score"]
 
@@ -122,11 +122,8 @@ def test_run_yaml_reads_back_to_the_same_settings(tmp_path: Path) -> None:
 def test_flags_win_over_the_file(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("schedule: '1:92,10:54'\nseed: 3\nlimit: null\n")
-    got, given = cli.settings_from(
-        PARSER.parse_args(["--config", str(path), "--retention", "0.5", "--seed", "4"])
-    )
-    assert (got.retention, got.schedule, got.seed) == (0.5, None, 4)
-    assert given == {"retention", "seed", "limit"}
+    got = from_flags("--config", str(path), "--retention", "0.5", "--seed", "4")
+    assert (got.retention, got.schedule, got.seed, got.limit) == (0.5, None, 4, None)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from tests.pipeline.fakes import write_shard
@@ -14,9 +15,10 @@ from trio.pipeline.ending import opening, prompt_notices
 from trio.pipeline.manifest import inspect
 from trio.pipeline.storage import locate
 
-SCHEMA = pa.schema([("image", pa.binary()), ("prompt", pa.string())])
 OTHER = pa.schema([("image", pa.binary())])
 OWN = "rows keep their own prompt"
+BROKEN = "caf\udce9"
+"""Stands for text that is not UTF-8."""
 
 
 def test_the_command_prints_the_first_rows_wherever_they_lie(tmp_path: Path) -> None:
@@ -37,6 +39,7 @@ def test_the_command_prints_the_first_rows_wherever_they_lie(tmp_path: Path) -> 
     [
         ({}, ["Describe the image.", None, "where is the 3 ?"], []),
         ({}, ["What is this?", "Who?", "Who?"], ["'What is this?' and 1 more: do not"]),
+        ({}, [BROKEN, "What is this?"], ["'What is this?': do not"]),
         ({"limit": 1}, ["Describe the image.", "Who?"], []),
         ({"prompt": "Who?"}, None, ["'Who?': do not"]),
         ({"prompt": "Describe this photo in one sentence."}, None, []),
@@ -48,8 +51,14 @@ def test_the_command_prints_the_first_rows_wherever_they_lie(tmp_path: Path) -> 
 def test_prompts_that_are_not_what_they_seem_are_told(
     tmp_path: Path, flags: dict[str, object], prompts: list[str | None] | None, says: list[str]
 ) -> None:
-    rows = [{"image": b"", "prompt": prompt} for prompt in prompts or [None]]
-    write_shard(tmp_path / "0.parquet", rows, OTHER if prompts is None else SCHEMA)
+    if prompts is None:
+        write_shard(tmp_path / "0.parquet", [{"image": b""}], OTHER)
+    else:
+        texts = [text and text.encode("utf-8", "surrogateescape") for text in prompts]
+        column = pa.array(texts, pa.binary()).view(pa.string())
+        pq.write_table(
+            pa.table({"image": [b""] * len(texts), "prompt": column}), tmp_path / "0.parquet"
+        )
     write_shard(tmp_path / "1.parquet", [{"image": b""}], OTHER)
     manifest, _ = inspect([str(tmp_path)], locate(str(tmp_path / "out")))
     config = JobConfig(**flags)  # type: ignore[arg-type]

@@ -59,6 +59,12 @@ def test_objects_are_told_of_only_where_asked() -> None:
     assert "objects" not in table([("exact", made(score="exact"))])
 
 
+def test_how_often_memory_ran_out_is_told() -> None:
+    text = table([(str(n), made(Totals(rows=3, out_of_memory=n))) for n in (0, 1, 2)])
+    (line,) = [line for line in text.splitlines() if line.startswith("out of memory")]
+    assert line.split()[-5:] == ["-", "1", "time", "2", "times"]
+
+
 def test_lines_that_say_nothing_are_left_out() -> None:
     text = table([("none", made(Totals(rows=3)))])
     assert "right" not in text and "FLOPs" not in text

@@ -82,7 +82,7 @@ def _walk(near_KK: np.ndarray) -> Sequence[int]:
 
 
 @contextmanager
-def counted() -> Iterator[Count]:
+def counting() -> Iterator[Count]:
     """Counts what method `trio` keeps in this process."""
     count, own = Count(), METHODS["trio"]
 

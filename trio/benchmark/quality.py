@@ -25,7 +25,7 @@ import numpy as np
 
 from trio.benchmark.agreement import Agreement
 from trio.benchmark.encoding import EncodedOnce
-from trio.benchmark.fill_up import FillUp, counted
+from trio.benchmark.fill_up import FillUp, counting
 from trio.benchmark.intervals import ClusteredBootstrap, wilson
 from trio.benchmark.quality_table import FROM_START
 from trio.config import BEFORE_DECODER, Pruning
@@ -177,14 +177,22 @@ def in_reach(
             if row.pruning.method == "eadp" and not has_text_tower:
                 raise UserError("method eadp needs --text-tower")
             found = _settled(adapter, row)
-            if all(adapter.settle(found.pruning) != adapter.settle(o.pruning) for o in there):
-                there.append(found)
+            _check_new(adapter, found, there)
+            there.append(found)
         except UserError as error:
             retention = row.pruning.retention
             left_out.append({"label": row.label, "retention": retention, "reason": str(error)})
     if left_out and len(there) == 1:
         raise UserError(f"{left_out[0]['label']}: {left_out[0]['reason']}")
     return there, left_out
+
+
+def _check_new(adapter: Adapter, row: Setting, earlier: Sequence[Setting]) -> None:
+    """Raise UserError where an earlier setting does just the same on this model."""
+    own = adapter.settle(row.pruning)
+    for other in earlier:
+        if adapter.settle(other.pruning) == own:
+            raise UserError(f"same as {other.label}")
 
 
 def _settled(adapter: Adapter, row: Setting) -> Setting:
@@ -333,7 +341,7 @@ class _Trial:
             max_running=MAX_RUNNING,
             encode_images=self._encoded,
         )
-        with counted() as count:
+        with counting() as count:
             for result in engine.generate(some):
                 assert not result.error, result
         return count.mean(len(some))

@@ -105,17 +105,17 @@ class EngineSubject:
         peak = PeakMemory(self._device)
         results: list[Result] = []
         total = seconds(lambda: results.extend(self._engine.generate(self._requests)), self._device)
-        counted = self._engine.stats()
-        if counted["failed"]:
+        stats = self._engine.stats()
+        if stats["failed"]:
             error = next(result.error for result in results if result.error)
             raise UserError(f"a request of the measurement failed: {error}")
-        read = self._weights * counted["decode_steps"] + sum(map(self._cache_reads, results))
+        read = self._weights * stats["decode_steps"] + sum(map(self._cache_reads, results))
         return Run(
             total_s=total,
-            prefill_s=counted["encode_s"] + counted["prefill_s"],
-            prune_s=counted["prune_s"],
-            decode_s=counted["decode_s"],
-            output_tokens=counted["output_tokens"],
+            prefill_s=stats["encode_s"] + stats["prefill_s"],
+            prune_s=stats["prune_s"],
+            decode_s=stats["decode_s"],
+            output_tokens=stats["output_tokens"],
             kv_bytes=sum(result.kv_bytes or 0 for result in results),
             flops=sum(result.prefill_flops or 0 for result in results),
             decode_bytes=read,

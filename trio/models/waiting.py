@@ -11,11 +11,14 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 
 POLICY, PASSIVE = "OMP_WAIT_POLICY", "PASSIVE"
 CHOICES = (POLICY, "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 # by any of these a user decides; the second is GNU's, the third LLVM's and Intel's
 _warned = False
+_late = False
+# whether `passively` was called only when OpenMP had read its settings
 
 
 def chosen() -> dict[str, str]:
@@ -26,15 +29,23 @@ def chosen() -> dict[str, str]:
 def passively() -> None:
     """Let threads of this process and of its children sleep, unless the environment says how.
 
-    To be called before torch is loaded.
+    To be called before torch is loaded; later it holds for children alone.
     """
+    global _late
     if not chosen():
+        _late = "torch" in sys.modules
         os.environ[POLICY] = PASSIVE
 
 
 def describe() -> str:
     """For the conditions of a measurement, as in ``OMP_WAIT_POLICY=PASSIVE``."""
-    return " ".join(f"{name}={value}" for name, value in chosen().items()) or "spinning"
+    said = " ".join(f"{name}={value}" for name, value in _in_force().items())
+    return said or "spinning"
+
+
+def _in_force() -> dict[str, str]:
+    """What was chosen in time for this process."""
+    return {} if _late else chosen()
 
 
 def warn(threads: int) -> None:
@@ -43,7 +54,7 @@ def warn(threads: int) -> None:
     threads: that compute on this CPU.
     """
     global _warned
-    if threads < 2 or chosen() or _warned:
+    if threads < 2 or _in_force() or _warned:
         return
     _warned = True
     logging.getLogger(__name__).warning(

@@ -35,7 +35,7 @@ def readable(kind: pa.DataType, *, in_list: bool = False) -> bool:
     if pt.is_struct(kind):
         name = _field_of(kind)
         return name is not None and readable(kind.field(name).type, in_list=in_list)
-    return _is_text(kind) or _is_bytes(kind) or _is_number(kind) or pt.is_null(kind)
+    return is_text(kind) or is_bytes(kind) or _is_number(kind)
 
 
 def texts(cell: pa.Scalar) -> list[str]:
@@ -53,7 +53,7 @@ def texts(cell: pa.Scalar) -> list[str]:
         return [text for item in cell.values for text in texts(item)]
     if pt.is_struct(kind):
         return texts(cell[_field_of(kind)])
-    if _is_bytes(kind):
+    if is_bytes(kind):
         return [cell.as_py().decode().rstrip("\0")]
     return _number(cell) if _is_number(kind) else [str(cell.as_py())]
 
@@ -86,11 +86,19 @@ def _is_list(kind: pa.DataType) -> bool:
     )
 
 
-def _is_text(kind: pa.DataType) -> bool:
-    return bool(pt.is_string(kind) or pt.is_large_string(kind) or pt.is_string_view(kind))
+def is_text(kind: pa.DataType) -> bool:
+    """Whether its values are text, or all null."""
+    if pt.is_dictionary(kind):
+        return is_text(kind.value_type)
+    return bool(
+        pt.is_string(kind)
+        or pt.is_large_string(kind)
+        or pt.is_string_view(kind)
+        or pt.is_null(kind)
+    )
 
 
-def _is_bytes(kind: pa.DataType) -> bool:
+def is_bytes(kind: pa.DataType) -> bool:
     return bool(
         pt.is_binary(kind)
         or pt.is_large_binary(kind)

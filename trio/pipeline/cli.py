@@ -64,10 +64,8 @@ def _add_flag(out: argparse.ArgumentParser, name: str, meta: dict[str, Any], def
     out.add_argument(flag, metavar=metavar, **several, **extra)
 
 
-def settings_from(
-    args: argparse.Namespace, base: JobConfig | None = None
-) -> tuple[JobConfig, frozenset[str]]:
-    """Settings from --config and flags, and the names of those that were given.
+def settings_from(args: argparse.Namespace, base: JobConfig | None = None) -> JobConfig:
+    """Settings from --config and flags.
 
     Raises:
         UserError: anything in them that is wrong.
@@ -90,7 +88,7 @@ def settings_from(
             given[name] = FIELDS[name].metadata["parse"](value)
         except UserError as error:
             raise UserError(f"--{name.replace('_', '-')}: {error}") from error
-    return merged.replace(**given), frozenset(given) | frozenset(values)
+    return merged.replace(**given)
 
 
 def fail(prog: str, message: str, code: int) -> int:

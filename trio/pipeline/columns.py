@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.types as pt
 
 from trio.errors import UserError
-from trio.pipeline.answers import EXPECTED, readable
+from trio.pipeline.answers import EXPECTED, is_bytes, is_text, readable
 
 ROLES = ("image", "prompt", "id", "answers")
 ALIASES = {"prompt": ("prompt", "question")}
@@ -147,7 +147,7 @@ def _check_shard(
                 f"{path}: no column 'prompt' or 'question'; it has {have}. Give one prompt for all"
                 " rows with --prompt, or name the column with --columns prompt=NAME"
             )
-    elif not _is_text(schema.field(prompt).type):
+    elif not is_text(schema.field(prompt).type):
         kind = schema.field(prompt).type
         raise UserError(f"{path}: column {prompt!r} is {kind}; prompts must be strings")
 
@@ -170,35 +170,15 @@ def _only_once(schema: pa.Schema, path: str, names: Sequence[str]) -> None:
             raise UserError(f"{path}: {schema.names.count(name)} columns are called {name!r}")
 
 
-def _is_text(kind: pa.DataType) -> bool:
-    if pt.is_dictionary(kind):
-        return _is_text(kind.value_type)
-    return bool(
-        pt.is_string(kind)
-        or pt.is_large_string(kind)
-        or pt.is_string_view(kind)
-        or pt.is_null(kind)
-    )
-
-
-def _is_bytes(kind: pa.DataType) -> bool:
-    return bool(
-        pt.is_binary(kind)
-        or pt.is_large_binary(kind)
-        or pt.is_binary_view(kind)
-        or pt.is_fixed_size_binary(kind)
-    )
-
-
 def _is_blob(kind: pa.DataType) -> bool:
-    return _is_bytes(kind.value_type if pt.is_dictionary(kind) else kind)
+    return is_bytes(kind.value_type if pt.is_dictionary(kind) else kind)
 
 
 def _is_id(kind: pa.DataType) -> bool:
     """One value that Parquet can hold and that can be compared."""
     if isinstance(kind, pa.BaseExtensionType):
         return _is_id(kind.storage_type)
-    simple = pt.is_boolean, pt.is_integer, pt.is_floating, pt.is_decimal, _is_text, _is_bytes
+    simple = pt.is_boolean, pt.is_integer, pt.is_floating, pt.is_decimal, is_text, is_bytes
     moment = pt.is_date, pt.is_time, pt.is_timestamp, pt.is_duration
     return any(is_kind(kind) for is_kind in (*simple, *moment))
 
@@ -214,9 +194,9 @@ def _holds_image(kind: pa.DataType) -> bool:
         parts = {kind.field(i).name: kind.field(i).type for i in range(kind.num_fields)}
         known = {name: part for name, part in parts.items() if name in ("bytes", "path")}
         return bool(known) and all(
-            _is_text(part) or (name == "bytes" and _is_blob(part)) for name, part in known.items()
+            is_text(part) or (name == "bytes" and _is_blob(part)) for name, part in known.items()
         )
-    return _is_bytes(kind) or _is_text(kind)
+    return is_bytes(kind) or is_text(kind)
 
 
 def _id_type(name: str | None, schemas: Sequence[pa.Schema], paths: Sequence[str]) -> pa.DataType:
@@ -241,9 +221,9 @@ def _id_type(name: str | None, schemas: Sequence[pa.Schema], paths: Sequence[str
             kinds.setdefault(mine, path)
     if len(kinds) <= 1:
         return next(iter(kinds), pa.string())
-    if all(map(_is_bytes, kinds)):
+    if all(map(is_bytes, kinds)):
         return pa.binary()
-    texts, numbers = (list(filter(is_kind, kinds)) for is_kind in (_is_text, pt.is_integer))
+    texts, numbers = (list(filter(is_kind, kinds)) for is_kind in (is_text, pt.is_integer))
     others = [kind for kind in kinds if kind not in (*texts, *numbers)]
     signed = list(filter(pt.is_signed_integer, numbers))
     if others:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import pyarrow as pa
@@ -94,8 +95,11 @@ def _prompts(shards: Sequence[Any], column: str, limit: int | None) -> Iterator[
                 file = pq.ParquetFile(stream)
                 names = [column] if column in file.schema_arrow.names else []
                 table = file.read(names).slice(0, left)
+            found = table.column(column).unique() if names else ()
         except (OSError, pa.ArrowException):
             continue
-        if names:
-            yield from filter(None, table.column(column).unique().to_pylist())
+        for prompt in found:
+            with suppress(UnicodeDecodeError):
+                if text := prompt.as_py():
+                    yield text
         left = None if left is None else left - shard.rows

@@ -54,7 +54,7 @@ def main(job: Job, argv: Sequence[str] | None = None) -> int:
     parser = cli.parser(job.prog, job.description, job.epilog)
     try:
         args = parser.parse_args(argv)
-        config, _ = cli.settings_from(args)
+        config = cli.settings_from(args)
         config = resolve(job, config)
         return dry_run(job, config) if args.dry_run else run(job, config)
     except UserError as error:

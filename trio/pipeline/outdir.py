@@ -33,6 +33,7 @@ from trio.pipeline.manifest import Manifest
 from trio.pipeline.schema import RUN_KEY, metadata_of
 from trio.pipeline.sink import ROWS, STATS
 from trio.pipeline.storage import Location, exists, make_directory, read_bytes, write_atomic
+from trio.tables import counted
 
 MANIFEST, CONFIG, SUMMARY, SUCCESS = "manifest.parquet", "run.yaml", "summary.json", "_SUCCESS"
 COLUMNS_KEY, FINGERPRINT_KEY, IDS_KEY = b"trio.columns", b"trio.fingerprint", b"trio.ids"
@@ -161,6 +162,11 @@ def check_same(
         UserError: naming what differs.
     """
     reasons = old.fingerprint.differences(now)
+    if old.fingerprint.version != now.version:
+        raise UserError(
+            f"--output {output} holds a run of {reasons[0]}. Go on with that version, or give"
+            " another --output"
+        )
     changed = old.manifest.difference(found) if found is not None else None
     if changed is not None:
         reasons.append(f"the input: {changed}")
@@ -230,7 +236,7 @@ def close(output: Location, summary: Mapping[str, Any]) -> None:
 
 
 def _note(output: Location, what: str, files: Mapping[str, int]) -> None:
-    said = "; ".join(f"{state} ({count} files)" for state, count in files.items())
+    said = "; ".join(f"{state} ({counted(count, 'file')})" for state, count in files.items())
     lines = read_bytes(output.join(CONFIG)).decode().splitlines()
     lines = [line for line in lines if not line.startswith(f"# {what}: ")]
     write_atomic(output.join(CONFIG), "\n".join([*lines, f"# {what}: {said}", ""]).encode())

@@ -9,7 +9,7 @@ from importlib import metadata
 from typing import Any
 
 from trio.pipeline.totals import Totals
-from trio.tables import aligned
+from trio.tables import aligned, counted
 from trio.version import VERSION
 
 PACKAGES = ("torch", "transformers", "ray", "pyarrow")
@@ -130,7 +130,7 @@ def _ratio(name: str, summary: Summary) -> str | None:
 
 
 def _times(number: int) -> str | None:
-    return f"{number} times" if number else None
+    return counted(number, "time") if number else None
 
 
 def _retention(summary: Summary) -> str | None:
