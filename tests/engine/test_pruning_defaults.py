@@ -20,7 +20,7 @@ from trio.demo import CAPTION_PROMPT, MODEL
 from trio.demo.scenes import make_scene
 from trio.engine.engine import Engine
 from trio.engine.loading import load
-from trio.engine.request import Request, Sampling
+from trio.engine.request import Prepared, Request, Sampling
 from trio.errors import UserError
 from trio.models.registry import adapt
 from trio.pipeline.job import main
@@ -74,6 +74,7 @@ def test_patch_and_engine_answer_the_same_on_the_demo(demo: tuple[Any, Any]) -> 
     (result,) = engine.generate([request])
     assert result.visual_tokens_stages is not None and len(result.visual_tokens_stages) == 3
     prepared = engine.prepare(request)
+    assert isinstance(prepared, Prepared)
     trio.patch(model, pruning)
     try:
         inputs = {"input_ids": torch.tensor([prepared.input_ids]), **_pixels(prepared)}
