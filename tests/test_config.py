@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import pickle
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from trio.config import Pruning
 from trio.errors import UserError
+from trio.pruning.defaults import PruningDefaults
 from trio.pruning.schedule import PUBLISHED_AFTER_ENCODER, Schedule, tokens_per_layer
 
 
@@ -101,3 +104,19 @@ def test_layer_average_is_the_retention(method: str, encoder: str, retention: fl
     if pruning.active and not (encoder == "none" and retention < 1 / 16 and method == "trio"):
         layers = tokens_per_layer(pruning.encoded(576, 16), pruning.stages(576, 16), 16)
         assert sum(layers) / 16 == pytest.approx(576 * retention, abs=1)
+
+
+def test_what_is_not_given_is_known_apart_from_the_same_value_given() -> None:
+    """So that a checkpoint's defaults replace the one and not the other."""
+    defaults = PruningDefaults(choices={"proxy_positions": "last", "similarity_threshold": 0.5})
+    assert defaults.fill(Pruning()).proxy_positions == "last"
+    assert defaults.fill(replace(Pruning(), seed=1)).similarity_threshold == 0.5
+    for given in (
+        Pruning(proxy_positions="reference", similarity_threshold=0.8),
+        replace(Pruning(), proxy_positions="reference", similarity_threshold=0.8),
+        PruningDefaults().fill(Pruning()),
+    ):
+        found = defaults.fill(pickle.loads(pickle.dumps(given)))
+        assert (found.proxy_positions, found.similarity_threshold) == ("reference", 0.8)
+    left_open = defaults.fill(pickle.loads(pickle.dumps(Pruning())))
+    assert left_open.proxy_positions == "last" and type(left_open.proxy_head) is str

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 from trio.errors import UserError
 from trio.pruning.schedule import (
@@ -26,21 +25,25 @@ POSITION_IDS = ("renumber", "keep")
 PROXY_LAYERS = ("next", "previous")
 PROXY_HEADS = ("output", "input_embedding")
 FILL_UPS = ("mixed", "reference")
-BUILT_IN: dict[str, Any] = {
-    "proxy_positions": "reference",
-    "proxy_layer": "next",
-    "proxy_head": "output",
-    "similarity_threshold": 0.8,
-    "fill_up": "mixed",
-}
-"""What stands for None where neither somebody nor the checkpoint says it."""
+
+
+class BuiltIn(str):
+    """A setting of `Pruning` that nobody gave, so that a checkpoint may say another one."""
+
+    __slots__ = ()
+
+
+class BuiltInNumber(float):
+    """As `BuiltIn`."""
+
+    __slots__ = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pruning:
     """What to prune, how much and how.
 
-    None stands for what the checkpoint says in its `pruning_config.json`, else what is built in.
+    What is not given is what the checkpoint's `pruning_config.json` says, else what is built in.
 
     retention: target layer-average share of visual tokens, in (0, 1]; 1 switches pruning off.
         Exclusive with `schedule`; with neither, nothing is pruned.
@@ -81,12 +84,12 @@ class Pruning:
     retention: float | None = None
     schedule: Schedule | str | None = None
     method: str = "trio"
-    proxy_positions: str | None = None
-    proxy_layer: str | None = None
-    proxy_head: str | None = None
+    proxy_positions: str = BuiltIn("reference")
+    proxy_layer: str = BuiltIn("next")
+    proxy_head: str = BuiltIn("output")
     position_ids: str | None = None
-    similarity_threshold: float | None = None
-    fill_up: str | None = None
+    similarity_threshold: float = BuiltInNumber(0.8)
+    fill_up: str = BuiltIn("mixed")
     seed: int = 0
     schedule_shape: ScheduleShape | str | None = None
     encoder: str = "none"
@@ -112,18 +115,15 @@ class Pruning:
             )
         _one_of("method", self.method, METHODS)
         _one_of("encoder", self.encoder, ENCODERS)
-        for name, allowed in (
-            ("proxy_positions", PROXY_POSITIONS),
-            ("proxy_layer", PROXY_LAYERS),
-            ("proxy_head", PROXY_HEADS),
-            ("fill_up", FILL_UPS),
-            ("position_ids", POSITION_IDS),
-        ):
-            if (value := getattr(self, name)) is not None:
-                _one_of(name, value, allowed)
+        _one_of("proxy_positions", self.proxy_positions, PROXY_POSITIONS)
+        _one_of("proxy_layer", self.proxy_layer, PROXY_LAYERS)
+        _one_of("proxy_head", self.proxy_head, PROXY_HEADS)
+        _one_of("fill_up", self.fill_up, FILL_UPS)
+        if self.position_ids is not None:
+            _one_of("position_ids", self.position_ids, POSITION_IDS)
         threshold = self.similarity_threshold
         is_number = isinstance(threshold, (int, float)) and not isinstance(threshold, bool)
-        if threshold is not None and not (is_number and -1.0 < threshold <= 1.0):
+        if not (is_number and -1.0 < threshold <= 1.0):
             raise UserError(f"similarity_threshold must be in (-1, 1], got {threshold!r}")
         if isinstance(self.schedule, Schedule):
             self._check_layers(self.schedule)
@@ -179,13 +179,7 @@ class Pruning:
     @property
     def looks_at_places(self) -> bool:
         """Whether the choice asks where in their picture tokens lie."""
-        return self.method == "trio" and self.fill_up != "reference"
-
-    def filled(self) -> Pruning:
-        """The settings with what is built in where they are None; `position_ids` and
-        `schedule_shape` are the model family's matter."""
-        missing = {name: v for name, v in BUILT_IN.items() if getattr(self, name) is None}
-        return replace(self, **missing) if missing else self
+        return self.method == "trio" and self.fill_up == "mixed"
 
     def proxy_index(self, layer: int) -> int:
         """The decoder layer (0-based) that scores at a stage after `layer` layers."""

@@ -86,7 +86,7 @@ def test_settings_of_the_pruning_reach_the_engine() -> None:
         position_ids="keep",
     )
     plain = JobConfig().pruning()
-    assert (plain.proxy_layer, plain.proxy_head) == (None, None)
+    assert (plain.proxy_layer, plain.proxy_head) == ("next", "output")
     filled = JobConfig().with_pruning_defaults(PruningDefaults())
     assert (filled.proxy_layer, filled.proxy_head) == ("next", "output")
     assert (filled.schedule_shape, filled.position_ids) == ("family", None)

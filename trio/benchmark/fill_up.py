@@ -40,7 +40,6 @@ class Count:
 
     def add(self, candidates: Candidates, choice: StageChoice) -> None:
         threshold = candidates.pruning.similarity_threshold
-        assert threshold is not None
         for (request, number), order_V in choice.orders.items():
             kept = choice.kept[request][number]
             assert kept is not None

@@ -9,7 +9,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from trio.config import BUILT_IN, Pruning
+from trio.config import Pruning
 from trio.errors import UserError
 from trio.pruning.defaults import ABOUT, CHOICES, FILE, OTHER, SHAPE, content, read_file
 from trio.pruning.schedule import Schedule
@@ -31,7 +31,7 @@ def check(path: Path, pruning: Pruning) -> None:
         return
     choices = read_file(path).choices
     for name in CHOICES:
-        there, here = choices.get(name, BUILT_IN.get(name)), getattr(pruning, name)
+        there, here = choices.get(name, getattr(Pruning(), name)), getattr(pruning, name)
         if there is not None and there != here:
             raise UserError(
                 f"--output {path}: it says {name} {there}, and the search is for {here}; name "

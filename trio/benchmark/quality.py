@@ -119,8 +119,8 @@ def settings(
             words = [pruning.name]
             if has_proxy and len(proxies) > 1:
                 parts = (pruning.proxy_layer, pruning.proxy_head, pruning.fill_up)
-                words += [pruning.proxy_positions] if pruning.proxy_positions else []
-                words += [part for part in parts if part and part not in USUAL_PROXY]
+                words.append(pruning.proxy_positions)
+                words += [part for part in parts if part not in USUAL_PROXY]
             if len(position_ids) > 1 and handling:
                 words.append(handling)
             own = shapes if encoder == "none" and method not in BEFORE_DECODER else [None]
@@ -142,11 +142,14 @@ def _shape_name(shape: str | None) -> list[str]:
 
 
 def _of_method(method: str, proxies: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The settings that matter to a method, each once."""
+    """The settings that matter to a method, each once, without those that are left open."""
     if method not in PROXY_METHODS:
         return [{}]
     ignored = {"fill_up"} if method == "gradient" else set()
-    own = [{name: proxy[name] for name in proxy if name not in ignored} for proxy in proxies]
+    own = [
+        {name: one for name, one in proxy.items() if name not in ignored and one is not None}
+        for proxy in proxies
+    ]
     return [proxy for place, proxy in enumerate(own) if proxy not in own[:place]]
 
 

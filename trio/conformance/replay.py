@@ -50,7 +50,7 @@ class Replay:
         self.recorded = recorded
         self.decoder = decoder
         self.prompts = prompts
-        self.pruning = how.filled()
+        self.pruning = how
         self.checks = Checks()
         self.cache = ListCache()
         self.trace = Trace()

@@ -17,8 +17,6 @@ def choosing_flops(
 
     prompt_tokens: of text.
     """
-    positions = pruning.filled().proxy_positions
-    assert positions is not None
     flops, left = 0, pruning.encoded(visual_tokens, shape.num_layers)
     for _, keep in pruning.stages(visual_tokens, shape.num_layers):
         if keep == left:
@@ -29,7 +27,7 @@ def choosing_flops(
             tokens=tokens,
             visual_tokens=left,
             keep=keep,
-            rows=len(proxy_rows(tokens, positions)),
+            rows=len(proxy_rows(tokens, pruning.proxy_positions)),
         )
         left = keep
     return flops

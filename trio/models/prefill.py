@@ -139,8 +139,7 @@ def prefill(
     Args:
         decoder: the model's decoder.
         prompts: packed prompts.
-        pruning: settings, filled with what is built in; None prunes nothing. `position_ids` None
-            counts as `renumber`.
+        pruning: settings; None prunes nothing. `position_ids` None counts as `renumber`.
         cache: gets every layer's keys and values; None stores nothing.
         trace: filled with the tensors around each stage.
 
@@ -148,7 +147,7 @@ def prefill(
         UserError: the retention is out of reach for a prompt, a stage is too deep, or the method
             needs something that the prompts do not bring.
     """
-    run = _Prefill(decoder, prompts, (pruning or Pruning()).filled(), cache, trace)
+    run = _Prefill(decoder, prompts, pruning or Pruning(), cache, trace)
     with torch.no_grad(), decoder.ragged():
         return run.result()
 

@@ -439,13 +439,8 @@ class JobConfig:
             method=self.method,
             encoder=self.encoder,
             schedule_shape=self.schedule_shape,
-            proxy_positions=self.proxy_positions,
-            proxy_layer=self.proxy_layer,
-            proxy_head=self.proxy_head,
-            similarity_threshold=self.similarity_threshold,
-            fill_up=self.fill_up,
-            position_ids=self.position_ids,
             seed=self.seed,
+            **{name: value for name in CHOICES if (value := getattr(self, name)) is not None},
         )
 
     def sampling(self) -> Sampling:

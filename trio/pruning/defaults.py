@@ -26,7 +26,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from trio.config import BUILT_IN, Pruning
+from trio.config import BuiltIn, BuiltInNumber, Pruning
 from trio.errors import UserError, first_line
 from trio.pruning.schedule import ScheduleShape, check_retention
 
@@ -63,11 +63,12 @@ class PruningDefaults:
 
     def _of(self, name: str, pruning: Pruning) -> Any:
         if name != SHAPE:
-            return self.choices.get(name, BUILT_IN.get(name))
+            return self.choices.get(name, _plain(getattr(pruning, name)))
         if pruning.encoder != "none":
             return "family"
         shape = self.shape(pruning.retention)
-        layer = pruning.proxy_layer or self.choices.get("proxy_layer")
+        given = not _is_open(pruning, "proxy_layer")
+        layer = pruning.proxy_layer if given else self.choices.get("proxy_layer")
         # The layer that has just run is asked for, and none has at layer 0.
         return "family" if layer == "previous" and _at_start(shape) else shape
 
@@ -84,7 +85,15 @@ def _at_start(shape: Shape) -> bool:
 
 
 def _is_open(pruning: Pruning, name: str) -> bool:
-    return getattr(pruning, name) is None
+    value = getattr(pruning, name)
+    return value is None or isinstance(value, BuiltIn | BuiltInNumber)
+
+
+def _plain(value: Any) -> Any:
+    """What is built in, as if it had been given."""
+    if isinstance(value, BuiltIn):
+        return str(value)
+    return float(value) if isinstance(value, BuiltInNumber) else value
 
 
 def read(directory: str | Path) -> PruningDefaults:

@@ -82,7 +82,7 @@ def choose(
     if not goals:
         return None
     candidates = Candidates(
-        pruning=pruning.filled(),
+        pruning=pruning,
         layer=layer,
         hidden_TD=hidden_TD,
         positions_T=positions_T,

@@ -24,8 +24,6 @@ def by_saliency_and_distance(candidates: Candidates) -> StageChoice:
     order_NV = candidates.ranked(scores.scores_T)
     start_N, count_N, keep_N = candidates.bounds
     hidden_TD, _, coordinates_T2 = candidates.packed
-    pruning = candidates.pruning
-    assert pruning.similarity_threshold is not None and pruning.fill_up is not None
     kept_NK = suppress(
         hidden_TD,
         coordinates_T2,
@@ -34,15 +32,14 @@ def by_saliency_and_distance(candidates: Candidates) -> StageChoice:
         order_NV,
         keep_N,
         candidates.most_kept,
-        pruning.similarity_threshold,
-        pruning.fill_up,
+        candidates.pruning.similarity_threshold,
+        candidates.pruning.fill_up,
     )
     return candidates.choice(kept_NK, order_NV, scores, candidates.finite(scores.scores_T))
 
 
 def _scored(candidates: Candidates) -> Saliency:
     hidden_TD, positions_T, _ = candidates.packed
-    assert candidates.pruning.proxy_positions is not None
     spans = [candidates.spans(request) for request in candidates.requests]
     return saliency(
         candidates.proxy(),
