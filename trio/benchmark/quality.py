@@ -402,7 +402,7 @@ def total_flops(
     return Flops(
         decoder=result.prefill_flops or 0.0,
         encoder=encoder_flops(adapter, pruning, request, text_tower),
-        choosing=choosing_flops(adapter.shape(), pruning, visual, text),
+        choosing=choosing_flops(adapter.shape(), pruning, request.image_tokens, text),
     )
 
 
