@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from trio.engine.request import Prepared, Request, Sampling
 from trio.errors import UserError
 from trio.models.registry import adapt
 from trio.pipeline.job import main
-from trio.pruning.defaults import FILE, PruningDefaults, read
+from trio.pruning.defaults import FILE, read
 from trio.pruning.schedule import ScheduleShape
 
 
@@ -121,7 +122,9 @@ def test_a_model_saved_elsewhere_has_what_is_built_in(checkpoint: Path, tmp_path
     for name in ("processor_config.json", "tokenizer.json", "tokenizer_config.json"):
         if (checkpoint / name).exists():
             shutil.copy(checkpoint / name, tmp_path / "saved")
-    assert read(tmp_path / "saved") == PruningDefaults()
+    pruning = Pruning(retention=0.5)
+    assert settled(checkpoint, pruning).fill_up == "reference"
+    assert settled(tmp_path / "saved", pruning) == replace(adapt(model).settle(pruning), fill_up="mixed")
 
 
 @pytest.mark.parametrize(

@@ -167,6 +167,8 @@ def in_reach(
     A retention that is out of reach of the usual schedule is tried with its first stage at layer 0,
     before which no layer has all tokens; the label says so.
 
+    One that comes to the same as an earlier one is left out as well.
+
     Raises:
         UserError: of several none is left beside the unpruned model.
     """
@@ -177,8 +179,11 @@ def in_reach(
             if row.pruning.method == "eadp" and not has_text_tower:
                 raise UserError("method eadp needs --text-tower")
             found = _settled(adapter, row)
-            if all(adapter.settle(found.pruning) != adapter.settle(o.pruning) for o in there):
-                there.append(found)
+            own = adapter.settle(found.pruning)
+            same = next((o for o in there if adapter.settle(o.pruning) == own), None)
+            if same is not None:
+                raise UserError(f"same as {same.label}")
+            there.append(found)
         except UserError as error:
             retention = row.pruning.retention
             left_out.append({"label": row.label, "retention": retention, "reason": str(error)})
