@@ -277,17 +277,30 @@ def test_cost_of_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 def test_cost_where_nothing_goes() -> None:
     """Then nothing is scored either."""
     shape, everything = DecoderShape.of_config(LlamaConfig()), Pruning(schedule="1:576,3:576")
-    assert choosing_flops(shape, everything, 576, 60) == 0
+    assert choosing_flops(shape, everything, (576,), 60) == 0
     halves = [
-        choosing_flops(shape, Pruning(schedule="1:288,3:288", method=method), 576, 60)
+        choosing_flops(shape, Pruning(schedule="1:288,3:288", method=method), (576,), 60)
         for method in ("trio", "gradient", "random", "fastv")
     ]
     assert halves[3] == shape.attention_flops(636)
     for method, own in (("divprune", shape.diversity_flops), ("eadp", shape.facility_flops)):
         once = Pruning(schedule="0:64", method=method)
-        assert choosing_flops(shape, once, 576, 60) == own(576, 64) > 0
+        assert choosing_flops(shape, once, (576,), 60) == own(576, 64) > 0
     assert halves[0] - halves[1] == shape.nms_flops(576, 288) == 2 * 576 * 288 * 4096
     assert halves[2] == 0
+
+
+def test_choosing_among_several_images_compares_within_each() -> None:
+    """The proxy sees all tokens; an image of which all stay is not compared."""
+    shape, pruning = DecoderShape.of_config(LlamaConfig()), Pruning(schedule="1:100,3:50")
+    own = shape.nms_flops
+    first, second = (shape.proxy_flops(tokens, 4) for tokens in (576 + 80 + 60, 100 + 80 + 60))
+    compared = own(576, 100) + own(100, 50) + own(80, 50)
+    assert choosing_flops(shape, pruning, (576, 80), 60) == first + second + compared
+    for method, own in (("divprune", shape.diversity_flops), ("eadp", shape.facility_flops)):
+        once = Pruning(schedule="0:64", method=method)
+        assert choosing_flops(shape, once, (576, 80, 64), 60) == own(576, 64) + own(80, 64)
+    assert choosing_flops(shape, pruning, (), 60) == 0
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """jobs/benchmark.py quality: what it reports, on a few scenes of the bundled model."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +9,15 @@ import benchmark
 import pytest
 import torch
 
-from tests.models import save_tiny_checkpoint
+from tests.models import save_tiny_checkpoint, tiny_llava
 from trio.benchmark import plots
 from trio.benchmark.fill_up import survivors
+from trio.benchmark.intervals import wilson
 from trio.benchmark.progress import Clock
-from trio.benchmark.quality import ask, settings
+from trio.benchmark.quality import Setting, ask, in_reach, settings
+from trio.benchmark.quality_table import _relative
 from trio.config import METHODS, Pruning
+from trio.models.registry import adapt
 from trio.pruning.nms import suppress
 
 FLAGS = ["--methods", "none,random,trio", "--retention", "1/9,1/18", "--scenes", "1"]
@@ -156,6 +160,25 @@ def test_settings_are_all_combinations() -> None:
         seed=11,
     )
     assert by_label["scan + trio"] == expected
+
+
+def test_a_setting_that_comes_to_the_same_as_another_is_named() -> None:
+    pruning = Pruning(retention=0.5)
+    rows = [
+        Setting(label="none", pruning=Pruning()),
+        Setting(label="open", pruning=pruning),
+        Setting(label="given", pruning=replace(pruning, fill_up="mixed")),
+    ]
+    there, left_out = in_reach(adapt(tiny_llava(layers=8)), rows, has_text_tower=False)
+    assert there == rows[:2]
+    assert left_out == [{"label": "given", "retention": 0.5, "reason": "same as open"}]
+
+
+def test_a_bootstrap_without_width_gives_way_to_wilson() -> None:
+    scene = {"relative": 1.0, "right_unpruned": 9, "still_right": 9}
+    scene["still_right_interval"] = wilson(9, 9)
+    assert _relative(scene | {"relative_interval": [1.0, 1.0]}) == "9 of 9 [70.1, 100.0]"
+    assert _relative(scene | {"relative_interval": [0.9, 1.0]}) == "100.0 [90.0, 100.0]"
 
 
 def test_scenes_of_several_seeds_are_pooled() -> None:

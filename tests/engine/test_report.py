@@ -69,7 +69,7 @@ def test_figures_of_a_pruned_request(model: Any) -> None:
     adapter, prepared = adapt(model), engine.prepare(request)
     assert isinstance(prepared, Prepared)
     vision = adapter.vision_flops(prepared.image_inputs[0])
-    choosing = choosing_flops(adapter.shape(), Pruning(schedule="2:20,4:6"), 64, 4)
+    choosing = choosing_flops(adapter.shape(), Pruning(schedule="2:20,4:6"), (64,), 4)
     assert result.reading_flops == result.prefill_flops + vision + choosing
     assert result.reading_flops_unpruned == result.prefill_flops_unpruned + vision
     assert vision > 0 and choosing > 0

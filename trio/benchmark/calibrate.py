@@ -290,7 +290,7 @@ class Calibration:
             entering = pruning.encoded(count, layers)
             own = tokens_per_layer(entering, pruning.stages(count, layers), layers)
             present = [before + more for before, more in zip(present, own, strict=True)]
-        return shape.prefill_flops(present) + choosing_flops(shape, pruning, sum(images), text)
+        return shape.prefill_flops(present) + choosing_flops(shape, pruning, images, text)
 
 
 def _prompts(

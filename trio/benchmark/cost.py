@@ -77,7 +77,7 @@ def cost(
     pruned = [tokens + prompt_tokens for tokens in present]
     full = [visual + prompt_tokens] * shape.num_layers
     before, after = shape.prefill_flops(full), shape.prefill_flops(pruned)
-    choosing = choosing_flops(shape, settled, visual, prompt_tokens)
+    choosing = choosing_flops(shape, settled, (visual,), prompt_tokens)
     vision = adapter.vision_flops(inputs)
     reduced = vision
     if settled.encoder != "none":

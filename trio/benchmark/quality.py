@@ -170,6 +170,8 @@ def in_reach(
     A retention that is out of reach of the usual schedule is tried with its first stage at layer 0,
     before which no layer has all tokens; the label says so.
 
+    One that comes to the same as an earlier one is left out as well.
+
     Raises:
         UserError: of several none is left beside the unpruned model.
     """
@@ -413,7 +415,7 @@ def total_flops(
     return Flops(
         decoder=result.prefill_flops or 0.0,
         encoder=encoder_flops(adapter, pruning, request, text_tower),
-        choosing=choosing_flops(adapter.shape(), pruning, visual, text),
+        choosing=choosing_flops(adapter.shape(), pruning, request.image_tokens, text),
     )
 
 

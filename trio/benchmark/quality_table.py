@@ -11,7 +11,8 @@ from trio.tables import aligned, markdown
 
 NOTE = (
     "±: half a 95 % interval. %: right answers over those of the unpruned model on the same "
-    "requests, with a 95 % interval by bootstrap over scenes. agree, overlap, KL (nats): with the "
+    "requests, with a 95 % interval by bootstrap over scenes; where that has no width, those still "
+    "right of those that the unpruned model gets right, with Wilson's interval. agree, overlap, KL (nats): with the "
     "unpruned model's own answers. FLOPs: unpruned over pruned, encoder and choosing included. "
     "own: share of choosing in the time of encoder and prefill."
 )
@@ -148,4 +149,6 @@ def _relative(score: Mapping[str, Any]) -> str:
     if score["relative"] is None:
         return ""
     low, high = score["relative_interval"]
+    if low == high and "still_right" in score:  # as many right in every scene: no width to resample
+        return _still_right(score)
     return f"{100 * score['relative']:.1f} [{100 * low:.1f}, {100 * high:.1f}]"

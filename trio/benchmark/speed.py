@@ -307,7 +307,7 @@ def work_of(model: Any, pruning: Pruning, requests: Sequence[Prepared]) -> Work:
     for request in requests:
         (image,), (visual,) = request.image_inputs, request.image_tokens
         encoder += adapter.vision_flops(image)
-        proxy += choosing_flops(shape, pruning, visual, len(request.input_ids) - visual)
+        proxy += choosing_flops(shape, pruning, (visual,), len(request.input_ids) - visual)
     return Work(encoder=encoder, proxy=proxy)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from trio.config import Pruning
 from trio.engine.request import Prepared
 from trio.models.adapter import Adapter
@@ -11,25 +13,29 @@ from trio.pruning.saliency import proxy_rows
 
 
 def choosing_flops(
-    shape: DecoderShape, pruning: Pruning, visual_tokens: int, prompt_tokens: int
+    shape: DecoderShape, pruning: Pruning, image_tokens: Sequence[int], prompt_tokens: int
 ) -> int:
-    """Scoring and choosing at all stages of a prompt with one image.
+    """Scoring and choosing at all stages of a prompt.
 
-    prompt_tokens: of text.
+    Args:
+        image_tokens: that the encoder gave for each image.
+        prompt_tokens: of text.
     """
-    flops, left = 0, pruning.encoded(visual_tokens, shape.num_layers)
-    for _, keep in pruning.stages(visual_tokens, shape.num_layers):
-        if keep == left:
+    layers = shape.num_layers
+    stages = [dict(pruning.stages(count, layers)) for count in image_tokens]
+    flops, left = 0, [pruning.encoded(count, layers) for count in image_tokens]
+    for layer in sorted({layer for own in stages for layer in own}):
+        keeps = [own.get(layer, now) for own, now in zip(stages, left, strict=True)]
+        if keeps == left:
             continue
-        tokens = left + prompt_tokens
+        tokens = sum(left) + prompt_tokens
         flops += shape.choosing_flops(
             pruning.method,
             tokens=tokens,
-            visual_tokens=left,
-            keep=keep,
+            images=list(zip(left, keeps, strict=True)),
             rows=len(proxy_rows(tokens, pruning.proxy_positions)),
         )
-        left = keep
+        left = keeps
     return flops
 
 
@@ -56,13 +62,9 @@ def encoder_flops(
 def beside_decoder(
     adapter: Adapter, pruning: Pruning, prepared: Prepared, text_tower: TextTower | None = None
 ) -> tuple[int, int]:
-    """Encoder and choosing of a prompt, pruned, and the encoder of the same unpruned.
-
-    Of several images the choice is counted for all their tokens together, as it is made.
-    """
-    visual = sum(prepared.image_tokens)
-    text = len(prepared.input_ids) - visual
-    choosing = choosing_flops(adapter.shape(), pruning, visual, text) if visual else 0
+    """Encoder and choosing of a prompt, pruned, and the encoder of the same unpruned."""
+    text = len(prepared.input_ids) - sum(prepared.image_tokens)
+    choosing = choosing_flops(adapter.shape(), pruning, prepared.image_tokens, text)
     plain = sum(adapter.vision_flops(inputs) for inputs in prepared.image_inputs)
     own = plain
     if pruning.encoder != "none" or text_tower is not None:

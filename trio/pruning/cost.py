@@ -65,28 +65,32 @@ class DecoderShape:
         return sum(map(self.layer_flops, tokens_per_layer))
 
     def choosing_flops(
-        self, method: str, *, tokens: int, visual_tokens: int, keep: int, rows: int
+        self, method: str, *, tokens: int, images: Sequence[tuple[int, int]], rows: int
     ) -> int:
-        """What one stage of a method adds to a prompt with one image.
+        """What one stage of a method adds to a prompt.
+
+        Scoring goes over the whole sequence; tokens are compared within each image.
 
         For `eadp` without its importance, which the encoder's side makes.
 
         Args:
             method: as in `trio.Pruning`.
-            tokens: in the sequence, text and image, before the stage.
-            visual_tokens: of them those of the image. keep: how many of these stay.
+            tokens: in the sequence, text and images, before the stage.
+            images: of each the tokens before the stage, and how many of these stay.
             rows: that the proxy's loss is read at.
         """
-        visual = visual_tokens
-        of_method = {
-            "trio": lambda: self.proxy_flops(tokens, rows) + self.nms_flops(visual, keep),
-            "gradient": lambda: self.proxy_flops(tokens, rows),
-            "random": lambda: 0,
-            "fastv": lambda: self.attention_flops(tokens),
-            "divprune": lambda: self.diversity_flops(visual, keep),
-            "eadp": lambda: self.facility_flops(visual, keep),
-        }
-        return of_method[method]()
+        proxy = self.proxy_flops(tokens, rows)
+        scoring, comparing = {
+            "trio": (proxy, self.nms_flops),
+            "gradient": (proxy, None),
+            "random": (0, None),
+            "fastv": (self.attention_flops(tokens), None),
+            "divprune": (0, self.diversity_flops),
+            "eadp": (0, self.facility_flops),
+        }[method]
+        if comparing is None:
+            return scoring
+        return scoring + sum(comparing(count, keep) for count, keep in images if keep < count)
 
     def attention_flops(self, tokens: int) -> int:
         """Attention of a sequence's last token: keys of all, and its query by them in two products,
