@@ -225,7 +225,7 @@ def test_prefill_equals_the_textbook_prompt_by_prompt(kind: Kind, pruning: Pruni
     is injected comes before, between and behind the stages."""
     adapter = kind.adapter
     packed, positions = packed_prompts(kind, torch.float32)
-    got, pruning = prefill(adapter.decoder, packed, pruning, None), pruning.filled()
+    got = prefill(adapter.decoder, packed, pruning, None)
     text, head = oracle.text_parts(adapter.model, torch.float32)
     lengths = list(packed.lengths)
     places = positions.split(lengths, dim=1)
@@ -239,8 +239,8 @@ def test_prefill_equals_the_textbook_prompt_by_prompt(kind: Kind, pruning: Pruni
             embeds,
             spans,
             [pruning.stages(stop - start, LAYERS) for start, stop in spans],
-            proxy_layer=pruning.proxy_layer or "",
-            proxy_head=pruning.proxy_head or "",
+            proxy_layer=pruning.proxy_layer,
+            proxy_head=pruning.proxy_head,
             position_ids=pruning.position_ids or "",
             method=pruning.method,
             positions=places[request],

@@ -102,7 +102,7 @@ def test_equals_the_textbook_prompt_by_prompt(pruning: Pruning, kv_heads: int) -
     model = tiny_llava(layers=LAYERS, kv_heads=kv_heads)
     prompts = pack(32)
     cache = GroupCache()
-    got, pruning = run(model, prompts, pruning, cache), pruning.filled()
+    got = run(model, prompts, pruning, cache)
     text, head = oracle.text_parts(model, torch.float32)
     assert prompts.coordinates_T2 is not None
     coordinates = prompts.coordinates_T2.split(list(prompts.lengths))
@@ -114,13 +114,13 @@ def test_equals_the_textbook_prompt_by_prompt(pruning: Pruning, kv_heads: int) -
             embeds,
             spans,
             [pruning.stages(stop - start, LAYERS) for start, stop in spans],
-            proxy_positions=pruning.proxy_positions or "",
-            proxy_layer=pruning.proxy_layer or "",
-            proxy_head=pruning.proxy_head or "",
+            proxy_positions=pruning.proxy_positions,
+            proxy_layer=pruning.proxy_layer,
+            proxy_head=pruning.proxy_head,
             position_ids=pruning.position_ids or "renumber",
-            threshold=pruning.similarity_threshold or 0.0,
+            threshold=pruning.similarity_threshold,
             method=pruning.method,
-            fill_up=pruning.fill_up or "",
+            fill_up=pruning.fill_up,
             coordinates=coordinates[request],
         )
         assert got.kept[request] == book.kept

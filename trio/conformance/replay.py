@@ -158,15 +158,13 @@ class StageReplay:
 
     def saliency(self) -> Saliency:
         """Of all tokens: the record has them also where none is dropped."""
-        layer, head = self.pruning.proxy_index(self.stage.layer), self.pruning.proxy_head
-        positions = self.pruning.proxy_positions
-        assert head is not None and positions is not None  # the settings are filled
+        layer = self.pruning.proxy_index(self.stage.layer)
         return saliency(
-            self.decoder.proxy(layer, head=head),
+            self.decoder.proxy(layer, head=self.pruning.proxy_head),
             self.stage.hidden_in_TD,
             self.stage.positions_in_T,
             self.stage.before.lengths,
-            positions,
+            self.pruning.proxy_positions,
         )
 
     def check_scores(self, result: Saliency, share_B: Tensor) -> None:

@@ -193,9 +193,7 @@ def _check_facts(own: StageReplay, result: Saliency) -> None:
     kept = own.kept(0)
     features_VD = own.stage.hidden_in_TD[start:stop]
     ranked = [token for token in order if token in set(kept)]
-    threshold = own.pruning.similarity_threshold
-    assert threshold is not None  # the settings are filled
-    strict = _unsuppressed(features_VD, ranked, threshold)
+    strict = _unsuppressed(features_VD, ranked, own.pruning.similarity_threshold)
     if own.stage.choice is None:  # scored, though all stay
         own.checks.equal(own.prefix + "order_0", order, own.recorded[own.prefix + "order_0"])
     own.expect("first_pass_picks", strict)

@@ -309,9 +309,8 @@ class _Prefill:
         self.finite_B &= bad_B == 0
 
     def _proxy(self, layer: int) -> Proxy:
-        index, head = self.pruning.proxy_index(layer), self.pruning.proxy_head
-        assert head is not None  # the settings are filled
-        return self.decoder.proxy(index, self.batch_tokens, head)
+        index = self.pruning.proxy_index(layer)
+        return self.decoder.proxy(index, self.batch_tokens, self.pruning.proxy_head)
 
     def _attention(self, layer: int, requests: Sequence[int]) -> Tensor:
         """By the last token of each of these prompts, in the layer before a stage, packed; where
