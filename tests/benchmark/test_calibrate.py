@@ -22,7 +22,7 @@ from tests.engine.support import by_id, lively_llava, mixed_requests
 from tests.models import save_tiny_checkpoint, tiny_processor
 from tests.pipeline.fakes import encoded, write_shard
 from tests.test_caption_job import picture
-from trio.benchmark.calibrate import Comparison, divergence
+from trio.benchmark.calibrate import Calibration, Comparison, Plan, divergence
 from trio.benchmark.sample import drawn
 from trio.benchmark.search import COARSE, FINE, Search, Space, most_answers, rungs
 from trio.config import Pruning
@@ -196,6 +196,23 @@ def test_answers_are_the_engines_and_can_be_led_along(tiny: tuple[Any, Any]) -> 
         torch.testing.assert_close(
             one.logits_NV, whole(tiny, prompts[name], led[name]), atol=1e-4, rtol=1e-3
         )
+
+
+def test_rules_of_decoding_are_off_and_named(
+    model: str, shard: str, tmp_path: Path, tiny: tuple[Any, Any]
+) -> None:
+    assert Answers(*tiny, max_new_tokens=4).rules_off == ()
+    place = Path(shutil.copytree(model, tmp_path / "model"))
+    rules = place / "generation_config.json"
+    there = json.loads(rules.read_text()) if rules.exists() else {}
+    rules.write_text(json.dumps(there | {"repetition_penalty": 1.05, "top_p": 0.5}))
+    told: list[str] = []
+    given = JobConfig(
+        model=str(place), input=(shard,), prompt=PROMPT, columns="image=jpg", retention=0.5
+    )
+    Calibration(Plan.of(given.replace(max_new_tokens=2), 8), told.append)
+    (line,) = (line for line in told if "generation_config.json" in line)
+    assert "repetition_penalty off here" in line and "raw greedy answers" in line
 
 
 def served(answers: Any) -> dict[Any, Answer]:

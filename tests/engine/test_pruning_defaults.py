@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import caption
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
+import transformers
 import yaml
 
 import trio
@@ -18,10 +20,12 @@ from tests.models import save_tiny_checkpoint
 from trio.config import Pruning
 from trio.demo import CAPTION_PROMPT, MODEL
 from trio.demo.scenes import make_scene
+from trio.engine import loading
 from trio.engine.engine import Engine
-from trio.engine.loading import load
+from trio.engine.loading import load, load_outline
 from trio.engine.request import Prepared, Request, Sampling
 from trio.errors import UserError
+from trio.models.pruning_defaults import _tell_unknown
 from trio.models.registry import adapt
 from trio.pipeline.job import main
 from trio.pruning.defaults import FILE, read
@@ -112,6 +116,66 @@ def test_a_file_decides_what_is_left_open(checkpoint: Path) -> None:
         checkpoint, Pruning(retention=0.5, fill_up="mixed", proxy_positions="reference")
     )
     assert (given.fill_up, given.proxy_positions) == ("mixed", "reference")
+
+
+COMMIT = "0123456789abcdef" * 2 + "01234567"
+
+
+@pytest.fixture
+def hub(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The cache of a hub without a network, with the checkpoint as org/name; gives its place."""
+    repo = tmp_path / "hub" / "models--org--name"
+    shutil.copytree(checkpoint, repo / "snapshots" / COMMIT)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(COMMIT)
+    for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
+        monkeypatch.setattr(huggingface_hub.constants, name, str(tmp_path / "hub"))
+    monkeypatch.setattr(transformers.utils.hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    _tell_unknown.cache_clear()
+    return repo
+
+
+def test_a_cache_that_does_not_know_is_told_of_once(
+    hub: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def found(pruning: Pruning) -> Pruning:
+        return adapt(load_outline("org/name")[0]).settle(pruning)
+
+    pruning = Pruning(retention=0.5)
+    assert found(pruning) == found(pruning)
+    (line,) = (record.getMessage() for record in caplog.records if FILE in record.getMessage())
+    assert line.startswith(f"{FILE} of org/name: the hub's cache here does not know")
+    _tell_unknown.cache_clear()
+    caplog.clear()
+    absent = hub / ".no_exist" / COMMIT / FILE
+    absent.parent.mkdir(parents=True)
+    absent.touch()
+    assert found(pruning).fill_up == "mixed"
+    absent.unlink()
+    write(hub / "snapshots" / COMMIT, fill_up="reference")
+    assert found(pruning).fill_up == "reference"
+    assert not [record for record in caplog.records if FILE in record.getMessage()]
+
+
+def test_the_file_is_that_of_the_revision(hub: Path) -> None:
+    other = "f" * 40
+    shutil.copytree(hub / "snapshots" / COMMIT, hub / "snapshots" / other)
+    write(hub / "snapshots" / COMMIT, fill_up="mixed")
+    write(hub / "snapshots" / other, fill_up="reference")
+    models = (load_outline("org/name", revision=other)[0], load("org/name", revision=other)[0])
+    for model in models:
+        assert adapt(model).settle(Pruning(retention=0.5)).fill_up == "reference"
+
+
+def test_an_outline_is_counted_by_the_same_file_as_the_model(
+    hub: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fetched(model: str, name: str, **_: Any) -> None:
+        write(hub / "snapshots" / COMMIT, fill_up="reference")
+
+    monkeypatch.setattr(loading, "cached_file", fetched)
+    outline = adapt(load_outline("org/name")[0])
+    assert outline.settle(Pruning(retention=0.5)).fill_up == "reference"
 
 
 def test_a_model_saved_elsewhere_has_what_is_built_in(checkpoint: Path, tmp_path: Path) -> None:

@@ -127,6 +127,36 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("flags", "left_out"),
+    [
+        (["--retention", "1/3"], {"schedule_shape"}),
+        (["--retention", "1/9"], set()),
+        (["--retention", "1/3", "--schedule-shape", "family"], set()),
+        (["--model", "other/model"], {"proxy_positions", "fill_up", "schedule_shape", "revision"}),
+        (["--model", "one/model", "--seed", "3"], set()),
+        (["--model", "other/model", "--fill-up", "mixed", "--proxy-positions", "last",
+          "--schedule-shape", "family"], {"revision"}),
+    ],
+)  # fmt: skip
+def test_what_a_run_resolved_does_not_outlive_what_it_was_resolved_for(
+    flags: list[str], left_out: set[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    held = {"fill_up": "reference", "proxy_positions": "with_last", "schedule_shape": "start"}
+    held |= {"revision": "a" * 40}
+    path = tmp_path / "run.yaml"
+    ran = JobConfig(model="one/model").replace(retention=1 / 9, **held)
+    path.write_text(config.dump(ran))
+    got = from_flags("--config", str(path), *flags)
+    assert {name for name in held if getattr(got, name) is None} == left_out
+    told = capsys.readouterr().err
+    assert all(name in told for name in left_out) and bool(told) == bool(left_out)
+    # What somebody wrote by hand, for any model and retention, stays.
+    path.write_text("schedule_shape: start\nfill_up: reference\n")
+    by_hand = from_flags("--config", str(path), "--retention", "1/3", "--model", "other/model")
+    assert (by_hand.schedule_shape, by_hand.fill_up) == ("start", "reference")
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("retenshun: 0.5", r"unknown key 'retenshun' \(did you mean 'retention'\?\)"),

@@ -7,10 +7,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
 from trio.errors import UserError
-from trio.pipeline import fingerprint
+from trio.pipeline import checkpoint_defaults, fingerprint
 from trio.pipeline.config import JobConfig
 from trio.pipeline.fingerprint import Fingerprint
 from trio.version import VERSION
@@ -162,6 +164,18 @@ def test_the_commit_of_a_hub_id(hub: Any, tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_hub_id_that_cannot_be_one_is_the_users_mistake() -> None:
     with pytest.raises(UserError, match="check the name"):
         fingerprint.commit("a//b", None)
+
+
+@pytest.mark.parametrize("kind", [GatedRepoError, RepositoryNotFoundError, LibrarysOwnError])
+def test_a_file_that_may_not_be_read_is_one_line(
+    kind: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: Any, **__: Any) -> str:
+        raise kind.__new__(kind, "Access to it is restricted")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", refused)
+    with pytest.raises(UserError, match=r"pruning_config.json of org/gated cannot.*HF_TOKEN"):
+        checkpoint_defaults.of_hub("org/gated", COMMIT)
 
 
 def test_offline_the_cache_answers_and_the_processor_is_the_commits(tmp_path: Path) -> None:

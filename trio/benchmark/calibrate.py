@@ -25,6 +25,7 @@ from trio.benchmark.sample import sample
 from trio.benchmark.search import Search, Space, most_answers
 from trio.config import BEFORE_DECODER, Pruning
 from trio.demo import SHARD
+from trio.engine.decoding import FILE as DECODING_FILE
 from trio.engine.flops import choosing_flops
 from trio.engine.forced import Answer, Answers
 from trio.engine.loading import load, load_outline
@@ -191,6 +192,9 @@ class Calibration:
         )
         self.model = model
         self._answers = Answers(model, processor, max_new_tokens=config.max_new_tokens)
+        if off := self._answers.rules_off:
+            names = ", ".join(off)
+            tell(f"{DECODING_FILE}: {names} off here: calibration follows raw greedy answers")
         self.adapter = self._answers.adapter
         self.pruning = self.adapter.settle(config.pruning())
         prepare = Preparer(processor, type(self.adapter), config.system_prompt)

@@ -1,6 +1,7 @@
 """Logits along answers: a model's own, or given ones that it is led along (teacher forcing).
 
-The prompt is prefilled and pruned as ever, and then one token after the other is decoded.
+The prompt is prefilled and pruned as ever, and then one token after the other is decoded. A
+checkpoint's rules of decoding take no part: what is compared are the model's raw logits.
 Shapes: N tokens of an answer, B requests, V vocabulary.
 """
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from trio.config import Pruning
 from trio.engine.admission import Admission
+from trio.engine.decoding import Rules
 from trio.engine.engine import end_of_sequence, not_finite
 from trio.engine.loading import default_kv_bytes
 from trio.engine.request import Prepared, Result, Sampling, failed
@@ -56,6 +58,9 @@ class Answers:
         self.adapter = adapt(model)
         self._sampling = Sampling(max_new_tokens=max_new_tokens)
         self._eos = end_of_sequence(model, processor)
+        rules = Rules.of(model)
+        self.rules_off = tuple(rules.for_logits(rules.settle(self._sampling)))
+        """Names of the checkpoint's rules of decoding that would change its greedy answers."""
         self._batch_tokens = batch_tokens
         self._max_running = max_running
         decoder = self.adapter.decoder

@@ -63,14 +63,14 @@ def load(
 
 
 def _fetch_pruning_defaults(model: str, config: Any) -> None:
-    """The file of a hub id into the cache, where `adapt` finds it; most checkpoints have none."""
+    """The file of a hub id into the cache, where `adapt` finds it; most checkpoints have none.
+    Without a network the cache stays as it is, and `defaults_of` says what follows."""
     if not os.path.isdir(model):
-        commit = getattr(config, "_commit_hash", None)
         try:
             cached_file(
                 model,
                 PRUNING_DEFAULTS,
-                revision=commit,
+                revision=getattr(config, "_commit_hash", None),
                 _raise_exceptions_for_missing_entries=False,
                 _raise_exceptions_for_connection_errors=False,
             )
@@ -114,6 +114,7 @@ def load_outline(model: str, *, revision: str | None = None) -> tuple[Any, Any]:
     """
     model = _expanded(model)
     config = _config(model, revision)
+    _fetch_pruning_defaults(model, config)
     return _outline(config), _processor(model, config, revision)
 
 
@@ -161,6 +162,8 @@ def _config(model: str, revision: str | None) -> Any:
         raise UserError(
             f"config.json of {model!r} cannot be used: {type(error).__name__}: {first_line(error)}"
         ) from error
+    if revision is not None and getattr(config, "_commit_hash", None) is None:
+        config._commit_hash = revision  # noted by transformers before 5.24, read by `defaults_of`
     adapter_class(config)  # refuses what is not supported
     check_unquantised(config, repr(model))
     return config

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,13 @@ from huggingface_hub.errors import HFValidationError
 
 from trio.pruning.defaults import FILE, PruningDefaults, read, read_file
 
+_log = logging.getLogger(__name__)
+
 
 def defaults_of(model: Any) -> PruningDefaults:
     """Of the checkpoint that a model was loaded from: its directory, or its snapshot in the cache
-    of the hub; empty for a model from anywhere else.
+    of the hub; empty for a model from anywhere else. Where the cache does not know whether a hub's
+    model has the file, one line says so.
 
     Raises:
         UserError: the file is broken.
@@ -24,9 +29,25 @@ def defaults_of(model: Any) -> PruningDefaults:
         return PruningDefaults()
     if os.path.isdir(name):
         return read(name)
+    # Of plain transformers from 5.24 on nothing tells the revision: then it is the main branch.
     commit = getattr(model.config, "_commit_hash", None)
     try:
         found = try_to_load_from_cache(name, FILE, revision=commit)
     except HFValidationError:  # a directory that is gone, say
         return PruningDefaults()
-    return read_file(Path(found)) if isinstance(found, str) else PruningDefaults()
+    if isinstance(found, str):
+        return read_file(Path(found))
+    if found is None:  # otherwise it is known not to be there
+        _tell_unknown(name, commit)
+    return PruningDefaults()
+
+
+@cache
+def _tell_unknown(name: str, revision: str | None) -> None:
+    """Once for each model in a process."""
+    which = "" if revision is None else f" --revision {revision}"
+    _log.warning(
+        f"{FILE} of {name}: the hub's cache here does not know whether there is one: built-in "
+        f"pruning defaults; `hf download {name} {FILE}{which}` asks the hub, as does "
+        "trio.Engine.from_pretrained"
+    )

@@ -49,4 +49,9 @@ def of_hub(model: str, revision: str | None) -> PruningDefaults:
         ) from error
     except EntryNotFoundError:
         return PruningDefaults()
+    except Exception as error:  # gated, no access, or what a library of HTTP raises
+        raise UserError(
+            f"{FILE} of {model} cannot be fetched from the hub ({first_line(error)}); check the "
+            "name, --revision, your access to it and HF_TOKEN"
+        ) from error
     return defaults.read_file(Path(path))

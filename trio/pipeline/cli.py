@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
 from trio.errors import UserError
 from trio.pipeline import config as settings
 from trio.pipeline.config import FIELDS, JobConfig
+from trio.pruning.defaults import CHOICES, SHAPE
 
 OK, FAILED, WRONG, ERRORS = 0, 1, 2, 3
+BY_MODEL = (*CHOICES, SHAPE, "revision")
+"""Settings that a run resolves by its model."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -74,7 +77,8 @@ def settings_from(args: argparse.Namespace, base: JobConfig | None = None) -> Jo
     values: dict[str, Any] = {}
     if args.config:
         values = settings.load(args.config)
-        settings.from_mapping(values, f"--config {args.config}", base)
+        written = settings.from_mapping(values, f"--config {args.config}", base)
+        _forget_resolved(args.config, values, written, given)
     if "retention" in given:
         values.pop("schedule", None)
     if "schedule" in given:
@@ -89,6 +93,41 @@ def settings_from(args: argparse.Namespace, base: JobConfig | None = None) -> Jo
         except UserError as error:
             raise UserError(f"--{name.replace('_', '-')}: {error}") from error
     return merged.replace(**given)
+
+
+def _forget_resolved(
+    path: str, values: dict[str, Any], written: JobConfig, given: Mapping[str, Any]
+) -> None:
+    """Leave out what a run resolved for another model or another retention than is given now.
+
+    A run.yaml holds a checkpoint's defaults as if they had been given. Says what is left out.
+
+    Args:
+        values: of the file; changed in place.
+        written: the same, parsed.
+        given: flags, not yet parsed.
+    """
+    for name, resolved in (("model", BY_MODEL), ("retention", (SHAPE,))):
+        # A file without that name was written by hand, and means what it says.
+        if name not in given or name not in values or _is_same(name, given, written):
+            continue
+        gone = [one for one in resolved if one not in given and values.get(one) is not None]
+        for one in gone:
+            del values[one]
+        if gone:
+            print(
+                f"--config {path}: {', '.join(gone)} left out, as --{name} is another one now; "
+                "give what shall stay as flags",
+                file=sys.stderr,
+                flush=True,
+            )
+
+
+def _is_same(name: str, given: Mapping[str, Any], written: JobConfig) -> bool:
+    try:
+        return bool(FIELDS[name].metadata["parse"](given[name]) == getattr(written, name))
+    except UserError:  # told with the flag's name later on
+        return True
 
 
 def fail(prog: str, message: str, code: int) -> int:
