@@ -175,7 +175,7 @@ def test_a_setting_that_comes_to_the_same_as_another_is_named() -> None:
 
 
 def test_a_bootstrap_without_width_gives_way_to_wilson() -> None:
-    scene = {"relative": 1.0, "right_unpruned": 9, "still_right": 9}
+    scene: dict[str, Any] = {"relative": 1.0, "right_unpruned": 9, "still_right": 9}
     scene["still_right_interval"] = wilson(9, 9)
     assert _relative(scene | {"relative_interval": [1.0, 1.0]}) == "9 of 9 [70.1, 100.0]"
     assert _relative(scene | {"relative_interval": [0.9, 1.0]}) == "100.0 [90.0, 100.0]"

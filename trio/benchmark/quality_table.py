@@ -12,9 +12,9 @@ from trio.tables import aligned, markdown
 NOTE = (
     "±: half a 95 % interval. %: right answers over those of the unpruned model on the same "
     "requests, with a 95 % interval by bootstrap over scenes; where that has no width, those still "
-    "right of those that the unpruned model gets right, with Wilson's interval. agree, overlap, KL (nats): with the "
-    "unpruned model's own answers. FLOPs: unpruned over pruned, encoder and choosing included. "
-    "own: share of choosing in the time of encoder and prefill."
+    "right of those that the unpruned model gets right, with Wilson's interval. agree, overlap, KL "
+    "(nats): with the unpruned model's own answers. FLOPs: unpruned over pruned, encoder and "
+    "choosing included. own: share of choosing in the time of encoder and prefill."
 )
 FROM_START = " from layer 0"
 """Behind the label of a setting whose first stage had to be brought forward."""
