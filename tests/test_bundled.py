@@ -1,6 +1,6 @@
 """The bundled model by its name, the prompts it knows, and its images as files."""
 
-import warnings
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -56,14 +56,15 @@ def test_the_name_means_the_bundled_model_also_beside_a_directory_of_that_name(
         trio.Engine.from_pretrained("./demo")
 
 
-def test_the_engine_says_once_that_a_prompt_was_not_taught() -> None:
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
+def test_the_engine_says_once_that_a_prompt_was_not_taught(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level(logging.WARNING, logger="trio"):
         engine = trio.Engine.from_pretrained("demo", device="cpu")
         image = Image.new("RGB", (192, 192))
         for prompt in ("Is there a 7?", "What is this?", "Who is this?"):
-            list(engine.generate([trio.Request(prompt=prompt, images=(image,))]))
-    (line,) = [str(each.message) for each in said if "was not taught" in str(each.message)]
+            engine.submit(trio.Request(prompt=prompt, images=(image,)))
+    (line,) = [text for text in caplog.messages if "was not taught" in text]
     assert "'What is this?'" in line
 
 

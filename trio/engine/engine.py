@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import time
-import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import replace
@@ -292,7 +291,7 @@ class Engine:
         line = prompts_notice([prompt])
         if line is not None:
             self._checks_prompts = False
-            warnings.warn(line, stacklevel=4)
+            _log.warning("%s", line)
 
     def _count_idle(self) -> None:
         """Idle time up to now belongs to the counters as they are."""
