@@ -46,6 +46,12 @@ def failure(value: Any, policy: ImagePolicy = POLICY, base: str | None = None) -
         "data:image/png;base64," + TEXT.replace("+", "%2B").replace("/", "%2F").replace("=", "%3D"),
         f"data:image/png,{quote_from_bytes(DATA)}",
         f"data:,{quote_from_bytes(DATA)}",
+        f'"{TEXT}"',
+        f" '{lines(TEXT)}' ",
+        str(TEXT.encode()),
+        f'"data:image/png;base64,{TEXT}"',
+        f"b'{TEXT}'".encode(),
+        {"bytes": f'"{TEXT}"', "path": None},
         TEXT.encode(),
         memoryview(lines(TEXT).encode()),
         f"data:image/png;base64,{TEXT}".encode(),
@@ -63,9 +69,10 @@ def test_text_that_is_an_image(cell: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "JPEG2000", "AVIF"])
 def test_base64_of_every_format(kind: str) -> None:
-    text = base64.b64encode(encoded(NOISE, kind)).decode()
-    cell = text if kind != "BMP" else f"data:image/bmp;base64,{text}"
-    assert load_images(cell, None, POLICY)[0].size == (64, 48)
+    for size in ((64, 48), (3, 2)):
+        text = base64.b64encode(encoded(NOISE.resize(size), kind)).decode()
+        for cell in (text, text.encode(), {"bytes": text}):
+            assert load_images(cell, None, POLICY)[0].size == size
 
 
 def test_every_byte_survives_both_alphabets() -> None:
@@ -86,6 +93,9 @@ def test_every_byte_survives_both_alphabets() -> None:
         (TEXT[:60] + "\0" + TEXT[60:], "base64 text that cannot"),
         (TEXT[:50] + "=" + TEXT[50:], "base64 text that cannot"),
         ("iVBORw0KGgoAAAANSUhEUgAAAAwAAAAJ-is not there.png", "base64 text that cannot"),
+        (base64.b64encode(TEXT[:90].encode()).decode(), "text of 120 characters is neither"),
+        (f'"{base64.b64encode(TEXT[:60].encode()).decode()}"', "text of 82 characters is neither"),
+        (str(DATA), "characters is neither a path or URI nor base64"),
         ("x" * 300, "text of 300 characters is neither"),
         (DATA.hex() * 4, "neither a path or URI nor base64 of an image"),
         ("A" * 5000, "text of 5000 characters is neither a path or URI nor base64"),
@@ -117,11 +127,22 @@ def test_files_whose_names_look_like_base64(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["/work/images/00/0000017/photo_of_a_cat_in_the_garden", "Qk0/" * 12, "9j/4AAQ", "P5"]
+    "name",
+    [
+        "/work/images/00/0000017/photo_of_a_cat_in_the_garden",
+        "/data/images/of/the/second/year/0000/0017/photo_of_a_cat_in_the_garden",
+        "a caption of a cat that sits in the garden where an image should be named",
+        "'photo.png'",
+        "0" * 64,
+        "Qk0/" * 12,
+        "9j/4AAQ",
+        "P5",
+    ],
 )
 def test_paths_are_no_base64(name: str, tmp_path: Path) -> None:
     error = failure(name, base=str(tmp_path))
     assert error.kind in ("image_not_found", "image_forbidden") and "base64 " not in str(error)
+    assert name in str(error)
 
 
 def test_long_names_are_shortened() -> None:

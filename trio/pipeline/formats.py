@@ -67,6 +67,7 @@ _BRANDS = {
     b"crx ": "camera raw image (CR3)",
     b"qt  ": "QuickTime video",
 }
+_BITMAP_HEADERS = frozenset((12, 16, 40, 52, 56, 64, 108, 124))
 # of ISO media files; the first of a file's brands that stands here, in this order
 
 
@@ -82,7 +83,13 @@ def name_of(data: bytes | bytearray | memoryview, *, short: bool = True) -> str 
     for magic, name in signatures:
         if head.startswith(magic):
             return name
-    return _icon(head) or _media(head) or _netpbm(head) or _markup(head)
+    return _bitmap(head) or _icon(head) or _media(head) or _netpbm(head) or _markup(head)
+
+
+def _bitmap(head: bytes) -> str | None:
+    """A BMP whose second header has one of the known sizes [bytes]; that tells it from a word."""
+    size = int.from_bytes(head[14:18], "little")
+    return "BMP image" if head[:2] == b"BM" and size in _BITMAP_HEADERS else None
 
 
 def _icon(head: bytes) -> str | None:

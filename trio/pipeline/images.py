@@ -175,7 +175,7 @@ def _from_text(text: str, base: str | None, policy: ImagePolicy) -> Buffer:
     try:
         return fetch(text, base, policy)
     except RowError as error:
-        if len(text) > LONG_NAME and inline.is_digits(data):
+        if inline.is_no_name(data) or (len(text) > LONG_NAME and inline.is_digits(data)):
             raise RowError(error.kind, neither) from error
         raise
 

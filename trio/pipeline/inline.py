@@ -21,17 +21,22 @@ _DATA = re.compile(rb"\s*(?:data:([^,]{0,300})|(image/[^,]{1,99};\s*base64)),", 
 # its media type and encoding; as it is found in the wild, without `data:` too
 _ALPHABET = bytes.maketrans(b"-_", b"+/")
 _SPACE = b" \t\r\n\f\v"
+_QUOTE = re.compile(rb"\s*(b?)(['\"])")
+# before text that was written as a literal; `b` where it was bytes
+NAME = 64
+# digits of base64 that are more than most names have
 _DIGITS = re.compile(rb"[A-Za-z0-9+/]+")
 
 
 def is_text_of_image(text: bytes) -> bool:
     """Whether text is a ``data:`` URL or base64 of something known."""
+    text = bare(text)
     return _is_data(text) or _is_base64(text)
 
 
 def is_certain(text: bytes) -> bool:
     """Whether it can be nothing else, such as a path."""
-    match = _DATA.match(text)
+    match = _DATA.match(bare(text))
     kind = _kind(match) if match else b""
     return kind.startswith(b"image/") or kind.endswith(b"base64")
 
@@ -42,6 +47,7 @@ def decoded(text: bytes) -> bytes:
     Raises:
         RowError: it is damaged.
     """
+    text = bare(text)
     match = _DATA.match(text)
     if match is None:
         return _from_base64(text, "base64 text")
@@ -63,9 +69,29 @@ def _kind(match: re.Match[bytes]) -> bytes:
     return bytes(match[1] if match[2] is None else match[2]).strip().lower()
 
 
+def bare(text: bytes) -> bytes:
+    """Without the quotes of a literal, as in ``"iVBOR..."`` and ``b'iVBOR...'``; the second one is
+    not there where text is only a file's beginning."""
+    match = _QUOTE.match(text)
+    if match is None:
+        return text
+    return text[match.end() :].rstrip(_SPACE).removesuffix(match[2])
+
+
 def is_digits(text: bytes) -> bool:
     """Whether text may be base64 of something, known or not."""
-    return _DIGITS.fullmatch(_plain(text).rstrip(b"=")) is not None
+    return _DIGITS.fullmatch(_plain(bare(text)).rstrip(b"=")) is not None
+
+
+def is_no_name(text: bytes) -> bool:
+    """Whether text that names no file is hardly meant to: a literal of bytes, or a long run of
+    base64's digits. One in 32 of these is a slash or a dash, of a path's letters many more are."""
+    match = _QUOTE.match(text)
+    if match is not None and match[1]:
+        return True
+    text = bare(text).strip()
+    dense = 16 * sum(map(text.count, (b"/", b"-", b"_"))) > len(text)
+    return len(text) > NAME and b" " not in text and not dense and is_digits(text)
 
 
 def _is_base64(text: bytes) -> bool:
