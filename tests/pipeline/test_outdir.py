@@ -86,9 +86,13 @@ def test_another_run_is_refused_and_the_difference_named() -> None:
         outdir.check_same(RUN, changed, FOUND, "o")
     with pytest.raises(UserError, match=r"the input: /x\.parquet had 10 bytes, has 11"):
         outdir.check_same(RUN, now, [(locate("/x.parquet"), 11)], "o")
-    many = dataclasses.replace(changed, version="2", model_files={"m": "2"})
-    with pytest.raises(UserError, match=r"m has changed; trio-vlm 1, now 2; 1 more\. Give"):
+    settings = {**changed.settings, "seed": 7, "limit": 3}
+    many = dataclasses.replace(changed, settings=settings, model_files={"m": "2"})
+    with pytest.raises(UserError, match=r"limit: None, now 3; 2 more\. Give"):
         outdir.check_same(RUN, many, [], "o")
+    other = dataclasses.replace(many, version="2")
+    with pytest.raises(UserError, match=r"another version of this package: 1, now 2\. Go on with"):
+        outdir.check_same(RUN, other, [], "o")
 
 
 def test_a_run_stopped_during_its_comparison_goes_on(tmp_path: Path) -> None:

@@ -58,7 +58,10 @@ class Fingerprint:
         return cls(**json.loads(text))
 
     def differences(self, now: Fingerprint) -> list[str]:
-        """What would give other rows now, each named in a few words."""
+        """What would give other rows now, each named in a few words; of another version, which
+        may call its settings otherwise, that alone."""
+        if self.version != now.version:
+            return [f"another version of this package: {self.version}, now {now.version}"]
         out = []
         for name in dict.fromkeys((*self.settings, *now.settings)):
             old, new = self.settings.get(name), now.settings.get(name)
@@ -69,8 +72,6 @@ class Fingerprint:
             if before != after:
                 how = "is new" if before is None else "is gone" if after is None else "has changed"
                 out.append(f"model file {name} {how}")
-        if self.version != now.version:
-            out.append(f"trio-vlm {self.version}, now {now.version}")
         return out
 
     def notices(self, now: Fingerprint) -> list[str]:

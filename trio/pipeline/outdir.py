@@ -162,6 +162,11 @@ def check_same(
         UserError: naming what differs.
     """
     reasons = old.fingerprint.differences(now)
+    if old.fingerprint.version != now.version:
+        raise UserError(
+            f"--output {output} holds a run of {reasons[0]}. Go on with that version, or give"
+            " another --output"
+        )
     changed = old.manifest.difference(found) if found is not None else None
     if changed is not None:
         reasons.append(f"the input: {changed}")
