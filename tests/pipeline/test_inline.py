@@ -129,7 +129,7 @@ def test_files_whose_names_look_like_base64(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "/work/images/00/0000017/photo_of_a_cat_in_the_garden",
+        "/data/images/00/0000017/photo_of_a_cat_in_the_garden",
         "/data/images/of/the/second/year/0000/0017/photo_of_a_cat_in_the_garden",
         "a caption of a cat that sits in the garden where an image should be named",
         "'photo.png'",
