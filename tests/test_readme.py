@@ -1,9 +1,11 @@
 """README's samples: Python runs as it is printed, offline; commands have the flags they use.
 
-What needs a hub, a bucket or a cluster is a shell block, of which the flags are looked at. There is
-no third kind, which nobody would look at.
+What needs a hub, a bucket or a cluster is a shell block, of which the flags are looked at. What is JSON
+is a pruning config. There is
+no other kind, which nobody would look at.
 """
 
+import json
 import os
 import re
 import shlex
@@ -16,11 +18,12 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from trio.bundled import PROMPTS, SHARD, write_images
+from trio.bundled import MODEL, PROMPTS, SHARD, write_images
 from trio.config import Pruning
 from trio.engine.engine import Engine
 from trio.engine.request import Request
 from trio.pipeline import cli
+from trio.pruning.defaults import FILE
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -82,10 +85,15 @@ def test_commands_have_flags_that_exist(command: list[str]) -> None:
 
 
 def test_every_block_is_of_a_kind_that_is_looked_at() -> None:
-    assert {kind for kind, _ in BLOCKS} == {"python", "bash", ""}
+    assert {kind for kind, _ in BLOCKS} == {"python", "bash", "json", ""}
     assert not [text for kind, text in BLOCKS if not kind and re.search(r"python|import ", text)]
     assert {name for name, *_ in commands()} == {"caption", "benchmark"}
     assert README.count("python jobs/") + README.count("python\njobs/") == len(commands())
+
+
+def test_the_pruning_config_shown_is_the_bundled_models() -> None:
+    shown = [json.loads(text) for kind, text in BLOCKS if kind == "json"]
+    assert shown == [json.loads((MODEL / FILE).read_text())]
 
 
 def test_the_prompts_of_the_bundled_model_are_listed_with_its_answers(tmp_path: Path) -> None:
