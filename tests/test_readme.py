@@ -1,8 +1,7 @@
 """README's samples: Python runs as it is printed, offline; commands have the flags they use.
 
-What needs a hub, a bucket or a cluster is a shell block, of which the flags are looked at. What is JSON
-is a pruning config. There is
-no other kind, which nobody would look at.
+What needs a hub, a bucket or a cluster is a shell block, of which the flags are looked at; JSON is
+the bundled model's pruning config. There is no other kind, which nobody would look at.
 """
 
 import json
