@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from torch.utils.flop_counter import FlopCounterMode
 
 from tests import oracle
 from tests.engine.support import MANY_SIZES, picture
+from tests.flops import counter
 from tests.models import tiny_llava
 from tests.qwen import IMAGE_TOKEN_ID, tiny_qwen, tiny_qwen_processor
 from tests.qwen3 import INJECTED, tiny_qwen3, tiny_qwen3_processor
@@ -281,13 +281,13 @@ def test_inputs_of_another_processor_are_refused(kind: Kind) -> None:
 def test_the_tower_costs_what_its_operations_add_up_to(kind: Kind) -> None:
     """Torch counts two operations a multiply-add, and none in the attention kernel of a CPU."""
     adapter, images = kind.adapter, kind.singles
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), counter() as operations:
         adapter.encode_images(images)
     shape = kind.shape(adapter.model.config.vision_config)
     grids = [image["image_grid_thw"][0].tolist()[1:] for image in images]
     attention = sum(shape.attention_flops(rows, columns) for rows, columns in grids)
     counted = sum(adapter.vision_flops(image) for image in images)
-    assert counter.get_total_flops() == 2 * (counted - attention)
+    assert operations.get_total_flops() == 2 * (counted - attention)
 
 
 def test_attention_of_the_tower_is_counted_as_it_is(kind: Kind) -> None:
@@ -297,8 +297,8 @@ def test_attention_of_the_tower_is_counted_as_it_is(kind: Kind) -> None:
     adapter.model.model.visual.set_attn_implementation("eager")
     try:
         for image in kind.singles:
-            with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            with torch.no_grad(), counter() as operations:
                 adapter.encode_images([image])
-            assert counter.get_total_flops() == 2 * adapter.vision_flops(image)
+            assert operations.get_total_flops() == 2 * adapter.vision_flops(image)
     finally:
         adapter.model.model.visual.set_attn_implementation(before)

@@ -16,11 +16,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 from transformers.modeling_utils import AttentionInterface
 from transformers.vision_utils import get_vision_window_index
 
 from tests.engine.support import MANY_SIZES, picture
+from tests.flops import counter
 from tests.qwen import tiny_qwen, tiny_qwen_processor
 from tests.qwen3 import tiny_qwen3, tiny_qwen3_processor
 from trio.benchmark.shapes import blueprint
@@ -269,8 +269,8 @@ def test_the_scan_costs_what_its_operations_add_up_to(kind: Kind) -> None:
     for image, count in zip(kind.singles, kind.counts, strict=True):
         rows, columns = image["image_grid_thw"][0, 1:].tolist()
         for keep in {1, (count + 1) // 2, count}:
-            with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            with torch.no_grad(), counter() as operations:
                 adapter.encode_images([image], "scan", [keep])
             tower = adapter.vision_flops(image) - shape.attention_flops(rows, columns)
             counted = shape.scan_flops(rows, columns, keep)
-            assert counter.get_total_flops() == 2 * (tower + counted)
+            assert operations.get_total_flops() == 2 * (tower + counted)

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from torch.utils.flop_counter import FlopCounterMode, bmm_flop
+from torch.utils.flop_counter import bmm_flop
 from transformers import LlamaConfig
 
+from tests.flops import counter
 from tests.models import LLAVA_NEXT, Strategy, tiny_llava, tiny_processor
 from tests.onevision import onevision_processor, tiny_onevision
 from tests.qwen3 import tiny_qwen3
@@ -153,10 +154,10 @@ def test_layers_cost_what_the_operations_add_up_to(family: str) -> None:
     tokens = 40
     hidden = torch.randn(tokens, shape.hidden_size)
     rotary = decoder.rotary(torch.arange(tokens))  # in some versions a product, too
-    with torch.no_grad(), decoder.ragged(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), decoder.ragged(), counter() as operations:
         decoder.run_layers(0, 3, hidden, rotary, Packed((tokens,)), None)
     attention = 3 * 2 * tokens**2 * shape.query_size
-    assert counter.get_total_flops() == 2 * (shape.prefill_flops([tokens] * 3) - attention)
+    assert operations.get_total_flops() == 2 * (shape.prefill_flops([tokens] * 3) - attention)
 
 
 @pytest.mark.parametrize("family", TINY)
@@ -168,7 +169,7 @@ def test_the_proxy_costs_what_its_operations_add_up_to(family: str) -> None:
     hidden = torch.randn(tokens, shape.hidden_size)
     proxy = decoder.proxy(1)
     in_place = {torch.ops.aten.baddbmm_: lambda *shapes, **_: bmm_flop(*shapes[1:3])}
-    with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
+    with counter(in_place) as operations:
         proxy.gradient_norms(
             hidden,
             torch.arange(tokens),
@@ -179,7 +180,7 @@ def test_the_proxy_costs_what_its_operations_add_up_to(family: str) -> None:
         )
     # The rows' own keys and values are computed once more by the layer and not used.
     extra = len(rows) * shape.hidden_size * shape.kv_size * 2
-    counted = counter.get_total_flops() / 2
+    counted = operations.get_total_flops() / 2
     assert counted == pytest.approx(shape.proxy_flops(tokens, len(rows)) + extra, rel=0.02)
 
 
@@ -188,14 +189,14 @@ def test_attention_costs_what_its_operations_add_up_to(family: str) -> None:
     adapter = adapt(TINY[family](layers=3))
     decoder, shape = adapter.decoder, adapter.shape()
     hidden, positions = torch.randn(400, shape.hidden_size), torch.arange(400)
-    with FlopCounterMode(display=False) as counter:
+    with counter() as operations:
         decoder.rotary(positions)  # in some versions a product, too
-    rotary = counter.get_total_flops()
-    with FlopCounterMode(display=False) as counter:
+    rotary = operations.get_total_flops()
+    with counter() as operations:
         decoder.last_attention(1, hidden, positions, [400])
     # The row's own key, value and output are computed by the layer and not used.
     extra = shape.hidden_size * (2 * shape.kv_size + shape.query_size)
-    counted = (counter.get_total_flops() - rotary) / 2
+    counted = (operations.get_total_flops() - rotary) / 2
     assert counted == shape.attention_flops(400) + extra
 
 
@@ -203,11 +204,11 @@ def test_diversity_costs_what_its_operations_add_up_to(monkeypatch: pytest.Monke
     monkeypatch.setattr(diversity, "_TILE", 1)
     shape = adapt(tiny_llava(layers=1)).shape()
     features = torch.randn(200, shape.hidden_size)
-    with FlopCounterMode(display=False) as counter:
+    with counter() as operations:
         diversity.spread_out(features, torch.tensor([0]), [200], [1])
     # Each token is compared with itself, too.
     extra = 200 * shape.hidden_size
-    assert counter.get_total_flops() == 2 * (shape.diversity_flops(200, 1) + extra)
+    assert operations.get_total_flops() == 2 * (shape.diversity_flops(200, 1) + extra)
     # Later ones are no matrix products, which is all that torch counts.
     later = shape.diversity_flops(200, 30) - shape.diversity_flops(200, 1)
     assert later == 29 * 200 * shape.hidden_size
@@ -223,14 +224,14 @@ def test_vision_tower_and_projector_cost_what_their_operations_add_up_to(options
         processor(images=[Image.new("RGB", size)], text=["<image>"], return_tensors="pt")
         for size in ((64, 64), (20, 60))
     ]
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), counter() as operations:
         adapter.encode_images(images)
     assert isinstance(adapter, TiledAdapter)
     tiles = sum(adapter.tiles(image)[0] for image in images)
     assert tiles == (5 + 3 if options else 2)
     shape = VisionShape.of_llava_config(adapter.model.config)
     counted = sum(adapter.vision_flops(image) for image in images)
-    assert counter.get_total_flops() == 2 * (counted - tiles * _attention(shape))
+    assert operations.get_total_flops() == 2 * (counted - tiles * _attention(shape))
 
 
 def _attention(shape: VisionShape) -> int:
@@ -247,14 +248,14 @@ def test_the_tower_of_llava_onevision_costs_what_its_operations_add_up_to() -> N
         for own in (pictures[:1], pictures[1:])
         for image in adapter.process_images(processor, own)
     ]
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), counter() as operations:
         adapter.encode_images(images)
     assert isinstance(adapter, TiledAdapter)
     tiles = [adapter.tiles(image)[0] for image in images]
     assert tiles == [5, 1, 1]
     shape = VisionShape.of_llava_config(adapter.model.config)
     counted = sum(adapter.vision_flops(image) for image in images)
-    assert counter.get_total_flops() == 2 * (counted - 7 * _attention(shape))
+    assert operations.get_total_flops() == 2 * (counted - 7 * _attention(shape))
 
 
 @pytest.mark.parametrize("head", [False, True])
@@ -264,11 +265,11 @@ def test_a_siglip_tower_costs_what_its_operations_add_up_to(strategy: Strategy, 
     model = tiny_llava(layers=1, tower="siglip", strategy=strategy, vision_use_head=head)
     adapter = adapt(model)
     image = {"pixel_values": torch.zeros(1, 3, 32, 32)}
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), counter() as operations:
         adapter.encode_images([image])
     shape = VisionShape.of_llava_config(model.config)
     assert shape.pooled == head
-    assert counter.get_total_flops() == 2 * (adapter.vision_flops(image) - _attention(shape))
+    assert operations.get_total_flops() == 2 * (adapter.vision_flops(image) - _attention(shape))
 
 
 @pytest.mark.parametrize("encoder", ["visionzip", "scan"])
@@ -283,10 +284,10 @@ def test_a_reduction_costs_what_its_operations_add_up_to(
     shape = VisionShape.of_llava_config(adapter.model.config)
     keep = 8  # of each tile
     added = shape.scan_flops(keep) if encoder == "scan" else shape.visionzip_flops(1)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), counter() as operations:
         adapter.encode_images([{"pixel_values": pixels, **sizes}], encoder, [tiles * keep])
     counted = shape.flops(projected=keep) + added - _attention(shape)
-    assert counter.get_total_flops() == 2 * tiles * counted
+    assert operations.get_total_flops() == 2 * tiles * counted
 
 
 def test_a_reduction_of_a_7b_shape_costs_little_of_what_the_projector_saves() -> None:
