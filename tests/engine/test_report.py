@@ -107,6 +107,7 @@ def test_counters_add_up_and_can_be_reset(model: Any) -> None:
     began = time.perf_counter()
     results = list(engine.generate(requests))
     wall = time.perf_counter() - began
+    began = time.perf_counter()
     stats = engine.stats(reset=True)
     assert stats["requests"] == 10
     assert stats["images"] == sum(len(request.images) for request in requests)
@@ -123,7 +124,7 @@ def test_counters_add_up_and_can_be_reset(model: Any) -> None:
     assert max(r.kv_bytes or 0 for r in results) <= stats["kv_used_bytes_peak"]
     after = engine.stats()
     assert after.pop("running_mean") is None
-    assert after.pop("idle_s") < 0.05
+    assert after.pop("idle_s") < time.perf_counter() - began
     now = {name: after.pop(name) for name in ("max_running", "batch_tokens", "kv_budget_bytes")}
     assert now == {name: stats[name] for name in now} and now["max_running"] == 4
     assert not any(after.values())
@@ -139,17 +140,17 @@ def test_time_without_work_counts_as_idle(model: Any) -> None:
     engine.step()
     idle = engine.stats()["idle_s"]
     assert idle >= 0.05
-    time.sleep(0.05)
+    time.sleep(0.5)
     while engine.has_work:
         engine.step()
-    assert engine.stats()["idle_s"] < idle + 0.04
+    assert engine.stats()["idle_s"] < idle + 0.45
 
 
 def test_idle_time_goes_to_the_counters_of_its_time(model: Any) -> None:
     engine = Engine(model, PROCESSOR)
-    time.sleep(0.1)
-    assert engine.stats(reset=True)["idle_s"] >= 0.1
-    assert engine.stats()["idle_s"] < 0.05
+    time.sleep(0.5)
+    assert engine.stats(reset=True)["idle_s"] >= 0.5
+    assert engine.stats()["idle_s"] < 0.45
     next(engine.generate(mixed_requests(4)))
     engine.stats(reset=True)
     time.sleep(0.1)

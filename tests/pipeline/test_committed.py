@@ -158,9 +158,7 @@ def test_what_a_shard_costs_in_the_snapshot_and_the_plan(tmp_path: Path) -> None
     assert len(plan) == 3 * count and used / count < 500
     out = locate(str(tmp_path))
     every_other = set(plan[::2])
-    began = time.monotonic()
     save(out, plan, every_other, Totals(rows=1), "run1")
-    assert time.monotonic() - began < 5
     assert (tmp_path / SNAPSHOT).stat().st_size / count < 6.5
     assert committed._snapshot(out, plan, "run1") == (every_other, Totals(rows=1))
     save(out, plan, set(plan), Totals(rows=1), "run1")

@@ -192,7 +192,8 @@ def test_a_shard_that_changes_under_way_costs_its_own_rows(
 
 def test_an_input_that_is_gone_as_a_whole_ends_the_run(tmp_path: Path) -> None:
     """It may be a mount: what is left must not become errors."""
-    paths = [shard(tmp_path / "in", [f"p{n}" for n in range(100)], number=n) for n in range(2)]
+    # Far more rows than can have been read ahead by the time the first are written.
+    paths = [shard(tmp_path / "in", [f"p{n}" for n in range(900)], number=n) for n in range(2)]
     out = tmp_path / "out"
 
     def unmount() -> None:

@@ -83,13 +83,13 @@ def test_a_second_run_is_refused_and_told_who_is_there(
     tmp_path: Path, start: Callable[[Path], subprocess.Popen[str]]
 ) -> None:
     process = start(tmp_path)
-    began = time.monotonic()
+    said: list[str] = []
     with (
         pytest.raises(UserError, match=rf"in use by process {process.pid} on .* started 20"),
-        hold(tmp_path),
+        hold(tmp_path, said.append),
     ):
         pass
-    assert time.monotonic() - began < 0.9  # nothing to wait for
+    assert said == []  # nothing to wait for
     assert len(claims(tmp_path)) == 1
 
 
@@ -136,16 +136,16 @@ def test_a_silent_run_elsewhere_is_waited_for(tmp_path: Path) -> None:
     said: list[str] = []
     began = time.monotonic()
     with hold(tmp_path, said.append):
-        assert 0.9 < time.monotonic() - began < 8
+        assert time.monotonic() - began > 0.9
     assert len(said) == 1 and "process 1 on far" in said[0] and "waiting for up to 1 s" in said[0]
 
 
 def test_a_run_elsewhere_that_is_long_dead_is_not_waited_for(tmp_path: Path) -> None:
     path = foreign(tmp_path)
     os.utime(path, (time.time() - 100, time.time() - 100))
-    began = time.monotonic()
-    with hold(tmp_path):
-        assert time.monotonic() - began < 0.9
+    said: list[str] = []
+    with hold(tmp_path, said.append):
+        assert said == []
 
 
 def test_a_run_elsewhere_that_beats_is_left_alone(tmp_path: Path) -> None:

@@ -280,7 +280,7 @@ def test_a_silent_claim_elsewhere_expires_by_the_stores_clock(store: Store) -> N
     began = time.monotonic()
     said: list[str] = []
     with lease.hold(output, interval_s=1.0, expiry_s=3.0, say=said.append) as held:
-        assert 1.5 < time.monotonic() - began < 15
+        assert time.monotonic() - began > 1.5
         held.check()
     assert len(said) == 1 and "on far" in said[0]
 

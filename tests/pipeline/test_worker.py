@@ -132,6 +132,7 @@ def test_an_engine_that_cannot_start_says_so() -> None:
 
 
 def test_waiting_is_told_apart() -> None:
+    began = time.monotonic()
     engine = thread()
     time.sleep(0.1)
 
@@ -143,6 +144,6 @@ def test_waiting_is_told_apart() -> None:
     engine.answer([asks("next")])
     counters = engine.counters()
     engine.close()
-    assert 0.1 < counters["preprocess_wait_s"] < 0.8
-    assert 0.05 < counters["idle_s"] < 0.8
+    assert counters["preprocess_wait_s"] > 0.1 and counters["idle_s"] > 0.05
+    assert counters["preprocess_wait_s"] + counters["idle_s"] < time.monotonic() - began
     assert counters["prefill_s"] > 0
