@@ -192,6 +192,7 @@ def job_info(cluster: dict[str, str], job: str) -> dict[str, Any]:
     return info
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_submitted_with_a_working_directory(checkout: Path, submit: Submit) -> None:
     done = submit(checkout, "jobs/script.py", job="name-clash")
@@ -204,8 +205,20 @@ def test_submitted_with_a_working_directory(checkout: Path, submit: Submit) -> N
     ("flag", "variables", "joined", "waits"),
     [
         (None, {}, False, "OMP_WAIT_POLICY=PASSIVE"),
-        ("local", {"RAY_ADDRESS": "{ray}", "GOMP_SPINCOUNT": "1000"}, False, "GOMP_SPINCOUNT=1000"),
-        ("{ray}", {"RAY_ADDRESS": "local"}, True, "OMP_WAIT_POLICY=PASSIVE"),
+        pytest.param(
+            "local",
+            {"RAY_ADDRESS": "{ray}", "GOMP_SPINCOUNT": "1000"},
+            False,
+            "GOMP_SPINCOUNT=1000",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "{ray}",
+            {"RAY_ADDRESS": "local"},
+            True,
+            "OMP_WAIT_POLICY=PASSIVE",
+            marks=pytest.mark.slow,
+        ),
         ("auto", {"OMP_WAIT_POLICY": "ACTIVE"}, True, "OMP_WAIT_POLICY=ACTIVE"),
         (None, {"RAY_ADDRESS": "{ray}"}, True, "OMP_WAIT_POLICY=PASSIVE"),
     ],
@@ -237,6 +250,7 @@ def test_which_ray_is_taken_and_how_its_workers_wait(
     assert ("a Ray runs on this machine" in done.stderr) is nobody_said
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_workers_of_a_submitted_job_wait_passively(checkout: Path, submit: Submit) -> None:
     done = submit(checkout, "jobs/start.py", job="waiting")
@@ -292,6 +306,7 @@ def test_what_is_uploaded_is_small(clone: Path, tmp_path: Path) -> None:
     assert package.stat().st_size < 20 << 20
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_attached_without_a_working_directory(
     python: Path, environment: dict[str, str], cluster: dict[str, str], checkout: Path

@@ -161,10 +161,6 @@ def fake_engine(settings: EngineSettings) -> FakeEngine:
     return FakeEngine()
 
 
-def broken_engine(settings: EngineSettings) -> FakeEngine:
-    raise RuntimeError(f"no such model: {settings.model}")
-
-
 def png(colour: tuple[int, int, int] = (200, 10, 10), size: tuple[int, int] = (12, 9)) -> bytes:
     return encoded(Image.new("RGB", size, colour))
 

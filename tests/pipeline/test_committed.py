@@ -1,7 +1,6 @@
 """What is there already: listing, snapshot, footers."""
 
 import datetime
-import time
 import tracemalloc
 from pathlib import Path
 from typing import Any

@@ -87,7 +87,14 @@ def test_units_of_a_killed_actor_are_done_by_others_at_once(tmp_path: Path) -> N
     assert len(later) > 20, "they waited for the rest of the input"
 
 
-@pytest.mark.parametrize("fault", ["kill", "crash", "break"])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "crash",
+        pytest.param("kill", marks=pytest.mark.slow),
+        pytest.param("break", marks=pytest.mark.slow),
+    ],
+)
 def test_a_row_that_kills_the_process_ends_as_an_error_row(tmp_path: Path, fault: str) -> None:
     prompts = [f"p{n}" for n in range(40)]
     prompts[19] = fault

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.pipeline.fakes import broken_engine, fake_engine, png, write_shard
+from tests.pipeline.fakes import fake_engine, png, write_shard
 from trio.errors import UserError
 from trio.pipeline import cluster, lease, outdir, runner
 from trio.pipeline.config import JobConfig
@@ -159,13 +159,6 @@ def test_an_input_without_rows_is_a_finished_run(tmp_path: Path) -> None:
     summary = execute(tmp_path / "in", tmp_path / "out")
     assert summary["rows"] == 0 and os.listdir(tmp_path / "out" / "rows") == []
     assert (tmp_path / "out" / "_SUCCESS").exists()
-
-
-@pytest.mark.usefixtures("ray_local")
-def test_an_engine_that_cannot_start_ends_the_run(shards: Path, tmp_path: Path) -> None:
-    with pytest.raises(Exception, match="no such model: demo"):
-        execute(shards, tmp_path / "out", factory=broken_engine)
-    assert not (tmp_path / "out" / "_SUCCESS").exists()
 
 
 @pytest.mark.usefixtures("ray_local")
