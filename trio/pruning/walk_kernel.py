@@ -4,8 +4,8 @@ Decisions depend on those before them: one program goes through the candidates o
 programs run beside each other.
 """
 
-import triton  # type: ignore[import-not-found,unused-ignore]
-import triton.language as tl  # type: ignore[import-not-found,unused-ignore]
+import triton
+import triton.language as tl
 
 
 @triton.jit
