@@ -91,10 +91,10 @@ STAGES = (
 
 
 def test_a_resumed_run_ends_where_an_unbroken_one_does(tmp_path: Path) -> None:
-    def trainer(name: str) -> Trainer:
-        return Trainer(tmp_path / name, 0, STAGES, save_every=1, scenes_evaluated=32)
+    def trainer(name: str, scenes: int = 0) -> Trainer:
+        return Trainer(tmp_path / name, 0, STAGES, save_every=2, scenes_evaluated=scenes)
 
-    unbroken = trainer("unbroken")
+    unbroken = trainer("unbroken", 32)
     unbroken.run()
 
     class Killed(Exception):

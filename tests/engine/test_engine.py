@@ -69,7 +69,7 @@ def singles(engine: Engine, requests: list[Request]) -> dict[Any, Result]:
 @pytest.mark.parametrize("options", DECODERS.values(), ids=DECODERS)
 def test_unpruned_equals_generate_in_a_batch_that_others_join_late(options: Any) -> None:
     model = lively_llava(**options)
-    requests = mixed_requests(10)
+    requests = mixed_requests(8)
     expected = expected_tokens(model, PROCESSOR, requests)
     assert_lively(expected)
     late = engine(model, max_running=5, batch_tokens=150)

@@ -97,7 +97,7 @@ def test_features_of_one_image(model: Any, pruning: Pruning | None) -> None:
         (math.nan, 0.0, dict[str, Any]()),
         (math.inf, 1.0, few),
     ):
-        asked = requests(temperature=temperature)
+        asked = requests(temperature=temperature, max_new_tokens=3)
         expected = by_id(engine(model, pruning).generate(asked))
         worker = spoiling(engine(model, pruning, **options), wrong, slice(2, 3))
         check(worker, expected, asked, "in prefill")
