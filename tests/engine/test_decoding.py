@@ -123,11 +123,7 @@ def test_makers_stand_in_the_order_of_generate(monkeypatch: pytest.MonkeyPatch) 
     assert len(seen) == len(_MAKERS)
 
 
-@pytest.mark.parametrize(
-    ("pruning", "gpu_way"),
-    [(None, True), (Pruning(retention=0.4), False)],
-    ids=["unpruned", "trio"],
-)
+@pytest.mark.parametrize(("pruning", "gpu_way"), [(None, True), (Pruning(retention=0.4), False)])
 def test_rows_with_and_without_rules_share_a_batch(pruning: Pruning | None, gpu_way: bool) -> None:
     own: list[dict[str, Any]] = [
         {},

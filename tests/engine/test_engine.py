@@ -39,8 +39,9 @@ DECODERS: dict[str, dict[str, Any]] = {
     "mistral": {"family": "mistral", "sliding_window": None},
     "qwen2": {"family": "qwen2"},
 }
+TRIO = Pruning(retention=0.4)
 PRUNINGS = {
-    "trio": Pruning(retention=0.4),
+    "trio": TRIO,
     "trio-last-keep": Pruning(schedule="0:30,3:9", proxy_positions="last", position_ids="keep"),
     "trio-as-for-qwen": Pruning(
         schedule="2:30,6:9",
@@ -69,7 +70,7 @@ def singles(engine: Engine, requests: list[Request]) -> dict[Any, Result]:
 @pytest.mark.parametrize("options", DECODERS.values(), ids=DECODERS)
 def test_unpruned_equals_generate_in_a_batch_that_others_join_late(options: Any) -> None:
     model = lively_llava(**options)
-    requests = mixed_requests(8)
+    requests = mixed_requests(10)
     expected = expected_tokens(model, PROCESSOR, requests)
     assert_lively(expected)
     late = engine(model, max_running=5, batch_tokens=150)
@@ -98,7 +99,7 @@ def test_logprobs_are_those_of_generate(model: Any) -> None:
 def test_a_model_is_left_as_it_was(model: Any) -> None:
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     attention = model.config.text_config._attn_implementation
-    by_id(engine(model, PRUNINGS["trio"]).generate(mixed_requests(4)))
+    by_id(engine(model, TRIO).generate(mixed_requests(4)))
     assert same_weights(before, model.state_dict())
     assert model.config.text_config._attn_implementation == attention
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -131,12 +132,7 @@ def as_on_a_gpu(engine: Engine) -> Engine:
 
 @pytest.mark.parametrize(
     ("pruning", "sampling"),
-    [
-        (None, {}),
-        (None, {"ignore_eos": True}),
-        (PRUNINGS["trio"], {"temperature": 0.8}),
-        (PRUNINGS["trio"], {}),
-    ],
+    [(None, {}), (None, {"ignore_eos": True}), (TRIO, {"temperature": 0.8}), (TRIO, {})],
     ids=["unpruned", "unpruned-ignoring", "trio-drawn", "trio"],
 )
 def test_the_way_a_gpu_goes_leads_to_the_same_answers(
@@ -163,7 +159,7 @@ def test_the_way_a_gpu_goes_leads_to_the_same_answers(
 
 def test_pruning_changes_answers_with_images_and_no_others(model: Any) -> None:
     requests = mixed_requests(16, seed=4, max_new_tokens=10)
-    pruned = tokens(engine(model, PRUNINGS["trio"]).generate(requests))
+    pruned = tokens(engine(model, TRIO).generate(requests))
     whole = tokens(engine(model).generate(requests))
     for request in requests:
         assert (pruned[request.id] != whole[request.id]) <= bool(request.images)
@@ -238,7 +234,7 @@ def test_the_models_own_end_of_sequence_stops_unless_ignored(model: Any) -> None
 
 def test_one_new_token(model: Any) -> None:
     requests = mixed_requests(6, seed=8, max_new_tokens=1)
-    worker = engine(model, PRUNINGS["trio"])
+    worker = engine(model, TRIO)
     results = by_id(worker.generate(requests))
     assert all(r.output_tokens == 1 and r.decode_s == 0 for r in results.values())
     assert worker.stats()["decode_steps"] == 0
@@ -288,14 +284,14 @@ def test_an_answer_left_halfway_leaves_nothing_behind(model: Any) -> None:
 
 def test_submit_and_step_serve_the_same(model: Any) -> None:
     requests = mixed_requests(12, seed=9)
-    worker = engine(model, PRUNINGS["trio"], max_running=6)
+    worker = engine(model, TRIO, max_running=6)
     results, coming = [], list(requests)
     while coming or worker.has_work:
         for request in coming[:2]:
             worker.submit(worker.prepare(request))
         del coming[:2]
         results += worker.step()
-    assert tokens(results) == tokens(engine(model, PRUNINGS["trio"]).generate(requests))
+    assert tokens(results) == tokens(engine(model, TRIO).generate(requests))
     assert worker.step() == []
 
 
@@ -343,7 +339,7 @@ def test_what_cannot_be_served_fails_alone(model: Any) -> None:
     broken = broken_requests()
     good = mixed_requests(10, seed=10)
     mixed = [item for pair in itertools.zip_longest(good, broken.values()) for item in pair if item]
-    worker = engine(model, PRUNINGS["trio"], max_running=4)
+    worker = engine(model, TRIO, max_running=4)
     results = by_id(worker.generate(mixed))
     for start, request in broken.items():
         result = results.pop(request.id)
@@ -353,7 +349,7 @@ def test_what_cannot_be_served_fails_alone(model: Any) -> None:
         values = {f.name: getattr(result, f.name) for f in fields(result)}
         given = {name for name, value in values.items() if value not in (None, [])}
         assert given == {"id", "finish_reason", "error"}
-    served = tokens(engine(model, PRUNINGS["trio"]).generate(good))
+    served = tokens(engine(model, TRIO).generate(good))
     assert {key: result.token_ids for key, result in results.items()} == served
     assert worker.stats()["failed"] == len(broken)
     assert worker._cache.room.holders == 0
@@ -392,8 +388,8 @@ def test_out_of_memory_work_is_done_in_smaller_parts(
         *mixed_requests(9, max_new_tokens=5),
         *(replace(r, id=9 + r.id, sampling=drawn) for r in mixed_requests(3, seed=1)),
     ]
-    expected = by_id(engine(model, PRUNINGS["trio"]).generate(requests))
-    worker = engine(model, PRUNINGS["trio"])
+    expected = by_id(engine(model, TRIO).generate(requests))
+    worker = engine(model, TRIO)
     work, sizes = getattr(worker._runner, part), []
 
     def scarce(*given: Any) -> Any:
@@ -559,7 +555,7 @@ def test_a_processor_of_another_model_is_refused_at_the_start(
 
 
 def test_many_mixed_requests_leave_the_cache_empty(model: Any) -> None:
-    worker = Engine(model, PROCESSOR, pruning=PRUNINGS["trio"], kv_bytes=700_000, batch_tokens=300)
+    worker = Engine(model, PROCESSOR, pruning=TRIO, kv_bytes=700_000, batch_tokens=300)
     results = by_id(worker.generate(mixed_requests(60, seed=11)))
     assert sorted(results) == list(range(60))
     assert all(result.error is None for result in results.values())

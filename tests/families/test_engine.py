@@ -17,7 +17,6 @@ from tests.engine.support import (
     tokens,
 )
 from tests.families.family import (
-    ARCHITECTURES,
     LAYERS,
     Family,
     covering,
@@ -48,14 +47,7 @@ QUICK = {
     "shares-from-embeddings": ["qwen3_vl"],
     "fastv": ["llava_next"],
 }
-OF_COUNTS = {
-    "trio": ARCHITECTURES,
-    "counts": ["qwen2_5_vl"],
-    "shares-from-embeddings": ["qwen3_vl"],
-    "random": ["llava"],
-    "fastv": ["llava_next"],
-    "divprune": ["llava_onevision"],
-}
+OF_COUNTS = QUICK | {key: ["llava", "qwen2_5_vl"] for key in ("counts", "random", "divprune")}
 
 
 def engine(family: Family, pruning: Pruning | None = None, **options: Any) -> Engine:

@@ -16,6 +16,7 @@ from trio.models.registry import adapt
 
 REDUCIBLE = ("llava", "llava_next")
 ENCODERS = ("visionzip", "scan")
+METHODS = ("trio", pytest.param("none", marks=pytest.mark.slow))
 
 
 @pytest.fixture(scope="module", params=REDUCIBLE)
@@ -27,19 +28,9 @@ def reduced(encoder: str, method: str) -> Pruning:
     return Pruning(retention=1 / 4, encoder=encoder, method=method, seed=5)
 
 
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
-    ("family", "encoder", "method"),
-    [
-        ("llava", "visionzip", "trio"),
-        ("llava_next", "scan", "trio"),
-        *(
-            pytest.param(*own, marks=pytest.mark.slow)
-            for own in itertools.product(REDUCIBLE, ENCODERS, ("trio", "none"))
-            if own not in (("llava", "visionzip", "trio"), ("llava_next", "scan", "trio"))
-        ),
-    ],
-    indirect=["family"],
-    scope="module",
+    ("family", "encoder"), list(zip(REDUCIBLE, ENCODERS, strict=True)), indirect=["family"]
 )
 def test_a_batch_answers_as_its_requests_alone(family: Family, encoder: str, method: str) -> None:
     requests = requests_of_many_sizes(6, seed=2, max_new_tokens=8)
