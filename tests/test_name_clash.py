@@ -20,6 +20,7 @@ import trio
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = importlib.metadata.distribution("trio")
 PACKAGES = Path(str(LIBRARY.locate_file("")))
+SITES = ["wheel", "editable", "checkout"]
 SUBMODULES = ["abc", "from_thread", "lowlevel", "socket", "testing", "to_thread"]
 
 OURS = """
@@ -102,7 +103,7 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return built
 
 
-@pytest.fixture(scope="session", params=["wheel", "editable", "checkout"])
+@pytest.fixture(scope="session", params=SITES)
 def site(
     request: pytest.FixtureRequest,
     wheels: dict[str, Path],
@@ -127,13 +128,13 @@ def without_library(wheels: dict[str, Path], tmp_path_factory: pytest.TempPathFa
     return made
 
 
-@pytest.mark.parametrize("program", [OURS + THEIRS, "import trio\n" + THEIRS + OURS])
-def test_both_users_in_one_process(site: Site, program: str) -> None:
-    site.run(program)
+def test_both_users_in_one_process_and_in_its_child(site: Site) -> None:
+    site.run(OURS + THEIRS + GRANDCHILD)
 
 
-def test_both_users_in_a_child_of_a_child(site: Site) -> None:
-    site.run(OURS + GRANDCHILD)
+@pytest.mark.parametrize("site", ["wheel"], indirect=True)
+def test_the_library_may_be_used_first(site: Site) -> None:
+    site.run("import trio\n" + THEIRS + OURS)
 
 
 def test_import_loads_nothing_of_the_library(site: Site) -> None:
@@ -152,7 +153,12 @@ def test_import_loads_nothing_of_the_library(site: Site) -> None:
     assert not {"torch", "transformers", "ray", "attr", "outcome"} & set(modules)
 
 
-@pytest.mark.parametrize("name", SUBMODULES)
+@pytest.mark.parametrize(
+    ("site", "name"),
+    list(zip(SITES * 2, SUBMODULES, strict=True)),
+    indirect=["site"],
+    scope="session",
+)
 def test_any_submodule_may_come_first(site: Site, name: str) -> None:
     site.run(
         f"import trio.{name}\n"
@@ -284,7 +290,17 @@ def test_pytest_finds_ours_though_a_plugin_imported_the_other(tmp_path: Path) ->
         "assert trio.run and trio.__file__.endswith('trio/__init__.py')\n"
         "assert 'trio._beside' not in sys.modules\n"
     )
-    options = ["-q", "-p", "early_plugin", "-p", "no:cacheprovider", "-k", "jobs or config"]
+    options = [
+        "-q",
+        "-n",
+        "0",
+        "-p",
+        "early_plugin",
+        "-p",
+        "no:cacheprovider",
+        "-k",
+        "jobs or config",
+    ]
     done = subprocess.run(
         [sys.executable, "-P", "-m", "pytest", *options, "tests/test_imports.py"],
         cwd=ROOT,

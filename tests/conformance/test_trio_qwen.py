@@ -119,8 +119,7 @@ def test_other_cache_lengths_do_not_pass(copied: Path) -> None:
     assert main([str(copied), "--only", "pub1"]) == 1
 
 
-@pytest.mark.parametrize("number", [0, 1])
-@pytest.mark.parametrize("case", ["pub0", "pub1"])
+@pytest.mark.parametrize(("case", "number"), [("pub0", 0), ("pub1", 1)])
 @pytest.mark.parametrize(
     "fact",
     [

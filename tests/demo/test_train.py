@@ -85,14 +85,14 @@ def test_growing_keeps_the_answers(model: LlavaForConditionalGeneration, batch: 
 
 
 STAGES = (
-    Stage(name="see", steps=2, batch=2, grid=2, learning_rate=1e-3),
-    Stage(name="answer", steps=3, batch=2, grid=2, learning_rate=1e-3, layers=6, pool=2, vision=0),
+    Stage(name="see", steps=2, batch=1, grid=2, learning_rate=1e-3),
+    Stage(name="answer", steps=3, batch=1, grid=2, learning_rate=1e-3, layers=6, pool=2, vision=0),
 )
 
 
 def test_a_resumed_run_ends_where_an_unbroken_one_does(tmp_path: Path) -> None:
     def trainer(name: str) -> Trainer:
-        return Trainer(tmp_path / name, 0, STAGES, save_every=1, scenes_evaluated=32)
+        return Trainer(tmp_path / name, 0, STAGES, save_every=1, scenes_evaluated=1)
 
     unbroken = trainer("unbroken")
     unbroken.run()

@@ -73,6 +73,13 @@ def engine(model: Any, **options: Any) -> Engine:
     return Engine(model, PROCESSOR, kv_bytes=1 << 26, **options)
 
 
+@pytest.fixture(scope="module")
+def answered() -> tuple[list[Request], dict[Any, Any]]:
+    """Requests, and what `generate` answers without rules."""
+    requests = mixed_requests(7, seed=4, max_new_tokens=10)
+    return requests, generated(lively_llava(), requests)
+
+
 TOGETHER = [{name: EACH[name] for name in EACH if name != "min_length"}]
 
 
@@ -81,13 +88,14 @@ TOGETHER = [{name: EACH[name] for name in EACH if name != "min_length"}]
     [*({name: value} for name, value in EACH.items()), *TOGETHER],
     ids=[*EACH, "together"],
 )
-def test_rules_of_a_checkpoint_act_as_in_generate(rules: dict[str, Any]) -> None:
-    model = with_rules(rules)
-    requests = mixed_requests(12, seed=4, max_new_tokens=11)
+def test_rules_of_a_checkpoint_act_as_in_generate(
+    rules: dict[str, Any], answered: tuple[list[Request], dict[Any, Any]]
+) -> None:
+    model, (requests, plain) = with_rules(rules), answered
     expected = generated(model, requests)
     assert len({*map(tuple, expected.values())}) > 4, "answers that are alike would always agree"
     if not {*rules} <= {"forced_bos_token_id", "remove_invalid_values"}:  # no prompt is that short
-        assert expected != generated(lively_llava(), requests)
+        assert expected != plain
     late = engine(model, max_running=5, batch_tokens=150)
     assert tokens(late.generate(requests)) == expected
     assert tokens(as_on_a_gpu(engine(model)).generate(requests)) == expected
@@ -115,8 +123,7 @@ def test_makers_stand_in_the_order_of_generate(monkeypatch: pytest.MonkeyPatch) 
     assert len(seen) == len(_MAKERS)
 
 
-@pytest.mark.parametrize("pruning", [None, Pruning(retention=0.4)], ids=["unpruned", "trio"])
-@pytest.mark.parametrize("gpu_way", [False, True])
+@pytest.mark.parametrize(("pruning", "gpu_way"), [(None, True), (Pruning(retention=0.4), False)])
 def test_rows_with_and_without_rules_share_a_batch(pruning: Pruning | None, gpu_way: bool) -> None:
     own: list[dict[str, Any]] = [
         {},
@@ -127,7 +134,7 @@ def test_rows_with_and_without_rules_share_a_batch(pruning: Pruning | None, gpu_
     ]
     requests = [
         replace(r, sampling=Sampling(max_new_tokens=3 + r.id, **own[r.id % 5]))
-        for r in mixed_requests(15, seed=9)
+        for r in mixed_requests(10, seed=9)
     ]
     worker = engine(lively_llava(), pruning=pruning)
     alone = singles(worker, requests)
@@ -139,7 +146,7 @@ def test_rows_with_and_without_rules_share_a_batch(pruning: Pruning | None, gpu_
 
 def test_a_samplings_own_setting_wins_over_the_checkpoints() -> None:
     model = with_rules({"repetition_penalty": 1.3, "no_repeat_ngram_size": 2})
-    requests = mixed_requests(8, seed=5, max_new_tokens=12)
+    requests = mixed_requests(5, seed=5, max_new_tokens=12)
     off = Sampling(max_new_tokens=12, repetition_penalty=1.0, no_repeat_ngram_size=0)
     plain = [replace(request, sampling=off) for request in requests]
     assert tokens(engine(model).generate(plain)) == generated(lively_llava(), requests)

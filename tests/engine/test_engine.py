@@ -39,17 +39,16 @@ DECODERS: dict[str, dict[str, Any]] = {
     "mistral": {"family": "mistral", "sliding_window": None},
     "qwen2": {"family": "qwen2"},
 }
+TRIO = Pruning(retention=0.4)
 PRUNINGS = {
-    "trio": Pruning(retention=0.4),
-    "trio-keep-positions": Pruning(retention=0.4, position_ids="keep"),
-    "trio-last": Pruning(schedule="2:20,4:6", proxy_positions="last"),
+    "trio": TRIO,
+    "trio-last-keep": Pruning(schedule="0:30,3:9", proxy_positions="last", position_ids="keep"),
     "trio-as-for-qwen": Pruning(
         schedule="2:30,6:9",
         proxy_layer="previous",
         proxy_head="input_embedding",
         position_ids="keep",
     ),
-    "trio-from-embeddings": Pruning(schedule="0:30,3:9"),
     "gradient": Pruning(schedule="1:0.5,3:0.2", method="gradient"),
     "random": Pruning(schedule="1:20,4:5", method="random", seed=3),
 }
@@ -71,7 +70,7 @@ def singles(engine: Engine, requests: list[Request]) -> dict[Any, Result]:
 @pytest.mark.parametrize("options", DECODERS.values(), ids=DECODERS)
 def test_unpruned_equals_generate_in_a_batch_that_others_join_late(options: Any) -> None:
     model = lively_llava(**options)
-    requests = mixed_requests(16)
+    requests = mixed_requests(10)
     expected = expected_tokens(model, PROCESSOR, requests)
     assert_lively(expected)
     late = engine(model, max_running=5, batch_tokens=150)
@@ -81,13 +80,13 @@ def test_unpruned_equals_generate_in_a_batch_that_others_join_late(options: Any)
 
 
 def test_unpruned_singles_equal_generate(model: Any) -> None:
-    requests = mixed_requests(8, seed=1, max_new_tokens=12)
+    requests = mixed_requests(5, seed=1, max_new_tokens=9)
     served = {key: r.token_ids for key, r in singles(engine(model), requests).items()}
     assert served == expected_tokens(model, PROCESSOR, requests)
 
 
 def test_logprobs_are_those_of_generate(model: Any) -> None:
-    requests = mixed_requests(6, seed=2, max_new_tokens=10)
+    requests = mixed_requests(4, seed=2, max_new_tokens=8)
     results = by_id(engine(model).generate(requests))
     for request in requests:
         output = generate(model, PROCESSOR, request, output_logits=True)
@@ -100,17 +99,21 @@ def test_logprobs_are_those_of_generate(model: Any) -> None:
 def test_a_model_is_left_as_it_was(model: Any) -> None:
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     attention = model.config.text_config._attn_implementation
-    by_id(engine(model, PRUNINGS["trio"]).generate(mixed_requests(4)))
+    by_id(engine(model, TRIO).generate(mixed_requests(4)))
     assert same_weights(before, model.state_dict())
     assert model.config.text_config._attn_implementation == attention
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("pruning", PRUNINGS.values(), ids=PRUNINGS)
-def test_pruned_batches_equal_singles(model: Any, pruning: Pruning) -> None:
-    requests = mixed_requests(16, seed=3)
+def test_pruned_equals_patch_and_generate_alone_and_in_batches(
+    model: Any, pruning: Pruning
+) -> None:
+    requests = mixed_requests(8, seed=3)
+    expected = expected_tokens(patch(copy.deepcopy(model), pruning), PROCESSOR, requests)
+    assert_lively(expected)
     alone = singles(engine(model, pruning), requests)
-    assert_lively({key: result.token_ids for key, result in alone.items()})
+    assert {key: result.token_ids for key, result in alone.items()} == expected
     for options in ({}, {"max_running": 5, "batch_tokens": 150}):
         together = by_id(engine(model, pruning, **options).generate(requests))
         for key, result in together.items():
@@ -127,14 +130,17 @@ def as_on_a_gpu(engine: Engine) -> Engine:
     return engine
 
 
-@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.8}, {"ignore_eos": True}])
-@pytest.mark.parametrize("pruning", [None, PRUNINGS["trio"]], ids=["unpruned", "trio"])
+@pytest.mark.parametrize(
+    ("pruning", "sampling"),
+    [(None, {}), (None, {"ignore_eos": True}), (TRIO, {"temperature": 0.8}), (TRIO, {})],
+    ids=["unpruned", "unpruned-ignoring", "trio-drawn", "trio"],
+)
 def test_the_way_a_gpu_goes_leads_to_the_same_answers(
     model: Any, pruning: Pruning | None, sampling: dict[str, Any]
 ) -> None:
     requests = [
         replace(request, sampling=replace(request.sampling or Sampling(), seed=5))
-        for request in mixed_requests(24, seed=6, **sampling)
+        for request in mixed_requests(14, seed=6, **sampling)
     ]
     expected = by_id(engine(model, pruning).generate(requests))
     for options in ({}, {"max_running": 5, "batch_tokens": 150}):
@@ -151,19 +157,9 @@ def test_the_way_a_gpu_goes_leads_to_the_same_answers(
         assert other.stats()["output_tokens"] == sum(len(r.token_ids) for r in got.values())
 
 
-@pytest.mark.parametrize("pruning", PRUNINGS.values(), ids=PRUNINGS)
-def test_pruned_equals_patch_and_generate(model: Any, pruning: Pruning) -> None:
-    requests = mixed_requests(16, seed=12)
-    patched = patch(copy.deepcopy(model), pruning)
-    expected = expected_tokens(patched, PROCESSOR, requests)
-    assert_lively(expected)
-    late = engine(model, pruning, max_running=5, batch_tokens=150)
-    assert tokens(late.generate(requests)) == expected
-
-
 def test_pruning_changes_answers_with_images_and_no_others(model: Any) -> None:
     requests = mixed_requests(16, seed=4, max_new_tokens=10)
-    pruned = tokens(engine(model, PRUNINGS["trio"]).generate(requests))
+    pruned = tokens(engine(model, TRIO).generate(requests))
     whole = tokens(engine(model).generate(requests))
     for request in requests:
         assert (pruned[request.id] != whole[request.id]) <= bool(request.images)
@@ -171,7 +167,7 @@ def test_pruning_changes_answers_with_images_and_no_others(model: Any) -> None:
 
 
 def test_retention_of_one_is_no_pruning(model: Any) -> None:
-    requests = mixed_requests(8, seed=0)
+    requests = mixed_requests(5, seed=0)
     results = by_id(engine(model, Pruning(retention=1)).generate(requests))
     assert {k: r.token_ids for k, r in results.items()} == expected_tokens(
         model, PROCESSOR, requests
@@ -185,8 +181,8 @@ def test_retention_of_one_is_no_pruning(model: Any) -> None:
 )
 def test_sampled_answers_do_not_depend_on_neighbours(model: Any, settings: Any) -> None:
     requests = [
-        replace(r, sampling=Sampling(max_new_tokens=10, seed=r.id, **settings))
-        for r in mixed_requests(12, seed=6)
+        replace(r, sampling=Sampling(max_new_tokens=8, seed=r.id, **settings))
+        for r in mixed_requests(7, seed=6)
     ]
     alone = singles(engine(model), requests)
     together = tokens(engine(model, max_running=5).generate(reversed(requests)))
@@ -223,7 +219,7 @@ def test_stop_tokens_end_an_answer_and_stay_out_of_its_text(model: Any) -> None:
 
 
 def test_the_models_own_end_of_sequence_stops_unless_ignored(model: Any) -> None:
-    requests = mixed_requests(30, seed=7, max_new_tokens=40)
+    requests = mixed_requests(20, seed=7, max_new_tokens=30)
     results = by_id(engine(model).generate(requests))
     stopped = [r for r in results.values() if r.finish_reason == "stop"]
     eos = model.generation_config.eos_token_id
@@ -238,7 +234,7 @@ def test_the_models_own_end_of_sequence_stops_unless_ignored(model: Any) -> None
 
 def test_one_new_token(model: Any) -> None:
     requests = mixed_requests(6, seed=8, max_new_tokens=1)
-    worker = engine(model, PRUNINGS["trio"])
+    worker = engine(model, TRIO)
     results = by_id(worker.generate(requests))
     assert all(r.output_tokens == 1 and r.decode_s == 0 for r in results.values())
     assert worker.stats()["decode_steps"] == 0
@@ -248,7 +244,7 @@ def test_results_come_as_they_finish_and_requests_are_pulled_lazily(model: Any) 
     pulled = []
 
     def requests() -> Any:
-        for number in range(200):
+        for number in range(120):
             pulled.append(number)
             length = 40 if number == 0 else 3
             sampling = Sampling(max_new_tokens=length, ignore_eos=True)
@@ -258,7 +254,7 @@ def test_results_come_as_they_finish_and_requests_are_pulled_lazily(model: Any) 
     for result in engine(model, max_running=4).generate(requests()):
         order.append(result.id)
         assert len(pulled) <= len(order) + 12
-    assert sorted(order) == list(range(200))
+    assert sorted(order) == list(range(120))
     assert 10 < order.index(0) < 100
 
 
@@ -288,14 +284,14 @@ def test_an_answer_left_halfway_leaves_nothing_behind(model: Any) -> None:
 
 def test_submit_and_step_serve_the_same(model: Any) -> None:
     requests = mixed_requests(12, seed=9)
-    worker = engine(model, PRUNINGS["trio"], max_running=6)
+    worker = engine(model, TRIO, max_running=6)
     results, coming = [], list(requests)
     while coming or worker.has_work:
         for request in coming[:2]:
             worker.submit(worker.prepare(request))
         del coming[:2]
         results += worker.step()
-    assert tokens(results) == tokens(engine(model, PRUNINGS["trio"]).generate(requests))
+    assert tokens(results) == tokens(engine(model, TRIO).generate(requests))
     assert worker.step() == []
 
 
@@ -343,7 +339,7 @@ def test_what_cannot_be_served_fails_alone(model: Any) -> None:
     broken = broken_requests()
     good = mixed_requests(10, seed=10)
     mixed = [item for pair in itertools.zip_longest(good, broken.values()) for item in pair if item]
-    worker = engine(model, PRUNINGS["trio"], max_running=4)
+    worker = engine(model, TRIO, max_running=4)
     results = by_id(worker.generate(mixed))
     for start, request in broken.items():
         result = results.pop(request.id)
@@ -353,7 +349,7 @@ def test_what_cannot_be_served_fails_alone(model: Any) -> None:
         values = {f.name: getattr(result, f.name) for f in fields(result)}
         given = {name for name, value in values.items() if value not in (None, [])}
         assert given == {"id", "finish_reason", "error"}
-    served = tokens(engine(model, PRUNINGS["trio"]).generate(good))
+    served = tokens(engine(model, TRIO).generate(good))
     assert {key: result.token_ids for key, result in results.items()} == served
     assert worker.stats()["failed"] == len(broken)
     assert worker._cache.room.holders == 0
@@ -392,8 +388,8 @@ def test_out_of_memory_work_is_done_in_smaller_parts(
         *mixed_requests(9, max_new_tokens=5),
         *(replace(r, id=9 + r.id, sampling=drawn) for r in mixed_requests(3, seed=1)),
     ]
-    expected = singles(engine(model, PRUNINGS["trio"]), requests)
-    worker = engine(model, PRUNINGS["trio"])
+    expected = by_id(engine(model, TRIO).generate(requests))
+    worker = engine(model, TRIO)
     work, sizes = getattr(worker._runner, part), []
 
     def scarce(*given: Any) -> Any:
@@ -434,7 +430,7 @@ def test_limits_come_back_once_there_is_memory_again(
         return work(*given)
 
     monkeypatch.setattr(owner, name, scarce)
-    requests = mixed_requests(10, max_new_tokens=3, ignore_eos=True)
+    requests = mixed_requests(6, max_new_tokens=3, ignore_eos=True)
     changed = {"prefill": "batch_tokens", "decode": "max_running", "keys": "kv_budget_bytes"}[part]
     worker.submit(requests[0])
     worker.submit(requests[1])
@@ -559,12 +555,12 @@ def test_a_processor_of_another_model_is_refused_at_the_start(
 
 
 def test_many_mixed_requests_leave_the_cache_empty(model: Any) -> None:
-    worker = Engine(model, PROCESSOR, pruning=PRUNINGS["trio"], kv_bytes=700_000, batch_tokens=300)
-    results = by_id(worker.generate(mixed_requests(120, seed=11)))
-    assert sorted(results) == list(range(120))
+    worker = Engine(model, PROCESSOR, pruning=TRIO, kv_bytes=700_000, batch_tokens=300)
+    results = by_id(worker.generate(mixed_requests(60, seed=11)))
+    assert sorted(results) == list(range(60))
     assert all(result.error is None for result in results.values())
     stats = worker.stats()
-    assert stats["requests"] == 120
+    assert stats["requests"] == 60
     assert 0 < stats["kv_used_bytes_peak"] <= 700_000
     assert worker._cache.allocated_bytes <= 700_000
     assert worker._cache.used_bytes == worker._cache.room.holders == 0

@@ -8,8 +8,12 @@ import pytest
 
 from tests.families.family import ARCHITECTURES, FAMILIES, Family
 
+# Elsewhere LLaVA runs through the decoders.
+SLOW = ("llava-mistral", "llava-qwen2", "llava_next-mistral")
+ANY = [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in FAMILIES]
 
-@pytest.fixture(scope="module", params=FAMILIES)
+
+@pytest.fixture(scope="module", params=ANY)
 def any_family(request: Any) -> Family:
     return FAMILIES[request.param]()
 

@@ -5,11 +5,13 @@ A new family gets an entry in `FAMILIES` and is then held to all that the tests 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from tests.engine.support import MANY_SIZES, mixed_requests, picture
 from tests.models import LLAVA_NEXT, PINPOINTS, save_tiny_checkpoint, tiny_llava, tiny_processor
@@ -119,6 +121,16 @@ ARCHITECTURES = [name for name in FAMILIES if "-" not in name]
 """One of each adapter, for what does not depend on the decoder."""
 
 
+def covering(values: Mapping[str, Any], quick: Mapping[str, Sequence[str]]) -> list[Any]:
+    """Each value with each architecture; all but those named in `quick` run in CI only."""
+    return [
+        pytest.param(name, value, id=f"{name}-{key}", marks=[pytest.mark.slow] * (name not in own))
+        for key, value in values.items()
+        for own in [quick.get(key, ())]
+        for name in ARCHITECTURES
+    ]
+
+
 def requests_of_many_sizes(count: int, *, seed: int = 0, **sampling: Any) -> list[Request]:
     """No, one or two images a prompt, and one prompt with every size, so with many images."""
     requests = mixed_requests(count, seed=seed, sizes=MANY_SIZES, **sampling)
@@ -128,10 +140,15 @@ def requests_of_many_sizes(count: int, *, seed: int = 0, **sampling: Any) -> lis
 
 
 def requests_with(images: Sequence[int]) -> list[Request]:
-    """Prompts with so many images each, all of different sizes."""
+    """Prompts with so many images each, all of different sizes, and short answers."""
     pictures = iter([picture(number, size) for number, size in enumerate(MANY_SIZES)])
     prompts = cycle(["what is this", "how many", "describe the picture please", "where is red ?"])
     return [
-        Request(prompt=prompt, images=tuple(next(pictures) for _ in range(count)), id=number)
+        Request(
+            prompt=prompt,
+            images=tuple(next(pictures) for _ in range(count)),
+            id=number,
+            sampling=Sampling(max_new_tokens=2),
+        )
         for number, (count, prompt) in enumerate(zip(images, prompts, strict=False))
     ]

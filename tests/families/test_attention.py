@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -13,14 +15,10 @@ from trio.models.registry import adapt
 LENGTHS = (40, 7, 7, 23)
 
 
-@pytest.mark.parametrize("tile_tokens", [5, 40, 1000])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_attention_equals_the_models_own(
-    name: str, tile_tokens: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_attention_equals_the_models_own(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = FAMILIES[name]().model
     decoder = adapt(model).decoder
-    monkeypatch.setattr(keys, "_TILE", tile_tokens * decoder.hidden_size)
     text, _ = oracle.text_parts(model, torch.float64)
     generator = torch.Generator().manual_seed(5)
     entered, books, places = [], [], []
@@ -39,7 +37,8 @@ def test_attention_equals_the_models_own(
         entered.append(torch.cat(out.hidden_states[:LAYERS]))
         books.append(torch.stack([own[0, :, -1].mean(dim=0) for own in out.attentions]))
         places.append(place if len(place) > 1 else place[0])
-    for layer in (0, 3):
+    for layer, tile_tokens in itertools.product((0, 3), (5, 40, 1000)):
+        monkeypatch.setattr(keys, "_TILE", tile_tokens * decoder.hidden_size)
         got_T = decoder.last_attention(
             layer, torch.cat([own[layer] for own in entered]), torch.cat(places, dim=-1), LENGTHS
         )

@@ -19,6 +19,7 @@ from tests.engine.support import (
 from tests.families.family import (
     LAYERS,
     Family,
+    covering,
     requests_of_many_sizes,
 )
 from trio.config import Pruning
@@ -40,12 +41,13 @@ PRUNINGS = {
     "divprune": Pruning(retention=0.4, method="divprune"),
 }
 
-SLOW = ("counts", "random", "divprune")
-# Each takes some seconds over the families; all run in CI.
-QUICKLY = [
-    pytest.param(pruning, marks=[pytest.mark.slow] if name in SLOW else [])
-    for name, pruning in PRUNINGS.items()
-]
+# LLaVA's are in tests/engine.
+QUICK = {
+    "trio": ["llava_next", "llava_onevision", "qwen2_5_vl", "qwen3_vl"],
+    "shares-from-embeddings": ["qwen3_vl"],
+    "fastv": ["llava_next"],
+}
+OF_COUNTS = QUICK | {key: ["llava", "qwen2_5_vl"] for key in ("counts", "random", "divprune")}
 
 
 def engine(family: Family, pruning: Pruning | None = None, **options: Any) -> Engine:
@@ -66,7 +68,7 @@ def of_one_batch(
 
 
 def test_unpruned_equals_generate(any_family: Family) -> None:
-    requests = requests_of_many_sizes(16)
+    requests = requests_of_many_sizes(7)
     expected = expected_tokens(any_family.model, any_family.processor, requests)
     assert_lively(expected)
     late = engine(any_family, max_running=5, batch_tokens=250)
@@ -75,31 +77,34 @@ def test_unpruned_equals_generate(any_family: Family) -> None:
 
 
 def test_unpruned_equals_generate_on_the_padded_batch(family: Family) -> None:
-    requests = requests_of_many_sizes(12, seed=1, max_new_tokens=12)
-    answers = of_one_batch(family.model, family.processor, requests, 12)
+    requests = requests_of_many_sizes(8, seed=1, max_new_tokens=9)
+    answers = of_one_batch(family.model, family.processor, requests, 9)
     assert_lively(answers)
     assert tokens(engine(family).generate(requests)) == answers
 
 
-@pytest.mark.parametrize("pruning", QUICKLY, ids=PRUNINGS)
+@pytest.mark.parametrize(
+    ("family", "pruning"), covering(PRUNINGS, QUICK), indirect=["family"], scope="module"
+)
 def test_pruned_equals_patch_and_generate_alone_and_in_batches(
     family: Family, pruning: Pruning
 ) -> None:
     processor = family.processor
-    requests = requests_of_many_sizes(12, seed=2, max_new_tokens=10)
+    requests = requests_of_many_sizes(7, seed=2, max_new_tokens=8)
     patched = patch(copy.deepcopy(family.model), pruning)
     expected = expected_tokens(patched, processor, requests)
     assert_lively(expected)
     late = engine(family, pruning, max_running=5, batch_tokens=250)
     assert tokens(late.generate(requests)) == expected
-    one_by_one = engine(family, pruning)
-    alone = itertools.chain.from_iterable(one_by_one.generate([r]) for r in requests)
-    assert tokens(alone) == expected
-    some = requests[:8]
-    assert of_one_batch(patched, processor, some, 10) == {r.id: expected[r.id] for r in some}
+    one_by_one, some = engine(family, pruning), requests[1::2]
+    alone = itertools.chain.from_iterable(one_by_one.generate([r]) for r in some)
+    assert tokens(alone) == {r.id: expected[r.id] for r in some}
+    assert of_one_batch(patched, processor, requests[:7], 8) == {i: expected[i] for i in range(7)}
 
 
-@pytest.mark.parametrize("pruning", PRUNINGS.values(), ids=PRUNINGS)
+@pytest.mark.parametrize(
+    ("family", "pruning"), covering(PRUNINGS, OF_COUNTS), indirect=["family"], scope="module"
+)
 def test_every_image_keeps_what_the_schedule_says_of_its_own_count(
     family: Family, pruning: Pruning
 ) -> None:
@@ -149,7 +154,7 @@ def test_the_memory_plan_is_for_the_largest_or_a_usual_image(family: Family) -> 
 def test_a_checkpoint_is_loaded_and_served(family: Family, tmp_path: Path) -> None:
     directory = family.save(tmp_path)
     loaded = Engine.from_pretrained(str(directory), device="cpu", kv_bytes=1 << 26)
-    requests = requests_of_many_sizes(6, seed=4)
+    requests = requests_of_many_sizes(3, seed=4, max_new_tokens=5)
     assert tokens(loaded.generate(requests)) == tokens(engine(family).generate(requests))
     assert type(loaded.prepare._processor.image_processor).__name__ == family.image_processor
 

@@ -29,9 +29,11 @@ def reduced(encoder: str, method: str) -> Pruning:
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("encoder", ENCODERS)
+@pytest.mark.parametrize(
+    ("family", "encoder"), list(zip(REDUCIBLE, ENCODERS, strict=True)), indirect=["family"]
+)
 def test_a_batch_answers_as_its_requests_alone(family: Family, encoder: str, method: str) -> None:
-    requests = requests_of_many_sizes(10, seed=2, max_new_tokens=10)
+    requests = requests_of_many_sizes(6, seed=2, max_new_tokens=8)
     pruning = reduced(encoder, method)
     late = by_id(engine(family, pruning, max_running=5, batch_tokens=150).generate(requests))
     worker = engine(family, pruning)
@@ -76,7 +78,7 @@ def assert_as_settled(pruning: Pruning, prepared: Prepared, result: Result) -> N
 
 @pytest.mark.parametrize("encoder", ENCODERS)
 def test_keeping_all_answers_as_without_a_reduction(family: Family, encoder: str) -> None:
-    requests = requests_of_many_sizes(8, seed=1, max_new_tokens=10)
+    requests = requests_of_many_sizes(4, seed=1, max_new_tokens=8)
     expected = tokens(engine(family).generate(requests))
     assert_lively(expected)
     for settings in ({"schedule": "0:1.0"}, {"retention": 1.0}):
@@ -89,7 +91,7 @@ def test_keeping_all_answers_as_without_a_reduction(family: Family, encoder: str
 
 
 def test_answers_change_with_what_is_kept(family: Family) -> None:
-    requests = requests_of_many_sizes(8, seed=3, max_new_tokens=10)
+    requests = requests_of_many_sizes(3, seed=3, max_new_tokens=4)
     answers = [
         tokens(
             engine(family, Pruning(schedule="0:0.2", encoder=encoder, method="none")).generate(

@@ -48,7 +48,7 @@ def test_a_batch_equals_singles_and_counts_are_as_asked(
     family: Family, method: str, position_ids: str
 ) -> None:
     pruning = replace(SCAN, method=method, position_ids=position_ids)
-    requests = requests_of_many_sizes(10, seed=2, max_new_tokens=10)
+    requests = requests_of_many_sizes(7, seed=2, max_new_tokens=8)
     assert {len(request.images) for request in requests} >= {0, 1, 2, 9}
     worker = engine(family, pruning)
     alone = one_by_one(worker, requests)
@@ -80,7 +80,7 @@ def test_a_batch_equals_singles_and_counts_are_as_asked(
 
 
 def test_what_keeps_all_answers_as_unpruned(family: Family) -> None:
-    requests = requests_of_many_sizes(10, seed=5, max_new_tokens=10)
+    requests = requests_of_many_sizes(5, seed=5, max_new_tokens=8)
     whole = tokens(engine(family, None).generate(requests))
     assert_lively(whole)
     for pruning in (
@@ -94,7 +94,7 @@ def test_what_keeps_all_answers_as_unpruned(family: Family) -> None:
 
 def test_what_is_left_out_changes_answers(family: Family) -> None:
     """Guards the equalities above."""
-    requests = [r for r in requests_of_many_sizes(10, seed=5, max_new_tokens=10) if r.images]
+    requests = [r for r in requests_of_many_sizes(3, seed=5, max_new_tokens=4) if r.images]
     whole = tokens(engine(family, None).generate(requests))
     pruning = replace(SCAN, method="none")
     assert tokens(engine(family, pruning).generate(requests)) != whole

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import functools
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,23 +17,10 @@ from trio.models import registry
 from trio.models.decoder import Decoder
 from trio.models.llava import LlavaAdapter
 
-ROOT = Path(__file__).resolve().parents[2]
 PLUGIN = """
 from trio.models.llava import LlavaAdapter
 class Adapter(LlavaAdapter):
     default_position_ids = "keep"
-"""
-ASKS = """
-import sys
-from types import SimpleNamespace
-from trio.errors import UserError
-from trio.models.registry import adapter_class, supported
-print(supported())
-for kind in sys.argv[1:]:
-    try:
-        print(kind, adapter_class(SimpleNamespace(model_type=kind)).default_position_ids)
-    except UserError as error:
-        print(error)
 """
 
 
@@ -93,7 +80,7 @@ def test_an_unsupported_type_is_told_what_is_supported() -> None:
         registry.adapter_class(config)
 
 
-def test_installed_packages_bring_families(tmp_path: Path) -> None:
+def test_installed_packages_bring_families(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "their_vl.py").write_text(PLUGIN)
     (tmp_path / "their_broken_vl.py").write_text("class Adapter(")
     info = tmp_path / "their_vl-1.0.dist-info"
@@ -109,24 +96,18 @@ def test_installed_packages_bring_families(tmp_path: Path) -> None:
         "llava = their_vl:Adapter",
     ]
     (info / "entry_points.txt").write_text("\n".join(["[trio_vlm.adapters]", *lines]))
-    out = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            ASKS,
-            "their_vl",
-            "llava",
-            *("gone", "odd", "function", "broken", "half"),
-        ],
-        env={"PYTHONPATH": f"{ROOT}:{tmp_path}"},
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.splitlines()
-    assert "'their_vl'" in out[0] and "'llava'" in out[0]
-    assert out[1:3] == ["their_vl keep", "llava renumber"]
-    assert "no_such_module:Adapter, cannot be loaded: ModuleNotFoundError: No module" in out[3]
-    assert "their_vl:PLUGIN, cannot be loaded" in out[4]
-    assert "their_broken_vl:Adapter, cannot be loaded: SyntaxError" in out[6]
-    assert "is not complete: it lacks _features, check_inputs" in out[7]
-    assert out[5] == "the adapter for 'function', json:dumps, is no subclass of trio.Adapter"
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(registry, "_entries", functools.cache(registry._entries.__wrapped__))
+    assert {"their_vl", "llava"} <= {*registry.supported()}
+    for kind, positions in (("their_vl", "keep"), ("llava", "renumber")):
+        found = registry.adapter_class(SimpleNamespace(model_type=kind))
+        assert found.default_position_ids == positions
+    for kind, message in {
+        "gone": "no_such_module:Adapter, cannot be loaded: ModuleNotFoundError: No module",
+        "odd": "their_vl:PLUGIN, cannot be loaded",
+        "function": "^the adapter for 'function', json:dumps, is no subclass of trio.Adapter$",
+        "broken": "their_broken_vl:Adapter, cannot be loaded: SyntaxError",
+        "half": "is not complete: it lacks _features, check_inputs",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            registry.adapter_class(SimpleNamespace(model_type=kind))

@@ -197,14 +197,11 @@ def test_no_hook_stays(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def merged_in_a_loop(features: Tensor, kept: tuple[int | None, ...], layer: Tensor) -> Tensor:
     """Rows of `layer`, each row averaged into that of the kept token nearest to its own."""
-    groups: dict[int | None, list[int]] = {token: [] for token in kept}
+    places = [token for token in kept if token is not None]
+    groups: dict[int, list[int]] = {token: [] for token in places}
     for token, row in enumerate(features.double()):
-        near = {
-            other: float(torch.cosine_similarity(row, features[other].double(), dim=0))
-            for other in kept
-            if other is not None
-        }
-        groups[token if token in groups else max(near, key=near.__getitem__)].append(token)
+        near = torch.cosine_similarity(row[None], features[places].double(), dim=1)
+        groups[token if token in groups else places[int(near.argmax())]].append(token)
     return torch.stack([layer[own].double().mean(dim=0) for own in groups.values()]).float()
 
 
@@ -266,7 +263,7 @@ def test_what_never_drops_a_token_runs_without_the_reduction(kind: Kind) -> None
 def test_the_scan_costs_what_its_operations_add_up_to(kind: Kind) -> None:
     adapter = kind.adapter
     shape = adapter._vision_shape()
-    for image, count in zip(kind.singles, kind.counts, strict=True):
+    for image, count in zip(kind.singles[::2], kind.counts[::2], strict=True):
         rows, columns = image["image_grid_thw"][0, 1:].tolist()
         for keep in {1, (count + 1) // 2, count}:
             with torch.no_grad(), counter() as operations:

@@ -39,7 +39,10 @@ def test_what_the_user_says_stands(asked: dict[str, str], monkeypatch: pytest.Mo
     [
         (["jobs/benchmark.py", "targets", "--dry-run"], {}, "PASSIVE", "0"),
         (["-m", "trio.conformance", "--help"], {}, "PASSIVE", "0"),
-        (["jobs/benchmark.py", "targets", "--dry-run"], ASKED[1], "PASSIVE", "1000"),
+        pytest.param(
+            *(["-m", "trio.conformance", "--help"], ASKED[1], "PASSIVE", "1000"),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 @pytest.mark.skipif(sys.platform != "linux", reason="GNU's OpenMP says what it goes by")

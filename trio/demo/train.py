@@ -346,8 +346,9 @@ class Trainer:
         """Share right on held-out scenes: patches by digit and colour, answers by kind."""
         totals: defaultdict[str, list[float]] = defaultdict(list)
         rng = np.random.default_rng(12345)
-        for _ in range(self.scenes_evaluated // 32):
-            batch = make_batch(rng, self.tokenizer, "heldout", 32, stage.grid, stage.plain)
+        size = min(32, self.scenes_evaluated)
+        for _ in range(self.scenes_evaluated // size):
+            batch = make_batch(rng, self.tokenizer, "heldout", size, stage.grid, stage.plain)
             with torch.autocast("cpu", torch.bfloat16):
                 features, _ = see(self.model, batch)
                 objects = batch.patch_digit != 10
