@@ -7,6 +7,7 @@ import _bootstrap  # noqa: F401  # isort: skip
 import argparse
 import dataclasses
 import json
+import math
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -37,6 +38,8 @@ CALIBRATE = (
     "remote_images_from", "image_roots", "max_image_pixels", "row_timeout",
 )  # fmt: skip
 """Settings of the jobs that `calibrate` has, too."""
+GOALS = "goals"
+"""The part of `targets` that holds figures against what they should be."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -252,24 +255,46 @@ def cost(options: argparse.Namespace) -> int:
 
 
 def targets(options: argparse.Namespace) -> int:
-    """The speed figures that this project aims at, all of this device in one go."""
+    """What this device makes of the engine, in parts, and the speed that this project aims at.
+
+    Every figure is printed, and with --json written, as soon as it is there.
+    """
     import torch
 
     from trio.benchmark.conditions import machine
+    from trio.benchmark.device import PARTS, Bench
+    from trio.benchmark.device import run as figures
     from trio.benchmark.speed import Workload, compare
     from trio.benchmark.speed import table as speed_table
-    from trio.benchmark.targets import RUNS, table
+    from trio.benchmark.targets import RUNS, parity_row, table
 
+    unknown = [part for part in options.parts if part not in (*PARTS, GOALS)]
+    if unknown:
+        there = ", ".join((*PARTS, GOALS))
+        raise UserError(f"--parts {','.join(unknown)} is not available; there are: {there}")
     _check_file(options.json)
     device, dtype = _device(options)
-    runs = RUNS[device.type]
-    conditions = {"rounds": options.rounds, "dtype": dtype, **machine(device)}
+    shape = options.shape or ("small" if device.type == "cpu" else "llava-next-7b")
+    bench = Bench(shape, device, getattr(torch, dtype), options.seconds)
+    runs = RUNS[device.type] if GOALS in options.parts else ()
+    conditions = {"shape": shape, "rounds": options.rounds, "dtype": dtype, **machine(device)}
     print(_line(conditions), flush=True)
     if options.dry_run:
-        print("\n".join(run.name for run in runs))
+        parts = [part for part in PARTS if part in options.parts]
+        print("\n".join([*parts, *(run.name for run in runs)]))
         return 0
-    rows, results = [], {}
+    found: dict[str, Any] = {"conditions": conditions, "figures": [], "targets": [], "runs": {}}
+    for figure in figures(bench, options.parts):
+        print(_shown(figure), flush=True)
+        found["figures"].append(figure)
+        if figure["part"] == "parity" and figure.get("dtype") == "float32":
+            found["targets"].append(parity_row(figure))
+        _write(options.json, found)
     for run in runs:
+        if bench.left_s <= 0:
+            found["figures"].append({"part": GOALS, "skipped": run.name})
+            _tell(f"left out, as --seconds {options.seconds:g} are over: {run.name}")
+            continue
         _tell(run.name)
         workload = Workload(batch=run.batch, prompt_tokens=40, output_tokens=run.output_tokens)
         result = compare(
@@ -282,11 +307,24 @@ def targets(options: argparse.Namespace) -> int:
             tell=_tell,
         )
         print(f"{run.name}\n{speed_table(result)}\n", flush=True)
-        results[run.name] = result
-        rows += [target.row(run.name, result) for target in run.targets]
-    print(table(rows))
-    _write(options.json, {"conditions": conditions, "targets": rows, "runs": results})
-    return 0
+        found["runs"][run.name] = result
+        found["targets"] += [target.row(run.name, result) for target in run.targets]
+        _write(options.json, found)
+    _write(options.json, found)
+    if found["targets"]:
+        print(table(found["targets"]))
+    failed = [figure["part"] for figure in found["figures"] if "failed" in figure]
+    if failed:
+        _tell(f"failed: {', '.join(failed)}")
+    return 1 if failed else 0
+
+
+def _shown(figure: Mapping[str, Any]) -> str:
+    """A figure of `targets` in a line, without what is only for its file."""
+    short = {name: one for name, one in figure.items() if name not in ("trace", "dearest")}
+    return _line(
+        {name: f"{one:.4g}" if isinstance(one, float) else one for name, one in short.items()}
+    )
 
 
 def _pruning(options: argparse.Namespace) -> Pruning:
@@ -565,9 +603,31 @@ def _add_where(add: Callable[..., object]) -> None:
 
 def _add_targets(parser: argparse.ArgumentParser) -> None:
     add = partial(parser.add_argument, default=argparse.SUPPRESS)
-    parser.set_defaults(run=targets, device=None, dtype=None, rounds=3, json=None, dry_run=False)
+    parser.set_defaults(
+        run=targets,
+        parts=["env", "parity", "prefill", "fill", "profile", "decode", GOALS],
+        seconds=math.inf,
+        shape=None,
+        device=None,
+        dtype=None,
+        rounds=3,
+        json=None,
+        dry_run=False,
+    )
+    add(
+        "--parts",
+        type=_words,
+        help="of env,parity,prefill,fill,profile,decode,goals; goals are whole comparisons with "
+        "`generate`, as of speed, and take longest (all)",
+    )
+    add(
+        "--seconds",
+        type=_seconds,
+        help="that all may take; what would not fit is left out, and that is said (no limit)",
+    )
+    add("--shape", help="of prefill, fill, profile and decode (llava-next-7b; small on a CPU)")
     _add_where(add)
-    add("--json", type=Path, metavar="FILE", help="also write conditions, targets and all rows")
+    add("--json", type=Path, metavar="FILE", help="also write conditions, figures and all rows")
     add("--dry-run", action="store_true", help="print what would be measured, then stop")
 
 
@@ -648,6 +708,13 @@ def _shape(text: str) -> str:
     except UserError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
     return text
+
+
+def _seconds(text: str) -> float:
+    value = _fraction(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no time in seconds above 0")
+    return value
 
 
 def _positive(text: str) -> int:

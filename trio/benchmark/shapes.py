@@ -68,7 +68,7 @@ def build(name: str, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any
         UserError: no such shape.
     """
     with torch.device(device):
-        model = _shape(name).model(tokenizer())
+        model = named(name).model(tokenizer())
     model = model.to(dtype).eval()
     _fill(model)
     return model, processor(name)
@@ -81,15 +81,20 @@ def blueprint(name: str) -> Any:
         UserError: no such shape.
     """
     with torch.device("meta"):
-        return _shape(name).model(tokenizer()).to(torch.bfloat16).eval()
+        return named(name).model(tokenizer()).to(torch.bfloat16).eval()
 
 
 def processor(name: str) -> Any:
     """One that fits the models of this shape."""
-    return _shape(name).processor(tokenizer())
+    return named(name).processor(tokenizer())
 
 
-def _shape(name: str) -> Shape:
+def named(name: str) -> Shape:
+    """The shape of this name.
+
+    Raises:
+        UserError: no such shape.
+    """
     if name not in SHAPES:
         raise UserError(
             f"--shape {name} is not available in this version; there are: {', '.join(SHAPES)}"

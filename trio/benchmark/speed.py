@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from trio.benchmark.ceilings import Ceilings, PeakMemory, seconds
 from trio.benchmark.ceilings import measure as measure_ceilings
@@ -176,22 +177,9 @@ class GenerateSubject:
     def _generate(self, *, one: bool) -> None:
         for start in range(0, len(self._requests), self.size):
             batch = self._requests[start : start + self.size]
-            ids = torch.tensor([request.input_ids for request in batch], device=self._model.device)
-            images = [image for request in batch for image in request.image_inputs]
-            inputs = {
-                name: torch.cat([image[name] for image in images]).to(self._model.device)
-                for name in images[0]
-            }
-            pixels = inputs.pop("pixel_values")
-            if "mm_token_type_ids" in inspect.signature(self._model.forward).parameters:
-                # Without them a model whose positions depend on images takes these for text.
-                inputs["mm_token_type_ids"] = (ids == self._model.config.image_token_id).long()
             tokens = 1 if one else max(map(_asked, batch))
             self._model.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                pixel_values=pixels.to(self._model.dtype),
-                **inputs,
+                **generate_inputs(self._model, batch),
                 do_sample=False,
                 max_new_tokens=tokens,
                 min_new_tokens=tokens,
@@ -208,6 +196,20 @@ class GenerateSubject:
         added = max(map(_asked, self._requests)) - 1
         stored = [tokens + added for tokens in self._layers(request)]
         return self._shape.kv_bytes(stored, self._model.dtype.itemsize)
+
+
+def generate_inputs(model: Any, batch: Sequence[Prepared]) -> dict[str, Tensor]:
+    """What `model.generate` takes for prompts of one length, each with images."""
+    ids = torch.tensor([request.input_ids for request in batch], device=model.device)
+    images = [image for request in batch for image in request.image_inputs]
+    inputs = {
+        name: torch.cat([image[name] for image in images]).to(model.device) for name in images[0]
+    }
+    inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+    if "mm_token_type_ids" in inspect.signature(model.forward).parameters:
+        # Without them a model whose positions depend on images takes these for text.
+        inputs["mm_token_type_ids"] = (ids == model.config.image_token_id).long()
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **inputs}
 
 
 def _kv_bytes(device: torch.device) -> int | None:
