@@ -312,6 +312,7 @@ def test_pytest_finds_ours_though_a_plugin_imported_the_other(tmp_path: Path) ->
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_local")
 def test_a_ray_worker_has_both() -> None:

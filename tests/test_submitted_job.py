@@ -200,25 +200,14 @@ def test_submitted_with_a_working_directory(checkout: Path, submit: Submit) -> N
     assert "FOUND None (0.5, None, 'None Pruning') {}" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.parametrize(
     ("flag", "variables", "joined", "waits"),
     [
         (None, {}, False, "OMP_WAIT_POLICY=PASSIVE"),
-        pytest.param(
-            "local",
-            {"RAY_ADDRESS": "{ray}", "GOMP_SPINCOUNT": "1000"},
-            False,
-            "GOMP_SPINCOUNT=1000",
-            marks=pytest.mark.slow,
-        ),
-        pytest.param(
-            "{ray}",
-            {"RAY_ADDRESS": "local"},
-            True,
-            "OMP_WAIT_POLICY=PASSIVE",
-            marks=pytest.mark.slow,
-        ),
+        ("local", {"RAY_ADDRESS": "{ray}", "GOMP_SPINCOUNT": "1000"}, False, "GOMP_SPINCOUNT=1000"),
+        ("{ray}", {"RAY_ADDRESS": "local"}, True, "OMP_WAIT_POLICY=PASSIVE"),
         ("auto", {"OMP_WAIT_POLICY": "ACTIVE"}, True, "OMP_WAIT_POLICY=ACTIVE"),
         (None, {"RAY_ADDRESS": "{ray}"}, True, "OMP_WAIT_POLICY=PASSIVE"),
     ],
@@ -258,6 +247,7 @@ def test_workers_of_a_submitted_job_wait_passively(checkout: Path, submit: Submi
     assert "FOUND True ['OMP_WAIT_POLICY=PASSIVE']" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_the_job_from_a_clone(
     clone: Path, submit: Submit, cluster: dict[str, str], tmp_path: Path
@@ -272,6 +262,7 @@ def test_the_job_from_a_clone(
     assert (out / "_SUCCESS").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_a_broken_argument_is_named_in_the_logs_of_the_job(
     clone: Path, submit: Submit, cluster: dict[str, str], tmp_path: Path

@@ -119,6 +119,7 @@ def test_other_cache_lengths_do_not_pass(copied: Path) -> None:
     assert main([str(copied), "--only", "pub1"]) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("case", "number"), [("pub0", 0), ("pub1", 1)])
 @pytest.mark.parametrize(
     "fact",
@@ -343,6 +344,7 @@ def strict_picks(features: Tensor, ranked: list[int]) -> int:
     return len(taken)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cached", [False, True], ids=["no cache", "cached"])
 @pytest.mark.parametrize(
     ("layers", "ratios", "last"),

@@ -38,7 +38,9 @@ def test_what_the_user_says_stands(asked: dict[str, str], monkeypatch: pytest.Mo
     ("command", "asked", "policy", "spins"),
     [
         (["jobs/benchmark.py", "targets", "--dry-run"], {}, "PASSIVE", "0"),
-        (["-m", "trio.conformance", "--help"], {}, "PASSIVE", "0"),
+        pytest.param(
+            *(["-m", "trio.conformance", "--help"], {}, "PASSIVE", "0"), marks=pytest.mark.slow
+        ),
         pytest.param(
             *(["-m", "trio.conformance", "--help"], ASKED[1], "PASSIVE", "1000"),
             marks=pytest.mark.slow,

@@ -125,6 +125,7 @@ def test_engines_that_do_not_start_end_the_run_with_the_reason(tmp_path: Path) -
     assert summary["rows"] == 1 and len(starts.read_text().splitlines()) == 6
 
 
+@pytest.mark.slow
 def test_engines_that_die_on_every_row_end_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -148,6 +149,7 @@ def test_stopping_lets_what_is_in_hand_finish(tmp_path: Path) -> None:
     assert len(seen.read_text().split()) == 200
 
 
+@pytest.mark.slow
 def test_stopping_waits_no_longer_than_the_grace_period(tmp_path: Path) -> None:
     shard(tmp_path / "in", ["hang"])
     seen, stop = tmp_path / "seen", Stop()
@@ -197,6 +199,7 @@ def test_a_shard_that_changes_under_way_costs_its_own_rows(
     assert said.count("its rows that are not answered yet become errors") == 1
 
 
+@pytest.mark.slow
 def test_an_input_that_is_gone_as_a_whole_ends_the_run(tmp_path: Path) -> None:
     """It may be a mount: what is left must not become errors."""
     # Far more rows than can have been read ahead by the time the first are written.
@@ -213,6 +216,7 @@ def test_an_input_that_is_gone_as_a_whole_ends_the_run(tmp_path: Path) -> None:
     assert not [r for r in rows(out) if r["error"]]
 
 
+@pytest.mark.slow
 def test_an_output_that_cannot_be_written_ends_the_run(tmp_path: Path) -> None:
     shard(tmp_path / "in", ["p0"])
     out, seen = tmp_path / "out", tmp_path / "seen"
@@ -226,6 +230,7 @@ def test_an_output_that_cannot_be_written_ends_the_run(tmp_path: Path) -> None:
         execute(tmp_path / "in", out, faulty(delay_s=0.5, seen=seen))
 
 
+@pytest.mark.slow
 def test_a_run_in_which_nearly_everything_fails_ends_early(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
