@@ -142,15 +142,10 @@ def test_paths_a_config_fed_back_and_a_comparison(
     assert {p: p.stat().st_mtime_ns for p in first.rglob("*")} == before
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_local")
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=[] if name == "qwen3_vl" else pytest.mark.slow)
-        for name in ARCHITECTURES
-    ],
-)
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_images_of_many_shapes_from_parquet_to_parquet(tmp_path: Path, name: str) -> None:
     """Of every family; each image has its own number of visual tokens, and several are in a row."""
     family = FAMILIES[name]()
@@ -257,6 +252,7 @@ def test_eadp_with_the_bundled_models_own_text_tower(tmp_path: Path) -> None:
         assert row["error"] is None and row["visual_tokens_stages"] == [64]
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_local")
 def test_a_users_adapter_and_a_system_message(

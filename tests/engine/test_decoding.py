@@ -80,13 +80,15 @@ def answered() -> tuple[list[Request], dict[Any, Any]]:
     return requests, generated(lively_llava(), requests)
 
 
-TOGETHER = [{name: EACH[name] for name in EACH if name != "min_length"}]
+TOGETHER = {name: EACH[name] for name in EACH if name != "min_length"}
+AT_ONCE: dict[str, Any] = {"min_new_tokens": 5, "sequence_bias": [[[EOS], 50.0]]}
+"""The end comes as soon as it may."""
 
 
 @pytest.mark.parametrize(
     "rules",
-    [*({name: value} for name, value in EACH.items()), *TOGETHER],
-    ids=[*EACH, "together"],
+    [*({name: value} for name, value in EACH.items()), TOGETHER, AT_ONCE],
+    ids=[*EACH, "together", "the end at once"],
 )
 def test_rules_of_a_checkpoint_act_as_in_generate(
     rules: dict[str, Any], answered: tuple[list[Request], dict[Any, Any]]

@@ -181,7 +181,11 @@ def rewritten(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fate", "kind"), [(rewritten, "shard_changed"), (Path.unlink, "shard_gone")]
+    ("fate", "kind"),
+    [
+        (rewritten, "shard_changed"),
+        pytest.param(Path.unlink, "shard_gone", marks=pytest.mark.slow),
+    ],
 )
 def test_a_shard_that_changes_under_way_costs_its_own_rows(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], fate: Callable[[Path], None], kind: str

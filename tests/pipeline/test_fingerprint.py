@@ -178,6 +178,7 @@ def test_a_file_that_may_not_be_read_is_one_line(
         checkpoint_defaults.of_hub("org/gated", COMMIT)
 
 
+@pytest.mark.slow
 def test_offline_the_cache_answers_and_the_processor_is_the_commits(tmp_path: Path) -> None:
     demo = ROOT / "trio" / "demo" / "model"
     repo = tmp_path / "models--org--name"
