@@ -268,23 +268,26 @@ def targets(options: argparse.Namespace) -> int:
     from trio.benchmark.speed import table as speed_table
     from trio.benchmark.targets import RUNS, parity_row, table
 
-    unknown = [part for part in options.parts if part not in (*PARTS, GOALS)]
+    there = [*PARTS, GOALS]
+    asked = options.parts or there
+    unknown = [part for part in asked if part not in there]
     if unknown:
-        there = ", ".join((*PARTS, GOALS))
-        raise UserError(f"--parts {','.join(unknown)} is not available; there are: {there}")
+        raise UserError(
+            f"--parts {','.join(unknown)} is not available; there are: {', '.join(there)}"
+        )
     _check_file(options.json)
     device, dtype = _device(options)
     shape = options.shape or ("small" if device.type == "cpu" else "llava-next-7b")
     bench = Bench(shape, device, getattr(torch, dtype), options.seconds)
-    runs = RUNS[device.type] if GOALS in options.parts else ()
+    runs = RUNS[device.type] if GOALS in asked else ()
     conditions = {"shape": shape, "rounds": options.rounds, "dtype": dtype, **machine(device)}
     print(_line(conditions), flush=True)
     if options.dry_run:
-        parts = [part for part in PARTS if part in options.parts]
+        parts = [part for part in PARTS if part in asked]
         print("\n".join([*parts, *(run.name for run in runs)]))
         return 0
     found: dict[str, Any] = {"conditions": conditions, "figures": [], "targets": [], "runs": {}}
-    for figure in figures(bench, options.parts):
+    for figure in figures(bench, asked):
         print(_shown(figure), flush=True)
         found["figures"].append(figure)
         if figure["part"] == "parity" and figure.get("dtype") == "float32":
@@ -293,6 +296,7 @@ def targets(options: argparse.Namespace) -> int:
     for run in runs:
         if bench.left_s <= 0:
             found["figures"].append({"part": GOALS, "skipped": run.name})
+            _write(options.json, found)
             _tell(f"left out, as --seconds {options.seconds:g} are over: {run.name}")
             continue
         _tell(run.name)
@@ -310,7 +314,6 @@ def targets(options: argparse.Namespace) -> int:
         found["runs"][run.name] = result
         found["targets"] += [target.row(run.name, result) for target in run.targets]
         _write(options.json, found)
-    _write(options.json, found)
     if found["targets"]:
         print(table(found["targets"]))
     failed = [figure["part"] for figure in found["figures"] if "failed" in figure]
@@ -605,7 +608,7 @@ def _add_targets(parser: argparse.ArgumentParser) -> None:
     add = partial(parser.add_argument, default=argparse.SUPPRESS)
     parser.set_defaults(
         run=targets,
-        parts=["env", "parity", "prefill", "fill", "profile", "decode", GOALS],
+        parts=None,
         seconds=math.inf,
         shape=None,
         device=None,

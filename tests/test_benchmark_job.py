@@ -410,17 +410,8 @@ def test_targets_are_read_off_their_runs(
     ]
     monkeypatch.setitem(targets.RUNS, "cpu", tuple(runs))
     file = tmp_path / "x.json"
-    command = [
-        "targets",
-        "--parts",
-        "goals",
-        "--device",
-        "cpu",
-        "--rounds",
-        "1",
-        "--json",
-        str(file),
-    ]
+    command = ["targets", "--parts", "goals", "--device", "cpu", "--rounds", "1"]
+    command += ["--json", str(file)]
     assert benchmark.main(command) == 0
     found = json.loads(file.read_text())
     (name,) = found["runs"]

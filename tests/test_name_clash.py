@@ -290,17 +290,7 @@ def test_pytest_finds_ours_though_a_plugin_imported_the_other(tmp_path: Path) ->
         "assert trio.run and trio.__file__.endswith('trio/__init__.py')\n"
         "assert 'trio._beside' not in sys.modules\n"
     )
-    options = [
-        "-q",
-        "-n",
-        "0",
-        "-p",
-        "early_plugin",
-        "-p",
-        "no:cacheprovider",
-        "-k",
-        "jobs or config",
-    ]
+    options = ["-q", "-n0", "-p", "early_plugin", "-p", "no:cacheprovider", "-k", "jobs or config"]
     done = subprocess.run(
         [sys.executable, "-P", "-m", "pytest", *options, "tests/test_imports.py"],
         cwd=ROOT,

@@ -122,7 +122,7 @@ ARCHITECTURES = [name for name in FAMILIES if "-" not in name]
 
 
 def covering(values: Mapping[str, Any], quick: Mapping[str, Sequence[str]]) -> list[Any]:
-    """Each value with each architecture; all but those named in `quick` run in CI only."""
+    """Each value with each architecture; all but those named in `quick` are slow."""
     return [
         pytest.param(name, value, id=f"{name}-{key}", marks=[pytest.mark.slow] * (name not in own))
         for key, value in values.items()

@@ -23,7 +23,7 @@ from torch.profiler import profile as profiled
 
 from trio.benchmark import ceilings
 from trio.benchmark.shapes import build, named
-from trio.benchmark.speed import Workload, generate_inputs, requests_for
+from trio.benchmark.speed import Workload, generate_inputs, requests_for, serve
 from trio.config import Pruning
 from trio.engine.engine import Engine
 from trio.engine.request import Prepared
@@ -153,7 +153,7 @@ def env(bench: Bench) -> Iterator[Figure]:
     }
     if bench.device.type == "cuda":
         yield from _sdpa(bench)
-        yield from _decode_attention(bench)
+        yield from _decode_attention(bench, limits)
 
 
 def _sdpa(bench: Bench) -> Iterator[Figure]:
@@ -175,7 +175,7 @@ def _sdpa(bench: Bench) -> Iterator[Figure]:
         yield {"sdpa": case, "kernel": SDPBackend(chosen).name, "first_call_ms": first_ms}
 
 
-def _decode_attention(bench: Bench) -> Iterator[Figure]:
+def _decode_attention(bench: Bench, limits: ceilings.Ceilings) -> Iterator[Figure]:
     """A decode step's attention of 256 requests over 231 of 320 stored tokens, by each kernel, and
     the least that reading the tokens takes."""
     batch, heads, head, width, used = 256, 32, 128, 320, 231
@@ -183,8 +183,7 @@ def _decode_attention(bench: Bench) -> Iterator[Figure]:
     keys, values = (_noise(bench, batch, heads, width, head) for _ in range(2))
     mask = _mask(bench, batch, width, used)
     read = 2 * batch * used * heads * head * bench.dtype.itemsize
-    speed = ceilings.measure(bench.device, bench.dtype).bytes
-    yield {"decode_attention": "limit by memory", "ms": read / speed * 1e3}
+    yield {"decode_attention": "limit by memory", "ms": read / limits.bytes * 1e3}
 
     def attend() -> Tensor:
         return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
@@ -330,16 +329,7 @@ def _serve(
     tokens = batch_tokens or sum(len(request.input_ids) + 1 for request in requests)
     engine = bench.engine(pruning, batch_tokens=tokens, max_running=images)
     for _ in range(rounds):
-        engine.stats(reset=True)
-        results: list[Any] = []
-        total = ceilings.seconds(
-            lambda taken=results: taken.extend(engine.generate(requests)),  # type: ignore[misc]
-            bench.device,
-        )
-    error = next((one.error for one in results if one.error), None)
-    if error:
-        raise UserError(f"a request of the measurement failed: {error}")
-    counted = engine.stats()
+        total, _, counted = serve(engine, requests, bench.device)
     each = {name: counted[f"{name}_s"] / images * 1e3 for name in ("encode", "prefill", "prune")}
     steps = counted["decode_steps"]
     return {

@@ -102,14 +102,8 @@ class EngineSubject:
         self._element = model.dtype.itemsize
 
     def run(self) -> Run:
-        self._engine.stats(reset=True)
         peak = PeakMemory(self._device)
-        results: list[Result] = []
-        total = seconds(lambda: results.extend(self._engine.generate(self._requests)), self._device)
-        stats = self._engine.stats()
-        if stats["failed"]:
-            error = next(result.error for result in results if result.error)
-            raise UserError(f"a request of the measurement failed: {error}")
+        total, results, stats = serve(self._engine, self._requests, self._device)
         read = self._weights * stats["decode_steps"] + sum(map(self._cache_reads, results))
         return Run(
             total_s=total,
@@ -196,6 +190,24 @@ class GenerateSubject:
         added = max(map(_asked, self._requests)) - 1
         stored = [tokens + added for tokens in self._layers(request)]
         return self._shape.kv_bytes(stored, self._model.dtype.itemsize)
+
+
+def serve(
+    engine: Engine, requests: Sequence[Prepared], device: torch.device
+) -> tuple[float, list[Result], dict[str, Any]]:
+    """Wall time in seconds of all requests, their results, and the engine's counters of them.
+
+    Raises:
+        UserError: a request failed.
+    """
+    engine.stats(reset=True)
+    results: list[Result] = []
+    total = seconds(lambda: results.extend(engine.generate(requests)), device)
+    stats = engine.stats()
+    if stats["failed"]:
+        error = next(result.error for result in results if result.error)
+        raise UserError(f"a request of the measurement failed: {error}")
+    return total, results, stats
 
 
 def generate_inputs(model: Any, batch: Sequence[Prepared]) -> dict[str, Tensor]:
