@@ -10,16 +10,17 @@ import torch
 from PIL import Image
 from transformers import LlamaConfig
 
-from tests.models import save_tiny_checkpoint
-from trio.benchmark import shapes, targets
-from trio.benchmark.llava import LlavaShape
-from trio.benchmark.onevision import ONEVISION_7B
-from trio.benchmark.qwen import QWEN2_5_7B, QWEN3_8B
-from trio.benchmark.shapes import blueprint
-from trio.config import Pruning
+from tests.tiny.llava import save_tiny_checkpoint
+from trio.benchmark.shapes import sizes as shapes
+from trio.benchmark.shapes.random_llava import LlavaShape
+from trio.benchmark.shapes.random_onevision import ONEVISION_7B
+from trio.benchmark.shapes.random_qwen import QWEN2_5_7B, QWEN3_8B
+from trio.benchmark.shapes.sizes import blueprint
+from trio.benchmark.speed import targets
 from trio.engine.flops import choosing_flops
-from trio.models.registry import adapt
-from trio.pruning.cost import DecoderShape
+from trio.families.registry import adapt
+from trio.pruning.flops import DecoderShape
+from trio.pruning.options import Pruning
 
 
 @pytest.mark.parametrize(
@@ -367,7 +368,7 @@ def test_pipeline_runs_job_engine_and_instant_engine(
 
 def test_pipeline_takes_medians_of_ratios_within_rounds() -> None:
     """A round in which the whole machine is slow has the same ratio as the others."""
-    from trio.benchmark.pipeline import INSTANT, JOB, PREPARED, Run, engine_name, summary
+    from trio.benchmark.speed.job_speed import INSTANT, JOB, PREPARED, Run, engine_name, summary
 
     def runs(slow: float, second_thread: float) -> dict[str, Run]:
         return {

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.models import tiny_llava, tiny_processor
+from tests.tiny.llava import tiny_llava, tiny_processor
+from trio import openmp as waiting
 from trio.engine.engine import Engine
-from trio.models import waiting
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 ASKED = [{"OMP_WAIT_POLICY": "ACTIVE"}, {"GOMP_SPINCOUNT": "1000"}, {"KMP_BLOCKTIME": "5"}]
 
 

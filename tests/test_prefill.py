@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from tests import oracle
-from tests.models import tiny_llava
-from trio.config import BEFORE_DECODER, Pruning
+from tests.tiny.llava import tiny_llava
+from trio.decoder.decoder import Decoder
 from trio.errors import UserError
-from trio.models.decoder import Decoder
-from trio.models.prefill import PackedPrompts, Prefilled, Trace, prefill
+from trio.prefill import PackedPrompts, Prefilled, Trace, prefill
+from trio.pruning.options import BEFORE_DECODER, Pruning
 
 LAYERS = 6
 # (length, visual spans): one image, none, two images side by side and apart, an image at the very

@@ -1,5 +1,5 @@
 """For programs, as their first import: threads then wait as `waiting` describes."""
 
-from trio.models.waiting import passively
+from trio.openmp import passively
 
 passively()

@@ -14,16 +14,16 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from trio.config import Pruning
+from trio.decoder.attention import Packed
+from trio.decoder.decoder import Decoder, LayerCache
+from trio.decoder.stopwatch import Stopwatch
 from trio.errors import UserError
-from trio.models.attention import Packed
-from trio.models.decoder import Decoder, LayerCache
-from trio.models.proxy import Proxy
-from trio.models.raster import unknown
-from trio.models.stopwatch import Stopwatch
+from trio.families.coordinates import unknown
+from trio.pruning.batch import Ragged, compact, contiguous_positions
 from trio.pruning.candidates import Relevance, StageChoice
-from trio.pruning.compaction import Ragged, compact, contiguous_positions
 from trio.pruning.finite import finite_rows
+from trio.pruning.layer_gradient import Proxy
+from trio.pruning.options import Pruning
 from trio.pruning.select import LOOKS_BACK, choose
 
 
@@ -45,8 +45,8 @@ class PackedPrompts:
         one image, or one run of a video's tokens, with its own budget.
     positions_T: positions `[T]`, or `[A, T]` where they differ by axis; None is 0, 1, 2, ... in
         each request. A request goes on behind the largest of its own.
-    coordinates_T2: where in its picture each visual token lies, as of `trio.models.raster`; for
-        method `trio`. None is unknown.
+    coordinates_T2: where in its picture each visual token lies, as of
+        `trio.families.coordinates`. None is unknown.
     injected: for each of the first layers what is added to the hidden states of visual tokens that
         leave it, `[V, D]`, where V counts those of all requests in order.
     given: for each request the visual tokens that the encoder gave of each image before it reduced

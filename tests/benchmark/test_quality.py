@@ -9,16 +9,16 @@ import benchmark
 import pytest
 import torch
 
-from tests.models import save_tiny_checkpoint, tiny_llava
-from trio.benchmark import plots
-from trio.benchmark.fill_up import survivors
-from trio.benchmark.intervals import wilson
-from trio.benchmark.progress import Clock
-from trio.benchmark.quality import Setting, ask, in_reach, settings
-from trio.benchmark.quality_table import _relative
-from trio.config import METHODS, Pruning
-from trio.models.registry import adapt
+from tests.tiny.llava import save_tiny_checkpoint, tiny_llava
+from trio.benchmark.progress_line import Clock
+from trio.benchmark.quality import plots
+from trio.benchmark.quality.comparison import Setting, ask, in_reach, settings
+from trio.benchmark.quality.fill_up import survivors
+from trio.benchmark.quality.intervals import wilson
+from trio.benchmark.quality.quality_table import _relative
+from trio.families.registry import adapt
 from trio.pruning.nms import suppress
+from trio.pruning.options import METHODS, Pruning
 
 FLAGS = ["--methods", "none,random,trio", "--retention", "1/9,1/18", "--scenes", "1"]
 FLAGS += ["--proxy-layer", "previous"]

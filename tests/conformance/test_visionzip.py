@@ -17,9 +17,9 @@ from torch import Tensor
 from trio.conformance import visionzip
 from trio.conformance.__main__ import main
 from trio.conformance.files import read_cases
+from trio.encoders.clip_hooks import Watched
+from trio.encoders.reduce import Contextual
 from trio.errors import UserError
-from trio.models.watch import Watched
-from trio.pruning.reduce import Contextual
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 INDEX = json.loads((GOLDEN / "visionzip/index.json").read_text())

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import varlen
 
-from trio.models import attention
-from trio.models.attention import (
+from trio.decoder import attention
+from trio.decoder.attention import (
     Layout,
     Packed,
     Padded,

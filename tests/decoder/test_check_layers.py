@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from tests.models import tiny_llava
-from tests.qwen import tiny_qwen
-from tests.qwen3 import tiny_qwen3
-from trio.benchmark.shapes import blueprint
+from tests.tiny.llava import tiny_llava
+from tests.tiny.qwen2_5_vl import tiny_qwen
+from tests.tiny.qwen3_vl import tiny_qwen3
+from trio.benchmark.shapes.sizes import blueprint
 from trio.errors import UserError
-from trio.models.registry import adapt
+from trio.families.registry import adapt
 
 
 class Wrapped(nn.Linear):

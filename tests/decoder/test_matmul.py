@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from trio.models.products import few_row_linears, linear, times
+from trio.decoder.matmul import few_row_linears, linear, times
 
 
 @pytest.mark.parametrize("rows", [1, 3, 60, 100, 300])

@@ -12,14 +12,14 @@ from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import trio
-from tests.models import Family, tiny_llava, tiny_processor
 from tests.patching.prompts import rows
+from tests.tiny.llava import Family, tiny_llava, tiny_processor
+from trio.decoder.cache_argument import CACHE, cache_of
+from trio.decoder.decoder import Decoder
 from trio.engine.engine import Engine
 from trio.engine.request import Request
 from trio.errors import UserError
-from trio.models.cache_argument import CACHE, cache_of
-from trio.models.decoder import Decoder
-from trio.models.prefill import PackedPrompts, prefill
+from trio.prefill import PackedPrompts, prefill
 
 
 class RecordingCache:

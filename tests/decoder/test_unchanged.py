@@ -13,10 +13,10 @@ from torch import nn
 
 import trio
 from tests.engine.support import picture
-from tests.models import tiny_llava, tiny_processor
 from tests.patching.prompts import rows
+from tests.tiny.llava import tiny_llava, tiny_processor
 from trio.errors import UserError
-from trio.models.weights import check_weights
+from trio.families.weights import check_weights
 
 PRUNING = trio.Pruning(schedule="1:20,2:6")
 Change = Callable[[Any], object]

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from tests.engine.support import MANY_SIZES, picture
-from tests.models import LLAVA_NEXT, PINPOINTS, Strategy, tiny_llava, tiny_processor
-from tests.onevision import tiny_onevision
-from trio.config import Pruning
+from tests.tiny.llava import LLAVA_NEXT, PINPOINTS, Strategy, tiny_llava, tiny_processor
+from tests.tiny.llava_onevision import tiny_onevision
+from trio.encoders.class_token import ClassTokenAdapter
+from trio.encoders.reduce import shared, zip_split
 from trio.errors import UserError
-from trio.models.adapter import Features, Inputs
-from trio.models.class_token import ClassTokenAdapter
-from trio.models.registry import adapt
-from trio.pruning.reduce import shared, zip_split
+from trio.families.adapter import Features, Inputs
+from trio.families.registry import adapt
+from trio.pruning.options import Pruning
 
 ENCODERS = ("visionzip", "scan")
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from tests.models import randomise
-from trio.models.watch import watched
+from tests.tiny.llava import randomise
+from trio.encoders.clip_hooks import watched
 
 LAYERS, HEADS = 4, 3
 

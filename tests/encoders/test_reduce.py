@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from trio.pruning.reduce import (
+from trio.encoders.reduce import (
     CLASS_TOKEN,
     Reduced,
     contextual_groups,

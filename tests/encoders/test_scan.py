@@ -20,17 +20,18 @@ from transformers.modeling_utils import AttentionInterface
 from transformers.vision_utils import get_vision_window_index
 
 from tests.engine.support import MANY_SIZES, picture
-from tests.flops import counter
-from tests.qwen import tiny_qwen, tiny_qwen_processor
-from tests.qwen3 import tiny_qwen3, tiny_qwen3_processor
-from trio.benchmark.shapes import blueprint
-from trio.config import Pruning
+from tests.tiny.flop_counter import counter
+from tests.tiny.qwen2_5_vl import tiny_qwen, tiny_qwen_processor
+from tests.tiny.qwen3_vl import tiny_qwen3, tiny_qwen3_processor
+from trio.benchmark.shapes.sizes import blueprint
+from trio.encoders import received_attention as received
+from trio.encoders.received_attention import attention_received
 from trio.errors import UserError
-from trio.models import grids, received
-from trio.models.adapter import Features
-from trio.models.grids import GridAdapter
-from trio.models.received import attention_received
-from trio.models.registry import adapt
+from trio.families import qwen_vision as grids
+from trio.families.adapter import Features
+from trio.families.qwen_vision import GridAdapter
+from trio.families.registry import adapt
+from trio.pruning.options import Pruning
 
 PICTURES = [picture(number, size) for number, size in enumerate(MANY_SIZES)]
 

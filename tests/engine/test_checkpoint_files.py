@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.models import LLAVA_NEXT, save_tiny_checkpoint, tiny_llava
-from tests.qwen import save_tiny_qwen
+from tests.tiny.llava import LLAVA_NEXT, save_tiny_checkpoint, tiny_llava
+from tests.tiny.qwen2_5_vl import save_tiny_qwen
 from trio.engine.engine import Engine
 from trio.engine.loading import load, load_processor
 from trio.errors import UserError

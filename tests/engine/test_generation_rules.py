@@ -21,14 +21,14 @@ from tests.engine.support import (
 )
 from tests.engine.test_engine import as_on_a_gpu, singles
 from tests.families.family import FAMILIES
-from tests.models import save_tiny_checkpoint, tiny_processor
-from trio.config import Pruning
-from trio.engine.decoding import RULES, Rules
+from tests.tiny.llava import save_tiny_checkpoint, tiny_processor
+from trio.engine.decoding.generation_rules import RULES, Rules
+from trio.engine.decoding.logits_rules import _MAKERS, follow
+from trio.engine.decoding.sampler import distribution
 from trio.engine.engine import Engine
-from trio.engine.following import _MAKERS, follow
 from trio.engine.request import Request, Sampling
-from trio.engine.sampling import distribution
 from trio.errors import UserError
+from trio.pruning.options import Pruning
 
 PROCESSOR = tiny_processor()
 EOS = 2

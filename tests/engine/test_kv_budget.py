@@ -1,6 +1,6 @@
 import pytest
 
-from trio.engine.room import Room, Shape
+from trio.engine.kv_budget import Room, Shape
 
 
 def room(budget: int, *, group_bytes: tuple[int, ...] = (1,), max_slots: int = 8) -> Room:

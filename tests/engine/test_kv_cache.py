@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from trio.engine.cache import Cache
+from trio.engine.kv_cache import Cache
 
 LAYERS, HEADS, DIM = 5, 2, 3
 STARTS = (0, 1, 3)

@@ -2,8 +2,8 @@
 
 import torch
 
-from trio.engine.entry import Entry, entered
-from trio.models.adapter import Features
+from trio.engine.packing import Entry, entered
+from trio.families.adapter import Features
 
 
 def reduced(*sources: int | None) -> Features:

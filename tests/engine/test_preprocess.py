@@ -12,15 +12,15 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 
 from tests.engine.support import mixed_requests, model_inputs, picture
-from tests.models import CHAT_TEMPLATE, PINPOINTS, tiny_processor
-from tests.onevision import onevision_processor
-from tests.qwen import tiny_qwen_processor
-from trio.engine.prepare import Preparer
+from tests.tiny.llava import CHAT_TEMPLATE, PINPOINTS, tiny_processor
+from tests.tiny.llava_onevision import onevision_processor
+from tests.tiny.qwen2_5_vl import tiny_qwen_processor
+from trio.engine.preprocess import Preparer
 from trio.engine.request import Prepared, Request, Result
 from trio.errors import UserError
-from trio.models.adapter import Adapter
-from trio.models.llava import LlavaAdapter
-from trio.models.llava_onevision import LlavaOnevisionAdapter
+from trio.families.adapter import Adapter
+from trio.families.llava import LlavaAdapter
+from trio.families.llava_onevision import LlavaOnevisionAdapter
 
 BOS_TEMPLATE = "<s>" + CHAT_TEMPLATE.replace("<image> ", "<image>\n")
 

@@ -11,8 +11,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from trio.engine.decoding.sampler import choose, distribution, stream
 from trio.engine.request import Sampling
-from trio.engine.sampling import choose, distribution, stream
 from trio.errors import UserError
 
 

@@ -9,8 +9,8 @@ import torch
 
 from tests import oracle
 from tests.families.family import FAMILIES, LAYERS
-from trio.models import keys
-from trio.models.registry import adapt
+from trio.families.registry import adapt
+from trio.pruning import tiled_attention as keys
 
 LENGTHS = (40, 7, 7, 23)
 

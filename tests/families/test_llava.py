@@ -22,11 +22,11 @@ from tests.engine.support import (
     mixed_requests,
     tokens,
 )
-from tests.models import IMAGE_TOKEN_ID, Family, Strategy, Tower, tiny_llava, tiny_processor
+from tests.tiny.llava import IMAGE_TOKEN_ID, Family, Strategy, Tower, tiny_llava, tiny_processor
 from trio.engine.engine import Engine
 from trio.errors import UserError
-from trio.models.prefill import PackedPrompts, prefill
-from trio.models.registry import adapt
+from trio.families.registry import adapt
+from trio.prefill import PackedPrompts, prefill
 
 VISUAL = 64
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from tests.engine.support import MANY_SIZES, picture
-from tests.models import (
+from tests.tiny.llava import (
     HUB_PINPOINTS,
     IMAGE_TOKEN_ID,
     LLAVA_NEXT,
@@ -19,10 +19,10 @@ from tests.models import (
     tiny_llava,
     tiny_processor,
 )
-from trio.benchmark.shapes import blueprint
+from trio.benchmark.shapes.sizes import blueprint
 from trio.errors import UserError
-from trio.models.registry import adapt
-from trio.models.tiles import TiledAdapter
+from trio.families.anyres import TiledAdapter
+from trio.families.registry import adapt
 
 PROCESSOR = tiny_processor(patch_size=8, pinpoints=PINPOINTS)
 

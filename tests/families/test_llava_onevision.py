@@ -21,7 +21,8 @@ from transformers import (
 
 import trio
 from tests.engine.support import MANY_SIZES, expected_tokens, model_inputs, picture, tokens
-from tests.onevision import (
+from tests.patching.prompts import run
+from tests.tiny.llava_onevision import (
     ASPECT_RATIO,
     IMAGE_TOKEN_ID,
     SIDE,
@@ -30,15 +31,14 @@ from tests.onevision import (
     pinpoints,
     tiny_onevision,
 )
-from tests.patching.prompts import run
-from trio.benchmark.shapes import blueprint
-from trio.config import Pruning
+from trio.benchmark.shapes.sizes import blueprint
 from trio.engine.engine import Engine
 from trio.engine.request import Request, Sampling
 from trio.errors import UserError
-from trio.models.adapter import Inputs
-from trio.models.llava_onevision import LlavaOnevisionAdapter
-from trio.models.registry import adapt
+from trio.families.adapter import Inputs
+from trio.families.llava_onevision import LlavaOnevisionAdapter
+from trio.families.registry import adapt
+from trio.pruning.options import Pruning
 
 PROCESSOR = onevision_processor()
 PICTURES = [picture(number, size) for number, size in enumerate(MANY_SIZES)]

@@ -9,16 +9,16 @@ from typing import Any
 import pytest
 
 from tests.engine.support import picture
-from tests.models import LLAVA_NEXT, save_tiny_checkpoint
-from tests.qwen import LARGEST, PATCH, save_tiny_qwen, tiny_qwen_processor
+from tests.tiny.llava import LLAVA_NEXT, save_tiny_checkpoint
+from tests.tiny.qwen2_5_vl import LARGEST, PATCH, save_tiny_qwen, tiny_qwen_processor
 from trio.engine.engine import Engine
-from trio.engine.limits import limit_images, most_visual_tokens
 from trio.engine.loading import load_processor
 from trio.engine.plan import TEXT_TOKENS
-from trio.engine.prepare import Preparer
+from trio.engine.preprocess import Preparer
 from trio.engine.request import Prepared, Request, Sampling
 from trio.errors import UserError
-from trio.models.qwen2_5_vl import Qwen25VLAdapter
+from trio.families.pixel_limits import limit_images, most_visual_tokens
+from trio.families.qwen2_5_vl import Qwen25VLAdapter
 
 TOKEN = (2 * PATCH) ** 2
 """Pixels of a visual token."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from tests.qwen import SECTIONS, tiny_qwen
-from trio.benchmark.shapes import blueprint
-from trio.models.registry import adapt
-from trio.pruning.cost import GridVisionShape
+from tests.tiny.qwen2_5_vl import SECTIONS, tiny_qwen
+from trio.benchmark.shapes.sizes import blueprint
+from trio.families.registry import adapt
+from trio.pruning.flops import GridVisionShape
 
 
 def test_counts_of_a_7b_shape() -> None:

@@ -12,17 +12,17 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 import trio
 from tests.engine.support import batch_inputs
 from tests.families.family import requests_with
-from tests.qwen3 import (
+from tests.tiny.qwen3_vl import (
     HEAD,
     INJECTED,
     SECTIONS,
     tiny_qwen3,
     tiny_qwen3_processor,
 )
-from trio.benchmark.shapes import blueprint
-from trio.models.adapter import Features, joined
-from trio.models.prefill import PackedPrompts, Prefilled, prefill
-from trio.models.registry import adapt
+from trio.benchmark.shapes.sizes import blueprint
+from trio.families.adapter import Features, joined
+from trio.families.registry import adapt
+from trio.prefill import PackedPrompts, Prefilled, prefill
 
 PROCESSOR: Any = tiny_qwen3_processor()
 

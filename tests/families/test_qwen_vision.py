@@ -13,16 +13,16 @@ from PIL import Image
 
 from tests import oracle
 from tests.engine.support import MANY_SIZES, picture
-from tests.flops import counter
-from tests.models import tiny_llava
-from tests.qwen import IMAGE_TOKEN_ID, tiny_qwen, tiny_qwen_processor
-from tests.qwen3 import INJECTED, tiny_qwen3, tiny_qwen3_processor
-from trio.config import Pruning
+from tests.tiny.flop_counter import counter
+from tests.tiny.llava import tiny_llava
+from tests.tiny.qwen2_5_vl import IMAGE_TOKEN_ID, tiny_qwen, tiny_qwen_processor
+from tests.tiny.qwen3_vl import INJECTED, tiny_qwen3, tiny_qwen3_processor
 from trio.errors import UserError
-from trio.models.adapter import Adapter, Span
-from trio.models.prefill import PackedPrompts, prefill
-from trio.models.registry import adapt
-from trio.pruning.cost import GridVisionShape
+from trio.families.adapter import Adapter, Span
+from trio.families.registry import adapt
+from trio.prefill import PackedPrompts, prefill
+from trio.pruning.flops import GridVisionShape
+from trio.pruning.options import Pruning
 from trio.pruning.saliency import saliency
 
 PICTURES = [picture(number, size) for number, size in enumerate(MANY_SIZES)]

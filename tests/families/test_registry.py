@@ -11,14 +11,14 @@ import pytest
 from transformers import LlavaConfig
 
 import trio
-from tests.models import tiny_llava
+from tests.tiny.llava import tiny_llava
+from trio.decoder.decoder import Decoder
 from trio.errors import UserError
-from trio.models import registry
-from trio.models.decoder import Decoder
-from trio.models.llava import LlavaAdapter
+from trio.families import registry
+from trio.families.llava import LlavaAdapter
 
 PLUGIN = """
-from trio.models.llava import LlavaAdapter
+from trio.families.llava import LlavaAdapter
 class Adapter(LlavaAdapter):
     default_position_ids = "keep"
 """
@@ -92,7 +92,7 @@ def test_installed_packages_bring_families(tmp_path: Path, monkeypatch: pytest.M
         "odd = their_vl:PLUGIN",
         "function = json:dumps",
         "broken = their_broken_vl:Adapter",
-        "half = trio.models.adapter:Adapter",
+        "half = trio.families.adapter:Adapter",
         "llava = their_vl:Adapter",
     ]
     (info / "entry_points.txt").write_text("\n".join(["[trio_vlm.adapters]", *lines]))

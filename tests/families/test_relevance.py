@@ -9,18 +9,18 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from tests.clip import tiny_clip
 from tests.engine.support import by_id, picture
 from tests.families.family import FAMILIES, LAYERS, Family, requests_of_many_sizes
-from trio.config import Pruning
+from tests.tiny.clip import tiny_clip
 from trio.engine.engine import Engine
 from trio.engine.loading import load_text_tower
 from trio.engine.relevance import Relevances
 from trio.engine.request import Prepared, Request, Sampling
 from trio.errors import UserError
-from trio.models.registry import adapt
-from trio.models.text_tower import TextTower
+from trio.families.registry import adapt
+from trio.families.text_tower import TextTower
 from trio.pruning import eadp
+from trio.pruning.options import Pruning
 
 WORDS = ["!", "<", *"abcdefghijklmnopqrstuvwxyz", ">"]
 EADP = Pruning(retention=1 / 4, method="eadp")

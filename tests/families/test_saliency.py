@@ -7,7 +7,7 @@ import torch
 
 from tests import oracle
 from tests.families.family import FAMILIES
-from trio.models.registry import adapt
+from trio.families.registry import adapt
 from trio.pruning.saliency import saliency
 
 LENGTHS = (40, 7, 23)

@@ -16,9 +16,9 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from tests.clip import CONTEXT, tiny_clip
+from tests.tiny.clip import CONTEXT, tiny_clip
 from trio.errors import UserError
-from trio.models.text_tower import TextTower
+from trio.families.text_tower import TextTower
 
 WORDS = ["!", "<|startoftext|>", *"abcdefghijklmnopqrstuvwxyz", "<|endoftext|>"]
 BEGIN, END = WORDS.index("<|startoftext|>"), WORDS.index("<|endoftext|>")

@@ -15,12 +15,12 @@ from tests import oracle
 from tests.families.family import FAMILIES, LAYERS
 from tests.families.videos import FRAME_TOKENS, WRITERS, Inputs, OnevisionWriter, Row, joined
 from tests.patching.prompts import run
+from trio.decoder.cache_argument import CACHE, cache_of
 from trio.errors import UserError
-from trio.models.cache_argument import CACHE, cache_of
-from trio.models.prefill import Prefilled, prefill
-from trio.models.registry import adapt
+from trio.families.registry import adapt
 from trio.patching import forward
 from trio.patching.forward import repeats_by_prompt
+from trio.prefill import Prefilled, prefill
 
 PROMPTS = ["wvwww", "wwwww", "wiwvwwwww", "wviwvww", "iiww", "wvvwwwwwww"]
 """Of LLaVA-OneVision, neighbours have nothing between them."""

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, GPTQConfig
 
 import trio
-from tests.models import tiny_llava, tiny_processor
-from trio.benchmark.shapes import blueprint
+from tests.tiny.llava import tiny_llava, tiny_processor
+from trio.benchmark.shapes.sizes import blueprint
 from trio.engine.engine import Engine
 from trio.errors import UserError
-from trio.models.registry import adapt
+from trio.families.registry import adapt
 
 
 @pytest.fixture

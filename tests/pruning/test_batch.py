@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from trio.pruning.compaction import Ragged, compact, contiguous_positions
+from trio.pruning.batch import Ragged, compact, contiguous_positions
 
 
 def test_two_stages_over_two_requests_and_three_images() -> None:

@@ -11,18 +11,18 @@ from PIL import Image
 from torch.utils.flop_counter import bmm_flop
 from transformers import LlamaConfig
 
-from tests.flops import counter
-from tests.models import LLAVA_NEXT, Strategy, tiny_llava, tiny_processor
-from tests.onevision import onevision_processor, tiny_onevision
-from tests.qwen3 import tiny_qwen3
-from trio.benchmark.cost import cost
-from trio.benchmark.shapes import blueprint, processor
-from trio.config import Pruning
-from trio.models.attention import Packed
-from trio.models.registry import adapt
-from trio.models.tiles import TiledAdapter
-from trio.pruning.cost import DecoderShape, VisionShape, layer_average
+from tests.tiny.flop_counter import counter
+from tests.tiny.llava import LLAVA_NEXT, Strategy, tiny_llava, tiny_processor
+from tests.tiny.llava_onevision import onevision_processor, tiny_onevision
+from tests.tiny.qwen3_vl import tiny_qwen3
+from trio.benchmark.shapes.sizes import blueprint, processor
+from trio.benchmark.speed.paper_cost import cost
+from trio.decoder.attention import Packed
+from trio.families.anyres import TiledAdapter
+from trio.families.registry import adapt
+from trio.pruning.flops import DecoderShape, VisionShape, layer_average
 from trio.pruning.methods import diversity
+from trio.pruning.options import Pruning
 from trio.pruning.schedule import Schedule, tokens_per_layer
 
 TEXT_TOKENS = 60

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from trio.models.decoder import Decoder
+from trio.decoder.decoder import Decoder
 from trio.pruning.methods.diversity import spread_out
 from trio.pruning.nms import suppress
 from trio.pruning.saliency import saliency

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from tests.models import tiny_llava
-from trio.config import Pruning
-from trio.models.decoder import Decoder
+from tests.tiny.llava import tiny_llava
+from trio.decoder.decoder import Decoder
+from trio.pruning.batch import Ragged
 from trio.pruning.candidates import StageChoice, rank
-from trio.pruning.compaction import Ragged
 from trio.pruning.methods.random import salt_of
+from trio.pruning.options import Pruning
 from trio.pruning.saliency import Proxy
 from trio.pruning.select import choose
 

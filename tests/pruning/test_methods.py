@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from tests import oracle
-from trio.config import Pruning
 from trio.errors import UserError
+from trio.pruning.batch import Ragged
 from trio.pruning.candidates import Relevance
-from trio.pruning.compaction import Ragged
 from trio.pruning.methods import diversity
 from trio.pruning.methods.diversity import spread_out
+from trio.pruning.options import Pruning
 from trio.pruning.select import METHODS, choose
 
 COUNTS, KEEPS = (30, 7, 50, 2, 18), (8, 6, 20, 1, 3)
@@ -147,6 +147,6 @@ def test_an_image_of_no_numbers_is_told_and_leaves_the_others_alone(
 
 
 def test_every_method_has_its_function() -> None:
-    from trio.config import METHODS as NAMES
+    from trio.pruning.options import METHODS as NAMES
 
     assert set(METHODS) == set(NAMES) - {"none"}

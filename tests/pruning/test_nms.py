@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from tests import oracle
-from trio.config import FILL_UPS
 from trio.pruning import nms
+from trio.pruning.options import FILL_UPS
 from trio.pruning.walk import device_walk, launch
 
 

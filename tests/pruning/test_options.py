@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from trio.config import Pruning
 from trio.errors import UserError
-from trio.pruning.defaults import PruningDefaults
+from trio.pruning.options import Pruning
+from trio.pruning.pruning_config import PruningDefaults
 from trio.pruning.schedule import PUBLISHED_AFTER_ENCODER, Schedule, tokens_per_layer
 
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from tests import oracle
-from tests.models import Family, tiny_llava
-from trio.models import keys
-from trio.models.decoder import Decoder
+from tests.tiny.llava import Family, tiny_llava
+from trio.decoder.decoder import Decoder
+from trio.pruning import tiled_attention as keys
 from trio.pruning.saliency import Saliency, proxy_rows, saliency
 
 LAYER = 2

@@ -18,8 +18,8 @@ from transformers.models.llava_onevision.image_processing_pil_llava_onevision im
     LlavaOnevisionImageProcessorPil,
 )
 
-from tests.models import word_tokenizer
-from trio.models.llava_onevision import ImageProcessor
+from tests.tiny.llava import word_tokenizer
+from trio.families.llava_onevision import ImageProcessor
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<unk>", "<image>", "<video>")
 IMAGE_TOKEN_ID = SPECIAL.index("<image>")

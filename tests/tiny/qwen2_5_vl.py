@@ -18,8 +18,8 @@ from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import (
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from tests.models import randomise, word_tokenizer
-from trio.models.qwen2_5_vl import ImageProcessor
+from tests.tiny.llava import randomise, word_tokenizer
+from trio.families.qwen2_5_vl import ImageProcessor
 
 SPECIAL = (
     "<|endoftext|>",

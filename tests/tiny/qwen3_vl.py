@@ -13,9 +13,16 @@ from transformers.models.qwen3_vl.configuration_qwen3_vl import (
     Qwen3VLVisionConfig,
 )
 
-from tests.models import randomise
-from tests.qwen import CHAT_TEMPLATE, IMAGE_TOKEN_ID, PATCH, SPECIAL, image_processor, tokenizer
-from trio.models.qwen3_vl import ImageProcessor
+from tests.tiny.llava import randomise
+from tests.tiny.qwen2_5_vl import (
+    CHAT_TEMPLATE,
+    IMAGE_TOKEN_ID,
+    PATCH,
+    SPECIAL,
+    image_processor,
+    tokenizer,
+)
+from trio.families.qwen3_vl import ImageProcessor
 
 HEAD = 24
 SECTIONS = [6, 3, 3]

@@ -7,7 +7,7 @@ of case that is not supported yet; 2: DIR cannot be used.
 
 from __future__ import annotations
 
-import trio.models.passive  # noqa: F401  # isort: skip
+import trio.passive  # noqa: F401  # isort: skip
 
 import argparse
 import sys

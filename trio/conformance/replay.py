@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trio.config import Pruning
 from trio.conformance.checks import Checks
 from trio.conformance.files import Case, Tensors
+from trio.decoder.decoder import Decoder
 from trio.errors import UserError
-from trio.models.decoder import Decoder
-from trio.models.prefill import PackedPrompts, StageTrace, Trace, prefill
+from trio.prefill import PackedPrompts, StageTrace, Trace, prefill
+from trio.pruning.options import Pruning
 from trio.pruning.saliency import Saliency, saliency
 
 

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from trio.config import Pruning
 from trio.conformance.checks import Checks
 from trio.conformance.files import Case
 from trio.conformance.replay import Replay, StageReplay, load_decoder
+from trio.decoder.attention import Padded
+from trio.decoder.decoder import Decoder
 from trio.errors import UserError
-from trio.models.attention import Padded
-from trio.models.decoder import Decoder
-from trio.models.prefill import PackedPrompts
+from trio.prefill import PackedPrompts
+from trio.pruning.options import Pruning
 from trio.pruning.saliency import Saliency
 from trio.pruning.schedule import Schedule, Stage
 

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLTextConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
 
-from trio.config import Pruning
 from trio.conformance.checks import Checks
 from trio.conformance.files import Case, Tensors
 from trio.conformance.replay import Replay, StageReplay, load_decoder
+from trio.decoder.decoder import Decoder
 from trio.errors import UserError
-from trio.models.decoder import Decoder
-from trio.models.prefill import PackedPrompts
+from trio.prefill import PackedPrompts
+from trio.pruning.options import Pruning
 from trio.pruning.saliency import Saliency
 from trio.pruning.schedule import Schedule, Stage
 

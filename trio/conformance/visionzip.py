@@ -10,9 +10,9 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from trio.conformance.checks import Checks
 from trio.conformance.files import Case, Tensors
+from trio.encoders.clip_hooks import Watched, watched
+from trio.encoders.reduce import by_attention, contextual_groups, visionzip
 from trio.errors import UserError
-from trio.models.watch import Watched, watched
-from trio.pruning.reduce import by_attention, contextual_groups, visionzip
 
 _PREFIX = "vision_model."
 """Of recorded names, where this version of transformers has none."""

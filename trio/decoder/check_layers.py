@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trio.decoder.unchanged import hooked
 from trio.errors import UserError
-from trio.models.unchanged import hooked
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _KNOWN = {*_PROJECTIONS, "q_norm", "k_norm"}

@@ -13,13 +13,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from trio.decoder.attention import NAME, Layout
+from trio.decoder.cache_argument import Once, cache_keyword
+from trio.decoder.check_layers import check_layers
+from trio.decoder.matmul import linear
 from trio.errors import UserError
-from trio.models.attention import NAME, Layout
-from trio.models.cache_argument import Once, cache_keyword
-from trio.models.last_token import last_attention
-from trio.models.layers import check_layers
-from trio.models.products import linear
-from trio.models.proxy import Proxy
+from trio.pruning.last_token_attention import last_attention
+from trio.pruning.layer_gradient import Proxy
 
 Rotary = tuple[Tensor, Tensor]
 """Cosines and sines, `[1, T, E]` each."""

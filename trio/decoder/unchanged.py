@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from trio.errors import UserError
-from trio.models.weights import DTYPES
+from trio.families.weights import DTYPES
 
 _HEAD = "lm_head"
 _BY_HAND = {"input_layernorm", "k_proj", "v_proj", "k_norm", _HEAD}

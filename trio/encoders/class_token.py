@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trio.models.adapter import Features, Inputs, Join, Joint
-from trio.models.tiles import TiledAdapter, patches_per_edge
-from trio.models.watch import watched
-from trio.pruning.cost import CLASS_TOKENS, VisionShape
-from trio.pruning.reduce import CLASS_TOKEN, Reduced, scan, shared, visionzip, zip_split
+from trio.encoders.clip_hooks import watched
+from trio.encoders.reduce import CLASS_TOKEN, Reduced, scan, shared, visionzip, zip_split
+from trio.families.adapter import Features, Inputs, Join, Joint
+from trio.families.anyres import TiledAdapter, patches_per_edge
+from trio.pruning.flops import CLASS_TOKENS, VisionShape
 
 
 class ClassTokenAdapter(TiledAdapter):

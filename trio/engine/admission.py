@@ -5,12 +5,12 @@ from __future__ import annotations
 import itertools
 import time
 
-from trio.engine.decoding import Rules
-from trio.engine.following import follow
+from trio.engine.decoding.generation_rules import Rules
+from trio.engine.decoding.logits_rules import follow
+from trio.engine.decoding.sampler import stream
+from trio.engine.model_runner import Runner
 from trio.engine.request import Prepared, Result, Sampling, failed
-from trio.engine.runner import Runner
-from trio.engine.sampling import stream
-from trio.engine.task import Task
+from trio.engine.sequence import Task
 from trio.errors import UserError
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from trio.config import Pruning
 from trio.engine.request import Prepared
-from trio.models.adapter import Adapter
-from trio.models.text_tower import TextTower
-from trio.pruning.cost import DecoderShape
+from trio.families.adapter import Adapter
+from trio.families.text_tower import TextTower
+from trio.pruning.flops import DecoderShape
+from trio.pruning.options import Pruning
 from trio.pruning.saliency import proxy_rows
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trio.engine.room import Need, Room, Shape
+from trio.engine.kv_budget import Need, Room, Shape
 from trio.engine.rows import Rows
 
 

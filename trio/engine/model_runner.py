@@ -13,25 +13,25 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from trio.config import Pruning
-from trio.engine.cache import Cache
-from trio.engine.entry import Entry, coordinates, entered
+from trio.decoder.attention import Padded
+from trio.decoder.matmul import few_row_linears
+from trio.decoder.stopwatch import Stopwatch
+from trio.engine.cuda_graphs import StepGraphs, rounded_up
 from trio.engine.flops import beside_decoder
-from trio.engine.graphs import StepGraphs, rounded_up
+from trio.engine.kv_budget import Need
+from trio.engine.kv_cache import Cache
+from trio.engine.packing import Entry, coordinates, entered
 from trio.engine.relevance import Relevances
 from trio.engine.request import Prepared
-from trio.engine.room import Need
-from trio.engine.task import Task
+from trio.engine.sequence import Task
 from trio.errors import UserError
-from trio.models.adapter import Adapter, Features, Inputs, Join, Span, joined
-from trio.models.attention import Padded
-from trio.models.prefill import PackedPrompts, prefill
-from trio.models.products import few_row_linears
-from trio.models.raster import packed
-from trio.models.stopwatch import Stopwatch
-from trio.models.text_tower import TextTower
-from trio.pruning.compaction import contiguous_positions
+from trio.families.adapter import Adapter, Features, Inputs, Join, Span, joined
+from trio.families.coordinates import packed
+from trio.families.text_tower import TextTower
+from trio.prefill import PackedPrompts, prefill
+from trio.pruning.batch import contiguous_positions
 from trio.pruning.methods.random import salt_of
+from trio.pruning.options import Pruning
 
 EncodeImages = Callable[[Sequence[Inputs], str, Sequence[int], Join | None], Sequence[Features]]
 """As `Adapter.encode_images`."""

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trio.models.adapter import Features, Span
-from trio.models.raster import OUTSIDE
+from trio.families.adapter import Features, Span
+from trio.families.coordinates import OUTSIDE
 
 
 @dataclass(frozen=True, slots=True)

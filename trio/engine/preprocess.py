@@ -20,7 +20,7 @@ from trio.errors import UserError, first_line
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from trio.models.adapter import Adapter
+    from trio.families.adapter import Adapter
 
 _MARK = "\ue000user text\ue000"
 _SYSTEM_MARK = "\ue000system text\ue000"

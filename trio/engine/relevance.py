@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from trio.models.adapter import Features, Joint
-from trio.models.text_tower import Text, TextTower
+from trio.families.adapter import Features, Joint
+from trio.families.text_tower import Text, TextTower
 from trio.pruning.candidates import Relevance
 from trio.pruning.eadp import importance
 

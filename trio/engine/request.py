@@ -154,7 +154,7 @@ class Result:
     retention: float | None = None
     """Layer average of visual tokens present over visual tokens the encoder gave."""
     prefill_flops: float | None = None
-    """FLOPs of the decoder's prefill, by the field's convention (see `trio.pruning.cost`)."""
+    """FLOPs of the decoder's prefill, by the field's convention (see `trio.pruning.flops`)."""
     prefill_flops_unpruned: float | None = None
     reading_flops: float | None = None
     """`prefill_flops`, those of the vision encoder and those of scoring and choosing tokens."""

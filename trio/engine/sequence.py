@@ -6,13 +6,13 @@ import random
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from trio.engine.kv_budget import Need
 from trio.engine.request import Prepared, Sampling
-from trio.engine.room import Need
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from trio.engine.following import Following
+    from trio.engine.decoding.logits_rules import Following
 
 
 @dataclass(kw_only=True, slots=True, eq=False)

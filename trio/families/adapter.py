@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 from transformers import AutoProcessor
 
-from trio.config import Pruning
+from trio.decoder.decoder import Decoder
+from trio.decoder.unchanged import Unchanged
 from trio.errors import UserError
-from trio.models.decoder import Decoder
-from trio.models.pruning_defaults import defaults_of
-from trio.models.unchanged import Unchanged
-from trio.pruning.cost import DecoderShape
-from trio.pruning.defaults import PruningDefaults
+from trio.families.hub_defaults import defaults_of
+from trio.pruning.flops import DecoderShape
+from trio.pruning.options import Pruning
+from trio.pruning.pruning_config import PruningDefaults
 from trio.pruning.schedule import AFTER_ENCODER, LLAVA, ScheduleShape, shape_of
 
 if TYPE_CHECKING:
@@ -162,7 +162,7 @@ class Adapter(ABC):
     @abstractmethod
     def coordinates(self, inputs: Inputs) -> list[Tensor]:
         """Where in its picture each visual token of each image lies, told without running the
-        model: `[N, 2]` on the CPU, as of `trio.models.raster`."""
+        model: `[N, 2]` on the CPU, as of `trio.families.coordinates`."""
 
     def video_tokens(self, inputs: Inputs) -> list[int]:
         """Visual tokens that the model will make of each video in a call of it, told without

@@ -21,9 +21,9 @@ from transformers.models.llava_next.modeling_llava_next import (
 )
 
 from trio.errors import UserError
-from trio.models.adapter import Adapter, Features, Inputs, check_pixels, tensor_of
-from trio.models.raster import raster
-from trio.pruning.cost import CLASS_TOKENS, VisionShape
+from trio.families.adapter import Adapter, Features, Inputs, check_pixels, tensor_of
+from trio.families.coordinates import raster
+from trio.pruning.flops import CLASS_TOKENS, VisionShape
 
 
 class TiledAdapter(Adapter):

@@ -11,7 +11,7 @@ from typing import Any
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
-from trio.pruning.defaults import FILE, PruningDefaults, read, read_file
+from trio.pruning.pruning_config import FILE, PruningDefaults, read, read_file
 
 _log = logging.getLogger(__name__)
 

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trio.models.adapter import Inputs
-from trio.models.class_token import ClassTokenAdapter
-from trio.models.raster import OUTSIDE, raster
-from trio.models.tiles import patches_per_edge, tokens_per_tile
+from trio.encoders.class_token import ClassTokenAdapter
+from trio.families.adapter import Inputs
+from trio.families.anyres import patches_per_edge, tokens_per_tile
+from trio.families.coordinates import OUTSIDE, raster
 
 
 class LlavaAdapter(ClassTokenAdapter):

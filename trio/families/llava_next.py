@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trio.models.adapter import Features, Inputs, Join
-from trio.models.class_token import ClassTokenAdapter
-from trio.models.tiles import (
+from trio.encoders.class_token import ClassTokenAdapter
+from trio.families.adapter import Features, Inputs, Join
+from trio.families.anyres import (
     AnyResolutionAdapter,
     image_sizes,
     patches_per_edge,

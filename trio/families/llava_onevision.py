@@ -19,14 +19,14 @@ from torch import Tensor
 from transformers import LlavaOnevisionProcessor
 
 from trio.errors import UserError
-from trio.models.adapter import ImageOnly, Inputs, tensor_of
-from trio.models.raster import OUTSIDE, raster
-from trio.models.tiles import (
+from trio.families.adapter import ImageOnly, Inputs, tensor_of
+from trio.families.anyres import (
     AnyResolutionAdapter,
     image_sizes,
     patches_per_edge,
     tokens_per_tile,
 )
+from trio.families.coordinates import OUTSIDE, raster
 
 if TYPE_CHECKING:
     from PIL.Image import Image

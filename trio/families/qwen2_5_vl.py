@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from torch import Tensor
 from transformers import Qwen2_5_VLProcessor
 
-from trio.models.adapter import Features, ImageOnly, Inputs
-from trio.models.grids import GridAdapter
-from trio.pruning.cost import GridVisionShape
-from trio.pruning.reduce import windows
+from trio.encoders.reduce import windows
+from trio.families.adapter import Features, ImageOnly, Inputs
+from trio.families.qwen_vision import GridAdapter
+from trio.pruning.flops import GridVisionShape
 
 
 class ImageProcessor(ImageOnly, Qwen2_5_VLProcessor):

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from transformers import Qwen3VLProcessor
 
-from trio.models.adapter import Features, ImageOnly, Inputs
-from trio.models.grids import GridAdapter
-from trio.pruning.cost import GridVisionShape
+from trio.families.adapter import Features, ImageOnly, Inputs
+from trio.families.qwen_vision import GridAdapter
+from trio.pruning.flops import GridVisionShape
 
 
 class ImageProcessor(ImageOnly, Qwen3VLProcessor):

@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trio.encoders.received_attention import attention_received
+from trio.encoders.reduce import averaged, groups, scanned
 from trio.errors import UserError
-from trio.models.adapter import Adapter, Features, Inputs, Join, Span, check_pixels, tensor_of
-from trio.models.raster import raster
-from trio.models.received import attention_received
-from trio.pruning.cost import GridVisionShape
-from trio.pruning.reduce import averaged, groups, scanned
+from trio.families.adapter import Adapter, Features, Inputs, Join, Span, check_pixels, tensor_of
+from trio.families.coordinates import raster
+from trio.pruning.flops import GridVisionShape
 
 _WINDOW = 4
 """Visual tokens along the edge of a window in which a scan takes its first half."""

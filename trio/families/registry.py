@@ -8,17 +8,17 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from trio.errors import UserError, first_line
-from trio.models.adapter import Adapter
-from trio.models.weights import check_weights
+from trio.families.adapter import Adapter
+from trio.families.weights import check_weights
 
 GROUP = "trio_vlm.adapters"
 """Entry points by which installed packages add families: `model_type = "module:AdapterClass"`."""
 _BUILT_IN = {
-    "llava": "trio.models.llava:LlavaAdapter",
-    "llava_next": "trio.models.llava_next:LlavaNextAdapter",
-    "llava_onevision": "trio.models.llava_onevision:LlavaOnevisionAdapter",
-    "qwen2_5_vl": "trio.models.qwen2_5_vl:Qwen25VLAdapter",
-    "qwen3_vl": "trio.models.qwen3_vl:Qwen3VLAdapter",
+    "llava": "trio.families.llava:LlavaAdapter",
+    "llava_next": "trio.families.llava_next:LlavaNextAdapter",
+    "llava_onevision": "trio.families.llava_onevision:LlavaOnevisionAdapter",
+    "qwen2_5_vl": "trio.families.qwen2_5_vl:Qwen25VLAdapter",
+    "qwen3_vl": "trio.families.qwen3_vl:Qwen3VLAdapter",
 }
 _registered: dict[str, type[Adapter]] = {}
 

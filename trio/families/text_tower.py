@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, CLIPModel
 
 from trio.errors import UserError, first_line
-from trio.models.weights import check_unquantised
+from trio.families.weights import check_unquantised
 
 _SIZES = (
     "hidden_size",

@@ -6,11 +6,11 @@ from typing import TypeVar
 
 from torch import nn
 
-from trio.config import Pruning
 from trio.errors import UserError
-from trio.models.registry import adapt
+from trio.families.registry import adapt
 from trio.patching.forward import PatchedDecoder, PatchedForward, PatchedGenerate
 from trio.patching.override import Override
+from trio.pruning.options import Pruning
 
 __all__ = ["patch", "unpatch"]
 

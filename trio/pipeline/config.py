@@ -14,7 +14,13 @@ from typing import Any
 import yaml
 
 from trio import bundled
-from trio.config import (
+from trio.engine.request import Sampling
+from trio.errors import UserError
+from trio.pipeline import parse
+from trio.pipeline.columns import parse_mapping
+from trio.pipeline.policy import MAX_PIXELS, ROW_TIMEOUT_S, ImagePolicy
+from trio.pipeline.storage import check_no_secret
+from trio.pruning.options import (
     ENCODERS,
     FILL_UPS,
     METHODS,
@@ -24,13 +30,7 @@ from trio.config import (
     PROXY_POSITIONS,
     Pruning,
 )
-from trio.engine.request import Sampling
-from trio.errors import UserError
-from trio.pipeline import parse
-from trio.pipeline.columns import parse_mapping
-from trio.pipeline.policy import MAX_PIXELS, ROW_TIMEOUT_S, ImagePolicy
-from trio.pipeline.storage import check_no_secret
-from trio.pruning.defaults import CHOICES, PruningDefaults
+from trio.pruning.pruning_config import CHOICES, PruningDefaults
 
 DEMO = bundled.NAME
 # stands for the bundled shard and the bundled model, wherever the package is installed

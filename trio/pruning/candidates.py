@@ -13,9 +13,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from trio.config import Pruning
-from trio.pruning.compaction import Image, Kept, Ragged
+from trio.pruning.batch import Image, Kept, Ragged
 from trio.pruning.finite import finite_rows
+from trio.pruning.options import Pruning
 from trio.pruning.saliency import Proxy, Saliency
 
 Place = tuple[int, int]

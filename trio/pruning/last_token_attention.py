@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from trio.models.keys import Group, Keys, group_sequences, tile_tokens, turned
-from trio.models.products import few_row_linears
+from trio.decoder.matmul import few_row_linears
+from trio.pruning.tiled_attention import Group, Keys, group_sequences, tile_tokens, turned
 
 if TYPE_CHECKING:
-    from trio.models.decoder import Decoder
+    from trio.decoder.decoder import Decoder
 
 
 @torch.no_grad()

@@ -6,8 +6,8 @@ this one layer. So autograd sees the rows alone, and what they do to all other t
 out here: attention scores forwards, and backwards through keys (and their norm, where there is
 one), values and the input norm.
 
-Tokens are gone through in tiles, see `trio.models.keys`. Values are projected after attention has
-summed up their inputs.
+Tokens are gone through in tiles, see `trio.pruning.tiled_attention`. Values are projected after
+attention has summed up their inputs.
 
 Shapes: T packed tokens, R proxy rows of all sequences, B sequences; in a group of neighbours N of
 them with S tokens and P rows each, padded; C tokens of a tile; D hidden size, K key/value heads,
@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from trio.models.keys import (
+from trio.decoder.matmul import few_row_linears, linear, times
+from trio.pruning.tiled_attention import (
     Group,
     Keys,
     Span,
@@ -33,10 +34,9 @@ from trio.models.keys import (
     tile_tokens,
     turned,
 )
-from trio.models.products import few_row_linears, linear, times
 
 if TYPE_CHECKING:
-    from trio.models.decoder import Decoder
+    from trio.decoder.decoder import Decoder
 
 
 class Proxy:

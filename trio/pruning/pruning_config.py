@@ -26,8 +26,8 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from trio.config import BuiltIn, BuiltInNumber, Pruning
 from trio.errors import UserError, first_line
+from trio.pruning.options import BuiltIn, BuiltInNumber, Pruning
 from trio.pruning.schedule import ScheduleShape, check_retention
 
 FILE = "pruning_config.json"

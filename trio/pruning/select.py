@@ -10,14 +10,14 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from trio.config import Pruning
+from trio.pruning.batch import Ragged
 from trio.pruning.candidates import Candidates, Relevance, StageChoice
-from trio.pruning.compaction import Ragged
 from trio.pruning.methods.attention import by_attention
 from trio.pruning.methods.diversity import by_diversity
 from trio.pruning.methods.gradient import by_saliency, by_saliency_and_distance
 from trio.pruning.methods.random import at_random
 from trio.pruning.methods.relevance import by_relevance
+from trio.pruning.options import Pruning
 from trio.pruning.saliency import Proxy
 
 Method = Callable[[Candidates], StageChoice]

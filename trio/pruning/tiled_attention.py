@@ -3,7 +3,8 @@ model's dtype, and never all at once.
 
 Tokens are gone through in *tiles*, and keys are worked out where they are needed: nothing of the
 size tokens x hidden is ever held. What looks at a layer in this way is the gradient saliency
-(`trio.models.proxy`) and the attention of a prompt's last token (`trio.models.last_token`).
+(`trio.pruning.layer_gradient`) and the attention of a prompt's last token
+(`trio.pruning.last_token_attention`).
 
 Shapes: T packed tokens, R rows of all sequences; in a group of neighbours N sequences with S tokens
 and P rows each, padded; C tokens of a tile; D hidden size, K key/value heads, G query heads of
@@ -20,10 +21,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from trio.models.products import times
+from trio.decoder.matmul import times
 
 if TYPE_CHECKING:
-    from trio.models.decoder import Decoder
+    from trio.decoder.decoder import Decoder
 
 Span = tuple[int, int]
 

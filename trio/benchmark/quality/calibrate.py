@@ -21,23 +21,23 @@ import yaml
 from torch import Tensor
 
 from trio.benchmark.conditions import machine
-from trio.benchmark.sample import sample
-from trio.benchmark.search import Search, Space, most_answers
-from trio.config import BEFORE_DECODER, Pruning
+from trio.benchmark.quality.sample import sample
+from trio.benchmark.quality.search import Search, Space, most_answers
 from trio.demo import SHARD
-from trio.engine.decoding import FILE as DECODING_FILE
+from trio.engine.decoding.generation_rules import FILE as DECODING_FILE
+from trio.engine.decoding.teacher_forcing import Answer, Answers
 from trio.engine.flops import choosing_flops
-from trio.engine.forced import Answer, Answers
 from trio.engine.loading import load, load_outline
-from trio.engine.prepare import Preparer
+from trio.engine.preprocess import Preparer
 from trio.engine.request import Prepared
 from trio.errors import UserError
-from trio.models.registry import adapt, register_named
+from trio.families.registry import adapt, register_named
 from trio.pipeline.config import DEMO, JobConfig
 from trio.pipeline.fingerprint import model_directory
 from trio.pipeline.job import DEFAULT_RETENTION, check_model
 from trio.pipeline.parse import SCHEDULE_FILES
-from trio.pruning.defaults import FILE as PRUNING_FILE
+from trio.pruning.options import BEFORE_DECODER, Pruning
+from trio.pruning.pruning_config import FILE as PRUNING_FILE
 from trio.pruning.schedule import Schedule, ScheduleShape, tokens_per_layer
 from trio.tables import aligned
 from trio.version import VERSION

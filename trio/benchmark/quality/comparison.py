@@ -23,23 +23,23 @@ from typing import Any
 
 import numpy as np
 
-from trio.benchmark.agreement import Agreement
-from trio.benchmark.encoding import EncodedOnce
-from trio.benchmark.fill_up import FillUp, counting
-from trio.benchmark.intervals import ClusteredBootstrap, wilson
-from trio.benchmark.quality_table import FROM_START
-from trio.config import BEFORE_DECODER, Pruning
+from trio.benchmark.quality.agreement import Agreement
+from trio.benchmark.quality.fill_up import FillUp, counting
+from trio.benchmark.quality.intervals import ClusteredBootstrap, wilson
+from trio.benchmark.quality.quality_table import FROM_START
+from trio.benchmark.speed.encoding_speed import EncodedOnce
 from trio.demo.scenes import KINDS, make_scene
 from trio.demo.shard import asked_of, rotation
 from trio.engine.engine import Engine
 from trio.engine.flops import choosing_flops, encoder_flops
-from trio.engine.prepare import Preparer
+from trio.engine.preprocess import Preparer
 from trio.engine.request import Prepared, Request, Result, Sampling
 from trio.errors import UserError
-from trio.models.adapter import Adapter
-from trio.models.registry import adapt
-from trio.models.text_tower import TextTower
+from trio.families.adapter import Adapter
+from trio.families.registry import adapt
+from trio.families.text_tower import TextTower
 from trio.pipeline.scoring import exact_match, object_share
+from trio.pruning.options import BEFORE_DECODER, Pruning
 from trio.pruning.schedule import PUBLISHED_AFTER_ENCODER, shape_of
 
 MAX_NEW_TOKENS = 32

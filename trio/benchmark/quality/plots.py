@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from trio.benchmark.quality_table import FROM_START, share
+from trio.benchmark.quality.quality_table import FROM_START, share
 from trio.errors import UserError
 
 PARTS = ("questions", "captions")

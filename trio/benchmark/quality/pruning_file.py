@@ -9,9 +9,9 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from trio.config import Pruning
 from trio.errors import UserError
-from trio.pruning.defaults import ABOUT, CHOICES, FILE, OTHER, SHAPE, content, read_file
+from trio.pruning.options import Pruning
+from trio.pruning.pruning_config import ABOUT, CHOICES, FILE, OTHER, SHAPE, content, read_file
 from trio.pruning.schedule import Schedule
 
 

@@ -1,4 +1,4 @@
-"""The figures of `trio.benchmark.quality` as text."""
+"""The figures of `trio.benchmark.quality.comparison` as text."""
 
 from __future__ import annotations
 

@@ -16,8 +16,8 @@ from transformers.models.llava_onevision.image_processing_pil_llava_onevision im
     LlavaOnevisionImageProcessorPil,
 )
 
-from trio.demo.build import CHAT_TEMPLATE
-from trio.models.llava_onevision import ImageProcessor
+from trio.demo.training.build import CHAT_TEMPLATE
+from trio.families.llava_onevision import ImageProcessor
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

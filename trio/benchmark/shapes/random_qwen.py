@@ -22,9 +22,9 @@ from transformers.models.qwen3_vl.configuration_qwen3_vl import (
     Qwen3VLVisionConfig,
 )
 
-from trio.demo.build import CHAT_TEMPLATE
-from trio.models.qwen2_5_vl import ImageProcessor as Qwen25Processor
-from trio.models.qwen3_vl import ImageProcessor as Qwen3Processor
+from trio.demo.training.build import CHAT_TEMPLATE
+from trio.families.qwen2_5_vl import ImageProcessor as Qwen25Processor
+from trio.families.qwen3_vl import ImageProcessor as Qwen3Processor
 
 _MIN_TOKENS = 4
 """Visual tokens that smaller images are scaled up to."""

@@ -7,10 +7,10 @@ from typing import Any, Protocol
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from trio.benchmark.llava import LLAVA_7B, LLAVA_NEXT_7B, LlavaShape
-from trio.benchmark.onevision import ONEVISION_7B
-from trio.benchmark.qwen import QWEN2_5_7B, QWEN3_8B
-from trio.demo.build import tokenizer
+from trio.benchmark.shapes.random_llava import LLAVA_7B, LLAVA_NEXT_7B, LlavaShape
+from trio.benchmark.shapes.random_onevision import ONEVISION_7B
+from trio.benchmark.shapes.random_qwen import QWEN2_5_7B, QWEN3_8B
+from trio.demo.training.build import tokenizer
 from trio.errors import UserError
 
 

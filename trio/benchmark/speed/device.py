@@ -21,13 +21,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity
 from torch.profiler import profile as profiled
 
-from trio.benchmark import ceilings
-from trio.benchmark.shapes import build, named
-from trio.benchmark.speed import Workload, generate_inputs, requests_for, serve
-from trio.config import Pruning
+from trio.benchmark.shapes.sizes import build, named
+from trio.benchmark.speed import ceilings
+from trio.benchmark.speed.engine_speed import Workload, generate_inputs, requests_for, serve
 from trio.engine.engine import Engine
 from trio.engine.request import Prepared
 from trio.errors import UserError, first_line
+from trio.pruning.options import Pruning
 
 Figure = dict[str, Any]
 PRUNED = Pruning(retention=1 / 9)
@@ -68,7 +68,7 @@ class Bench:
     """A device, and a model of random weights on it, which is built when a part first needs it.
 
     Args:
-        shape: of the model, one of `trio.benchmark.shapes.SHAPES`.
+        shape: of the model, one of `trio.benchmark.shapes.sizes.SHAPES`.
         seconds: that all parts may take together; one that would not fit is left out.
 
     Raises:

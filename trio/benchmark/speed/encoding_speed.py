@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from trio.models.adapter import Adapter, Features, Inputs, Join
+from trio.families.adapter import Adapter, Features, Inputs, Join
 
 AT_A_TIME = 16
 """Images in one timed pass."""

@@ -19,19 +19,19 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from trio.benchmark.ceilings import Ceilings, PeakMemory, seconds
-from trio.benchmark.ceilings import measure as measure_ceilings
-from trio.benchmark.neighbours import neighbours as busy
-from trio.benchmark.shapes import build
-from trio.config import Pruning
+from trio.benchmark.shapes.sizes import build
+from trio.benchmark.speed.ceilings import Ceilings, PeakMemory, seconds
+from trio.benchmark.speed.ceilings import measure as measure_ceilings
+from trio.benchmark.speed.neighbours import neighbours as busy
 from trio.engine.engine import Engine
 from trio.engine.flops import choosing_flops
-from trio.engine.prepare import Preparer
+from trio.engine.preprocess import Preparer
 from trio.engine.request import Prepared, Request, Result, Sampling
 from trio.errors import UserError
-from trio.models.registry import adapt
+from trio.families.registry import adapt
 from trio.patching import patch, unpatch
-from trio.pruning.cost import DecoderShape
+from trio.pruning.flops import DecoderShape
+from trio.pruning.options import Pruning
 from trio.pruning.schedule import tokens_per_layer
 from trio.tables import aligned, counted
 
@@ -482,7 +482,7 @@ def compare(
     """Build a model and measure all four subjects on it.
 
     Args:
-        shape: name in `trio.benchmark.shapes`.
+        shape: name in `trio.benchmark.shapes.sizes`.
         rounds: with a run of every subject each.
         tell: is told of every round that is done.
         neighbours: busy loops beside a second run of every subject in each round; 0: no such run.

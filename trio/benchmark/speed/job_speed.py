@@ -38,7 +38,7 @@ import pyarrow.parquet as pq
 import ray
 import torch
 
-from trio.benchmark.instant import instant_engine
+from trio.benchmark.speed.instant import instant_engine
 from trio.demo.scenes import make_scene
 from trio.demo.shard import write_shard
 from trio.engine.engine import Engine

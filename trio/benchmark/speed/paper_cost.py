@@ -1,6 +1,6 @@
 """What a retention saves on paper: the arithmetic and the cache of one prompt, from shapes alone.
 
-Counting follows `trio.pruning.cost`. No weights are needed: models live on the meta device.
+Counting follows `trio.pruning.flops`. No weights are needed: models live on the meta device.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from typing import Any
 
 from PIL import Image
 
-from trio.config import Pruning
 from trio.engine.flops import choosing_flops
-from trio.engine.prepare import MAX_ASPECT_RATIO
+from trio.engine.preprocess import MAX_ASPECT_RATIO
 from trio.errors import UserError
-from trio.models.registry import adapt
-from trio.pruning.cost import layer_average
+from trio.families.registry import adapt
+from trio.pruning.flops import layer_average
+from trio.pruning.options import Pruning
 from trio.pruning.schedule import tokens_per_layer
 from trio.tables import aligned
 

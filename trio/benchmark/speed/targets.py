@@ -9,7 +9,7 @@ from typing import Any
 from trio.tables import aligned
 
 Figures = Mapping[str, Any]
-"""What `trio.benchmark.speed.compare` returns."""
+"""What `trio.benchmark.speed.engine_speed.compare` returns."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,7 +109,7 @@ RUNS: dict[str, tuple[TargetRun, ...]] = {
 
 
 def parity_row(figure: Figures) -> dict[str, Any]:
-    """Of what `trio.benchmark.device.parity` found in float32: the least of its counts."""
+    """Of what `trio.benchmark.speed.device.parity` found in float32: the least of its counts."""
     requests = figure["requests"]
     counts = {k: v for k, v in figure.items() if "_as_" in k or k.startswith("as_")}
     name = min(counts, key=counts.__getitem__)

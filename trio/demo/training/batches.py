@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from trio.demo.build import PATCH
 from trio.demo.scenes import (
     CELL,
     COLOURS,
@@ -27,6 +26,7 @@ from trio.demo.scenes import (
     patch_items,
     questions,
 )
+from trio.demo.training.build import PATCH
 
 QUESTIONS_PER_SCENE = 9
 _WEIGHTS = {"digit": 0.7, "color": 1.0, "position": 1.2, "presence": 0.7, "count": 0.5}

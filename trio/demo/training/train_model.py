@@ -1,4 +1,4 @@
-"""Train the demo model: `python -m trio.demo.train --work DIR`.
+"""Train the demo model: `python -m trio.demo.training.train_model --work DIR`.
 
 Each stage starts from the last one's weights. The vision tower learns digit, colour and cell of
 every patch on small scenes; a decoder of `BASE_LAYERS` layers learns to answer from the frozen
@@ -6,13 +6,13 @@ tower's features, averaged over 2 x 2 patches, and then from 576 visual tokens; 
 on together, the decoder grown to its full depth by stacking layers whose output projections start
 at zero. A checkpoint is written every few minutes and the run goes on from it.
 
-Several processes share each step's scenes: `torchrun --nproc-per-node 2 -m trio.demo.train …` with
-one thread each is faster on two cores than one process with two threads.
+Several processes share each step's scenes: on two cores `torchrun --nproc-per-node 2 -m
+trio.demo.training.train_model …` with one thread each is faster than one process with two threads.
 """
 
 from __future__ import annotations
 
-import trio.models.passive  # noqa: F401  # isort: skip
+import trio.passive  # noqa: F401  # isort: skip
 
 import argparse
 import math
@@ -29,9 +29,9 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AttentionInterface, LlavaForConditionalGeneration
 
-from trio.demo.batches import Batch, make_batch
-from trio.demo.build import LAYERS, new_model, processor
 from trio.demo.scenes import COLOURS, GRID, KINDS
+from trio.demo.training.batches import Batch, make_batch
+from trio.demo.training.build import LAYERS, new_model, processor
 
 BASE_LAYERS = 6
 

@@ -1,4 +1,4 @@
-"""Train the demo's text tower: `python -m trio.demo.text --work DIR`.
+"""Train the demo's text tower: `python -m trio.demo.training.train_text_tower --work DIR`.
 
 A small text tower, a visual and a text projection are trained as CLIP's are, by a contrast between
 scenes and texts, on top of the demo model's vision tower, of which no weight changes. Since it
@@ -12,7 +12,7 @@ alone.
 
 from __future__ import annotations
 
-import trio.models.passive  # noqa: F401  # isort: skip
+import trio.passive  # noqa: F401  # isort: skip
 
 import argparse
 import math
@@ -35,8 +35,8 @@ from transformers import (
 )
 
 from trio.demo import CAPTION_PROMPT, MODEL
-from trio.demo.build import MARKS, PATCH, vocabulary, word_level
 from trio.demo.scenes import COLOURS, Scene, Split, listed, make_scene, patch_items
+from trio.demo.training.build import MARKS, PATCH, vocabulary, word_level
 
 WIDTH = 64
 """Width of the text tower and of the space that it shares with the image."""

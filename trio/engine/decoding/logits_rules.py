@@ -41,9 +41,9 @@ from transformers import (
     TypicalLogitsWarper,
 )
 
-from trio.engine.decoding import CUTS, FILE, OTHER_CUTS, Rules
+from trio.engine.decoding.generation_rules import CUTS, FILE, OTHER_CUTS, Rules
 from trio.engine.request import Sampling
-from trio.engine.task import Task
+from trio.engine.sequence import Task
 from trio.errors import UserError, first_line
 
 

@@ -14,19 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trio.config import Pruning
 from trio.engine.admission import Admission
-from trio.engine.decoding import Rules
+from trio.engine.decoding.generation_rules import Rules
 from trio.engine.engine import end_of_sequence, not_finite
 from trio.engine.loading import default_kv_bytes
+from trio.engine.model_runner import Runner
 from trio.engine.request import Prepared, Result, Sampling, failed
-from trio.engine.runner import Runner
 from trio.engine.scheduler import Scheduler
-from trio.engine.task import Task
+from trio.engine.sequence import Task
 from trio.errors import UserError
-from trio.models.adapter import Features
-from trio.models.registry import adapt
+from trio.families.adapter import Features
+from trio.families.registry import adapt
 from trio.pruning.finite import finite_rows
+from trio.pruning.options import Pruning
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
