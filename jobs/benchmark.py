@@ -23,7 +23,8 @@ from trio.errors import UserError, first_line
 from trio.pipeline import parse
 from trio.pipeline.cli import WRONG, Parser, add_flags, fail, settings_from
 from trio.pipeline.config import DEMO
-from trio.pruning.options import ENCODERS, METHODS, Pruning
+from trio.pruning.method_registry import names
+from trio.pruning.options import ENCODERS, Pruning
 
 if TYPE_CHECKING:
     import torch
@@ -462,7 +463,7 @@ def _add_quality(parser: argparse.ArgumentParser) -> None:
         run=quality,
         model=str(MODEL),
         text_tower=None,
-        methods=list(METHODS),
+        methods=list(names()),
         encoders=["none"],
         retention=[1 / 3, 2 / 9, 1 / 9],
         proxy_positions=None,
@@ -483,7 +484,7 @@ def _add_quality(parser: argparse.ArgumentParser) -> None:
     )
     add("--model", help="hub id, directory, or 'demo' (default: demo, the bundled one)")
     add("--text-tower", help="for method eadp: the CLIP of the model's vision encoder")
-    add("--methods", type=_words, help=f"of {','.join(METHODS)} (default: all of them)")
+    add("--methods", type=_words, help=f"of {','.join(names())} (default: all of them)")
     add("--encoders", type=_words, help=f"of {','.join(ENCODERS)} (default: none)")
     add("--retention", type=_fractions, help="layer-average shares kept (default: 1/3,2/9,1/9)")
     add(

@@ -8,12 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests import oracle
+from tests.pruning.other_methods import CHOOSE, rules_of
 from tests.tiny.llava import tiny_llava
 from trio.decoder.decoder import Decoder
 from trio.errors import UserError
 from trio.prefill import PackedPrompts, Prefilled, Trace, prefill
-from trio.pruning.options import BEFORE_DECODER, Pruning
+from trio.pruning import reference
+from trio.pruning.method_registry import chooses_before_decoder
+from trio.pruning.options import Pruning
 
 LAYERS = 6
 # (length, visual spans): one image, none, two images side by side and apart, an image at the very
@@ -106,31 +108,26 @@ def test_equals_the_textbook_prompt_by_prompt(pruning: Pruning, kv_heads: int) -
     prompts = pack(32)
     cache = GroupCache()
     got = run(model, prompts, pruning, cache)
-    text, head = oracle.text_parts(model, torch.float32)
+    text, head = reference.text_parts(model, torch.float32)
     assert prompts.coordinates_T2 is not None
     coordinates = prompts.coordinates_T2.split(list(prompts.lengths))
     for request, embeds in enumerate(prompts.embeds_TD.split(list(prompts.lengths))):
         spans = list(prompts.images[request])
-        book = oracle.prefill(
+        book = reference.prefill(
             text,
             head,
             embeds,
             spans,
             [pruning.stages(stop - start, LAYERS) for start, stop in spans],
-            proxy_positions=pruning.proxy_positions,
-            proxy_layer=pruning.proxy_layer,
-            proxy_head=pruning.proxy_head,
-            position_ids=pruning.position_ids or "renumber",
-            threshold=pruning.similarity_threshold,
-            method=pruning.method,
-            fill_up=pruning.fill_up,
+            rules_of(pruning),
+            choose=CHOOSE[pruning.method],
             coordinates=coordinates[request],
         )
         assert got.kept[request] == book.kept
         assert got.visual_tokens_stages[request] == [len(stage) for stage in book.kept]
         assert [own[request] for own in got.cache_lengths] == book.lengths
         assert [own[request] for own in got.next_positions] == book.next_positions
-        torch.testing.assert_close(got.logits_BV[request], book.logits_V, atol=2e-4, rtol=2e-4)
+        torch.testing.assert_close(got.logits_BV[request], book.logits_U, atol=2e-4, rtol=2e-4)
     assert cache.seen == {layer: sum(own) for layer, own in enumerate(got.cache_lengths)}
     for first, lengths in cache.groups.items():
         assert list(lengths) == got.cache_lengths[first]
@@ -145,7 +142,7 @@ def test_a_batch_is_its_singles(method: str) -> None:
     prompts = PackedPrompts(
         embeds_TD=packed.embeds_TD, lengths=packed.lengths, images=packed.images, salts=salts
     )
-    schedule = "0:14" if method in BEFORE_DECODER else "1:20,3:9"
+    schedule = "0:14" if chooses_before_decoder(method) else "1:20,3:9"
     pruning = Pruning(schedule=schedule, method=method, seed=2)
     together = run(model, prompts, pruning)
     start = 0

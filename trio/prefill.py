@@ -20,11 +20,10 @@ from trio.decoder.stopwatch import Stopwatch
 from trio.errors import UserError
 from trio.families.coordinates import unknown
 from trio.pruning.batch import Ragged, compact, contiguous_positions
-from trio.pruning.candidates import Relevance, StageChoice
 from trio.pruning.finite import finite_rows
-from trio.pruning.layer_gradient import Proxy
+from trio.pruning.method import Choice, Context, Method, Stage, all_of, choose, goals_of
+from trio.pruning.method_registry import create
 from trio.pruning.options import Pruning
-from trio.pruning.select import LOOKS_BACK, choose
 
 
 class PrefillCache(LayerCache, Protocol):
@@ -53,7 +52,8 @@ class PackedPrompts:
         them, for the schedule; empty where it did not.
     salts: for method `random`, a number per request that depends on that request alone
         (`trio.pruning.methods.random.salt_of(token_ids)`); empty means 0 for all.
-    relevance: for method `eadp`, for each request and image what its tokens matter for the prompt.
+    contexts: for methods that need `text_tower` or `instruction`, what encoder and prompt tell of
+        each request's images.
     """
 
     embeds_TD: Tensor
@@ -64,7 +64,7 @@ class PackedPrompts:
     injected: Sequence[Tensor] = ()
     given: Sequence[Sequence[int]] = ()
     salts: tuple[int, ...] = ()
-    relevance: Sequence[Sequence[Relevance]] = ()
+    contexts: Sequence[Sequence[Context]] = ()
 
     def __post_init__(self) -> None:
         assert sum(self.lengths) == self.embeds_TD.shape[0]
@@ -72,7 +72,7 @@ class PackedPrompts:
         assert self.positions_T is None or self.positions_T.shape[-1] == len(self.embeds_TD)
         assert self.coordinates_T2 is None or len(self.coordinates_T2) == len(self.embeds_TD)
         assert not self.salts or len(self.salts) == len(self.lengths)
-        assert not self.relevance or list(map(len, self.relevance)) == list(map(len, self.images))
+        assert not self.contexts or list(map(len, self.contexts)) == list(map(len, self.images))
         for length, spans in zip(self.lengths, self.images, strict=True):
             edges = [edge for span in spans for edge in span]
             assert edges == sorted(edges) and all(start < stop for start, stop in spans)
@@ -112,7 +112,7 @@ class StageTrace:
     before: Ragged
     hidden_in_TD: Tensor
     positions_in_T: Tensor
-    choice: StageChoice | None
+    choice: Choice | None
     after: Ragged
     hidden_out_TD: Tensor
     positions_out_T: Tensor
@@ -168,7 +168,7 @@ class _Prefill:
         self.cache = cache
         self.trace = trace
         self.salts = prompts.salts or (0,) * len(prompts.lengths)
-        self.relevance = prompts.relevance
+        self.contexts = prompts.contexts
         self.hidden_TD = prompts.embeds_TD
         self.entered_TD: Tensor | None = None
         self.batch_tokens = len(prompts.embeds_TD)
@@ -196,15 +196,16 @@ class _Prefill:
         lengths, positions = [], []
         start = 0
         plan = self._plan()
+        method = create(self.pruning) if plan else None
+        looks_back = method is not None and "attention" in method.needs
         for stop in sorted({*plan, self.decoder.num_layers}):
-            looked_at = stop in plan and self.pruning.method in LOOKS_BACK
-            self._run(start, stop, stop - 1 if looked_at else None)
-            if stop == 0 and self.pruning.method in LOOKS_BACK:
+            self._run(start, stop, stop - 1 if looks_back and stop in plan else None)
+            if stop == 0 and looks_back:
                 self.entered_TD = self.hidden_TD
             lengths += [list(self.ragged.lengths)] * (stop - start)
             positions += [list(self.next_positions)] * (stop - start)
-            if stop in plan:
-                self._prune(stop, plan[stop])
+            if method is not None and stop in plan:
+                self._prune(method, stop, plan[stop])
             start = stop
         last = torch.tensor([end - 1 for end in accumulate(self.ragged.lengths)])
         hidden_BD = self.hidden_TD[last.to(self.hidden_TD.device)]
@@ -255,32 +256,14 @@ class _Prefill:
                 own_VD = self.injected[layer][encoded]
                 self.hidden_TD.index_add_(0, packed, own_VD.to(self.hidden_TD))
 
-    def _prune(self, layer: int, keeps: list[list[int] | None]) -> None:
+    def _prune(self, method: Method, layer: int, keeps: list[list[int] | None]) -> None:
         hidden_in, positions_in, before = self.hidden_TD, self.positions_T, self.ragged
         with self.pruning_time.running():
             self._check(hidden_in)
-            choice = choose(
-                self.pruning,
-                lambda: self._proxy(layer),
-                hidden_in,
-                positions_in,
-                before,
-                keeps,
-                coordinates_T2=self.coordinates_T2,
-                salts=self.salts,
-                layer=layer,
-                attention=lambda requests: self._attention(layer, requests),
-                relevance=self.relevance,
-            )
+            choice = choose(method, self._stage(layer, keeps))
             self.entered_TD = None
-            if choice is not None and choice.finite_B is not None:
-                self.finite_B &= choice.finite_B
             if choice is not None:
-                self.ragged, index = compact(before, choice.kept)
-                index = index.to(hidden_in.device, non_blocking=True)
-                self.hidden_TD = hidden_in[index]
-                self.positions_T = positions_in[..., index]
-                self.coordinates_T2 = self.coordinates_T2[index]
+                self._compact(choice)
             self._renumber(keeps)
             for request, keep in enumerate(keeps):
                 if keep is not None:
@@ -299,31 +282,35 @@ class _Prefill:
                 )
             )
 
+    def _stage(self, layer: int, keeps: list[list[int] | None]) -> Stage:
+        return Stage(
+            decoder=self.decoder,
+            layer=layer,
+            hidden_TD=self.hidden_TD,
+            positions_T=self.positions_T,
+            coordinates_T2=self.coordinates_T2,
+            batch=self.ragged,
+            goals=goals_of(self.ragged, keeps),
+            salts=self.salts,
+            entered_TD=self.entered_TD,
+            contexts=self.contexts,
+            batch_tokens=self.batch_tokens,
+        )
+
+    def _compact(self, choice: Choice) -> None:
+        if choice.finite_B is not None:
+            self.finite_B &= choice.finite_B
+        self.ragged, index = compact(self.ragged, choice.kept)
+        index = index.to(self.hidden_TD.device, non_blocking=True)
+        self.hidden_TD = self.hidden_TD[index]
+        self.positions_T = self.positions_T[..., index]
+        self.coordinates_T2 = self.coordinates_T2[index]
+
     def _check(self, hidden_TD: Tensor) -> None:
         """Note the requests of which a token is not finite, before it may be dropped."""
-        device = hidden_TD.device
         lengths = torch.tensor(self.ragged.lengths)
-        request_T = torch.arange(len(lengths)).repeat_interleave(lengths).to(device)
-        bad_B = torch.zeros(len(lengths), dtype=torch.int32, device=device)
-        bad_B.index_add_(0, request_T, (~finite_rows(hidden_TD)).int())
-        self.finite_B &= bad_B == 0
-
-    def _proxy(self, layer: int) -> Proxy:
-        index = self.pruning.proxy_index(layer)
-        return self.decoder.proxy(index, self.batch_tokens, self.pruning.proxy_head)
-
-    def _attention(self, layer: int, requests: Sequence[int]) -> Tensor:
-        """By the last token of each of these prompts, in the layer before a stage, packed; where
-        none has run, in the first."""
-        assert self.entered_TD is not None
-        lengths = [self.ragged.lengths[request] for request in requests]
-        hidden_TD, positions_T = self.entered_TD, self.positions_T
-        if len(requests) < len(self.ragged.lengths):
-            index = self.ragged.index(requests).to(hidden_TD.device)
-            hidden_TD, positions_T = hidden_TD[index], positions_T[..., index]
-        return self.decoder.last_attention(
-            max(0, layer - 1), hidden_TD, positions_T, lengths, self.batch_tokens
-        )
+        request_T = torch.arange(len(lengths)).repeat_interleave(lengths).to(hidden_TD.device)
+        self.finite_B &= all_of(finite_rows(hidden_TD), request_T, len(lengths))
 
     def _renumber(self, keeps: list[list[int] | None]) -> None:
         """Requests with a stage here count on from 0, also where it removed nothing."""

@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tests import oracle
 from trio.conformance import trio_qwen
 from trio.conformance.__main__ import main
 from trio.conformance.files import read_cases
+from trio.pruning import reference
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 INDEX = json.loads((GOLDEN / "trio_qwen/index.json").read_text())
@@ -269,7 +269,7 @@ class Book:
             if layer < LAYERS:
                 lengths.append(len(hidden))
                 with torch.no_grad():
-                    hidden = oracle.run_layer(self.text, layer, hidden, positions)
+                    hidden = reference.run_layer(self.text, layer, hidden, positions)
         with torch.no_grad():
             final = self.text.norm(hidden)
             logits = self.decoder.lm_head(final[-1:])
@@ -301,13 +301,13 @@ class Book:
         facts |= {"seq_in": len(hidden), "visual_in": visual}
         stays = torch.ones(len(hidden), dtype=torch.bool)
         if keep:
-            head = oracle.embedding_head(self.text)
-            scores, loss = oracle.saliency(
+            head = reference.embedding_head(self.text)
+            scores, loss = reference.saliency(
                 self.text, head, layer - 1, hidden, positions, "reference"
             )
             features = hidden[start : start + visual]
-            order = oracle.order(scores[start : start + visual])
-            kept = oracle.walk(features, order, keep, 0.8)
+            order = reference.order(scores[start : start + visual])
+            kept = reference.walk(features, order, keep, 0.8)
             stays[start : start + visual] = False
             stays[start + torch.tensor(kept)] = True
             own |= {

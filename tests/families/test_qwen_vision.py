@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from tests import oracle
 from tests.engine.support import MANY_SIZES, picture
+from tests.pruning.other_methods import CHOOSE, rules_of
 from tests.tiny.flop_counter import counter
 from tests.tiny.llava import tiny_llava
 from tests.tiny.qwen2_5_vl import IMAGE_TOKEN_ID, tiny_qwen, tiny_qwen_processor
@@ -21,7 +21,9 @@ from trio.errors import UserError
 from trio.families.adapter import Adapter, Span
 from trio.families.registry import adapt
 from trio.prefill import PackedPrompts, prefill
+from trio.pruning import reference
 from trio.pruning.flops import GridVisionShape
+from trio.pruning.layer_gradient import LayerGradient
 from trio.pruning.options import Pruning
 from trio.pruning.saliency import saliency
 
@@ -187,18 +189,18 @@ def test_saliency_equals_the_textbook(kind: Kind, proxy_positions: str) -> None:
     packed, positions = packed_prompts(kind, torch.float64)
     lengths = list(packed.lengths)
     got = saliency(
-        adapter.decoder.proxy(2), packed.embeds_TD, positions, lengths, proxy_positions
+        LayerGradient(adapter.decoder, 2), packed.embeds_TD, positions, lengths, proxy_positions
     ).true_scores(lengths)
-    text, head = oracle.text_parts(model, torch.float64)
+    text, head = reference.text_parts(model, torch.float64)
     places = positions.split(lengths, dim=1)
     flat = [torch.arange(length).expand(3, -1) for length in lengths]
     for own, hidden, place, plain in zip(
         got.split(lengths), packed.embeds_TD.split(lengths), places, flat, strict=True
     ):
-        book, _ = oracle.saliency(text, head, 2, hidden, place, proxy_positions)
+        book, _ = reference.saliency(text, head, 2, hidden, place, proxy_positions)
         # The norms of transformers work in float32 whatever the model's dtype.
         torch.testing.assert_close(own, book, atol=1e-9, rtol=2e-5)
-        other, _ = oracle.saliency(text, head, 2, hidden, plain, proxy_positions)
+        other, _ = reference.saliency(text, head, 2, hidden, plain, proxy_positions)
         same = torch.allclose(own, other, rtol=1e-3)
         assert same == torch.equal(place, plain)
 
@@ -226,30 +228,28 @@ def test_prefill_equals_the_textbook_prompt_by_prompt(kind: Kind, pruning: Pruni
     adapter = kind.adapter
     packed, positions = packed_prompts(kind, torch.float32)
     got = prefill(adapter.decoder, packed, pruning, None)
-    text, head = oracle.text_parts(adapter.model, torch.float32)
+    text, head = reference.text_parts(adapter.model, torch.float32)
     lengths = list(packed.lengths)
     places = positions.split(lengths, dim=1)
     given = [sum(stop - start for start, stop in own) for own in packed.images]
     injected = [layer.split(given) for layer in packed.injected]
     for request, embeds in enumerate(packed.embeds_TD.split(lengths)):
         spans = list(packed.images[request])
-        book = oracle.prefill(
+        book = reference.prefill(
             text,
             head,
             embeds,
             spans,
             [pruning.stages(stop - start, LAYERS) for start, stop in spans],
-            proxy_layer=pruning.proxy_layer,
-            proxy_head=pruning.proxy_head,
-            position_ids=pruning.position_ids or "",
-            method=pruning.method,
+            rules_of(pruning, usual="keep"),
+            choose=CHOOSE[pruning.method],
             positions=places[request],
             injected=[layer[request] for layer in injected],
         )
         assert got.kept[request] == book.kept
         assert [own[request] for own in got.cache_lengths] == book.lengths
         assert [own[request] for own in got.next_positions] == book.next_positions
-        torch.testing.assert_close(got.logits_BV[request], book.logits_V, atol=2e-4, rtol=2e-4)
+        torch.testing.assert_close(got.logits_BV[request], book.logits_U, atol=2e-4, rtol=2e-4)
     first = got.next_positions[0]
     assert first == [int(own.max()) + 1 for own in places]
     assert any(next_one < length for next_one, length in zip(first, lengths, strict=True))

@@ -91,19 +91,19 @@ def test_texts_are_those_of_clip(clip: Any, saved: str) -> None:
         with torch.no_grad():
             theirs = clip.get_text_features(input_ids=torch.tensor([ids]))
             tokens = clip.text_projection(theirs.last_hidden_state)
-        assert own.tokens_MLP.shape == (1, CONTEXT, 20)
-        assert torch.allclose(own.pooled_MP, theirs.pooler_output, atol=1e-5)
-        assert torch.allclose(own.tokens_MLP[:, : len(ids)], tokens, atol=1e-5)
+        assert own.tokens_CLP.shape == (1, CONTEXT, 20)
+        assert torch.allclose(own.pooled_CP, theirs.pooler_output, atol=1e-5)
+        assert torch.allclose(own.tokens_CLP[:, : len(ids)], tokens, atol=1e-5)
         words = [0 < place < len(ids) - 1 for place in range(CONTEXT)]
-        assert own.mask_ML.tolist() == [words]
-        assert not own.tokens_MLP.requires_grad
+        assert own.mask_CL.tolist() == [words]
+        assert not own.tokens_CLP.requires_grad
 
 
 def test_a_text_alone_is_the_same(clip: Any, saved: str) -> None:
     tower = load(saved, clip.vision_model)
     (alone,) = tower.embed(["a b c"])
     among = tower.embed(["q r s t u v w x", "a b c"])[1]
-    assert torch.allclose(among.tokens_MLP, alone.tokens_MLP, atol=1e-5)
+    assert torch.allclose(among.tokens_CLP, alone.tokens_CLP, atol=1e-5)
     assert tower.embed([]) == []
 
 
@@ -112,17 +112,17 @@ def test_long_texts_are_cut(clip: Any, saved: str) -> None:
     letters = [*"abcdefghijklmnop"]  # 16, of which 6 fit between begin and end
     pieces = [" ".join(letters[at : at + 6]) for at in range(0, 16, 6)]
     before, whole, *parts = tower.embed(["z", " ".join(letters), *pieces])
-    assert before.pooled_MP.shape == (1, 20)
-    assert whole.tokens_MLP.shape == (3, CONTEXT, 20) and whole.pooled_MP.shape == (3, 20)
-    assert whole.mask_ML.sum(dim=1).tolist() == [6, 6, 4]
+    assert before.pooled_CP.shape == (1, 20)
+    assert whole.tokens_CLP.shape == (3, CONTEXT, 20) and whole.pooled_CP.shape == (3, 20)
+    assert whole.mask_CL.sum(dim=1).tolist() == [6, 6, 4]
     for number, part in enumerate(parts):
-        assert torch.allclose(whole.tokens_MLP[number], part.tokens_MLP[0], atol=1e-5)
-        assert torch.allclose(whole.pooled_MP[number], part.pooled_MP[0], atol=1e-5)
+        assert torch.allclose(whole.tokens_CLP[number], part.tokens_CLP[0], atol=1e-5)
+        assert torch.allclose(whole.pooled_CP[number], part.pooled_CP[0], atol=1e-5)
 
 
 def test_of_a_text_that_fits_exactly_nothing_is_cut(clip: Any, saved: str) -> None:
     (own,) = load(saved, clip.vision_model).embed(["a b c d e f"])
-    assert own.mask_ML.sum(dim=1).tolist() == [6]
+    assert own.mask_CL.sum(dim=1).tolist() == [6]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -130,9 +130,9 @@ def test_rounded_weights_belong_to_the_same_tower(
     clip: Any, saved: str, dtype: torch.dtype
 ) -> None:
     rounded = clip_of().vision_model.to(dtype)
-    assert load(saved, rounded).embed(["a"])[0].pooled_MP.dtype == torch.float32
+    assert load(saved, rounded).embed(["a"])[0].pooled_CP.dtype == torch.float32
     tower = load(saved, clip.vision_model, dtype)
-    assert tower.embed(["a"])[0].tokens_MLP.dtype == dtype
+    assert tower.embed(["a"])[0].tokens_CLP.dtype == dtype
     assert tower.project(torch.zeros(3, 24)).dtype == dtype
 
 

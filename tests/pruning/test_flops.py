@@ -21,7 +21,11 @@ from trio.decoder.attention import Packed
 from trio.families.anyres import TiledAdapter
 from trio.families.registry import adapt
 from trio.pruning.flops import DecoderShape, VisionShape, layer_average
-from trio.pruning.methods import diversity
+from trio.pruning.last_token_attention import last_attention
+from trio.pruning.layer_gradient import LayerGradient
+from trio.pruning.methods import divprune
+from trio.pruning.methods.divprune import DivPrune
+from trio.pruning.methods.fastv import FastV
 from trio.pruning.options import Pruning
 from trio.pruning.schedule import Schedule, tokens_per_layer
 
@@ -167,17 +171,11 @@ def test_the_proxy_costs_what_its_operations_add_up_to(family: str) -> None:
     assert shape.normed_keys == (family == "qwen3_vl")
     tokens, rows = 400, [395, 396, 397, 398]
     hidden = torch.randn(tokens, shape.hidden_size)
-    proxy = decoder.proxy(1)
+    proxy = LayerGradient(decoder, 1)
     in_place = {torch.ops.aten.baddbmm_: lambda *shapes, **_: bmm_flop(*shapes[1:3])}
     with counter(in_place) as operations:
-        proxy.gradient_norms(
-            hidden,
-            torch.arange(tokens),
-            [rows],
-            [tokens],
-            [(0, 395)],
-            lambda logits: (logits, logits[:, 0]),
-        )
+        forward = proxy.forward(hidden, torch.arange(tokens), [rows], [tokens], [(0, 395)])
+        forward.gradient_norms(forward.logits_RV, forward.logits_RV[:, 0])
     # The rows' own keys and values are computed once more by the layer and not used.
     extra = len(rows) * shape.hidden_size * shape.kv_size * 2
     counted = operations.get_total_flops() / 2
@@ -193,24 +191,24 @@ def test_attention_costs_what_its_operations_add_up_to(family: str) -> None:
         decoder.rotary(positions)  # in some versions a product, too
     rotary = operations.get_total_flops()
     with counter() as operations:
-        decoder.last_attention(1, hidden, positions, [400])
+        last_attention(decoder, 1, hidden, positions, [400], 0)
     # The row's own key, value and output are computed by the layer and not used.
     extra = shape.hidden_size * (2 * shape.kv_size + shape.query_size)
     counted = (operations.get_total_flops() - rotary) / 2
-    assert counted == shape.attention_flops(400) + extra
+    assert counted == FastV().flops(shape, 400, []) + extra
 
 
 def test_diversity_costs_what_its_operations_add_up_to(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(diversity, "_TILE", 1)
+    monkeypatch.setattr(divprune, "_TILE", 1)
     shape = adapt(tiny_llava(layers=1)).shape()
     features = torch.randn(200, shape.hidden_size)
     with counter() as operations:
-        diversity.spread_out(features, torch.tensor([0]), [200], [1])
+        divprune.spread_out(features, torch.tensor([0]), [200], [1])
     # Each token is compared with itself, too.
     extra = 200 * shape.hidden_size
-    assert operations.get_total_flops() == 2 * (shape.diversity_flops(200, 1) + extra)
+    assert operations.get_total_flops() == 2 * (DivPrune().flops(shape, 200, [(200, 1)]) + extra)
     # Later ones are no matrix products, which is all that torch counts.
-    later = shape.diversity_flops(200, 30) - shape.diversity_flops(200, 1)
+    later = DivPrune().flops(shape, 200, [(200, 30)]) - DivPrune().flops(shape, 200, [(200, 1)])
     assert later == 29 * 200 * shape.hidden_size
 
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import torch
 
+from tests.pruning.stages import chosen
 from tests.tiny.llava import tiny_llava
 from trio.decoder.decoder import Decoder
 from trio.pruning.batch import Ragged
-from trio.pruning.candidates import StageChoice, rank
+from trio.pruning.method import Choice, rank
 from trio.pruning.methods.random import salt_of
 from trio.pruning.options import Pruning
-from trio.pruning.saliency import Proxy
-from trio.pruning.select import choose
 
 
 def ranked(scores: torch.Tensor, starts: list[int], counts: list[int]) -> list[list[int]]:
@@ -32,25 +31,17 @@ def test_zeros_and_subnormals_stay_in_front_of_padding() -> None:
     assert ranked(scores, [0, 3], [2, 4]) == [[1, 0], [0, 1, 2, 3]]
 
 
-def random_choice(spans: list[list[tuple[int, int]]], keep: int, salts: list[int]) -> StageChoice:
+def random_choice(spans: list[list[tuple[int, int]]], keep: int, salts: list[int]) -> Choice:
     lengths = tuple(max(stop for _, stop in own) + 2 for own in spans)
-    choice = choose(
+    choice = chosen(
         Pruning(schedule="1:4", method="random", seed=3),
-        never,
         torch.empty(sum(lengths), 4),
-        torch.empty(sum(lengths)),
         Ragged.of_spans(lengths, spans),
         [[keep] * len(own) for own in spans],
-        coordinates_T2=torch.empty(sum(lengths), 2),
         salts=salts,
-        layer=1,
     )
     assert choice is not None
     return choice
-
-
-def never() -> Proxy:
-    raise AssertionError("random needs no proxy")
 
 
 def test_random_depends_on_seed_and_request_not_on_the_batch() -> None:
@@ -75,46 +66,23 @@ def test_salt_follows_the_tokens() -> None:
     assert salt_of([1, 2, 3]) == salt_of((1, 2, 3)) != salt_of([1, 23])
 
 
-def test_nothing_to_remove_makes_no_proxy() -> None:
-    ragged = Ragged.of_spans((9, 5), [[(1, 4)], []])
-    keeps = [[3], None]
-    pruning = Pruning(schedule="1:3")
-    hidden, positions = torch.zeros(14, 4), torch.zeros(14)
-    unknown = torch.zeros(14, 2)
-    got = choose(
-        pruning,
-        never,
-        hidden,
-        positions,
-        ragged,
-        keeps,
-        coordinates_T2=unknown,
-        salts=[0, 0],
-        layer=1,
-    )
-    assert got is None
+def test_nothing_to_remove_scores_nothing() -> None:
+    """There is no decoder that it could be scored with."""
+    batch = Ragged.of_spans((9, 5), [[(1, 4)], []])
+    assert chosen(Pruning(schedule="1:3"), torch.zeros(14, 4), batch, [[3], None]) is None
+
+
+def decoder() -> Decoder:
+    model = tiny_llava(layers=3)
+    return Decoder(model.model.language_model, model.lm_head)
 
 
 def test_gradient_is_the_order_cut_off() -> None:
-    model = tiny_llava(layers=3)
-    decoder = Decoder(model.model.language_model, model.lm_head)
     torch.manual_seed(0)
-    hidden = torch.randn(80, 32)
-    positions = torch.cat([torch.arange(50), torch.arange(30)])
-    ragged = Ragged.of_spans((50, 30), [[(3, 20), (22, 44)], [(1, 25)]])
-    choice = choose(
-        Pruning(schedule="1:4", method="gradient"),
-        lambda: decoder.proxy(1),
-        hidden,
-        positions,
-        ragged,
-        [[6, 22], [4]],
-        coordinates_T2=torch.zeros(80, 2),
-        salts=[0, 0],
-        layer=1,
-    )
-    assert choice is not None
-    assert choice.saliency is not None
+    batch = Ragged.of_spans((50, 30), [[(3, 20), (22, 44)], [(1, 25)]])
+    pruning = Pruning(schedule="1:4", method="gradient")
+    choice = chosen(pruning, torch.randn(80, 32), batch, [[6, 22], [4]], decoder=decoder())
+    assert choice is not None and choice.saliency is not None
     scores = choice.saliency.scores_T
     assert choice.kept[0][0] == sorted(scores[3:20].argsort(descending=True)[:6].tolist())
     assert choice.kept[0][1] is None
@@ -122,24 +90,12 @@ def test_gradient_is_the_order_cut_off() -> None:
 
 
 def test_a_callers_autocast_does_not_reach_the_scores() -> None:
-    model = tiny_llava(layers=3)
-    decoder = Decoder(model.model.language_model, model.lm_head)
-    hidden = torch.randn(70, decoder.hidden_size, generator=torch.Generator().manual_seed(0))
+    own, batch = decoder(), Ragged.of_spans([70], [[(2, 66)]])
+    hidden = torch.randn(70, own.hidden_size, generator=torch.Generator().manual_seed(0))
 
     def scores() -> torch.Tensor:
-        choice = choose(
-            Pruning(schedule="1:20"),
-            lambda: decoder.proxy(1),
-            hidden,
-            torch.arange(70),
-            Ragged.of_spans([70], [[(2, 66)]]),
-            [[20]],
-            coordinates_T2=torch.zeros(70, 2),
-            salts=[0],
-            layer=1,
-        )
-        assert choice is not None
-        assert choice.saliency is not None
+        choice = chosen(Pruning(schedule="1:20"), hidden, batch, [[20]], decoder=own)
+        assert choice is not None and choice.saliency is not None
         return choice.saliency.scores_T[2:66]
 
     plain = scores()

@@ -18,8 +18,9 @@ from trio.conformance.files import Case, Tensors
 from trio.decoder.decoder import Decoder
 from trio.errors import UserError
 from trio.prefill import PackedPrompts, StageTrace, Trace, prefill
+from trio.pruning.layer_gradient import LayerGradient
 from trio.pruning.options import Pruning
-from trio.pruning.saliency import Saliency, saliency
+from trio.pruning.saliency import Saliency, proxy_index, saliency
 
 
 def load_decoder(model: Any, weights: Tensors) -> Decoder:
@@ -158,9 +159,9 @@ class StageReplay:
 
     def saliency(self) -> Saliency:
         """Of all tokens: the record has them also where none is dropped."""
-        layer = self.pruning.proxy_index(self.stage.layer)
+        layer = proxy_index(self.stage.layer, self.pruning.proxy_layer)
         return saliency(
-            self.decoder.proxy(layer, head=self.pruning.proxy_head),
+            LayerGradient(self.decoder, layer, self.pruning.proxy_head),
             self.stage.hidden_in_TD,
             self.stage.positions_in_T,
             self.stage.before.lengths,

@@ -25,7 +25,7 @@ from trio.decoder.decoder import Decoder
 from trio.errors import UserError
 from trio.prefill import PackedPrompts
 from trio.pruning.options import Pruning
-from trio.pruning.saliency import Saliency
+from trio.pruning.saliency import Saliency, proxy_index
 from trio.pruning.schedule import Schedule, Stage
 
 REFERENCE: dict[str, Any] = {
@@ -174,7 +174,7 @@ def _check_stage(own: StageReplay, *, comparable: bool) -> None:
     if "pruned" in own.facts:
         own.expect("pruned", own.stage.choice is not None)
     if _is_scored(own):
-        own.expect("proxy_layer", own.pruning.proxy_index(own.stage.layer))
+        own.expect("proxy_layer", proxy_index(own.stage.layer, own.pruning.proxy_layer))
     if not comparable:
         return
     own.check_sides()

@@ -6,7 +6,7 @@ V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -18,8 +18,6 @@ from trio.decoder.cache_argument import Once, cache_keyword
 from trio.decoder.check_layers import check_layers
 from trio.decoder.matmul import linear
 from trio.errors import UserError
-from trio.pruning.last_token_attention import last_attention
-from trio.pruning.layer_gradient import Proxy
 
 Rotary = tuple[Tensor, Tensor]
 """Cosines and sines, `[1, T, E]` each."""
@@ -140,32 +138,6 @@ class Decoder:
     def project(self, normed: Tensor) -> Tensor:
         """Logits `[N, V]` of hidden states `[N, D]` that are normed already."""
         return linear(normed, self.lm_head.weight, self.lm_head.bias)
-
-    def proxy(self, layer: int, batch_tokens: int = 0, head: str = "output") -> Proxy:
-        """One layer, the final norm and a head in float32, for the saliency.
-
-        layer: index of the layer.
-        batch_tokens: tokens of the batch before any pruning.
-        head: `output` or `input_embedding`, as in `trio.Pruning`.
-        """
-        return Proxy(self, layer, batch_tokens, head)
-
-    def last_attention(
-        self,
-        layer: int,
-        hidden_TD: Tensor,
-        positions_T: Tensor,
-        lengths: Sequence[int],
-        batch_tokens: int = 0,
-    ) -> Tensor:
-        """Attention `[T]` that each sequence's last token pays to all of its own in a layer.
-
-        layer: index of the layer.
-        hidden_TD, positions_T: what enters it, packed.
-        lengths: tokens of each sequence.
-        batch_tokens: tokens of the batch before any pruning.
-        """
-        return last_attention(self, layer, hidden_TD, positions_T, lengths, batch_tokens)
 
     @contextmanager
     def ragged(self) -> Iterator[None]:

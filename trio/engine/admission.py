@@ -45,6 +45,9 @@ class Admission:
             numbers = f"{len(prepared.image_inputs)} and {len(prepared.image_tokens)}"
             message = f"image_inputs and image_tokens speak of {numbers} images"
             return failed(prepared.id, "mismatch", message)
+        if runner.needs_instruction and prepared.image_tokens and not prepared.instruction_ids:
+            message = f"method {runner.pruning.method} needs a prompt with words of its own"
+            return failed(prepared.id, "prompt", message)
         if 0 in prepared.image_tokens:
             return failed(prepared.id, "mismatch", "an image without placeholder tokens")
         try:

@@ -16,20 +16,20 @@ from torch import Tensor
 from trio.decoder.attention import Padded
 from trio.decoder.matmul import few_row_linears
 from trio.decoder.stopwatch import Stopwatch
+from trio.engine.contexts import Contexts
 from trio.engine.cuda_graphs import StepGraphs, rounded_up
 from trio.engine.flops import beside_decoder
 from trio.engine.kv_budget import Need
 from trio.engine.kv_cache import Cache
 from trio.engine.packing import Entry, coordinates, entered
-from trio.engine.relevance import Relevances
 from trio.engine.request import Prepared
 from trio.engine.sequence import Task
-from trio.errors import UserError
 from trio.families.adapter import Adapter, Features, Inputs, Join, Span, joined
 from trio.families.coordinates import packed
 from trio.families.text_tower import TextTower
 from trio.prefill import PackedPrompts, prefill
 from trio.pruning.batch import contiguous_positions
+from trio.pruning.method_registry import create
 from trio.pruning.methods.random import salt_of
 from trio.pruning.options import Pruning
 
@@ -56,26 +56,14 @@ class Runner:
         encode_images: EncodeImages | None = None,
         text_tower: TextTower | None = None,
     ) -> None:
-        comparing = pruning.method == "eadp" and pruning.active
-        if comparing and adapter.clip_tower is None:
-            raise UserError(
-                "method eadp needs a CLIP vision encoder, which this "
-                f"{type(adapter.model).__name__} does not have; use another method"
-            )
-        if comparing and text_tower is None:
-            raise UserError(
-                "method eadp compares images with prompts in the space that CLIP's towers share: "
-                "give as text_tower (--text-tower) the CLIP checkpoint that the model's vision "
-                "encoder was taken from, openai/clip-vit-large-patch14-336 for LLaVA-1.5"
-            )
         self.adapter = adapter
-        asked = text_tower if comparing else None
-        self._join = asked.project if asked else None
-        self._relevances = Relevances(asked) if asked else None
-        self._text_tower = asked
         self._encode_images = encode_images or adapter.encode_images
         self.decoder = adapter.decoder
         self.pruning = adapter.settle(pruning)
+        self.method = create(self.pruning) if self.pruning.chooses else None
+        """None where the decoder prunes nothing."""
+        self._needs: frozenset[str] = self.method.needs if self.method else frozenset()
+        self._contexts = Contexts(self.method, adapter, text_tower) if self.method else None
         self.num_layers = self.decoder.num_layers
         # Stages lie at the same layers for images of any size, and a retention in reach for the
         # largest is in reach for all.
@@ -99,6 +87,11 @@ class Runner:
         """Decode steps that may be under way while the outcome of an earlier one is unknown."""
 
     @property
+    def needs_instruction(self) -> bool:
+        """Whether the method compares images with the words of their prompt in the decoder."""
+        return "instruction" in self._needs
+
+    @property
     def cuda_graphs(self) -> str | None:
         """`on`, or `off: ` and why; None without a GPU."""
         if self._graphs is None:
@@ -107,7 +100,8 @@ class Runner:
 
     def beside_decoder(self, prepared: Prepared) -> tuple[int, int]:
         """FLOPs of reading a prompt that are not the decoder's, pruned and unpruned."""
-        return beside_decoder(self.adapter, self.pruning, prepared, self._text_tower)
+        text_tower = self._contexts.text_tower if self._contexts else None
+        return beside_decoder(self.adapter, self.pruning, prepared, text_tower)
 
     def need(self, prompt_tokens: int, image_tokens: Sequence[int], new_tokens: int) -> Need:
         """Tokens a request may come to store, per layer group."""
@@ -136,7 +130,8 @@ class Runner:
             return [[] for _ in tasks]
         keeps = [keep for task in tasks for keep in self.encoded(task)]
         encoder = self.pruning.encoder
-        features = iter(self._encode_images(inputs, encoder, keeps, self._join))
+        join = self._contexts.join if self._contexts else None
+        features = iter(self._encode_images(inputs, encoder, keeps, join))
         return [[next(features) for _ in task.prepared.image_inputs] for task in tasks]
 
     def encoded(self, task: Task) -> list[int]:
@@ -150,11 +145,10 @@ class Runner:
         """Run the prompts of fresh tasks; returns logits [B, V] and the seconds of pruning."""
         self.adapter.check_unchanged()
         prompts, compared_s = self._packed(tasks, features), 0.0
-        if self._relevances is not None:
+        if self._contexts is not None and self._contexts.needed:
             comparing = Stopwatch(self.decoder.device)
             with comparing.running():
-                asked = [task.prepared.prompt for task in tasks]
-                prompts = replace(prompts, relevance=self._relevances(asked, features))
+                prompts = replace(prompts, contexts=self._contexts(tasks, features))
             compared_s = comparing.seconds()
         done = prefill(
             self.decoder,
@@ -184,7 +178,7 @@ class Runner:
         own = list(chain.from_iterable(features))
         salted = self.pruning.method == "random"
         located = None
-        if self.pruning.looks_at_places:
+        if "coordinates" in self._needs:
             located = self._coordinates(images, own, lengths, spans)
         return PackedPrompts(
             embeds_TD=self.adapter.embed(ids_T, own),

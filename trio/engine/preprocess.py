@@ -79,6 +79,7 @@ class Preparer:
             image_tokens=tuple(ids.count(self.image_token_id) for ids, _ in images),
             image_inputs=tuple(inputs for _, inputs in images),
             prompt=request.prompt,
+            instruction_ids=tuple(self._instruction(request.prompt)),
             id=request.id,
             sampling=request.sampling,
         )
@@ -86,6 +87,10 @@ class Preparer:
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of an answer, without special tokens and surrounding white space."""
         return self._processor.tokenizer.decode(token_ids, skip_special_tokens=True).strip()
+
+    def _instruction(self, prompt: str) -> Iterator[int]:
+        ids = self._tokenizer.encode(prompt, add_special_tokens=False).ids
+        return (token for token in ids if token not in self._control_ids)
 
     def _images(self, images: Sequence[Any]) -> list[tuple[list[int], dict[str, Tensor]]]:
         """For each image the placeholder tokens that stand for it, and its tensors."""

@@ -119,6 +119,8 @@ class Prepared:
     """What the image processor made of each image, one mapping per image."""
     prompt: str = ""
     """The user's text alone, for a method that compares images with it."""
+    instruction_ids: tuple[int, ...] = ()
+    """The same as the decoder's tokens, without those that only a chat template may write."""
     id: Any = None
     sampling: Sampling | None = None
 

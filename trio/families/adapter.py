@@ -55,6 +55,19 @@ class Joint:
 
 
 @dataclass(frozen=True, slots=True)
+class Layout:
+    """How the visual tokens of one image stand in its picture, without a reduction.
+
+    grids: rows and columns of its parts, as a view of the whole and one in tiles.
+    places: `[N]`, on the CPU, for each visual token its place, counted over the grids row by row;
+        -1 for what shows no place, as newlines.
+    """
+
+    grids: tuple[tuple[int, int], ...]
+    places: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class Features:
     """What the encoder makes of one image.
 
@@ -163,6 +176,11 @@ class Adapter(ABC):
     def coordinates(self, inputs: Inputs) -> list[Tensor]:
         """Where in its picture each visual token of each image lies, told without running the
         model: `[N, 2]` on the CPU, as of `trio.families.coordinates`."""
+
+    def layouts(self, inputs: Inputs) -> list[Layout]:
+        """How the visual tokens of each image stand, told without running the model; asked only by
+        methods that need `instruction`."""
+        raise NotImplementedError(f"{type(self).__name__}.layouts")
 
     def video_tokens(self, inputs: Inputs) -> list[int]:
         """Visual tokens that the model will make of each video in a call of it, told without

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers.models.llava_next.modeling_llava_next import (
     get_anyres_image_grid_shape,
@@ -21,7 +22,7 @@ from transformers.models.llava_next.modeling_llava_next import (
 )
 
 from trio.errors import UserError
-from trio.families.adapter import Adapter, Features, Inputs, check_pixels, tensor_of
+from trio.families.adapter import Adapter, Features, Inputs, Layout, check_pixels, tensor_of
 from trio.families.coordinates import raster
 from trio.pruning.flops import CLASS_TOKENS, VisionShape
 
@@ -110,6 +111,14 @@ class AnyResolutionAdapter(TiledAdapter):
         edge, aspect = patches_per_edge(self.model.config), size[0] / size[1]
         whole = raster(edge, edge, aspect)
         return torch.cat((whole, raster(rows, columns, aspect, newlines=True)))
+
+    def _whole_and_tiles(self, rows: int, columns: int) -> Layout:
+        """Of an image seen whole and in tiles that have so many rows and columns of features."""
+        edge = patches_per_edge(self.model.config)
+        rows_RC = edge**2 + torch.arange(rows * columns).view(rows, columns)
+        in_tiles = F.pad(rows_RC, (0, 1), value=-1).flatten()
+        places = torch.cat((torch.arange(edge**2), in_tiles))
+        return Layout(((edge, edge), (rows, columns)), places)
 
     def _layout(self, size: tuple[int, int]) -> tuple[int, int]:
         """Rows and columns of features that the tiles of such an image have without padding."""

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trio.encoders.class_token import ClassTokenAdapter
-from trio.families.adapter import Inputs
+from trio.families.adapter import Inputs, Layout
 from trio.families.anyres import patches_per_edge, tokens_per_tile
+from trio.families.class_token_tower import ClassTokenAdapter
 from trio.families.coordinates import OUTSIDE, raster
 
 
@@ -35,6 +35,12 @@ class LlavaAdapter(ClassTokenAdapter):
         class_tokens = self.max_visual_tokens - edge**2
         own = F.pad(raster(edge, edge, 1.0), (0, 0, class_tokens, 0), value=OUTSIDE)
         return [own] * len(self.tiles(inputs))
+
+    def layouts(self, inputs: Inputs) -> list[Layout]:
+        edge = patches_per_edge(self.model.config)
+        class_tokens = self.max_visual_tokens - edge**2
+        places = torch.cat((torch.full((class_tokens,), -1), torch.arange(edge**2)))
+        return [Layout(((edge, edge),), places)] * len(self.tiles(inputs))
 
     def _pool(self, inputs: Sequence[Inputs], **settings: Any) -> Sequence[Tensor]:
         pixels = self._to_tower(self._pixels(inputs))

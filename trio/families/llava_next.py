@@ -13,14 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trio.encoders.class_token import ClassTokenAdapter
-from trio.families.adapter import Features, Inputs, Join
+from trio.families.adapter import Features, Inputs, Join, Layout
 from trio.families.anyres import (
     AnyResolutionAdapter,
     image_sizes,
     patches_per_edge,
     tokens_per_tile,
 )
+from trio.families.class_token_tower import ClassTokenAdapter
 from trio.pruning.schedule import LLAVA_NEXT
 
 
@@ -55,6 +55,9 @@ class LlavaNextAdapter(ClassTokenAdapter, AnyResolutionAdapter):
     def coordinates(self, inputs: Inputs) -> list[Tensor]:
         sizes = image_sizes(inputs)
         return [self._coordinates(size, *self._layout(size)) for size in sizes]
+
+    def layouts(self, inputs: Inputs) -> list[Layout]:
+        return [self._whole_and_tiles(*self._layout(size)) for size in image_sizes(inputs)]
 
     def _pool(self, inputs: Sequence[Inputs], **settings: Any) -> Sequence[Tensor]:
         return self.model.model.get_image_features(

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import LlavaOnevisionProcessor
 
 from trio.errors import UserError
-from trio.families.adapter import ImageOnly, Inputs, tensor_of
+from trio.families.adapter import ImageOnly, Inputs, Layout, tensor_of
 from trio.families.anyres import (
     AnyResolutionAdapter,
     image_sizes,
@@ -100,6 +100,14 @@ class LlavaOnevisionAdapter(AnyResolutionAdapter):
         padded = F.pad(raster(edge, edge, 1.0), (0, 0, 0, 1), value=OUTSIDE)
         return [
             self._coordinates(size, *self._shrunk(*self._layout(size))) if tiled else padded
+            for size, tiled in _images(inputs)
+        ]
+
+    def layouts(self, inputs: Inputs) -> list[Layout]:
+        edge = patches_per_edge(self.model.config)
+        padded = Layout(((edge, edge),), F.pad(torch.arange(edge**2), (0, 1), value=-1))
+        return [
+            self._whole_and_tiles(*self._shrunk(*self._layout(size))) if tiled else padded
             for size, tiled in _images(inputs)
         ]
 

@@ -22,7 +22,16 @@ from torch import Tensor
 from trio.encoders.received_attention import attention_received
 from trio.encoders.reduce import averaged, groups, scanned
 from trio.errors import UserError
-from trio.families.adapter import Adapter, Features, Inputs, Join, Span, check_pixels, tensor_of
+from trio.families.adapter import (
+    Adapter,
+    Features,
+    Inputs,
+    Join,
+    Layout,
+    Span,
+    check_pixels,
+    tensor_of,
+)
 from trio.families.coordinates import raster
 from trio.pruning.flops import GridVisionShape
 
@@ -75,6 +84,10 @@ class GridAdapter(Adapter):
             raster(rows // self._merge, columns // self._merge, rows / columns)
             for rows, columns in _grids(inputs)
         ]
+
+    def layouts(self, inputs: Inputs) -> list[Layout]:
+        sizes = [(rows // self._merge, columns // self._merge) for rows, columns in _grids(inputs)]
+        return [Layout((size,), torch.arange(prod(size))) for size in sizes]
 
     def video_tokens(self, inputs: Inputs) -> list[int]:
         grids = tensor_of(inputs, "video_grid_thw").tolist()

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate, pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from transformers import AutoConfig, AutoTokenizer, CLIPModel
 
 from trio.errors import UserError, first_line
 from trio.families.weights import check_unquantised
+from trio.pruning.method import Text
 
 _SIZES = (
     "hidden_size",
@@ -39,19 +40,6 @@ _CURE = (
     "give the CLIP checkpoint that the vision tower was taken from, for LLaVA-1.5 "
     "openai/clip-vit-large-patch14-336"
 )
-
-
-class Text(NamedTuple):
-    """A text in the joint space, in chunks that the text tower takes whole.
-
-    tokens_MLP: its tokens, between those of begin and end, padded.
-    mask_ML: true where there is one of its own tokens; on the CPU.
-    pooled_MP: each chunk as a whole.
-    """
-
-    tokens_MLP: Tensor
-    mask_ML: Tensor
-    pooled_MP: Tensor
 
 
 class TextTower:
@@ -129,18 +117,18 @@ class TextTower:
         length_M = torch.tensor([len(own) for own in ids])
         place_L = torch.arange(self._context)
         there_ML = place_L < length_M[:, None]
-        mask_ML = (place_L > 0) & (place_L < length_M[:, None] - 1)
+        mask_CL = (place_L > 0) & (place_L < length_M[:, None] - 1)
         ids_ML = torch.zeros(there_ML.shape, dtype=torch.long)
         ids_ML[there_ML] = torch.tensor([token for own in ids for token in own])
         device = self._text_projection.weight.device
         hidden_MLH = self._text_model(
             input_ids=ids_ML.to(device), attention_mask=there_ML.long().to(device)
         ).last_hidden_state
-        tokens_MLP = self._text_projection(hidden_MLH)
-        pooled_MP = tokens_MLP[torch.arange(len(ids)), length_M - 1]
+        tokens_CLP = self._text_projection(hidden_MLH)
+        pooled_CP = tokens_CLP[torch.arange(len(ids)), length_M - 1]
         bounds = pairwise(accumulate((len(of_text) for of_text in chunks), initial=0))
         return [
-            Text(tokens_MLP[first:last], mask_ML[first:last], pooled_MP[first:last])
+            Text(tokens_CLP[first:last], mask_CL[first:last], pooled_CP[first:last])
             for first, last in bounds
         ]
 

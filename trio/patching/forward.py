@@ -30,6 +30,7 @@ from trio.patching.cache import RaggedLayer, make_plain, make_ragged, ragged_lay
 from trio.patching.embeds import check_embeds
 from trio.patching.override import Override
 from trio.prefill import PackedPrompts, prefill
+from trio.pruning.method_registry import needs_of
 from trio.pruning.methods.random import salt_of
 from trio.pruning.options import Pruning
 
@@ -144,7 +145,7 @@ class PatchedForward(Override):
         pictures, videos = self._spans(call, tokens)
         images = tuple(tuple(sorted(own)) for own in map(add, pictures, videos))
         located = None
-        if self.pruning.looks_at_places:
+        if "coordinates" in needs_of(self.pruning):
             located = packed(lengths, pictures, self._coordinates(call, pictures))
         return Prompts(
             real_BS=real_BS,

@@ -20,10 +20,10 @@ from trio.pipeline import parse
 from trio.pipeline.columns import parse_mapping
 from trio.pipeline.policy import MAX_PIXELS, ROW_TIMEOUT_S, ImagePolicy
 from trio.pipeline.storage import check_no_secret
+from trio.pruning.method_registry import names
 from trio.pruning.options import (
     ENCODERS,
     FILL_UPS,
-    METHODS,
     POSITION_IDS,
     PROXY_HEADS,
     PROXY_LAYERS,
@@ -138,8 +138,8 @@ class JobConfig:
     )
     method: str = option(
         "trio",
-        parse.choice("method", METHODS),
-        f"how visual tokens are chosen: {', '.join(METHODS)}",
+        parse.choice("method", names()),
+        f"how visual tokens are chosen: {', '.join(names())}",
         results=True,
     )
     encoder: str = option(

@@ -64,51 +64,6 @@ class DecoderShape:
         assert len(tokens_per_layer) == self.num_layers
         return sum(map(self.layer_flops, tokens_per_layer))
 
-    def choosing_flops(
-        self, method: str, *, tokens: int, images: Sequence[tuple[int, int]], rows: int
-    ) -> int:
-        """What one stage of a method adds to a prompt.
-
-        Scoring goes over the whole sequence; tokens are compared within each image.
-
-        For `eadp` without its importance, which the encoder's side makes.
-
-        Args:
-            method: as in `trio.Pruning`.
-            tokens: in the sequence, text and images, before the stage.
-            images: of each the tokens before the stage, and how many of these stay.
-            rows: that the proxy's loss is read at.
-        """
-        proxy = self.proxy_flops(tokens, rows)
-        scoring, comparing = {
-            "trio": (proxy, self.nms_flops),
-            "gradient": (proxy, None),
-            "random": (0, None),
-            "fastv": (self.attention_flops(tokens), None),
-            "divprune": (0, self.diversity_flops),
-            "eadp": (0, self.facility_flops),
-        }[method]
-        if comparing is None:
-            return scoring
-        return scoring + sum(comparing(count, keep) for count, keep in images if keep < count)
-
-    def attention_flops(self, tokens: int) -> int:
-        """Attention of a sequence's last token: keys of all, and its query by them in two products,
-        for the rotation's cosines and sines."""
-        keys = tokens * self.hidden_size * self.kv_size
-        return keys + self.hidden_size * self.query_size + 2 * tokens * self.query_size
-
-    def diversity_flops(self, visual_tokens: int, keep: int) -> int:
-        """Cosines of all pairs, each once, for the first token, and with all of each that is taken,
-        but the last."""
-        pairs = visual_tokens * (visual_tokens - 1) // 2
-        return (pairs + (keep - 1) * visual_tokens) * self.hidden_size
-
-    def facility_flops(self, visual_tokens: int, keep: int) -> int:
-        """Cosines of all with all, of features as the decoder gets them, and in each round the gain
-        of every token over all others."""
-        return visual_tokens**2 * (self.hidden_size + keep)
-
     def proxy_flops(self, tokens: int, rows: int) -> int:
         """One stage's scoring of a sequence with `tokens` tokens and a loss at `rows` rows.
 
@@ -125,11 +80,6 @@ class DecoderShape:
         queries = rows * self.num_heads
         attention = queries * tokens * (4 * self.head_dim + 3 * self.hidden_size)
         return keys + attention + 2 * rows * per_row
-
-    def nms_flops(self, visual_tokens: int, keep: int) -> int:
-        """Cosines between kept tokens and the rest, at most: in the walk, and once more where that
-        comes out short."""
-        return 2 * visual_tokens * keep * self.hidden_size
 
     def kv_bytes(self, tokens_per_layer: Sequence[int], bytes_per_element: int) -> int:
         """Keys and values of one sequence."""

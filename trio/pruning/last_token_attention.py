@@ -13,16 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from trio.decoder.decoder import Decoder
 from trio.decoder.matmul import few_row_linears
-from trio.pruning.tiled_attention import Group, Keys, group_sequences, tile_tokens, turned
-
-if TYPE_CHECKING:
-    from trio.decoder.decoder import Decoder
+from trio.pruning.tiled_attention import Group, Keys, group_sequences, rotated_half, tile_tokens
 
 
 @torch.no_grad()
@@ -84,6 +82,6 @@ class _LastRows:
         for group in self._groups:
             first = group.first_row
             query_NKGE = query_RKGE[first : first + len(group.rows)]
-            share_NKGS = self._keys.shares(group, query_NKGE, turned(query_NKGE))
+            share_NKGS = self._keys.shares(group, query_NKGE, rotated_half(query_NKGE))
             self._keys.spread(self.attention_T, group, 0, share_NKGS.mean(dim=(1, 2)))
         return query.transpose(1, 2)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from trio.errors import UserError
+from trio.pruning import method_registry
 from trio.pruning.schedule import (
     AFTER_ENCODER,
     AT_ONCE,
@@ -16,9 +19,6 @@ from trio.pruning.schedule import (
     shape_of,
 )
 
-METHODS = ("trio", "none", "random", "fastv", "divprune", "eadp", "gradient")
-BEFORE_DECODER = ("divprune", "eadp")
-"""Methods that choose once, before the decoder's first layer."""
 ENCODERS = ("none", "visionzip", "scan")
 PROXY_POSITIONS = ("reference", "with_last", "last")
 POSITION_IDS = ("renumber", "keep")
@@ -44,55 +44,52 @@ class Pruning:
     """What to prune, how much and how.
 
     What is not given is what the checkpoint's `pruning_config.json` says, else what is built in.
-
-    retention: target layer-average share of visual tokens, in (0, 1]; 1 switches pruning off.
-        Exclusive with `schedule`; with neither, nothing is pruned.
-    schedule_shape: how `retention` is spread over the layers: `family` (the model family's: the
-        paper's), `start` (the same with its first stage at layer 0), or stages and the depth that
-        they are for, `"0:0.16,10:0.09@32"`, of whose shares only the ratios matter.
-    schedule: explicit stages, `"1:92,10:54,15:22"` (counts per image) or ratios `"1:0.16,..."`,
-        with `@32` behind them for decoders of 32 layers alone; or `Schedule.load(path)`.
-    method: `trio` (gradient saliency, then NMS), `gradient` (saliency alone), `fastv` (attention of
-        the prompt's last token), `random` (seeded) or `none`; `divprune` (tokens far from each
-        other) and `eadp` (relevant to the prompt in the encoder's image-text space) choose once,
-        before the decoder.
-    encoder: what reduces the tokens in the vision encoder already: `visionzip`, `scan` or `none`.
-        Of a retention it takes what `schedule_shape` has at layer 0, four times the layer average
-        unless told otherwise, and the decoder's stages do the rest; with method `none` it does all.
-        A schedule says with a stage at layer 0 how many it keeps.
-    proxy_positions: which rows of the proxy give the loss, for a sequence of n tokens:
-        `reference` (built in) n-5..n-2, `with_last` n-4..n-1, `last` n-1.
-    proxy_layer: the layer that stands for those still to come, for a stage after l layers: `next`
-        (index l) or `previous` (index l-1, run once more on its own output: the published code
-        for Qwen2.5-VL). `previous` rules out a stage at 0 and allows one behind the last layer.
-    proxy_head: what makes the proxy's logits: `output` (the model's own head) or
-        `input_embedding` (the matrix of token embeddings, also where the head has its own: the
-        published code for Qwen2.5-VL). Built in are `next` and `output`, for Qwen2.5-VL too: they
-        stand nearer to the result that the loss is a stand-in for.
-    position_ids: `renumber` (0, 1, 2, ... after each stage, that in the encoder included, on all
-        axes that a position has) or `keep` (each token keeps its own); built in is the model
-        family's.
-    similarity_threshold: cosine from which the NMS calls two tokens the same; built in is 0.8.
-    fill_up: what makes up the number where the NMS leaves fewer tokens than are to be kept:
-        `reference` (those of the highest saliency, near-duplicates though they be: the published
-        code) or `mixed` (a quarter of what is missing that way; the rest one after another, each
-        time the token whose nearest kept one is least near, likeness and closeness in the picture
-        added up; built in).
-    seed: for `random`.
     """
 
     retention: float | None = None
+    """Target layer-average share of visual tokens, in (0, 1]; 1 switches pruning off. Exclusive
+    with `schedule`; with neither, nothing is pruned."""
     schedule: Schedule | str | None = None
+    """Explicit stages, `"1:92,10:54,15:22"` (counts per image) or ratios `"1:0.16,..."`, with `@32`
+    behind them for decoders of 32 layers alone; or `Schedule.load(path)`."""
     method: str = "trio"
+    """How tokens are chosen: one of `trio.method_names()`, or `module:Class`. `none` leaves them to
+    the encoder's reduction."""
     proxy_positions: str = BuiltIn("reference")
+    """Rows of the proxy that give the loss, for a sequence of n tokens: `reference` n-5..n-2,
+    `with_last` n-4..n-1, `last` n-1."""
     proxy_layer: str = BuiltIn("next")
+    """The layer that stands for those still to come, for a stage after l layers: `next` (index l)
+    or `previous` (index l-1, run once more on its own output: the published code for Qwen2.5-VL).
+    `previous` rules out a stage at 0 and allows one behind the last layer."""
     proxy_head: str = BuiltIn("output")
+    """What makes the proxy's logits: `output` (the model's own head) or `input_embedding` (the
+    matrix of token embeddings, also where the head has its own: the published code for Qwen2.5-VL).
+    `next` and `output` are built in for Qwen2.5-VL too: they stand nearer to the result."""
     position_ids: str | None = None
+    """`renumber` (0, 1, 2, ... after each stage, that in the encoder included, on all axes that a
+    position has) or `keep` (each token keeps its own); None is the model family's."""
     similarity_threshold: float = BuiltInNumber(0.8)
+    """Cosine from which the suppression calls two tokens the same."""
     fill_up: str = BuiltIn("mixed")
+    """What makes up the number where the suppression leaves fewer tokens than are to be kept:
+    `reference` (all by saliency: the published code) or `mixed` (a quarter of the open slots by
+    saliency, the rest by farthest-point sampling over feature cosine plus a Gaussian of image
+    distance)."""
     seed: int = 0
+    """Of method `random`."""
     schedule_shape: ScheduleShape | str | None = None
+    """How `retention` is spread over the layers: `family` (the model family's: the paper's),
+    `start` (the same with its first stage at layer 0), or stages and the depth that they are for,
+    `"0:0.16,10:0.09@32"`, of whose shares only the ratios matter."""
     encoder: str = "none"
+    """What reduces the tokens in the vision encoder already: `visionzip`, `scan` or `none`. Of a
+    retention it takes what `schedule_shape` has at layer 0, four times the layer average unless
+    told otherwise, and the decoder's stages do the rest; with method `none` it does all. A schedule
+    says with a stage at layer 0 how many it keeps."""
+    method_options: Mapping[str, Any] | tuple[tuple[str, Any], ...] = ()
+    """Settings of the method's own, as `{"beta": 2.0}`; each method's class has them with their
+    meaning."""
 
     def __post_init__(self) -> None:
         if self.retention is not None and self.schedule is not None:
@@ -113,7 +110,8 @@ class Pruning:
                 f"schedule_shape must be a ScheduleShape, text or None, "
                 f"got {self.schedule_shape!r:.100}"
             )
-        _one_of("method", self.method, METHODS)
+        method_registry.check_name(self.method)
+        object.__setattr__(self, "method_options", tuple(dict(self.method_options).items()))
         _one_of("encoder", self.encoder, ENCODERS)
         _one_of("proxy_positions", self.proxy_positions, PROXY_POSITIONS)
         _one_of("proxy_layer", self.proxy_layer, PROXY_LAYERS)
@@ -154,7 +152,7 @@ class Pruning:
     @property
     def _at_once(self) -> str | None:
         """What chooses all tokens before the decoder's first layer, if something does."""
-        if self.method in BEFORE_DECODER:
+        if self._before_decoder:
             return f"method {self.method}"
         if self.method == "none" and self.encoder != "none":
             return f"encoder {self.encoder} without a method"
@@ -177,13 +175,13 @@ class Pruning:
         return self.retention is not None and self.retention < 1.0
 
     @property
-    def looks_at_places(self) -> bool:
-        """Whether the choice asks where in their picture tokens lie."""
-        return self.method == "trio" and self.fill_up == "mixed"
+    def chooses(self) -> bool:
+        """Whether a method takes part, in the decoder or before it."""
+        return self.active and self.method != "none"
 
-    def proxy_index(self, layer: int) -> int:
-        """The decoder layer (0-based) that scores at a stage after `layer` layers."""
-        return layer - 1 if self.proxy_layer == "previous" else layer
+    @property
+    def _before_decoder(self) -> bool:
+        return method_registry.chooses_before_decoder(self.method)
 
     def stages(self, visual_tokens: int, num_layers: int) -> list[tuple[int, int]]:
         """`(layer, kept)` for one image, of the stages in the decoder.
@@ -196,7 +194,7 @@ class Pruning:
             UserError: the retention is out of reach, or a stage has no layer for its proxy.
         """
         counts = self._counts(visual_tokens, num_layers)
-        if self.encoder == "none" or self.method in BEFORE_DECODER:
+        if self.encoder == "none" or self._before_decoder:
             return counts
         return counts[1:]
 
@@ -205,7 +203,7 @@ class Pruning:
         if self.encoder == "none" or not (counts := self._counts(visual_tokens, num_layers)):
             return visual_tokens
         ((_, keep), *_) = counts
-        if self.method in BEFORE_DECODER:
+        if self._before_decoder:
             keep = self._behind(visual_tokens, num_layers, keep)
         return keep
 

@@ -16,15 +16,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from trio.decoder.decoder import Decoder
 from trio.decoder.matmul import times
-
-if TYPE_CHECKING:
-    from trio.decoder.decoder import Decoder
 
 Span = tuple[int, int]
 
@@ -168,7 +166,7 @@ def group_sequences(
     return groups
 
 
-def turned(x: Tensor) -> Tensor:
+def rotated_half(x: Tensor) -> Tensor:
     """What the sine's part of a rotated key is to be multiplied with."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat((second, -first), dim=-1)
@@ -191,17 +189,17 @@ class Keys:
         tile_tokens: int,
     ) -> None:
         attention, norm = layer.self_attn, layer.input_layernorm
-        self._hidden_TD = hidden_TD.detach()
+        self.hidden_TD = hidden_TD.detach()
         self._cos_TE, self._sin_TE = cos_TE, sin_TE
         self._dtype = dtype
-        self._norm_D = norm.weight.detach()
+        self.norm_D = norm.weight.detach()
         self._epsilon: float = norm.variance_epsilon
-        self._key_weight = attention.k_proj.weight.detach()
+        self.key_weight = attention.k_proj.weight.detach()
         bias = attention.k_proj.bias
         self._key_bias = None if bias is None else bias.detach()
-        self._key_norm: Any = getattr(attention, "k_norm", None)
-        self._head_dim: int = cos_TE.shape[-1]
-        self.kv_heads: int = len(self._key_weight) // self._head_dim
+        self.key_norm: Any = getattr(attention, "k_norm", None)
+        self.head_dim: int = cos_TE.shape[-1]
+        self.kv_heads: int = len(self.key_weight) // self.head_dim
         self._tile_tokens = tile_tokens
 
     def by_head(self, query: Tensor, scale: float) -> Tensor:
@@ -215,12 +213,12 @@ class Keys:
 
         Args:
             cosine: scaled queries `[N, K, Q, E]` for the cosine's part of the keys.
-            sine: the same for the sine's: `turned(cosine)`.
+            sine: the same for the sine's: `rotated_half(cosine)`.
             tiles: all of the group's, if they are at hand.
         """
         pieces = []
-        for tile in self._tiles(group) if tiles is None else tiles:
-            keys, cos, sin = self._keys(tile)
+        for tile in self.tiles(group) if tiles is None else tiles:
+            keys, cos, sin = self.unrotated(tile)
             scores = torch.matmul(cosine, (keys * cos).transpose(2, 3))
             pieces.append(scores.add_(torch.matmul(sine, keys.mul_(sin).transpose(2, 3))))
         scores = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=3)
@@ -237,40 +235,40 @@ class Keys:
             place, packed = (index.to(out_T.device) for index in group.present(start, stop))
             out_T[packed] = own_NC.flatten()[place]
 
-    def _tiles(self, group: Group, start: int = 0, stop: int | None = None) -> Iterator[Tile]:
+    def tiles(self, group: Group, start: int = 0, stop: int | None = None) -> Iterator[Tile]:
         stop = group.longest if stop is None else min(stop, group.longest)
-        step = self._step(group)
+        step = self.step(group)
         for first in range(start, stop, step):
             yield self._tile(group, first, min(first + step, stop))
 
-    def _step(self, group: Group) -> int:
+    def step(self, group: Group) -> int:
         """Tokens of each sequence that make a tile."""
         return max(1, self._tile_tokens // len(group.lengths))
 
     def _tile(self, group: Group, start: int, stop: int) -> Tile:
-        hidden_NCD = self._gather(self._hidden_TD, group, start, stop).to(self._dtype)
+        hidden_NCD = self._gather(self.hidden_TD, group, start, stop).to(self._dtype)
         inverse = inverse_root(hidden_NCD, self._epsilon)
         return Tile(group, start, stop, hidden_NCD * inverse, inverse)
 
-    def _keys(self, tile: Tile) -> tuple[Tensor, Tensor, Tensor]:
+    def unrotated(self, tile: Tile) -> tuple[Tensor, Tensor, Tensor]:
         """Keys `[N, K, C, E]` before rotation, and the rotation's cosines and sines."""
-        keys_NCKE = self._projected_keys(tile)
-        if self._key_norm is not None:
-            inverse = inverse_root(keys_NCKE, self._key_norm.variance_epsilon)
-            keys_NCKE.mul_(inverse).mul_(self._key_norm.weight.detach())
+        keys_NCKE = self.projected(tile)
+        if self.key_norm is not None:
+            inverse = inverse_root(keys_NCKE, self.key_norm.variance_epsilon)
+            keys_NCKE.mul_(inverse).mul_(self.key_norm.weight.detach())
         keys = keys_NCKE.transpose(1, 2)
         # One sequence's heads are multiplied as they lie; several would be copied at each use.
-        return keys if len(keys) == 1 else keys.contiguous(), *self._angles(tile)
+        return keys if len(keys) == 1 else keys.contiguous(), *self.angles(tile)
 
-    def _projected_keys(self, tile: Tile) -> Tensor:
+    def projected(self, tile: Tile) -> Tensor:
         """`[N, C, K, E]`, as the projection gives them."""
-        normed = (tile.unit * self._norm_D).flatten(0, 1)
-        keys = times(normed, self._key_weight.T)
+        normed = (tile.unit * self.norm_D).flatten(0, 1)
+        keys = times(normed, self.key_weight.T)
         if self._key_bias is not None:
             keys = keys.add_(self._key_bias)
-        return keys.view(*tile.unit.shape[:2], self.kv_heads, self._head_dim)
+        return keys.view(*tile.unit.shape[:2], self.kv_heads, self.head_dim)
 
-    def _angles(self, tile: Tile) -> tuple[Tensor, Tensor]:
+    def angles(self, tile: Tile) -> tuple[Tensor, Tensor]:
         """`[N, 1, C, E]` each."""
         place = (tile.group, tile.start, tile.stop)
         cos, sin = (self._gather(x, *place) for x in (self._cos_TE, self._sin_TE))

@@ -36,7 +36,8 @@ from trio.pipeline.config import DEMO, JobConfig
 from trio.pipeline.fingerprint import model_directory
 from trio.pipeline.job import DEFAULT_RETENTION, check_model
 from trio.pipeline.parse import SCHEDULE_FILES
-from trio.pruning.options import BEFORE_DECODER, Pruning
+from trio.pruning.method_registry import chooses_before_decoder
+from trio.pruning.options import Pruning
 from trio.pruning.pruning_config import FILE as PRUNING_FILE
 from trio.pruning.schedule import Schedule, ScheduleShape, tokens_per_layer
 from trio.tables import aligned
@@ -58,7 +59,7 @@ def resolved(config: JobConfig) -> JobConfig:
         raise UserError("calibrate searches for a schedule: give --retention instead of one")
     changes: dict[str, Any] = {"retention": config.retention or DEFAULT_RETENTION}
     config = config.replace(**changes)
-    if config.method in BEFORE_DECODER or not config.pruning_asked:
+    if chooses_before_decoder(config.method) or not config.pruning_asked:
         what = "--retention 1" if config.retention == 1.0 else f"--method {config.method}"
         raise UserError(f"{what}: its schedule has no shape that could be searched for")
     if config.method == "none":

@@ -39,7 +39,8 @@ from trio.families.adapter import Adapter
 from trio.families.registry import adapt
 from trio.families.text_tower import TextTower
 from trio.pipeline.scoring import exact_match, object_share
-from trio.pruning.options import BEFORE_DECODER, Pruning
+from trio.pruning.method_registry import chooses_before_decoder, needs_of
+from trio.pruning.options import Pruning
 from trio.pruning.schedule import PUBLISHED_AFTER_ENCODER, shape_of
 
 MAX_NEW_TOKENS = 32
@@ -123,7 +124,7 @@ def settings(
                 words += [part for part in parts if part not in USUAL_PROXY]
             if len(position_ids) > 1 and handling:
                 words.append(handling)
-            own = shapes if encoder == "none" and method not in BEFORE_DECODER else [None]
+            own = shapes if encoder == "none" and not chooses_before_decoder(method) else [None]
             for shape in own:
                 label = " ".join([*words, *_shape_name(shape)])
                 rows.append(Setting(label=label, pruning=replace(pruning, schedule_shape=shape)))
@@ -179,8 +180,8 @@ def in_reach(
     left_out: list[dict[str, Any]] = []
     for row in rows:
         try:
-            if row.pruning.method == "eadp" and not has_text_tower:
-                raise UserError("method eadp needs --text-tower")
+            if "text_tower" in needs_of(row.pruning) and not has_text_tower:
+                raise UserError(f"method {row.pruning.method} needs --text-tower")
             found = _settled(adapter, row)
             _check_new(adapter, found, there)
             there.append(found)
@@ -321,7 +322,7 @@ class _Trial:
         counted, count = engine.stats(), len(results)
         return _Run(
             pruning=pruning,
-            text_tower=self._text_tower if pruning.method == "eadp" else None,
+            text_tower=self._text_tower if "text_tower" in needs_of(pruning) else None,
             results=results,
             encode_s=self._encode_s,
             reduce_s=self._reduce_s,

@@ -11,8 +11,9 @@ import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
 
-from trio.pruning.candidates import Candidates, StageChoice
-from trio.pruning.select import METHODS
+from trio.pruning.method import Choice, Stage
+from trio.pruning.method_registry import replaced
+from trio.pruning.methods.trio import Trio
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,17 +39,16 @@ class Count:
     )
     """For each image of a stage the tokens left by the suppression, and those kept."""
 
-    def add(self, candidates: Candidates, choice: StageChoice) -> None:
-        threshold = candidates.pruning.similarity_threshold
+    def add(self, stage: Stage, choice: Choice, threshold: float) -> None:
         for (request, number), order_V in choice.orders.items():
             kept = choice.kept[request][number]
             assert kept is not None
-            start = candidates.ragged.images[request][number].start
-            start += candidates.ragged.starts[request]
+            start = stage.batch.images[request][number].start
+            start += stage.batch.starts[request]
             wanted = set(kept)
             ranked = [start + place for place in order_V.tolist() if place in wanted]
-            unlike = survivors(candidates.hidden_TD[ranked], threshold)
-            self.by_layer[candidates.layer].append((unlike, len(kept)))
+            unlike = survivors(stage.hidden_TD[ranked], threshold)
+            self.by_layer[stage.layer].append((unlike, len(kept)))
 
     def mean(self, requests: int) -> FillUp:
         layers = sorted(self.by_layer)
@@ -83,15 +83,14 @@ def _walk(near_KK: np.ndarray) -> Sequence[int]:
 @contextmanager
 def counting() -> Iterator[Count]:
     """Counts what method `trio` keeps in this process."""
-    count, own = Count(), METHODS["trio"]
+    count = Count()
 
-    def choose(candidates: Candidates) -> StageChoice:
-        choice = own(candidates)
-        count.add(candidates, choice)
-        return choice
+    @dataclass(frozen=True, kw_only=True)
+    class Counted(Trio):
+        def __call__(self, stage: Stage) -> Choice:
+            choice = super().__call__(stage)
+            count.add(stage, choice, self.similarity_threshold)
+            return choice
 
-    METHODS["trio"] = choose
-    try:
+    with replaced(Counted):
         yield count
-    finally:
-        METHODS["trio"] = own

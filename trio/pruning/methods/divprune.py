@@ -13,11 +13,13 @@ K tokens kept at most, C tokens of a tile.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from trio.pruning.candidates import Candidates, StageChoice
+from trio.pruning.flops import DecoderShape
+from trio.pruning.method import Choice, Method, Stage
 
 # Elements [N, V, D] of a group: on a CPU about one image, which its cache then holds; a GPU wants
 # many at a time, as each of K steps waits for the one before.
@@ -27,16 +29,27 @@ _TILE = 128
 _EPSILON = 1e-12
 
 
-def by_diversity(candidates: Candidates) -> StageChoice:
+@dataclass(frozen=True, kw_only=True)
+class DivPrune(Method):
     """The tokens that `spread_out` takes of the hidden states."""
-    goals = list(candidates.goals.values())
-    start_N, _, _ = candidates.bounds
-    counts = [image.count for image in candidates.images]
-    order_NK = spread_out(candidates.packed[0], start_N, counts, goals)
-    choice = candidates.choice(order_NK, order_NK)
-    for place, keep in candidates.goals.items():
-        choice.orders[place] = choice.orders[place][:keep]
-    return choice
+
+    name = "divprune"
+    summary = "tokens far from each other"
+    before_decoder = True
+
+    def __call__(self, stage: Stage) -> Choice:
+        keeps = list(stage.goals.values())
+        counts = [image.count for image in stage.images]
+        order_NK = spread_out(stage.packed[0], stage.bounds[0], counts, keeps)
+        own = zip(stage.goals.items(), order_NK, strict=True)
+        orders = {place: order_K[:keep] for (place, keep), order_K in own}
+        return stage.choice_of_orders(orders, [])
+
+    def flops(self, shape: DecoderShape, tokens: int, images: Sequence[tuple[int, int]]) -> int:
+        """Cosines of all pairs, each once, for the first token, and with all of each that is taken,
+        but the last."""
+        products = (count * (count - 1) // 2 + (keep - 1) * count for count, keep in images)
+        return sum(products) * shape.hidden_size
 
 
 def spread_out(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,14 +13,15 @@ from transformers import PreTrainedTokenizerFast
 from tests.engine.support import by_id, picture
 from tests.families.family import FAMILIES, LAYERS, Family, requests_of_many_sizes
 from tests.tiny.clip import tiny_clip
+from trio.engine.contexts import Contexts
 from trio.engine.engine import Engine
 from trio.engine.loading import load_text_tower
-from trio.engine.relevance import Relevances
 from trio.engine.request import Prepared, Request, Sampling
 from trio.errors import UserError
 from trio.families.registry import adapt
 from trio.families.text_tower import TextTower
 from trio.pruning import eadp
+from trio.pruning.methods.eadp import of_tokens
 from trio.pruning.options import Pruning
 
 WORDS = ["!", "<", *"abcdefghijklmnopqrstuvwxyz", ">"]
@@ -91,10 +93,10 @@ def test_tokens_are_those_of_eadp_by_its_steps() -> None:
     edge = round(len(hidden_ND) ** 0.5)
     importance_N = eadp.importance(
         tower.project(hidden_ND),
-        text.tokens_MLP,
-        text.pooled_MP,
+        text.tokens_CLP,
+        text.pooled_CP,
         ((edge, edge),),
-        mask_ML=text.mask_ML,
+        mask_ML=text.mask_CL,
     )
     (features,) = adapt(model).encode_images([image])
     ((_, keep),) = EADP.stages(len(hidden_ND), LAYERS)
@@ -109,31 +111,44 @@ def test_newlines_matter_to_no_prompt_and_tiles_are_told_apart() -> None:
     prepared = worker.prepare(Request(id=0, prompt="a", images=(picture(1, (60, 30)),)))
     assert isinstance(prepared, Prepared)
     (image,) = adapter.encode_images(prepared.image_inputs, join=tower.project)
-    ((relevance,),) = Relevances(tower)(["a cat"], [[image]])
-    assert image.joint is not None and relevance.tile_N is not None
-    assert image.joint.grids is not None and len(image.joint.grids) > 1
-    assert len(relevance.importance_N) == len(relevance.tile_N) == len(image)
-    newline_N = image.joint.places < 0
-    assert 0 < newline_N.sum() < len(image)
-    assert (relevance.importance_N[newline_N] == 0).all()
-    assert (relevance.importance_N[~newline_N] > 0).all()
+    ((context,),) = contexts(worker)([task("a cat")], [[image]])
+    tile_V = context.tiles_V
+    assert tile_V is not None and context.grids is not None and len(context.grids) > 1
+    importance_V = of_tokens(torch.ones(sum(r * c for r, c in context.grids)), context)
+    assert len(importance_V) == len(tile_V) == len(image)
+    newline_V = context.places_V < 0
+    assert 0 < newline_V.sum() < len(image)
+    assert (importance_V[newline_V] == 0).all()
+    assert (importance_V[~newline_V] > 0).all()
     # The whole image comes first.
-    rows, columns = image.joint.grids[0]
-    assert (relevance.tile_N[: rows * columns] == 0).all()
-    assert (relevance.tile_N[rows * columns :] > 0).all()
+    rows, columns = context.grids[0]
+    assert (tile_V[: rows * columns] == 0).all()
+    assert (tile_V[rows * columns :] > 0).all()
+
+
+def contexts(worker: Engine) -> Contexts:
+    own = worker._runner._contexts
+    assert own is not None
+    return own
+
+
+def task(prompt: str) -> Any:
+    return SimpleNamespace(prepared=SimpleNamespace(prompt=prompt))
 
 
 def test_a_prompt_is_embedded_once() -> None:
     family = FAMILIES["llava"]()
-    tower, asked = text_tower(family.model), []
+    worker, asked = engine(family, EADP), []
+    tower = contexts(worker).text_tower
+    assert tower is not None
     embed = tower.embed
     tower.embed = lambda texts: asked.append(list(texts)) or embed(texts)  # type: ignore
-    relevances = Relevances(tower)
-    prepared = engine(family, EADP).prepare(Request(id=0, prompt="a", images=(picture(1),)))
+    prepared = worker.prepare(Request(id=0, prompt="a", images=(picture(1),)))
     assert isinstance(prepared, Prepared)
     (image,) = adapt(family.model).encode_images(prepared.image_inputs, join=tower.project)
-    relevances(["a", "b", "a", "text alone"], [[image], [image], [image], []])
-    relevances(["b", "c"], [[image], [image, image]])
+    first = [task(prompt) for prompt in ("a", "b", "a", "text alone")]
+    contexts(worker)(first, [[image], [image], [image], []])
+    contexts(worker)([task("b"), task("c")], [[image], [image, image]])
     assert asked == [["a", "b"], ["c"]]
 
 
