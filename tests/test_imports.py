@@ -27,7 +27,6 @@ MAY_IMPORT = {
     "models": SETTINGS | {"pruning"},
     "engine": SETTINGS | {"pruning", "models", "cgroups"},
     "patching": SETTINGS | {"pruning", "models"},
-    "conformance": SETTINGS | {"pruning", "models"},
     "pipeline": SETTINGS | {"pruning", "models", "engine", "tables", "version", "cgroups"},
     "demo": SETTINGS | {"pruning", "models", "engine"},
     "benchmark": SETTINGS

@@ -39,10 +39,10 @@ def test_what_the_user_says_stands(asked: dict[str, str], monkeypatch: pytest.Mo
     [
         (["jobs/benchmark.py", "targets", "--dry-run"], {}, "PASSIVE", "0"),
         pytest.param(
-            *(["-m", "trio.conformance", "--help"], {}, "PASSIVE", "0"), marks=pytest.mark.slow
+            *(["-m", "tests.conformance", "--help"], {}, "PASSIVE", "0"), marks=pytest.mark.slow
         ),
         pytest.param(
-            *(["-m", "trio.conformance", "--help"], ASKED[1], "PASSIVE", "1000"),
+            *(["-m", "tests.conformance", "--help"], ASKED[1], "PASSIVE", "1000"),
             marks=pytest.mark.slow,
         ),
     ],

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trio.conformance.checks import Checks
-from trio.conformance.files import Case, Tensors
+from tests.conformance.checks import Checks
+from tests.conformance.files import Case, Tensors
 from trio.decoder.decoder import Decoder
 from trio.errors import UserError
 from trio.prefill import PackedPrompts, StageTrace, Trace, prefill

@@ -62,6 +62,7 @@ class Tensors:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._asked: set[str] = set()
         try:
             self.all = load_file(path)
         except (OSError, SafetensorError) as error:
@@ -70,10 +71,14 @@ class Tensors:
     def __getitem__(self, name: str) -> Tensor:
         if name not in self.all:
             raise UserError(f"{self.path}: tensor {name!r} is missing")
+        self._asked.add(name)
         return self.all[name]
 
     def get(self, name: str) -> Tensor | None:
-        return self.all.get(name)
+        return self[name] if name in self.all else None
+
+    def never_asked(self) -> list[str]:
+        return sorted(self.all.keys() - self._asked)
 
 
 def read_cases(directory: Path) -> list[Case]:

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from trio.conformance.checks import Checks
-from trio.conformance.files import Case, Tensors
+from tests.conformance.checks import Checks
+from tests.conformance.files import Case, Tensors
 from trio.encoders.clip_hooks import Watched, watched
 from trio.encoders.reduce import by_attention, contextual_groups, visionzip
 from trio.errors import UserError
@@ -18,13 +18,12 @@ _PREFIX = "vision_model."
 """Of recorded names, where this version of transformers has none."""
 
 
-def replay(case: Case) -> Checks:
+def replay(case: Case, recorded: Tensors) -> Checks:
     """Run a recorded case on its own weights and compare every recorded quantity.
 
     Raises:
         UserError: the case's files or facts cannot be used.
     """
-    recorded = case.tensors()
     seen = _forward(case, recorded)
     checks = Checks()
     checks.close("hidden_penultimate", seen.hidden_ISD, recorded["hidden_penultimate"])

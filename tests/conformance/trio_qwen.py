@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLTextConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
 
-from trio.conformance.checks import Checks
-from trio.conformance.files import Case, Tensors
-from trio.conformance.replay import Replay, StageReplay, load_decoder
+from tests.conformance.checks import Checks
+from tests.conformance.files import Case, Tensors
+from tests.conformance.replay import Replay, StageReplay, load_decoder
 from trio.decoder.decoder import Decoder
 from trio.errors import UserError
 from trio.prefill import PackedPrompts
@@ -39,13 +39,12 @@ REFERENCE: dict[str, Any] = {
 """How the reference prunes; the record does not say so."""
 
 
-def replay(case: Case) -> Checks:
+def replay(case: Case, recorded: Tensors) -> Checks:
     """Run a recorded case on its own weights and compare every quantity that can be.
 
     Raises:
         UserError: the case's files or facts cannot be used.
     """
-    recorded = case.tensors()
     decoder = _decoder(case)
     how = Pruning(schedule=_schedule(case), **REFERENCE)
     run = Replay(case, recorded, decoder, _prompts(case, recorded), how)

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from trio.conformance.checks import Checks
-from trio.conformance.files import Case
-from trio.conformance.replay import Replay, StageReplay, load_decoder
+from tests.conformance.checks import Checks
+from tests.conformance.files import Case, Tensors
+from tests.conformance.replay import Replay, StageReplay, load_decoder
 from trio.decoder.attention import Padded
 from trio.decoder.decoder import Decoder
 from trio.errors import UserError
@@ -23,13 +23,12 @@ from trio.pruning.saliency import Saliency
 from trio.pruning.schedule import Schedule, Stage
 
 
-def replay(case: Case) -> Checks:
+def replay(case: Case, recorded: Tensors) -> Checks:
     """Run a recorded case on its own weights and compare every recorded quantity.
 
     Raises:
         UserError: the case's files or facts cannot be used.
     """
-    recorded = case.tensors()
     decoder = _decoder(case)
     lengths = tuple(int(n) for n in recorded["attention_mask"].sum(dim=1))
     spans = [
