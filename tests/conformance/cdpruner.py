@@ -12,8 +12,8 @@ from tests.conformance.checks import Checks
 from tests.conformance.files import Case, Tensors
 from trio.errors import UserError
 from trio.pruning.methods.cdpruner import (
-    choose,
     cosines,
+    determinantal,
     kernel_rows,
     relevance,
     unit_length,
@@ -101,7 +101,7 @@ def _check_choice(
     checks.close("kernel_rows" + suffix, rows, expected("kernel_rows"))
     rows = kernel_rows(torch.ones_like(relevance_BN), unit_BNC, rows_BR)
     checks.close("similarity_rows" + suffix, rows, expected("similarity_rows"))
-    chosen = choose(relevance_BN, features_BNC, keep)
+    chosen = determinantal(relevance_BN, features_BNC, keep)
     checks.equal("select_order" + suffix, chosen.order_BK, expected("select_order"))
     selected_BK = chosen.order_BK.sort(dim=1).values
     checks.equal("selected" + suffix, selected_BK, expected("selected"))

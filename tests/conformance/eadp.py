@@ -16,7 +16,7 @@ from tests.conformance.checks import Checks
 from tests.conformance.files import Case, Tensors
 from trio.errors import UserError
 from trio.pruning.coverage import similarity
-from trio.pruning.eadp import Grid, Match, Settings, Trace, importance, select
+from trio.pruning.relevance import Grid, Match, Settings, Trace, importance, select
 
 _TILE = 24
 """Rows and columns of the reference's tiles."""

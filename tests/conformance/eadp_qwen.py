@@ -12,7 +12,7 @@ from tests.conformance.checks import Checks
 from tests.conformance.eadp import kept_texts, settings_of
 from tests.conformance.files import Case, Tensors
 from trio.pruning.coverage import cover, similarity
-from trio.pruning.eadp import Grid, Settings, Trace, importance, instruction, select
+from trio.pruning.relevance import Grid, Settings, Trace, importance, instruction, select
 
 
 def replay(case: Case, recorded: Tensors) -> Checks:

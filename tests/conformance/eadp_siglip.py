@@ -16,7 +16,7 @@ from tests.conformance.checks import Checks
 from tests.conformance.eadp import check_importance, check_kept_texts, kept_texts, settings_of
 from tests.conformance.files import Case, Tensors
 from trio.pruning.coverage import cover, similarity
-from trio.pruning.eadp import Grid, Trace, importance, select
+from trio.pruning.relevance import Grid, Trace, importance, select
 
 
 def replay(case: Case, recorded: Tensors) -> Checks:

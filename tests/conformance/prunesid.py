@@ -16,8 +16,7 @@ from torch import Tensor
 
 from tests.conformance.checks import Checks
 from tests.conformance.files import Case, Tensors
-from trio.errors import UserError
-from trio.pruning.prunesid import (
+from trio.encoders.prunesid import (
     Selection,
     by_class_token,
     by_component,
@@ -25,6 +24,7 @@ from trio.pruning.prunesid import (
     cosines,
     merged_budget,
 )
+from trio.errors import UserError
 
 _SORTED_ABOVE = 150
 """Tokens from which the reference's form for merged features puts them in the image's order."""

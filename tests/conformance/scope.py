@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from tests.conformance.checks import Checks
 from tests.conformance.files import Case, Tensors
+from trio.encoders.scope import saliency, scope
 from trio.errors import UserError
 from trio.pruning.coverage import Combined, similarity
-from trio.pruning.scope import saliency, scope
 
 _COMBINED: dict[str, Combined] = {"multi": "product", "add": "sum"}
 

@@ -11,7 +11,8 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 from tests.conformance.checks import Checks
 from tests.conformance.files import Case, Tensors
 from trio.encoders.clip_hooks import Watched, watched
-from trio.encoders.reduce import by_attention, contextual_groups, visionzip
+from trio.encoders.merging import by_attention
+from trio.encoders.visionzip import contextual_groups, visionzip
 from trio.errors import UserError
 
 _PREFIX = "vision_model."

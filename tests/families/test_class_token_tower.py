@@ -12,14 +12,15 @@ from torch import Tensor
 from tests.engine.support import MANY_SIZES, picture
 from tests.tiny.llava import LLAVA_NEXT, PINPOINTS, Strategy, tiny_llava, tiny_processor
 from tests.tiny.llava_onevision import tiny_onevision
-from trio.encoders.reduce import shared, zip_split
+from trio.encoders.merging import shared
+from trio.encoders.visionzip import zip_split
 from trio.errors import UserError
 from trio.families.adapter import Features, Inputs
 from trio.families.class_token_tower import ClassTokenAdapter
 from trio.families.registry import adapt
 from trio.pruning.options import Pruning
 
-ENCODERS = ("visionzip", "scan")
+ENCODERS = ("visionzip", "scan", "scope", "prunesid")
 
 
 def adapter_of(**options: Any) -> ClassTokenAdapter:

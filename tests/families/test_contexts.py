@@ -20,7 +20,7 @@ from trio.engine.request import Prepared, Request, Sampling
 from trio.errors import UserError
 from trio.families.registry import adapt
 from trio.families.text_tower import TextTower
-from trio.pruning import eadp
+from trio.pruning import relevance
 from trio.pruning.methods.eadp import of_tokens
 from trio.pruning.options import Pruning
 
@@ -91,7 +91,7 @@ def test_tokens_are_those_of_eadp_by_its_steps() -> None:
     hidden_ND = states.hidden_states[model.config.vision_feature_layer][0, 1:]
     (text,) = tower.embed(["a red cat"])
     edge = round(len(hidden_ND) ** 0.5)
-    importance_N = eadp.importance(
+    importance_N = relevance.importance(
         tower.project(hidden_ND),
         text.tokens_CLP,
         text.pooled_CP,
@@ -100,7 +100,7 @@ def test_tokens_are_those_of_eadp_by_its_steps() -> None:
     )
     (features,) = adapt(model).encode_images([image])
     ((_, keep),) = EADP.stages(len(hidden_ND), LAYERS)
-    chosen = eadp.select(importance_N, features.tokens, keep)
+    chosen = relevance.select(importance_N, features.tokens, keep)
     assert result.kept_tokens == [sorted(chosen.tolist())]
 
 

@@ -7,8 +7,8 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from tests.tiny.qwen2_5_vl import SECTIONS, tiny_qwen
 from trio.benchmark.shapes.sizes import blueprint
+from trio.families.qwen_vision import GridVisionShape
 from trio.families.registry import adapt
-from trio.pruning.flops import GridVisionShape
 
 
 def test_counts_of_a_7b_shape() -> None:

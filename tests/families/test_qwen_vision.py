@@ -19,10 +19,10 @@ from tests.tiny.qwen2_5_vl import IMAGE_TOKEN_ID, tiny_qwen, tiny_qwen_processor
 from tests.tiny.qwen3_vl import INJECTED, tiny_qwen3, tiny_qwen3_processor
 from trio.errors import UserError
 from trio.families.adapter import Adapter, Span
+from trio.families.qwen_vision import GridVisionShape
 from trio.families.registry import adapt
 from trio.prefill import PackedPrompts, prefill
 from trio.pruning import reference
-from trio.pruning.flops import GridVisionShape
 from trio.pruning.layer_gradient import LayerGradient
 from trio.pruning.options import Pruning
 from trio.pruning.saliency import saliency

@@ -8,7 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from trio.pruning.methods.cdpruner import choose, cosines, kernel_rows, relevance, unit_length
+from trio.pruning.methods.cdpruner import (
+    cosines,
+    determinantal,
+    kernel_rows,
+    relevance,
+    unit_length,
+)
 
 quick = settings(max_examples=80, deadline=None)
 
@@ -46,7 +52,7 @@ def test_the_choice_raises_the_determinant_most(
     """In float64; what is spanned by the chosen ones is filled up by index."""
     relevance_BN, features_BNC = own
     tokens = relevance_BN.shape[1]
-    chosen = choose(relevance_BN, features_BNC, data.draw(st.integers(0, tokens)))
+    chosen = determinantal(relevance_BN, features_BNC, data.draw(st.integers(0, tokens)))
     for r_N, x_NC, order, gain in zip(
         relevance_BN.double(), features_BNC.double(), chosen.order_BK, chosen.gain_BK, strict=True
     ):
@@ -74,16 +80,16 @@ def test_the_choice_raises_the_determinant_most(
 @given(tiles(), st.data())
 def test_a_batch_is_its_tiles_one_by_one(own: tuple[Tensor, Tensor], data: st.DataObject) -> None:
     keep = data.draw(st.integers(1, own[0].shape[1]))
-    both = choose(*own, keep)
+    both = determinantal(*own, keep)
     for tile, (relevance_N, features_NC) in enumerate(zip(*own, strict=True)):
-        alone = choose(relevance_N[None], features_NC[None], keep)
+        alone = determinantal(relevance_N[None], features_NC[None], keep)
         assert torch.equal(both.order_BK[tile], alone.order_BK[0])
 
 
 def test_more_picks_than_the_rank() -> None:
     """The authors' code divides by the root of rounding here, and chooses some tokens twice."""
     features = random(1, 200, 8)
-    chosen = choose(torch.ones(1, 200), features, 64)
+    chosen = determinantal(torch.ones(1, 200), features, 64)
     order, gain = chosen.order_BK[0].tolist(), chosen.gain_BK[0]
     assert len(set(order)) == 64
     assert (gain[:8] > 0).all() and not gain[8:].any()
@@ -91,12 +97,20 @@ def test_more_picks_than_the_rank() -> None:
 
 
 def test_a_kernel_of_nothing_and_of_numbers_that_are_none() -> None:
-    assert choose(torch.zeros(1, 5), random(1, 5, 4), 5).order_BK[0].tolist() == [0, 1, 2, 3, 4]
+    assert determinantal(torch.zeros(1, 5), random(1, 5, 4), 5).order_BK[0].tolist() == [
+        0,
+        1,
+        2,
+        3,
+        4,
+    ]
     features = random(1, 6, 8)
     features[0, 2] = torch.nan
-    assert sorted(choose(torch.ones(1, 6), features, 6).order_BK[0].tolist()) == list(range(6))
+    assert sorted(determinantal(torch.ones(1, 6), features, 6).order_BK[0].tolist()) == list(
+        range(6)
+    )
     with pytest.raises(ValueError, match="keep 7 of 6"):
-        choose(torch.ones(1, 6), random(1, 6, 4), 7)
+        determinantal(torch.ones(1, 6), random(1, 6, 4), 7)
 
 
 def test_relevance_is_unlikeness_scaled_over_all_tiles() -> None:
@@ -117,10 +131,10 @@ def test_half_precision_and_autocast_count_in_float32() -> None:
     wide = patches.float()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         own = relevance(patches, texts)
-        half = choose(own, patches, 12)
+        half = determinantal(own, patches, 12)
         rows = kernel_rows(own, unit_length(patches), torch.arange(3)[None])
     assert own.dtype == half.gain_BK.dtype == rows.dtype == torch.float32
     assert torch.equal(own, relevance(wide, texts.float()))
-    full = choose(own, wide, 12)
+    full = determinantal(own, wide, 12)
     assert torch.equal(half.order_BK, full.order_BK)
     assert torch.equal(half.gain_BK, full.gain_BK)

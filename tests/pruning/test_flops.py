@@ -18,9 +18,12 @@ from tests.tiny.qwen3_vl import tiny_qwen3
 from trio.benchmark.shapes.sizes import blueprint, processor
 from trio.benchmark.speed.paper_cost import cost
 from trio.decoder.attention import Packed
-from trio.families.anyres import TiledAdapter
+from trio.encoders.reduction import reduction
+from trio.encoders.scan import Scan
+from trio.encoders.visionzip import VisionZip
+from trio.families.anyres import TiledAdapter, VisionShape
 from trio.families.registry import adapt
-from trio.pruning.flops import DecoderShape, VisionShape, layer_average
+from trio.pruning.flops import DecoderShape, layer_average
 from trio.pruning.last_token_attention import last_attention
 from trio.pruning.layer_gradient import LayerGradient
 from trio.pruning.methods import divprune
@@ -281,7 +284,7 @@ def test_a_reduction_costs_what_its_operations_add_up_to(
     pixels = torch.randn(1, *([5] if options else []), 3, 32, 32)
     shape = VisionShape.of_llava_config(adapter.model.config)
     keep = 8  # of each tile
-    added = shape.scan_flops(keep) if encoder == "scan" else shape.visionzip_flops(1)
+    added = reduction(encoder).flops(shape.tower, keep)
     with torch.no_grad(), counter() as operations:
         adapter.encode_images([{"pixel_values": pixels, **sizes}], encoder, [tiles * keep])
     counted = shape.flops(projected=keep) + added - _attention(shape)
@@ -292,8 +295,8 @@ def test_a_reduction_of_a_7b_shape_costs_little_of_what_the_projector_saves() ->
     shape = VisionShape.of_llava_config(blueprint("llava-1.5-7b").config)
     saved = shape.flops() - shape.flops(projected=64)
     assert saved == (576 - 64) * (1024 * 4096 + 4096 * 4096)
-    assert 0.0005 < shape.visionzip_flops(10) / saved < 0.001
-    assert 0.006 < shape.scan_flops(64) / saved < 0.01
+    assert 0.0005 < VisionZip().flops(shape.tower, 64) / saved < 0.001
+    assert 0.006 < Scan().flops(shape.tower, 64) / saved < 0.01
 
 
 def test_kv_bytes_are_those_of_the_tensors() -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,10 +22,81 @@ from transformers.models.llava_next.modeling_llava_next import (
     unpad_image,
 )
 
+from trio.encoders.reduction import TowerShape
 from trio.errors import UserError
 from trio.families.adapter import Adapter, Features, Inputs, Layout, check_pixels, tensor_of
 from trio.families.coordinates import raster
-from trio.pruning.flops import CLASS_TOKENS, VisionShape
+
+CLASS_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0}
+"""Towers that take pictures of one size, and the tokens that they add to a picture's patches."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VisionShape:
+    """Sizes of a CLIP-like tower and a two-layer projector, for one picture that the tower takes.
+
+    layers_run: tower layers. tokens: patches and the class token, if there is one.
+    features: tokens that the projector gets.
+    pooled: whether the tower also sums a picture up in one vector, by a query with attention and
+        an FFN, though nobody uses it.
+    """
+
+    layers_run: int
+    hidden_size: int
+    num_heads: int
+    intermediate_size: int
+    patches: int
+    tokens: int
+    features: int
+    patch_inputs: int
+    decoder_hidden_size: int
+    pooled: bool = False
+
+    @classmethod
+    def of_llava_config(cls, config: Any) -> VisionShape:
+        """From a LlavaConfig, a LlavaNextConfig or a LlavaOnevisionConfig."""
+        vision = config.vision_config
+        patches = (vision.image_size // vision.patch_size) ** 2
+        tokens = patches + CLASS_TOKENS[vision.model_type]
+        # Where there is no class token, that strategy drops a patch.
+        dropped = config.vision_feature_select_strategy == "default"
+        return cls(
+            layers_run=vision.num_hidden_layers,
+            hidden_size=vision.hidden_size,
+            num_heads=vision.num_attention_heads,
+            intermediate_size=vision.intermediate_size,
+            patches=patches,
+            tokens=tokens,
+            features=tokens - dropped,
+            patch_inputs=vision.num_channels * vision.patch_size**2,
+            decoder_hidden_size=config.text_config.hidden_size,
+            pooled=getattr(vision, "vision_use_head", False),
+        )
+
+    def flops(self, projected: int | None = None) -> int:
+        """Tower and projector; without what a reduction itself costs.
+
+        `projected`: tokens that a reduction leaves the projector; None if there is none. The tower
+        runs as a whole in any case.
+        """
+        n, d, m = self.tokens, self.hidden_size, self.intermediate_size
+        tower = self.layers_run * (4 * n * d * d + 2 * n * n * d + 2 * n * d * m)
+        if self.pooled:
+            tower += 2 * d * (d + n * d + n + m)
+        patches = self.patches * self.patch_inputs * d
+        out = self.decoder_hidden_size
+        projected = self.features if projected is None else projected
+        return tower + patches + projected * (d * out + out * out)
+
+    @property
+    def tower(self) -> TowerShape:
+        """For what a reduction in it costs."""
+        return TowerShape(
+            patches=self.patches,
+            tokens=self.tokens,
+            hidden_size=self.hidden_size,
+            head_dim=self.hidden_size // self.num_heads,
+        )
 
 
 class TiledAdapter(Adapter):

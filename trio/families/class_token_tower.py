@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 
 from trio.encoders.clip_hooks import watched
-from trio.encoders.reduce import CLASS_TOKEN, Reduced, scan, shared, visionzip, zip_split
+from trio.encoders.merging import shared
+from trio.encoders.reduction import CLASS_TOKEN, Reduced, TowerStates, reduction
 from trio.families.adapter import Features, Inputs, Join, Joint
-from trio.families.anyres import TiledAdapter, patches_per_edge
-from trio.pruning.flops import CLASS_TOKENS, VisionShape
+from trio.families.anyres import CLASS_TOKENS, TiledAdapter, VisionShape, patches_per_edge
 
 
 class ClassTokenAdapter(TiledAdapter):
-    """Of a model with the reductions `visionzip` and `scan`, if its tower has a class token.
+    """Of a model with reductions in its tower, if that has a class token.
 
     Attention, keys and hidden states are those of the layer whose output the model takes as
     features: of published models the second-last, as VisionZip has it. VisionZip's class token
@@ -41,7 +41,7 @@ class ClassTokenAdapter(TiledAdapter):
         self._feature_layers = _feature_layers(model.config)
         tower = model.config.vision_config.model_type
         if CLASS_TOKENS[tower] > 0 and min(self._feature_layers) >= 0:
-            self.encoders = ("visionzip", "scan")
+            self.encoders = ("visionzip", "scan", "scope", "prunesid")
         # A text tower's joint space is made for the width of one layer.
         if tower == "clip_vision_model" and self.encoders and len(self._feature_layers) == 1:
             self.clip_tower = model.model.vision_tower
@@ -59,14 +59,9 @@ class ClassTokenAdapter(TiledAdapter):
         if keep == self.visual_tokens(inputs)[0]:
             return self.vision_flops(inputs)
         shape = VisionShape.of_llava_config(self.model.config)
-        flops = 0
-        for share in filter(None, shared(keep, _patch_counts(self._places(inputs)))):
-            flops += shape.flops(projected=share)
-            if encoder == "scan":
-                flops += shape.scan_flops(share)
-            else:
-                flops += shape.visionzip_flops(zip_split(share)[1])
-        return flops
+        own = reduction(encoder)
+        shares = filter(None, shared(keep, _patch_counts(self._places(inputs))))
+        return sum(shape.flops(projected=share) + own.flops(shape.tower, share) for share in shares)
 
     def _reduced(
         self, inputs: Sequence[Inputs], encoder: str, keeps: Sequence[int], join: Join | None
@@ -152,20 +147,16 @@ class ClassTokenAdapter(TiledAdapter):
             tower(self._to_tower(pixels))
         hidden_QSD = torch.cat([seen[n].hidden_ISD for n in self._feature_layers], dim=-1)
         valid = None if bool(valid_QP.all()) else valid_QP.to(hidden_QSD.device)
-        attention_QP = seen[deep].class_attention()
-        if encoder == "scan":
-            return scan(
-                seen[shallow].class_attention(),
-                attention_QP,
-                hidden_QSD,
-                keeps,
-                patches_per_edge(config),
-                with_class=self._with_class,
-                valid_IP=valid,
-            )
-        dominant, contextual = zip(*map(zip_split, keeps), strict=True)
-        keys_QSE = seen[deep].mean_keys()
-        return visionzip(attention_QP, keys_QSE, hidden_QSD, dominant, contextual, valid)
+        states = TowerStates(
+            hidden_ISD=hidden_QSD,
+            attention_IP=seen[deep].class_attention(),
+            shallow_IP=seen[shallow].class_attention(),
+            keys_ISE=seen[deep].mean_keys(),
+            columns=patches_per_edge(config),
+            with_class=self._with_class,
+            valid_IP=valid,
+        )
+        return reduction(encoder)(states, keeps)
 
     def _sources(self, reduced: Reduced, place_QP: Tensor) -> list[int | None]:
         """`Features.sources` of all tokens that are left."""

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trio.encoders.reduction import reduction
 from trio.families.adapter import Features, Inputs, Join, Layout
 from trio.families.anyres import (
     AnyResolutionAdapter,
@@ -89,7 +90,7 @@ class LlavaNextAdapter(ClassTokenAdapter, AnyResolutionAdapter):
     ) -> list[Features]:
         reduced = super()._of_patches(inputs, encoder, keeps, join)
         filled = [self._with_newlines(*image) for image in zip(inputs, reduced, keeps, strict=True)]
-        return list(map(_in_order, filled)) if encoder == "scan" else filled
+        return list(map(_in_order, filled)) if reduction(encoder).in_image_order else filled
 
     def _with_newlines(self, inputs: Inputs, image: Features, keep: int) -> Features:
         """The image's features, and its first newlines behind them if there are to be more."""

@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from torch import Tensor
 from transformers import Qwen2_5_VLProcessor
 
-from trio.encoders.reduce import windows
+from trio.encoders.scan import windows
 from trio.families.adapter import Features, ImageOnly, Inputs
-from trio.families.qwen_vision import GridAdapter
-from trio.pruning.flops import GridVisionShape
+from trio.families.qwen_vision import GridAdapter, GridVisionShape
 
 
 class ImageProcessor(ImageOnly, Qwen2_5_VLProcessor):

@@ -11,8 +11,7 @@ from torch import Tensor
 from transformers import Qwen3VLProcessor
 
 from trio.families.adapter import Features, ImageOnly, Inputs
-from trio.families.qwen_vision import GridAdapter
-from trio.pruning.flops import GridVisionShape
+from trio.families.qwen_vision import GridAdapter, GridVisionShape
 
 
 class ImageProcessor(ImageOnly, Qwen3VLProcessor):

@@ -11,16 +11,17 @@ image, K of them that a reduction keeps, T packed tokens.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from math import isqrt, prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from trio.encoders.merging import averaged, groups
 from trio.encoders.received_attention import attention_received
-from trio.encoders.reduce import averaged, groups, scanned
+from trio.encoders.scan import scanned
 from trio.errors import UserError
 from trio.families.adapter import (
     Adapter,
@@ -33,12 +34,107 @@ from trio.families.adapter import (
     tensor_of,
 )
 from trio.families.coordinates import raster
-from trio.pruning.flops import GridVisionShape
 
 _WINDOW = 4
 """Visual tokens along the edge of a window in which a scan takes its first half."""
 _USUAL_SIDE = 1024
 """Pixels that an image of a usual size has at most along an edge."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GridVisionShape:
+    """Sizes of a Qwen-VL tower, which takes rows and columns of patches, and of its mergers.
+
+    blocks: of the tower. whole_blocks: those that attend to a whole image; others do within
+        windows. ffn_products: matrix products of a block's FFN.
+    mergers: one behind the last block, and one for each decoder layer that gets more of an image.
+    window: patches along a window's edge. merge: those along the edge of what becomes one token.
+    """
+
+    blocks: int
+    whole_blocks: int
+    ffn_products: int
+    mergers: int
+    hidden_size: int
+    intermediate_size: int
+    window: int
+    merge: int
+    patch_inputs: int
+    decoder_hidden_size: int
+
+    @classmethod
+    def of_qwen2_5_config(cls, vision: Any) -> GridVisionShape:
+        """From a Qwen2_5_VLVisionConfig."""
+        merge = vision.spatial_merge_size
+        return cls(
+            whole_blocks=_blocks_among(vision.fullatt_block_indexes, vision),
+            ffn_products=3,
+            mergers=1,
+            window=vision.window_size // vision.patch_size // merge * merge,
+            **_common_sizes(vision),
+        )
+
+    @classmethod
+    def of_qwen3_config(cls, vision: Any) -> GridVisionShape:
+        """From a Qwen3VLVisionConfig, whose blocks all attend to a whole image."""
+        return cls(
+            whole_blocks=vision.depth,
+            ffn_products=2,
+            mergers=1 + _blocks_among(vision.deepstack_visual_indexes, vision),
+            window=vision.spatial_merge_size,
+            **_common_sizes(vision),
+        )
+
+    def flops(self, rows: int, columns: int) -> int:
+        """One image of this many patches."""
+        n, d, m = rows * columns, self.hidden_size, self.intermediate_size
+        merged = d * self.merge**2
+        blocks = self.blocks * n * (4 * d * d + self.ffn_products * d * m)
+        merger = n // self.merge**2 * (merged * merged + merged * self.decoder_hidden_size)
+        attention = self.attention_flops(rows, columns)
+        return n * self.patch_inputs * d + blocks + attention + self.mergers * merger
+
+    def scan_flops(self, rows: int, columns: int, keep: int) -> int:
+        """Reducing one image of this many patches to `keep` tokens by the attention that they get.
+
+        Scores of all pairs of patches once more, at two blocks that attend to the whole image. For
+        merging, cosines of all tokens with the kept ones, and a product for the means of what each
+        merger gives; nothing where all are kept.
+        """
+        patches = rows * columns
+        tokens = patches // self.merge**2
+        pairs = tokens * keep if keep < tokens else 0
+        merging = (1 + self.mergers) * pairs * self.decoder_hidden_size
+        return 2 * self.hidden_size * patches**2 + merging
+
+    def attention_flops(self, rows: int, columns: int) -> int:
+        """Of them those of scores and of sums of values."""
+        # The windows are all pairs of a piece of the rows and a piece of the columns.
+        pairs = self._pairs(rows) * self._pairs(columns)
+        in_windows = (self.blocks - self.whole_blocks) * pairs
+        return 2 * self.hidden_size * (in_windows + self.whole_blocks * (rows * columns) ** 2)
+
+    def _pairs(self, edge: int) -> int:
+        """Pairs of places along an edge that lie in the same window."""
+        whole, rest = divmod(edge, self.window)
+        return whole * self.window**2 + rest**2
+
+
+def _common_sizes(vision: Any) -> dict[str, int]:
+    """Of a Qwen-VL tower's config, whatever its version."""
+    return {
+        "blocks": vision.depth,
+        "hidden_size": vision.hidden_size,
+        "intermediate_size": vision.intermediate_size,
+        "merge": vision.spatial_merge_size,
+        "patch_inputs": vision.in_channels * vision.temporal_patch_size * vision.patch_size**2,
+        "decoder_hidden_size": vision.out_hidden_size,
+    }
+
+
+def _blocks_among(indexes: Iterable[int], vision: Any) -> int:
+    """How many of the indexes are those of a block that the tower has."""
+    return len({*indexes} & {*range(vision.depth)})
 
 
 class GridAdapter(Adapter):

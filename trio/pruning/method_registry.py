@@ -118,7 +118,7 @@ def create(pruning: Pruning) -> Method:
 def _own_options(method: type[Method], fields: set[str], pruning: Pruning) -> dict[str, Any]:
     hints = typing.get_type_hints(method)
     options = {}
-    for name, value in pruning.method_options:
+    for name, value in dict(pruning.method_options).items():
         if name not in fields:
             known = f"it has {', '.join(sorted(fields))}" if fields else "it has none"
             raise UserError(f"method {pruning.method} has no option {name!r}: {known}")

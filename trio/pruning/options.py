@@ -19,7 +19,7 @@ from trio.pruning.schedule import (
     shape_of,
 )
 
-ENCODERS = ("none", "visionzip", "scan")
+ENCODERS = ("none", "visionzip", "scan", "scope", "prunesid")
 PROXY_POSITIONS = ("reference", "with_last", "last")
 POSITION_IDS = ("renumber", "keep")
 PROXY_LAYERS = ("next", "previous")
@@ -83,7 +83,8 @@ class Pruning:
     `start` (the same with its first stage at layer 0), or stages and the depth that they are for,
     `"0:0.16,10:0.09@32"`, of whose shares only the ratios matter."""
     encoder: str = "none"
-    """What reduces the tokens in the vision encoder already: `visionzip`, `scan` or `none`. Of a
+    """What reduces the tokens in the vision encoder already: `visionzip`, `scan`,
+    `scope`, `prunesid` or `none`. Of a
     retention it takes what `schedule_shape` has at layer 0, four times the layer average unless
     told otherwise, and the decoder's stages do the rest; with method `none` it does all. A schedule
     says with a stage at layer 0 how many it keeps."""

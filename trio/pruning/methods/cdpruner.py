@@ -1,4 +1,4 @@
-"""CDPruner: diverse visual tokens, conditioned on the prompt.
+"""Method `cdpruner`: diverse visual tokens, conditioned on the prompt.
 
 CDPruner (arXiv 2506.10967): a determinantal point process (DPP) whose kernel is the cosine of two
 tokens, scaled by the relevance of both; tokens are chosen by greedy maximum a posteriori inference.
@@ -11,11 +11,18 @@ is compared; M texts, or chunks of one; C size of visual features; K tokens kept
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from trio.pruning.flops import DecoderShape
+from trio.pruning.method import Context, OneByOne
+from trio.pruning.methods.eadp import of_tokens, patches_of
+from trio.pruning.relevance import instruction
 
 _EPSILON = 1e-6
 # A token of which no larger share than this is new is spanned by the chosen ones: the rest is
@@ -25,8 +32,46 @@ _FLOOR = 1e-5
 _TIE = 1e-5
 
 
+@dataclass(frozen=True, kw_only=True)
+class CdPruner(OneByOne):
+    """Greedy choice by a determinant; per image, whatever else is in the batch."""
+
+    name = "cdpruner"
+    summary = "diversity weighted by relevance to the prompt (conditional DPP)"
+    before_decoder = True
+
+    space: Literal["joint", "language"] = "joint"
+    """Where images and prompt are compared: in that of the encoder and its text tower, or by the
+    decoder's input embeddings, as for Qwen2.5-VL."""
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"text_tower" if self.space == "joint" else "instruction"})
+
+    def choose(
+        self, features_VD: Tensor, keep: int, context: Context | None
+    ) -> tuple[Tensor, Tensor | None]:
+        assert context is not None
+        patches_MP, texts_CP = self._compared(features_VD, context)
+        relevance_V = of_tokens(relevance(patches_MP[None], texts_CP)[0], context)
+        return determinantal(relevance_V[None], features_VD[None], keep).order_BK[0], relevance_V
+
+    def _compared(self, features_VD: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+        """Patches, and the prompt as a whole."""
+        if self.space == "joint":
+            assert context.joint_MP is not None and context.text is not None
+            return context.joint_MP, context.text.pooled_CP
+        assert context.instruction_LD is not None
+        _, pooled_1D = instruction(context.instruction_LD)
+        return patches_of(features_VD, context), pooled_1D
+
+    def flops(self, shape: DecoderShape, tokens: int, images: Sequence[tuple[int, int]]) -> int:
+        """In each round a row of the kernel, and what the rows before explain of it."""
+        return sum(count * keep * (shape.hidden_size + (keep - 1) // 2) for count, keep in images)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Choice:
+class Greedy:
     """A greedy choice."""
 
     order_BK: Tensor
@@ -57,7 +102,7 @@ def cosines(patches_BNP: Tensor, texts_MP: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def choose(relevance_BN: Tensor, features_BNC: Tensor, keep: int) -> Choice:
+def determinantal(relevance_BN: Tensor, features_BNC: Tensor, keep: int) -> Greedy:
     """Choose, one by one, the token that raises the determinant of the kernel most.
 
     Of tokens equal up to rounding the first. The chosen rows of the kernel's Cholesky factor are
@@ -93,7 +138,7 @@ def choose(relevance_BN: Tensor, features_BNC: Tensor, keep: int) -> Choice:
         taken_BN.scatter_(1, choice_B1, True)
         order_BK[:, place : place + 1] = choice_B1
         gain_BK[:, place : place + 1] = gain_B1
-    return Choice(order_BK=order_BK, gain_BK=gain_BK)
+    return Greedy(order_BK=order_BK, gain_BK=gain_BK)
 
 
 def kernel_rows(relevance_BN: Tensor, unit_BNC: Tensor, rows_BR: Tensor) -> Tensor:

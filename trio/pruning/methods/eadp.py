@@ -9,12 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 
-from trio.pruning.eadp import importance, select, select_by_tile
 from trio.pruning.flops import DecoderShape
 from trio.pruning.method import Context, OneByOne
+from trio.pruning.relevance import (
+    Settings,
+    Share,
+    importance,
+    select,
+    select_by_tile,
+    share_down,
+    share_out,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +33,14 @@ class Eadp(OneByOne):
     name = "eadp"
     summary = "relevance to the prompt in the encoder's image-text space"
     before_decoder = True
+
+    alpha: float = 0.5
+    """Share of the text as a whole in a token's relevance; the rest is that of its single words."""
+    beta: float = 1.0
+    """Exponent of importance."""
+    tile_budgets: Literal["remainder", "floor"] = "remainder"
+    """How an image's budget is shared out over its tiles: to the last token, or rounded down as in
+    the published code, so that some fewer tokens stay."""
 
     @property
     def needs(self) -> frozenset[str]:
@@ -38,15 +55,16 @@ class Eadp(OneByOne):
             context.text.tokens_CLP,
             context.text.pooled_CP,
             context.grids,
+            Settings(alpha=self.alpha, beta=self.beta),
             mask_ML=context.text.mask_CL,
         )
         importance_V = of_tokens(matters_M, context)
-        return choose_by_tile(importance_V, features_VD, context, keep), importance_V
+        share = share_out if self.tile_budgets == "remainder" else share_down
+        return cover_by_tile(importance_V, features_VD, context, keep, share), importance_V
 
     def flops(self, shape: DecoderShape, tokens: int, images: Sequence[tuple[int, int]]) -> int:
-        """Cosines of all with all, and in each round the gain of every token over all others; what
-        the encoder's side takes is counted there."""
-        return sum(count**2 * (shape.hidden_size + keep) for count, keep in images)
+        """What the encoder's side takes is counted there."""
+        return cover_flops(shape, images)
 
 
 def of_tokens(matters_M: Tensor, context: Context) -> Tensor:
@@ -56,8 +74,8 @@ def of_tokens(matters_M: Tensor, context: Context) -> Tensor:
     return matters_M[places_V.clamp(min=0)].where(places_V >= 0, 0)
 
 
-def choose_by_tile(
-    importance_V: Tensor, features_VD: Tensor, context: Context, keep: int
+def cover_by_tile(
+    importance_V: Tensor, features_VD: Tensor, context: Context, keep: int, share: Share
 ) -> Tensor:
     """`select` in each tile, of as many tokens as its importance asks for; `[K]`."""
     tile_V = context.tiles_V
@@ -66,5 +84,17 @@ def choose_by_tile(
     by_tile_V = tile_V.argsort(stable=True)
     sizes = tile_V.bincount().tolist()
     index_V = by_tile_V.to(features_VD.device)
-    order_K = select_by_tile(importance_V[index_V], features_VD[index_V], sizes, keep)
+    order_K = select_by_tile(importance_V[index_V], features_VD[index_V], sizes, keep, share)
     return index_V[order_K]
+
+
+def cover_flops(shape: DecoderShape, images: Sequence[tuple[int, int]]) -> int:
+    """Cosines of all with all, and in each round the gain of every token over all others."""
+    return sum(count**2 * (shape.hidden_size + keep) for count, keep in images)
+
+
+def patches_of(features_VD: Tensor, context: Context) -> Tensor:
+    """Visual tokens `[M, D]` in the order of the image's grids, without what is no patch."""
+    places_V = context.places_V.to(features_VD.device)
+    order_V = places_V.argsort(stable=True)
+    return features_VD[order_V[(places_V < 0).sum() :]]

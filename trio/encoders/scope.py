@@ -9,10 +9,32 @@ size; H heads; K tokens kept.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from trio.encoders.reduction import Reduced, Reduction, TowerShape, TowerStates, chosen_one_by_one
 from trio.pruning.coverage import Combined, Coverage, cover
+
+
+class Scope(Reduction):
+    """Patches alone, in the image's order; nothing is merged."""
+
+    name = "scope"
+    in_image_order = True
+
+    def __call__(self, states: TowerStates, keeps: Sequence[int]) -> Reduced:
+        return chosen_one_by_one(states, keeps, _patches)
+
+    def flops(self, shape: TowerShape, keep: int) -> int:
+        """One row of attention, cosines of all patches, and in each round the gain of every patch
+        over all others."""
+        return shape.row_flops + shape.patches**2 * (shape.hidden_size + keep)
+
+
+def _patches(hidden_SD: Tensor, attention_N: Tensor, keep: int) -> Tensor:
+    return scope(hidden_SD[None], attention_N[None, None], keep).order_BK[0]
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ size; H heads; Q components and groups; R most survivors of a group; K tokens ke
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trio.encoders.reduction import Reduced, Reduction, TowerShape, TowerStates, chosen_one_by_one
+
 _TOKENS_PER_COMPONENT = 4
 _LEAST_MERGED = 16
 """Tokens that the form for merged features keeps at least, and up to which it keeps all."""
@@ -27,6 +30,25 @@ _LEAST_MERGED = 16
 Mean = Literal["pairs", "upper_triangle"]
 """Of cosines: over all pairs of two patches; or the sum over these and each patch with itself,
 divided by N squared (about half the mean), as the authors' code for merged features has it."""
+
+
+class PruneSID(Reduction):
+    """The class token and patches. In the image's order: the authors' code lets them leave group by
+    group, which shuffles the image that the decoder sees."""
+
+    name = "prunesid"
+
+    def __call__(self, states: TowerStates, keeps: Sequence[int]) -> Reduced:
+        return chosen_one_by_one(states, keeps, _tokens)
+
+    def flops(self, shape: TowerShape, keep: int) -> int:
+        """One row of attention, products and cosines of all patches with each other, and about
+        nine times the cube of their number for the eigenvectors."""
+        return shape.row_flops + 2 * shape.patches**2 * shape.hidden_size + 9 * shape.patches**3
+
+
+def _tokens(hidden_SD: Tensor, attention_N: Tensor, keep: int) -> Tensor:
+    return by_class_token(hidden_SD, attention_N[None], keep).order_K
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from trio.pruning import eadp
+from trio.pruning import relevance
 from trio.pruning.coverage import cover
-from trio.pruning.eadp import (
+from trio.pruning.relevance import (
     FRAMES,
     LANGUAGE,
     Settings,
@@ -82,7 +82,7 @@ def test_budgets(sizes: list[int], seed: int, data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("share", [share_out, share_down])
-def test_tiles_are_chosen_from_one_by_one(share: eadp.Share) -> None:
+def test_tiles_are_chosen_from_one_by_one(share: relevance.Share) -> None:
     sizes = [16, 25, 9]
     own, features = weights(50), random(50, 24)
     chosen = select_by_tile(own, features, sizes, 20, share)
@@ -99,7 +99,7 @@ def test_padding_of_texts_does_not_count() -> None:
     masked = importance(patches, tokens, pooled, [(4, 8)], mask_ML=mask)
     noise = torch.where(mask[..., None], tokens, 1e3)
     assert torch.equal(importance(patches, noise, pooled, [(4, 8)], mask_ML=mask), masked)
-    traces = [eadp.Trace(), eadp.Trace()]
+    traces = [relevance.Trace(), relevance.Trace()]
     importance(patches, tokens[1:, :4], pooled[1:], [(4, 8)], trace=traces[0])
     importance(patches, tokens, pooled, [(4, 8)], mask_ML=mask, trace=traces[1])
     assert torch.equal(traces[0].matches[0][0].both_N, traces[1].matches[0][1].both_N)
@@ -118,10 +118,10 @@ def test_entropy_goes_over_tiles_or_the_image() -> None:
     """Scaling is by image either way."""
     patches = random(50, 8)
     grids = [(5, 5), (5, 5)]
-    both = eadp.Trace()
+    both = relevance.Trace()
     importance(patches, *texts(), grids, trace=both)
     for tile in range(2):
-        alone = eadp.Trace()
+        alone = relevance.Trace()
         importance(patches[25 * tile : 25 * tile + 25], *texts(), [(5, 5)], trace=alone)
         assert torch.equal(both.matches[tile][0].both_N, alone.matches[0][0].both_N)
     assert both.minmax_N.max() == 1
@@ -131,7 +131,7 @@ def test_entropy_goes_over_tiles_or_the_image() -> None:
 
 def test_smoothing_stays_within_its_tile() -> None:
     patches = random(41, 8)
-    trace = eadp.Trace()
+    trace = relevance.Trace()
     importance(patches, *texts(), [(4, 4), (5, 5)], trace=trace)
     for part, edge in ((slice(0, 16), 4), (slice(16, 41), 5)):
         values = trace.minmax_N[part].view(edge, edge)
@@ -143,7 +143,7 @@ def test_smoothing_stays_within_its_tile() -> None:
 
 def test_scaling_goes_over_tiles_or_the_image() -> None:
     patches, grids = random(50, 8), [(5, 5), (5, 5)]
-    traces = {over: eadp.Trace() for over in ("tile", "image")}
+    traces = {over: relevance.Trace() for over in ("tile", "image")}
     for over, trace in traces.items():
         importance(patches, *texts(), grids, Settings(scaled_over=over), trace=trace)
     assert torch.equal(traces["tile"].text_N, traces["image"].text_N)
@@ -156,7 +156,7 @@ def test_scaling_goes_over_tiles_or_the_image() -> None:
 def test_frames_are_smoothed_one_by_one_or_not_at_all() -> None:
     """And a single row never is: there is nothing to reflect."""
     patches, frames = random(40, 8), [(4, 5), (4, 5)]
-    ours, skipped, row = (eadp.Trace() for _ in range(3))
+    ours, skipped, row = (relevance.Trace() for _ in range(3))
     importance(patches, *texts(), frames, Settings(entropy_over="image"), trace=ours)
     settings = Settings(entropy_over="image", smoothed="single")
     importance(patches, *texts(), frames, settings, trace=skipped)
@@ -164,7 +164,7 @@ def test_frames_are_smoothed_one_by_one_or_not_at_all() -> None:
     assert torch.equal(skipped.smoothed_N, skipped.minmax_N)
     for frame in range(2):
         part = slice(20 * frame, 20 * frame + 20)
-        alone = eadp._smoothed(ours.minmax_N[part], [(4, 5)], settings)
+        alone = relevance._smoothed(ours.minmax_N[part], [(4, 5)], settings)
         assert torch.allclose(ours.smoothed_N[part], alone)
         assert not torch.allclose(alone, ours.minmax_N[part], atol=1e-3)
     importance(patches, *texts(), [(1, 40)], trace=row)
@@ -173,7 +173,7 @@ def test_frames_are_smoothed_one_by_one_or_not_at_all() -> None:
 
 def test_weights_by_patch_lean_on_the_text_token_that_it_is_least_like() -> None:
     patches, (tokens, pooled) = random(30, 8), texts()
-    trace = eadp.Trace()
+    trace = relevance.Trace()
     importance(patches, tokens, pooled, [(5, 6)], FRAMES, trace=trace)
     ((match,),) = trace.matches
     assert len(match.kept_R) == 3  # half of six

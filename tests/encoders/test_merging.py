@@ -9,16 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from trio.encoders.reduce import (
-    CLASS_TOKEN,
-    Reduced,
-    contextual_groups,
-    merged,
-    scan,
-    shared,
-    visionzip,
-    zip_split,
-)
+from trio.encoders.merging import merged, shared
+from trio.encoders.reduction import CLASS_TOKEN, Reduced
+from trio.encoders.scan import scan
+from trio.encoders.visionzip import contextual_groups, visionzip, zip_split
 
 HIDDEN, HEAD = 10, 6
 

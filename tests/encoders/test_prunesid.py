@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from trio.pruning.prunesid import (
+from trio.encoders.prunesid import (
     Selection,
     by_class_token,
     by_component,
