@@ -28,7 +28,7 @@ _BLOCK = 256
 
 # How `mixed` fills up: one of so many missing tokens by saliency; what lying at one place counts
 # beside a cosine of 1; and the distance at which that falls to exp(-1/2), in edges of a square as
-# large as the picture. Chosen in `benchmark/results/2026-11-23-cpu-quality.md`.
+# large as the picture. Chosen on other scenes than those of the README's tables.
 _SALIENT = 4
 _NEARNESS = 0.3
 _REACH = 1 / 3
