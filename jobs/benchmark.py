@@ -18,17 +18,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trio.bundled import CLIP, is_bundled
-from trio.config import ENCODERS, METHODS, Pruning
 from trio.demo import MODEL
 from trio.errors import UserError, first_line
 from trio.pipeline import parse
 from trio.pipeline.cli import WRONG, Parser, add_flags, fail, settings_from
 from trio.pipeline.config import DEMO
+from trio.pruning.method_registry import names
+from trio.pruning.options import ENCODERS, Pruning
 
 if TYPE_CHECKING:
     import torch
 
-    from trio.benchmark.quality import Setting
+    from trio.benchmark.quality.comparison import Setting
 
 CALIBRATE = (
     "input", "model", "revision", "adapters", "prompt", "system_prompt", "columns", "retention",
@@ -55,10 +56,10 @@ def quality(options: argparse.Namespace) -> int:
 
     Settings that the model cannot have, a retention out of reach say, are named and left out.
     """
-    from trio.benchmark import plots
-    from trio.benchmark.quality import check_scenes, in_reach, settings
+    from trio.benchmark.quality import plots
+    from trio.benchmark.quality.comparison import check_scenes, in_reach, settings
     from trio.engine.loading import load_outline
-    from trio.models.registry import adapt
+    from trio.families.registry import adapt
 
     _check_file(options.json)
     if options.plot:
@@ -111,9 +112,9 @@ def _measure_quality(
 ) -> dict[str, Any]:
     """What the JSON file holds; it is written after every setting."""
     from trio.benchmark.conditions import machine
-    from trio.benchmark.progress import Clock
-    from trio.benchmark.quality import ask, describe, measure
-    from trio.benchmark.quality_table import share
+    from trio.benchmark.progress_line import Clock
+    from trio.benchmark.quality.comparison import ask, describe, measure
+    from trio.benchmark.quality.quality_table import share
     from trio.engine.loading import load, load_text_tower
 
     asked = ask(options.scenes, options.seed, every=options.every_scene)
@@ -136,8 +137,8 @@ def _measure_quality(
 
 def _show(found: Mapping[str, Any], options: argparse.Namespace) -> int:
     """Print the table of a JSON file and draw its plot."""
-    from trio.benchmark import plots
-    from trio.benchmark.quality_table import NOTE, STAGES_NOTE, stages_table, table
+    from trio.benchmark.quality import plots
+    from trio.benchmark.quality.quality_table import NOTE, STAGES_NOTE, stages_table, table
 
     print(table(found["rows"], as_markdown=options.markdown))
     print(f"\n{NOTE}")
@@ -173,7 +174,7 @@ def speed(options: argparse.Namespace) -> int:
     import torch
 
     from trio.benchmark.conditions import machine
-    from trio.benchmark.speed import Workload, compare, table
+    from trio.benchmark.speed.engine_speed import Workload, compare, table
 
     workload = Workload(
         batch=options.batch,
@@ -220,9 +221,9 @@ def speed(options: argparse.Namespace) -> int:
 
 def cost(options: argparse.Namespace) -> int:
     """FLOPs and cache of one prompt, from shapes alone: in the published sizes, or of a model."""
-    from trio.benchmark.cost import cost as count
-    from trio.benchmark.cost import table
-    from trio.benchmark.shapes import PUBLISHED, blueprint, processor
+    from trio.benchmark.shapes.sizes import PUBLISHED, blueprint, processor
+    from trio.benchmark.speed.paper_cost import cost as count
+    from trio.benchmark.speed.paper_cost import table
     from trio.engine.loading import load_outline
 
     pruning = _pruning(options)
@@ -262,11 +263,11 @@ def targets(options: argparse.Namespace) -> int:
     import torch
 
     from trio.benchmark.conditions import machine
-    from trio.benchmark.device import PARTS, Bench
-    from trio.benchmark.device import run as figures
-    from trio.benchmark.speed import Workload, compare
-    from trio.benchmark.speed import table as speed_table
-    from trio.benchmark.targets import RUNS, parity_row, table
+    from trio.benchmark.speed.device import PARTS, Bench
+    from trio.benchmark.speed.device import run as figures
+    from trio.benchmark.speed.engine_speed import Workload, compare
+    from trio.benchmark.speed.engine_speed import table as speed_table
+    from trio.benchmark.speed.targets import RUNS, parity_row, table
 
     there = [*PARTS, GOALS]
     asked = options.parts or there
@@ -358,9 +359,9 @@ def _device(options: argparse.Namespace) -> tuple[torch.device, str]:
 
 def calibrate(options: argparse.Namespace) -> int:
     """A schedule searched for on one's own images, by least divergence from the unpruned model."""
-    from trio.benchmark import pruning_file
-    from trio.benchmark.calibrate import Plan, check_file, dump, resolved, table
-    from trio.benchmark.calibrate import calibrate as search
+    from trio.benchmark.quality import pruning_file
+    from trio.benchmark.quality.calibrate import Plan, check_file, dump, resolved, table
+    from trio.benchmark.quality.calibrate import calibrate as search
 
     config = settings_from(options)
     plan = Plan.of(resolved(config), options.rows)
@@ -400,7 +401,7 @@ def pipeline(options: argparse.Namespace) -> int:
     import torch
 
     from trio.benchmark.conditions import machine
-    from trio.benchmark.pipeline import (
+    from trio.benchmark.speed.job_speed import (
         Workload,
         check,
         measure,
@@ -462,7 +463,7 @@ def _add_quality(parser: argparse.ArgumentParser) -> None:
         run=quality,
         model=str(MODEL),
         text_tower=None,
-        methods=list(METHODS),
+        methods=list(names()),
         encoders=["none"],
         retention=[1 / 3, 2 / 9, 1 / 9],
         proxy_positions=None,
@@ -483,7 +484,7 @@ def _add_quality(parser: argparse.ArgumentParser) -> None:
     )
     add("--model", help="hub id, directory, or 'demo' (default: demo, the bundled one)")
     add("--text-tower", help="for method eadp: the CLIP of the model's vision encoder")
-    add("--methods", type=_words, help=f"of {','.join(METHODS)} (default: all of them)")
+    add("--methods", type=_words, help=f"of {','.join(names())} (default: all of them)")
     add("--encoders", type=_words, help=f"of {','.join(ENCODERS)} (default: none)")
     add("--retention", type=_fractions, help="layer-average shares kept (default: 1/3,2/9,1/9)")
     add(

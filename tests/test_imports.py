@@ -27,7 +27,6 @@ MAY_IMPORT = {
     "models": SETTINGS | {"pruning"},
     "engine": SETTINGS | {"pruning", "models", "cgroups"},
     "patching": SETTINGS | {"pruning", "models"},
-    "conformance": SETTINGS | {"pruning", "models"},
     "pipeline": SETTINGS | {"pruning", "models", "engine", "tables", "version", "cgroups"},
     "demo": SETTINGS | {"pruning", "models", "engine"},
     "benchmark": SETTINGS
@@ -36,15 +35,15 @@ MAY_IMPORT = {
 LIGHT = [
     "trio",
     "trio.bundled",
-    "trio.config",
+    "trio.pruning.options",
     "trio.errors",
     "trio.pruning.schedule",
-    "trio.pruning.cost",
+    "trio.pruning.flops",
     "trio.engine.plan",
     "trio.engine.request",
-    "trio.engine.room",
+    "trio.engine.kv_budget",
     "trio.engine.scheduler",
-    "trio.engine.shortage",
+    "trio.engine.memory_limit",
     "trio.pipeline.cli",
     "trio.pipeline.committed",
     "trio.pipeline.config",
@@ -74,7 +73,7 @@ def imported(path: Path) -> set[str]:
 
 
 def part(path: Path) -> str:
-    """The first name below trio: `trio/engine/cache.py` and `trio/engine/` are `engine`."""
+    """The first name below trio: `trio/engine/kv_cache.py` and `trio/engine/` are `engine`."""
     return path.relative_to(ROOT / "trio").with_suffix("").parts[0]
 
 

@@ -10,9 +10,9 @@ import pytest
 from tests.engine.support import MANY_SIZES, assert_lively, by_id, picture, tokens
 from tests.families.family import FAMILIES, LAYERS, Family, requests_of_many_sizes
 from tests.families.test_engine import engine
-from trio.config import Pruning
 from trio.engine.request import Prepared, Request, Result, Sampling
-from trio.models.registry import adapt
+from trio.families.registry import adapt
+from trio.pruning.options import Pruning
 
 REDUCIBLE = ("llava", "llava_next")
 ENCODERS = ("visionzip", "scan")

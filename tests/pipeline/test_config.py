@@ -7,13 +7,13 @@ import caption
 import pytest
 import yaml
 
-from trio.config import Pruning
 from trio.engine.request import Sampling
 from trio.errors import UserError
 from trio.pipeline import cli, config, job
 from trio.pipeline.config import FIELDS, JobConfig
 from trio.pipeline.policy import ImagePolicy
-from trio.pruning.defaults import PruningDefaults
+from trio.pruning.options import Pruning
+from trio.pruning.pruning_config import PruningDefaults
 
 PARSER = cli.parser("caption.py", "description", "epilog")
 

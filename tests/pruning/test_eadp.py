@@ -1,13 +1,29 @@
-"""EADP's choice against a slow loop, its budgets, and what its importance depends on."""
+"""EADP's importance, what it depends on, and the budgets of tiles."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from trio.pruning import eadp
-from trio.pruning.eadp import Settings, importance, select, select_by_tile, share_out, similarity
+from trio.pruning.coverage import cover
+from trio.pruning.eadp import (
+    FRAMES,
+    LANGUAGE,
+    Settings,
+    importance,
+    instruction,
+    select,
+    select_by_tile,
+    share_down,
+    share_out,
+    tile_shares,
+)
+
+quick = settings(max_examples=60, deadline=None)
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -18,65 +34,15 @@ def weights(*shape: int, seed: int = 1) -> Tensor:
     return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def clustered(tokens: int, seed: int) -> Tensor:
-    """As visual tokens are: many of a kind."""
-    return random(7, 24, seed=seed).repeat(tokens // 7 + 1, 1)[:tokens] + 0.2 * random(tokens, 24)
+def texts() -> tuple[Tensor, Tensor]:
+    return random(1, 6, 8, seed=1), random(1, 8, seed=2)
 
 
-def slowly(importance_N: Tensor, features_NC: Tensor, keep: int) -> list[int]:
-    """Every gain summed in float64, in each round."""
-    similar_NN = similarity(features_NC).double()
-    best_N = torch.zeros(len(importance_N), dtype=torch.float64)
-    chosen: list[int] = []
-    for _ in range(keep):
-        gain_N = ((similar_NN - best_N).clamp(min=0) * importance_N.double()).sum(dim=1)
-        gain_N[chosen] = -1
-        chosen.append(int(gain_N.argmax()))
-        best_N = torch.maximum(best_N, similar_NN[chosen[-1]])
-    return chosen
-
-
-@pytest.mark.parametrize(("tokens", "keep"), [(5, 5), (40, 7), (100, 50), (196, 30)])
-@pytest.mark.parametrize("seed", range(3))
-def test_the_choice_is_that_of_a_loop(tokens: int, keep: int, seed: int) -> None:
-    for features in (random(tokens, 24, seed=seed), clustered(tokens, seed)):
-        own = weights(tokens, seed=seed)
-        assert select(own, features, keep).tolist() == slowly(own, features, keep)
-
-
-def test_a_batch_is_its_images_one_by_one() -> None:
-    own, features = weights(3, 60), random(3, 60, 24)
-    alone = [select(own[image], features[image], 20) for image in range(3)]
-    assert torch.equal(select(own, features, 20), torch.stack(alone))
-
-
-def test_all_gains_at_once_choose_the_same() -> None:
-    """What other devices do."""
-    own = weights(4, 90)
-    features = torch.stack([clustered(90, seed) for seed in range(4)])
-    chosen = eadp._all_at_once(own, similarity(features), 45)
-    assert torch.equal(chosen, select(own, features, 45))
-
-
-def test_of_equal_tokens_the_first_is_taken() -> None:
-    features = torch.eye(4).repeat(5, 1)
-    for chosen in (
-        select(torch.ones(20), features, 20),
-        eadp._all_at_once(torch.ones(1, 20), similarity(features[None]), 20)[0],
-    ):
-        assert chosen.tolist() == list(range(20))
-
-
-def test_the_choice_does_not_depend_on_the_size_of_features() -> None:
+def test_an_image_is_chosen_from_as_a_batch_of_one() -> None:
     own, features = weights(50), random(50, 24)
-    scale = 1 + weights(50, 1, seed=3)
-    assert torch.equal(select(own, features, 9), select(own, features * scale, 9))
-
-
-def test_none_kept_and_too_many() -> None:
-    assert select(weights(6), random(6, 4), 0).tolist() == []
-    with pytest.raises(ValueError, match="keep 7 of 6"):
-        select(weights(6), random(6, 4), 7)
+    chosen = select(own, features, 9)
+    expected = cover(features[None], 9, importance_BN=own[None]).order_BK[0]
+    assert torch.equal(chosen, expected)
     with pytest.raises(ValueError, match="keep 7 of 6"):
         share_out(weights(6), [2, 4], 7)
 
@@ -101,29 +67,30 @@ def test_the_budget_by_tile(
     assert share_out(own, sizes, keep) == counts
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_budgets_add_up(seed: int) -> None:
-    sizes = [
-        int(n) for n in torch.randint(1, 30, (5,), generator=torch.Generator().manual_seed(seed))
-    ]
-    own = weights(sum(sizes), seed=seed) ** 8
-    for keep in range(sum(sizes) + 1):
-        counts = share_out(own, sizes, keep)
-        assert sum(counts) == keep
-        assert all(0 <= n <= size for n, size in zip(counts, sizes, strict=True))
+@quick
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=5), st.integers(0, 2**32), st.data())
+def test_budgets(sizes: list[int], seed: int, data: st.DataObject) -> None:
+    """Ours add up; the public code's are the shares rounded down, but 1 at least."""
+    keep, own = data.draw(st.integers(0, sum(sizes))), weights(sum(sizes), seed=seed) ** 8
+    counts = share_out(own, sizes, keep)
+    assert sum(counts) == keep
+    assert all(0 <= n <= size for n, size in zip(counts, sizes, strict=True))
+    shares = tile_shares(own, sizes, keep)
+    assert float(shares.sum()) == pytest.approx(keep, rel=1e-3)
+    expected = shares.floor().clamp(min=1).minimum(torch.tensor(sizes))
+    assert share_down(own, sizes, keep) == expected.tolist()
 
 
-def test_tiles_are_chosen_from_one_by_one() -> None:
+@pytest.mark.parametrize("share", [share_out, share_down])
+def test_tiles_are_chosen_from_one_by_one(share: eadp.Share) -> None:
     sizes = [16, 25, 9]
     own, features = weights(50), random(50, 24)
-    chosen = select_by_tile(own, features, sizes, 20)
-    counts = share_out(own, sizes, 20)
-    expected, start = [], 0
-    for size, count in zip(sizes, counts, strict=True):
-        part = slice(start, start + size)
-        expected += [start + i for i in slowly(own[part], features[part], count)]
-        start += size
-    assert chosen.tolist() == expected
+    chosen = select_by_tile(own, features, sizes, 20, share)
+    parts = zip(own.split(sizes), features.split(sizes), share(own, sizes, 20), strict=True)
+    alone = [select(own_N, own_NC, count) for own_N, own_NC, count in parts]
+    starts = zip(alone, (0, 16, 41), strict=True)
+    assert chosen.tolist() == torch.cat([order + start for order, start in starts]).tolist()
+    assert len(chosen) == (20 if share is share_out else sum(share_down(own, sizes, 20)))
 
 
 def test_padding_of_texts_does_not_count() -> None:
@@ -149,23 +116,23 @@ def test_a_text_without_tokens_counts_as_a_whole() -> None:
 
 def test_entropy_goes_over_tiles_or_the_image() -> None:
     """Scaling is by image either way."""
-    patches, texts = random(50, 8), (random(1, 6, 8, seed=1), random(1, 8, seed=2))
+    patches = random(50, 8)
     grids = [(5, 5), (5, 5)]
     both = eadp.Trace()
-    importance(patches, *texts, grids, trace=both)
+    importance(patches, *texts(), grids, trace=both)
     for tile in range(2):
         alone = eadp.Trace()
-        importance(patches[25 * tile : 25 * tile + 25], *texts, [(5, 5)], trace=alone)
+        importance(patches[25 * tile : 25 * tile + 25], *texts(), [(5, 5)], trace=alone)
         assert torch.equal(both.matches[tile][0].both_N, alone.matches[0][0].both_N)
     assert both.minmax_N.max() == 1
-    image = importance(patches, *texts, grids, Settings(entropy_over="image"))
-    assert not torch.allclose(image, importance(patches, *texts, grids), atol=1e-3)
+    image = importance(patches, *texts(), grids, Settings(entropy_over="image"))
+    assert not torch.allclose(image, importance(patches, *texts(), grids), atol=1e-3)
 
 
 def test_smoothing_stays_within_its_tile() -> None:
-    patches, texts = random(41, 8), (random(1, 6, 8, seed=1), random(1, 8, seed=2))
+    patches = random(41, 8)
     trace = eadp.Trace()
-    importance(patches, *texts, [(4, 4), (5, 5)], trace=trace)
+    importance(patches, *texts(), [(4, 4), (5, 5)], trace=trace)
     for part, edge in ((slice(0, 16), 4), (slice(16, 41), 5)):
         values = trace.minmax_N[part].view(edge, edge)
         corner = values[[1, 0, 1]][:, [1, 0, 1]]  # reflected at the border
@@ -174,14 +141,75 @@ def test_smoothing_stays_within_its_tile() -> None:
         assert torch.allclose(trace.smoothed_N[part][0], expected, atol=1e-6)
 
 
+def test_scaling_goes_over_tiles_or_the_image() -> None:
+    patches, grids = random(50, 8), [(5, 5), (5, 5)]
+    traces = {over: eadp.Trace() for over in ("tile", "image")}
+    for over, trace in traces.items():
+        importance(patches, *texts(), grids, Settings(scaled_over=over), trace=trace)
+    assert torch.equal(traces["tile"].text_N, traces["image"].text_N)
+    tiles = traces["tile"].minmax_N.split(25)
+    assert [float(tile.max()) for tile in tiles] == [1, 1]
+    assert all(0 < float(tile.min()) < 1e-4 for tile in tiles)
+    assert min(float(tile.max()) for tile in traces["image"].minmax_N.split(25)) < 1
+
+
+def test_frames_are_smoothed_one_by_one_or_not_at_all() -> None:
+    """And a single row never is: there is nothing to reflect."""
+    patches, frames = random(40, 8), [(4, 5), (4, 5)]
+    ours, skipped, row = (eadp.Trace() for _ in range(3))
+    importance(patches, *texts(), frames, Settings(entropy_over="image"), trace=ours)
+    settings = Settings(entropy_over="image", smoothed="single")
+    importance(patches, *texts(), frames, settings, trace=skipped)
+    assert torch.equal(ours.minmax_N, skipped.minmax_N)
+    assert torch.equal(skipped.smoothed_N, skipped.minmax_N)
+    for frame in range(2):
+        part = slice(20 * frame, 20 * frame + 20)
+        alone = eadp._smoothed(ours.minmax_N[part], [(4, 5)], settings)
+        assert torch.allclose(ours.smoothed_N[part], alone)
+        assert not torch.allclose(alone, ours.minmax_N[part], atol=1e-3)
+    importance(patches, *texts(), [(1, 40)], trace=row)
+    assert torch.equal(row.smoothed_N, row.minmax_N)
+
+
+def test_weights_by_patch_lean_on_the_text_token_that_it_is_least_like() -> None:
+    patches, (tokens, pooled) = random(30, 8), texts()
+    trace = eadp.Trace()
+    importance(patches, tokens, pooled, [(5, 6)], FRAMES, trace=trace)
+    ((match,),) = trace.matches
+    assert len(match.kept_R) == 3  # half of six
+    for patch in range(30):
+        cosines = match.dense_NL[patch, match.kept_R]
+        scores = [
+            float(cosine) / (0.01 * (float(match.entropy_L[token]) + 1e-6))
+            for cosine, token in zip(cosines, match.kept_R, strict=True)
+        ]
+        weight = torch.tensor(scores, dtype=torch.float64).softmax(dim=0)
+        assert float(match.dense_N[patch]) == pytest.approx(
+            float(weight @ cosines.double()), abs=1e-5
+        )
+
+
+def test_an_instruction_in_the_language_model_s_space() -> None:
+    embeds = random(5, 8) * torch.arange(1, 6)[:, None]
+    tokens, pooled = instruction(embeds.bfloat16())
+    assert tokens.dtype == pooled.dtype == torch.float32
+    assert torch.allclose(pooled[0], embeds.bfloat16().float().mean(dim=0))
+    with pytest.raises(ValueError, match="without tokens"):
+        instruction(embeds[:0])
+    # Of one token, it is the text as a whole, and alpha has no effect.
+    one = instruction(embeds[:1])
+    plain, whole = (
+        importance(random(20, 8), *one, [(4, 5)], Settings(alpha=alpha)) for alpha in (0.2, 1.0)
+    )
+    assert torch.allclose(plain, whole, atol=1e-5)
+    assert torch.allclose(importance(random(20, 8), *one, [(4, 5)], LANGUAGE), whole**2, atol=1e-5)
+
+
 def test_half_precision_and_autocast_are_scored_in_float32() -> None:
-    patches, texts = random(36, 8), (random(1, 6, 8, seed=1), random(1, 8, seed=2))
-    features = random(36, 24, seed=3)
-    plain = importance(patches, *texts, [(6, 6)])
+    patches = random(36, 8)
+    plain = importance(patches, *texts(), [(6, 6)])
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(importance(patches, *texts, [(6, 6)]), plain)
-        assert torch.equal(similarity(features), similarity(features.clone()))
-        assert similarity(features).dtype == torch.float32
-    tokens, pooled = (text.bfloat16() for text in texts)
+        assert torch.equal(importance(patches, *texts(), [(6, 6)]), plain)
+    tokens, pooled = (text.bfloat16() for text in texts())
     half = importance(patches.bfloat16(), tokens, pooled, [(6, 6)])
     assert half.dtype == torch.float32 and len(half.unique()) == 36

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from trio.pruning.reduce import scanned, windows
+from trio.encoders.reduce import scanned, windows
 
 GRIDS = [(4, 4), (1, 1), (1, 50), (9, 3), (10, 13), (8, 12), (3, 17)]
 

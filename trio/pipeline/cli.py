@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 from trio.errors import UserError
 from trio.pipeline import config as settings
 from trio.pipeline.config import FIELDS, JobConfig
-from trio.pruning.defaults import CHOICES, SHAPE
+from trio.pruning.pruning_config import CHOICES, SHAPE
 
 OK, FAILED, WRONG, ERRORS = 0, 1, 2, 3
 BY_MODEL = (*CHOICES, SHAPE, "revision")

@@ -16,8 +16,8 @@ from typing import Any
 
 import ray
 
+from trio import openmp as waiting
 from trio.errors import UserError
-from trio.models import waiting
 from trio.pipeline import cpus
 from trio.pipeline.config import AUTO, LOCAL, JobConfig
 from trio.pipeline.environment import (

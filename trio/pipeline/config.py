@@ -14,23 +14,23 @@ from typing import Any
 import yaml
 
 from trio import bundled
-from trio.config import (
-    ENCODERS,
-    FILL_UPS,
-    METHODS,
-    POSITION_IDS,
-    PROXY_HEADS,
-    PROXY_LAYERS,
-    PROXY_POSITIONS,
-    Pruning,
-)
 from trio.engine.request import Sampling
 from trio.errors import UserError
 from trio.pipeline import parse
 from trio.pipeline.columns import parse_mapping
 from trio.pipeline.policy import MAX_PIXELS, ROW_TIMEOUT_S, ImagePolicy
 from trio.pipeline.storage import check_no_secret
-from trio.pruning.defaults import CHOICES, PruningDefaults
+from trio.pruning.method_registry import names
+from trio.pruning.options import (
+    ENCODERS,
+    FILL_UPS,
+    POSITION_IDS,
+    PROXY_HEADS,
+    PROXY_LAYERS,
+    PROXY_POSITIONS,
+    Pruning,
+)
+from trio.pruning.pruning_config import CHOICES, PruningDefaults
 
 DEMO = bundled.NAME
 # stands for the bundled shard and the bundled model, wherever the package is installed
@@ -138,8 +138,8 @@ class JobConfig:
     )
     method: str = option(
         "trio",
-        parse.choice("method", METHODS),
-        f"how visual tokens are chosen: {', '.join(METHODS)}",
+        parse.choice("method", names()),
+        f"how visual tokens are chosen: {', '.join(names())}",
         results=True,
     )
     encoder: str = option(

@@ -1,38 +1,42 @@
 """EADP: the visual tokens that cover what matters of an image, before the decoder sees any.
 
 EADP (arXiv 2607.02484), method section; where the paper is silent, as its public code does. A
-token matters by how it compares with a text in the encoder's joint space of images and texts. The
-cosines count *negatively*, as in that code: what is unlike the text matters more. Tokens are then
-chosen one by one, each time the one that adds most to how well the chosen ones resemble all
-others, weighted by what these matter (greedy facility location).
+token matters by how it compares with a text, in one of three spaces: the encoder's joint space of
+images and texts (the default settings), the language model's own (`LANGUAGE`), or, for frames of a
+video, SigLIP's (`FRAMES`). The cosines count *negatively*, as in that code: what is unlike the text
+matters more. Tokens are then chosen one by one, each time the one that adds most to how well the
+chosen ones resemble all others, weighted by what these matter (`trio.pruning.coverage`).
 
 Everything is computed in float32 and on the tensors' device.
 
 Shapes: N visual tokens of one image, its tiles back to back; P size of the joint space; M texts, or
 chunks of one; L tokens of the longest; R tokens of a text that pass the entropy filter; C size of
-visual features; B images or tiles of equal N; K tokens kept.
+visual features; D hidden size of the decoder; B images or tiles of equal N; K tokens kept.
 """
 
 from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trio.pruning.coverage import cover
+
 Grid = tuple[int, int]
-"""Rows and columns of a tile's tokens, both at least 2."""
+"""Rows and columns of a tile's tokens. One that is no wider than half the smoothing kernel, as a
+single row, is not smoothed."""
+
+Share = Callable[[Tensor, Sequence[int], int], list[int]]
+"""Shares a budget out over tiles: importance, tiles' sizes, tokens to keep of all."""
 
 _EPSILON = 1e-6
-# Candidates looked at first in each round on a CPU. Fewer: more of the others have to be looked at
-# in the second step, more: more of these in vain.
-_FIRST = 16
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,8 +53,17 @@ class Settings:
     """Share of a text's tokens that count: those of lowest entropy, rounded down, at least one."""
     entropy_temperature: float = 0.01
     """In nats; of the softmax over a text's kept tokens, which weights them by entropy."""
+    weights: Literal["text", "patch"] = "text"
+    """`text`: a kept token counts the same for all patches, the more the lower its entropy;
+    `patch`: for each patch the more, the less alike the two are, in units of the entropy."""
     entropy_over: Literal["tile", "image"] = "tile"
     """The patches that one softmax goes over. The published any-res runs take each tile alone."""
+    scaled_over: Literal["tile", "image"] = "image"
+    """The patches whose smallest and largest value become 0 and 1. The public code takes each tile
+    alone where the images of a batch differ in their number of tiles."""
+    smoothed: Literal["tiles", "single"] = "tiles"
+    """`tiles`: each tile or frame by itself; `single`: only what has one, as the public code for
+    the language model's space does with videos."""
     kernel: int = 3
     """Edge of the Gaussian that smooths importance, in tokens; odd."""
     sigma: float = 1.0
@@ -58,6 +71,10 @@ class Settings:
 
 
 PUBLISHED = Settings()
+LANGUAGE = Settings(beta=2.0, entropy_over="image")
+"""The language model's space, with the exponent of the authors' scripts."""
+FRAMES = Settings(beta=2.0, kept_texts=0.5, weights="patch")
+"""SigLIP's space, frame by frame, with the exponent of the authors' scripts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,27 +149,49 @@ def importance(
             own_LP if mask_ML is None else own_LP[mask_ML[number]]
             for number, own_LP in enumerate(tokens_MLP)
         ]
+        sizes = _sizes(len(patches_NP), grids)
+        whole = settings.entropy_over == "image"
         trace.matches = [
             [_match(tile_NP, *text, settings) for text in zip(texts, pooled_MP, strict=True)]
-            for tile_NP in _tiles(patches_NP, grids, settings)
+            for tile_NP in ([patches_NP] if whole else patches_NP.split(sizes))
         ]
         trace.text_N = torch.cat(
             [torch.stack([match.both_N for match in own]).mean(dim=0) for own in trace.matches]
         )
-        lowest, highest = trace.text_N.aminmax()
-        trace.minmax_N = (trace.text_N - lowest + _EPSILON) / (highest - lowest + _EPSILON)
+        whole = settings.scaled_over == "image"
+        trace.minmax_N = torch.cat(
+            [_scaled(tile) for tile in ([trace.text_N] if whole else trace.text_N.split(sizes))]
+        )
         trace.smoothed_N = trace.minmax_N
-        if grids is not None:
+        if grids is not None and (settings.smoothed == "tiles" or len(grids) == 1):
             trace.smoothed_N = _smoothed(trace.minmax_N, grids, settings)
         return trace.smoothed_N**settings.beta
 
 
-def _tiles(
-    patches_NP: Tensor, grids: Sequence[Grid] | None, settings: Settings
-) -> Sequence[Tensor]:
-    if grids is None or settings.entropy_over == "image":
-        return [patches_NP]
-    return patches_NP.split([rows * columns for rows, columns in grids])
+def instruction(embeds_LD: Tensor) -> tuple[Tensor, Tensor]:
+    """`tokens_MLP` and `pooled_MP` of a text in the language model's space.
+
+    The pooled one is the mean of the rows as they are, so that a longer one counts more in it.
+
+    Args:
+        embeds_LD: input embeddings of the instruction's tokens, at least one.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if len(embeds_LD) == 0:
+        raise ValueError("an instruction without tokens has no mean")
+    wide_LD = embeds_LD.float()
+    return wide_LD[None], wide_LD.mean(dim=0, keepdim=True)
+
+
+def _sizes(tokens: int, grids: Sequence[Grid] | None) -> list[int]:
+    return [tokens] if grids is None else [math.prod(grid) for grid in grids]
+
+
+def _scaled(values_N: Tensor) -> Tensor:
+    lowest, highest = values_N.aminmax()
+    return (values_N - lowest + _EPSILON) / (highest - lowest + _EPSILON)
 
 
 def _match(patches_NP: Tensor, tokens_LP: Tensor, pooled_P: Tensor, settings: Settings) -> Match:
@@ -164,10 +203,18 @@ def _match(patches_NP: Tensor, tokens_LP: Tensor, pooled_P: Tensor, settings: Se
     count = max(1, int(len(tokens_LP) * settings.kept_texts))
     entropy, order_L = entropy_L.sort(stable=True)
     kept_R = order_L[:count]
-    weight_R = (-entropy[:count] / (settings.entropy_temperature + _EPSILON)).softmax(dim=0)
-    dense_N = dense_NL[:, kept_R] @ weight_R
+    dense_N = _averaged(dense_NL[:, kept_R], entropy[:count], settings)
     both_N = settings.alpha * whole_N + (1 - settings.alpha) * dense_N
     return Match(whole_N, dense_NL, entropy_L, kept_R, dense_N, both_N)
+
+
+def _averaged(dense_NR: Tensor, entropy_R: Tensor, settings: Settings) -> Tensor:
+    """The kept tokens' cosines as one value a patch."""
+    temperature = settings.entropy_temperature
+    if settings.weights == "patch":
+        weight_NR = (dense_NR / (temperature * (entropy_R + _EPSILON))).softmax(dim=1)
+        return (dense_NR * weight_NR).sum(dim=1)
+    return dense_NR @ (-entropy_R / (temperature + _EPSILON)).softmax(dim=0)
 
 
 def _smoothed(values_N: Tensor, grids: Sequence[Grid], settings: Settings) -> Tensor:
@@ -176,19 +223,17 @@ def _smoothed(values_N: Tensor, grids: Sequence[Grid], settings: Settings) -> Te
     bell = torch.exp(-(place**2) / (2 * settings.sigma**2))
     weights = torch.outer(bell, bell)[None, None] / bell.sum() ** 2
     tiles = []
-    for grid, tile_N in zip(grids, values_N.split([math.prod(g) for g in grids]), strict=True):
+    for grid, tile_N in zip(grids, values_N.split(_sizes(0, grids)), strict=True):
+        if min(grid) <= margin:  # nothing to reflect
+            tiles.append(tile_N)
+            continue
         padded = F.pad(tile_N.view(1, 1, *grid), [margin] * 4, mode="reflect")
         tiles.append(F.conv2d(padded, weights).flatten())
     return torch.cat(tiles)
 
 
-@torch.no_grad()
 def select(importance_BN: Tensor, features_BNC: Tensor, keep: int) -> Tensor:
-    """Choose the tokens that together resemble what matters best.
-
-    In each round the token i with the largest `sum_j importance_j max(0, s_ij - best_j)` is taken,
-    `s` being `similarity` and `best_j` the largest of it between j and what is taken so far. Of
-    equal ones the first is taken.
+    """Choose the tokens that together resemble what matters best, by `coverage.cover`.
 
     Args:
         importance_BN: not negative; without the first dimension for a single image, like the next.
@@ -201,75 +246,9 @@ def select(importance_BN: Tensor, features_BNC: Tensor, keep: int) -> Tensor:
     Raises:
         ValueError: an image has fewer tokens than K.
     """
-    if not 0 <= keep <= importance_BN.shape[-1]:
-        raise ValueError(f"cannot keep {keep} of {importance_BN.shape[-1]} visual tokens")
     if importance_BN.ndim == 1:
         return select(importance_BN[None], features_BNC[None], keep)[0]
-    if importance_BN.device.type != "cpu":
-        return _all_at_once(importance_BN.float(), similarity(features_BNC), keep)
-    # One similarity matrix at a time stays in the CPU's cache.
-    chosen = [
-        torch.from_numpy(_lazily(own.float().numpy(), similarity(features).numpy(), keep))
-        for own, features in zip(importance_BN, features_BNC, strict=True)
-    ]
-    return torch.stack(chosen)
-
-
-def similarity(features_BNC: Tensor) -> Tensor:
-    """Cosines of tokens with each other, moved from -1 … 1 to 0 … 1; float32 `[B, N, N]`.
-
-    A single image may come without the first dimension.
-    """
-    with torch.autocast(features_BNC.device.type, enabled=False):
-        unit_BNC = F.normalize(features_BNC.float(), dim=-1)
-        cosine_BNN = unit_BNC @ unit_BNC.transpose(-1, -2)
-    return cosine_BNN.clamp_(-1, 1).add_(1).mul_(0.5)
-
-
-def _all_at_once(importance_BN: Tensor, similar_BNN: Tensor, keep: int) -> Tensor:
-    """Every gain anew in each round, and nothing read back from the device."""
-    best_BN = torch.zeros_like(importance_BN)
-    taken_BN = torch.zeros_like(importance_BN, dtype=torch.bool)
-    chosen_BK = importance_BN.new_zeros((len(importance_BN), keep), dtype=torch.long)
-    for place in range(keep):
-        more_BNN = (similar_BNN - best_BN[:, None]).clamp_(min=0)
-        gain_BN = more_BNN.mul_(importance_BN[:, None]).sum(dim=-1).masked_fill_(taken_BN, -1)
-        choice_B1 = gain_BN.argmax(dim=-1, keepdim=True)
-        chosen_BK[:, place : place + 1] = choice_B1
-        taken_BN.scatter_(1, choice_B1, True)
-        row_B1N = similar_BNN.take_along_dim(choice_B1[..., None], dim=1)
-        best_BN = torch.maximum(best_BN, row_B1N[:, 0])
-    return chosen_BK
-
-
-def _lazily(importance_N: np.ndarray, similar_NN: np.ndarray, keep: int) -> np.ndarray:
-    """The same for one image with few gains computed anew; indices `[K]`.
-
-    A token's gain never grows, so what it was in an earlier round bounds it. Rounding keeps that
-    order, as every gain is the same sum over all N: the choice is exactly that of all gains.
-    """
-    tokens = len(importance_N)
-    best_N = np.zeros_like(importance_N)
-    bound_N = np.full_like(importance_N, np.inf)
-    chosen_K = np.empty(keep, dtype=np.int64)
-
-    def look_again(candidates: np.ndarray) -> None:
-        more = similar_NN.take(candidates, axis=0)
-        more -= best_N
-        np.maximum(more, 0, out=more)
-        more *= importance_N
-        bound_N[candidates] = np.nan_to_num(more.sum(axis=1))  # so that none is taken twice
-
-    for place in range(keep):
-        first = min(_FIRST, tokens - place)
-        likely = np.argpartition(bound_N, -first)[-first:]
-        look_again(likely)
-        look_again(np.flatnonzero(bound_N >= bound_N[likely].max()))
-        choice = bound_N.argmax()
-        chosen_K[place] = choice
-        bound_N[choice] = -1
-        np.maximum(best_N, similar_NN[choice], out=best_N)
-    return chosen_K
+    return cover(features_BNC, keep, importance_BN=importance_BN).order_BK
 
 
 def share_out(importance_N: Tensor, sizes: Sequence[int], keep: int) -> list[int]:
@@ -313,29 +292,52 @@ def share_out(importance_N: Tensor, sizes: Sequence[int], keep: int) -> list[int
     return counts
 
 
+def share_down(importance_N: Tensor, sizes: Sequence[int], keep: int) -> list[int]:
+    """As `share_out`, but as the public code: rounded down, at least 1 and at most a tile's size.
+
+    What rounding loses is not handed out, so the numbers add up to less, or, with tiles of hardly
+    any importance, to more.
+    """
+    shares = tile_shares(importance_N, sizes, keep).tolist()
+    return [min(size, max(1, int(share))) for size, share in zip(sizes, shares, strict=True)]
+
+
+def tile_shares(importance_N: Tensor, sizes: Sequence[int], keep: int) -> Tensor:
+    """Tokens of each tile before `share_down` rounds them, `[tiles]`."""
+    sums = torch.stack([tile_N.sum() for tile_N in importance_N.split(list(sizes))])
+    sums = sums.where(sums.isfinite(), 1)
+    return keep * sums / (sums.sum() + _EPSILON)
+
+
 def select_by_tile(
-    importance_N: Tensor, features_NC: Tensor, sizes: Sequence[int], keep: int
+    importance_N: Tensor,
+    features_NC: Tensor,
+    sizes: Sequence[int],
+    keep: int,
+    share: Share = share_out,
 ) -> Tensor:
-    """`select` within each tile, of as many tokens as `share_out` gives it.
+    """`select` within each tile, of as many tokens as `share` gives it.
 
     Args:
         importance_N: as for `select`; tokens of tiles back to back.
         features_NC: the same.
         sizes: tokens of each tile.
         keep: tokens to keep of the image, K.
+        share: `share_out` or `share_down`.
 
     Returns:
-        `[K]`, indices among all N: tile after tile, within each in order of choice.
+        `[K]`, of `share_down` another number; indices among all N: tile after tile, within each in
+        order of choice.
 
     Raises:
         ValueError: the image has fewer tokens than K.
     """
-    counts = share_out(importance_N, sizes, keep)
+    counts = share(importance_N, sizes, keep)
     tiles = zip(importance_N.split(list(sizes)), features_NC.split(list(sizes)), strict=True)
-    starts = np.cumsum([0, *sizes[:-1]]).tolist()
+    starts = accumulate(sizes, initial=0)
     return torch.cat(
         [
             select(own_N, own_NC, count) + start
-            for (own_N, own_NC), count, start in zip(tiles, counts, starts, strict=True)
+            for (own_N, own_NC), count, start in zip(tiles, counts, starts, strict=False)
         ]
     )

@@ -1,0 +1,70 @@
+"""Method `eadp`: tokens that together resemble what matters for the prompt.
+
+EADP (arXiv 2607.02484), method section. What matters is told by the space that the encoder shares
+with its text tower. Tokens resemble each other by what enters the decoder, as in the published
+code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from trio.pruning.eadp import importance, select, select_by_tile
+from trio.pruning.flops import DecoderShape
+from trio.pruning.method import Context, OneByOne
+
+
+@dataclass(frozen=True, kw_only=True)
+class Eadp(OneByOne):
+    """Greedy facility location over the importance of each image's tokens."""
+
+    name = "eadp"
+    summary = "relevance to the prompt in the encoder's image-text space"
+    before_decoder = True
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"text_tower"})
+
+    def choose(
+        self, features_VD: Tensor, keep: int, context: Context | None
+    ) -> tuple[Tensor, Tensor | None]:
+        assert context is not None and context.joint_MP is not None and context.text is not None
+        matters_M = importance(
+            context.joint_MP,
+            context.text.tokens_CLP,
+            context.text.pooled_CP,
+            context.grids,
+            mask_ML=context.text.mask_CL,
+        )
+        importance_V = of_tokens(matters_M, context)
+        return choose_by_tile(importance_V, features_VD, context, keep), importance_V
+
+    def flops(self, shape: DecoderShape, tokens: int, images: Sequence[tuple[int, int]]) -> int:
+        """Cosines of all with all, and in each round the gain of every token over all others; what
+        the encoder's side takes is counted there."""
+        return sum(count**2 * (shape.hidden_size + keep) for count, keep in images)
+
+
+def of_tokens(matters_M: Tensor, context: Context) -> Tensor:
+    """From what patches matter to what visual tokens do, `[V]`: what is no patch is nothing that
+    the kept tokens have to stand for."""
+    places_V = context.places_V.to(matters_M.device)
+    return matters_M[places_V.clamp(min=0)].where(places_V >= 0, 0)
+
+
+def choose_by_tile(
+    importance_V: Tensor, features_VD: Tensor, context: Context, keep: int
+) -> Tensor:
+    """`select` in each tile, of as many tokens as its importance asks for; `[K]`."""
+    tile_V = context.tiles_V
+    if tile_V is None:
+        return select(importance_V, features_VD, keep)
+    by_tile_V = tile_V.argsort(stable=True)
+    sizes = tile_V.bincount().tolist()
+    index_V = by_tile_V.to(features_VD.device)
+    order_K = select_by_tile(importance_V[index_V], features_VD[index_V], sizes, keep)
+    return index_V[order_K]

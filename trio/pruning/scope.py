@@ -1,0 +1,54 @@
+"""SCOPE: tokens of the vision tower by saliency times coverage, before its projector.
+
+SCOPE (arXiv 2510.24214, section 3). A patch is salient by what the class token attends to it, and
+covers what resembles it; no text is asked. In float32 and on the tensors' device.
+
+Shapes: B images of one size; S tokens of the tower (the class token, then N patches); D its hidden
+size; H heads; K tokens kept.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from trio.pruning.coverage import Combined, Coverage, cover
+
+
+@torch.no_grad()
+def scope(
+    hidden_BSD: Tensor,
+    attention_BHN: Tensor,
+    keep: int,
+    *,
+    alpha: float = 1.0,
+    combined: Combined = "product",
+) -> Coverage:
+    """Choose patches of each image; the class token is dropped.
+
+    Args:
+        hidden_BSD: hidden states that leave the second-last layer.
+        attention_BHN: of the class token to the patches there, after the softmax.
+        keep: tokens to choose of each image, K.
+        alpha: exponent of saliency.
+        combined: how saliency and coverage make a gain.
+
+    Returns:
+        Indices among the tower's tokens, in which patch p is p + 1.
+
+    Raises:
+        ValueError: an image has fewer patches than K.
+    """
+    chosen = cover(
+        hidden_BSD[:, 1:],
+        keep,
+        saliency_BN=saliency(attention_BHN, alpha),
+        combined=combined,
+        shifted=False,
+    )
+    return Coverage(order_BK=chosen.order_BK + 1, gain_BK=chosen.gain_BK)
+
+
+def saliency(attention_BHN: Tensor, alpha: float = 1.0) -> Tensor:
+    """The class token's attention summed over heads, to a power; float32 `[B, N]`."""
+    return attention_BHN.float().sum(dim=1) ** alpha
