@@ -1,0 +1,1 @@
+"""Which tokens stay, by what they are judged by."""
