@@ -17,7 +17,7 @@ from trio.benchmark.shapes.random_onevision import ONEVISION_7B
 from trio.benchmark.shapes.random_qwen import QWEN2_5_7B, QWEN3_8B
 from trio.benchmark.shapes.sizes import blueprint
 from trio.benchmark.speed import targets
-from trio.engine.flops import choosing_flops
+from trio.engine.metrics import choosing_flops
 from trio.families.registry import adapt
 from trio.pruning.flops import DecoderShape
 from trio.pruning.methods.divprune import DivPrune

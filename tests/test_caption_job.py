@@ -20,7 +20,7 @@ import yaml
 from PIL import Image
 
 from tests.engine.support import MANY_SIZES
-from tests.families.family import ARCHITECTURES, FAMILIES
+from tests.every_family.family import ARCHITECTURES, FAMILIES
 from tests.pipeline.fakes import encoded, write_shard
 from tests.tiny.llava import save_tiny_checkpoint
 from trio.bundled import SHARD
@@ -262,7 +262,8 @@ def test_a_users_adapter_and_a_system_message(
     shard = write_shard(tmp_path / "in.parquet", rows, SCHEMA)
     system = "describe the digit please"
     flags = ["--input", str(shard), "--model", model, "--retention", "0.4", "--max-new-tokens", "9"]
-    flags += ["--adapters", "llava=tests.families.theirs:Theirs", "--output", str(tmp_path / "out")]
+    flags += ["--adapters", "llava=tests.every_family.theirs:Theirs"]
+    flags += ["--output", str(tmp_path / "out")]
     assert run(*flags, "--system-prompt", system) == 0
     got = {key: row["response"] for key, row in answers(tmp_path / "out").items()}
     options: dict[str, Any] = {"system": system, "sampling": Sampling(max_new_tokens=9)}

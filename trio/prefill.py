@@ -19,8 +19,7 @@ from trio.decoder.decoder import Decoder, LayerCache
 from trio.decoder.stopwatch import Stopwatch
 from trio.errors import UserError
 from trio.families.coordinates import unknown
-from trio.pruning.batch import Ragged, compact, contiguous_positions
-from trio.pruning.finite import finite_rows
+from trio.pruning.batch import Ragged, compact, contiguous_positions, finite_rows
 from trio.pruning.method import Choice, Context, Method, Stage, all_of, choose, goals_of
 from trio.pruning.method_registry import create
 from trio.pruning.options import Pruning

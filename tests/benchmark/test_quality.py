@@ -17,10 +17,10 @@ from trio.benchmark.quality.fill_up import survivors
 from trio.benchmark.quality.intervals import wilson
 from trio.benchmark.quality.quality_table import _relative
 from trio.families.registry import adapt
-from trio.pruning.farthest import fill_up
 from trio.pruning.method_registry import names as methods
-from trio.pruning.nms import suppress
 from trio.pruning.options import Pruning
+from trio.pruning.selection.farthest import fill_up
+from trio.pruning.selection.nms import suppress
 
 FLAGS = ["--methods", "none,random,trio", "--retention", "1/9,1/18", "--scenes", "1"]
 FLAGS += ["--proxy-layer", "previous"]

@@ -15,8 +15,8 @@ from torch import Tensor
 from tests.conformance.checks import Checks
 from tests.conformance.files import Case, Tensors
 from trio.errors import UserError
-from trio.pruning.coverage import similarity
-from trio.pruning.relevance import Grid, Match, Settings, Trace, importance, select
+from trio.pruning.scores.relevance import Grid, Match, Settings, Trace, importance, select
+from trio.pruning.selection.coverage import similarity
 
 _TILE = 24
 """Rows and columns of the reference's tiles."""

@@ -24,7 +24,7 @@ from tests.conformance.eadp import (
 )
 from tests.conformance.files import Case, Tensors
 from trio.errors import UserError
-from trio.pruning.relevance import (
+from trio.pruning.scores.relevance import (
     Grid,
     Trace,
     importance,

@@ -15,8 +15,8 @@ from torch import Tensor
 from tests.conformance.checks import Checks
 from tests.conformance.eadp import check_importance, check_kept_texts, kept_texts, settings_of
 from tests.conformance.files import Case, Tensors
-from trio.pruning.coverage import cover, similarity
-from trio.pruning.relevance import Grid, Trace, importance, select
+from trio.pruning.scores.relevance import Grid, Trace, importance, select
+from trio.pruning.selection.coverage import cover, similarity
 
 
 def replay(case: Case, recorded: Tensors) -> Checks:

@@ -18,9 +18,9 @@ from tests.conformance.files import Case, Tensors
 from trio.decoder.decoder import Decoder
 from trio.errors import UserError
 from trio.prefill import PackedPrompts, StageTrace, Trace, prefill
-from trio.pruning.layer_gradient import LayerGradient
 from trio.pruning.options import Pruning
-from trio.pruning.saliency import Saliency, proxy_index, saliency
+from trio.pruning.scores.layer_gradient import LayerGradient
+from trio.pruning.scores.saliency import Saliency, proxy_index, saliency
 
 
 def load_decoder(model: Any, weights: Tensors) -> Decoder:

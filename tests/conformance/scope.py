@@ -9,7 +9,7 @@ from tests.conformance.checks import Checks
 from tests.conformance.files import Case, Tensors
 from trio.encoders.scope import saliency, scope
 from trio.errors import UserError
-from trio.pruning.coverage import Combined, similarity
+from trio.pruning.selection.coverage import Combined, similarity
 
 _COMBINED: dict[str, Combined] = {"multi": "product", "add": "sum"}
 

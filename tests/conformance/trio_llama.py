@@ -19,8 +19,8 @@ from trio.decoder.decoder import Decoder
 from trio.errors import UserError
 from trio.prefill import PackedPrompts
 from trio.pruning.options import Pruning
-from trio.pruning.saliency import Saliency
 from trio.pruning.schedule import Schedule, Stage
+from trio.pruning.scores.saliency import Saliency
 
 
 def replay(case: Case, recorded: Tensors) -> Checks:

@@ -25,8 +25,8 @@ from trio.decoder.decoder import Decoder
 from trio.errors import UserError
 from trio.prefill import PackedPrompts
 from trio.pruning.options import Pruning
-from trio.pruning.saliency import Saliency, proxy_index
 from trio.pruning.schedule import Schedule, Stage
+from trio.pruning.scores.saliency import Saliency, proxy_index
 
 REFERENCE: dict[str, Any] = {
     "proxy_positions": "reference",

@@ -23,9 +23,9 @@ from tests.engine.support import (
     tokens,
 )
 from tests.tiny.llava import tiny_processor
-from trio.engine import memory_limit as shortage
+from trio.engine import scheduler as shortage
 from trio.engine.engine import Engine
-from trio.engine.plan import TEXT_TOKENS
+from trio.engine.kv_budget import TEXT_TOKENS
 from trio.engine.request import Prepared, Request, Result, Sampling
 from trio.errors import UserError
 from trio.patching import patch
@@ -393,9 +393,9 @@ def test_out_of_memory_work_is_done_in_smaller_parts(
     work, sizes = getattr(worker._runner, part), []
 
     def scarce(*given: Any) -> Any:
-        tasks = given[0] if given else worker._scheduler.running  # decoding takes all that run
-        sizes.append(len(tasks))
-        if len(tasks) > 3:
+        sequences = given[0] if given else worker._scheduler.running  # decoding takes all that run
+        sizes.append(len(sequences))
+        if len(sequences) > 3:
             raise torch.OutOfMemoryError("no memory left")
         return work(*given)
 
@@ -457,9 +457,9 @@ def test_what_needs_more_memory_than_there_is_fails_alone(
     work, tries = getattr(worker._runner, part), []
 
     def scarce(*given: Any) -> Any:
-        tasks = given[0] if given else list(worker._scheduler.running.values())
-        if any(task.prepared.id == 4 for task in tasks):
-            tries.append(len(tasks))
+        sequences = given[0] if given else list(worker._scheduler.running.values())
+        if any(sequence.prepared.id == 4 for sequence in sequences):
+            tries.append(len(sequences))
             raise torch.OutOfMemoryError("no memory left")
         return work(*given)
 

@@ -20,7 +20,7 @@ from tests.engine.support import (
     tokens,
 )
 from tests.engine.test_engine import as_on_a_gpu, singles
-from tests.families.family import FAMILIES
+from tests.every_family.family import FAMILIES
 from tests.tiny.llava import save_tiny_checkpoint, tiny_processor
 from trio.engine.decoding.generation_rules import RULES, Rules
 from trio.engine.decoding.logits_rules import _MAKERS, follow

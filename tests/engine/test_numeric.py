@@ -122,7 +122,7 @@ def test_a_later_step(model: Any, wrong: float, gpu_way: bool, temperature: floa
                 worker._cache._keys[4][slot] = wrong
                 worker._cache._values[4][slot] = wrong
         logits_BV = decode()
-        if not any(task.prepared.id == 5 for task in running.values()):
+        if not any(sequence.prepared.id == 5 for sequence in running.values()):
             steps[5] = 0
         return logits_BV
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.families.family import ARCHITECTURES, FAMILIES, Family
+from tests.every_family.family import ARCHITECTURES, FAMILIES, Family
 
 # Elsewhere LLaVA runs through the decoders.
 SLOW = ("llava-mistral", "llava-qwen2", "llava_next-mistral")

@@ -7,11 +7,11 @@ import itertools
 import pytest
 import torch
 
-from tests.families.family import FAMILIES, LAYERS
+from tests.every_family.family import FAMILIES, LAYERS
 from trio.families.registry import adapt
 from trio.pruning import reference
-from trio.pruning import tiled_attention as keys
-from trio.pruning.last_token_attention import last_attention
+from trio.pruning.scores import tiled_attention as keys
+from trio.pruning.scores.last_token_attention import last_attention
 
 LENGTHS = (40, 7, 7, 23)
 

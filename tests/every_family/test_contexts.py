@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from tests.engine.support import by_id, picture
-from tests.families.family import FAMILIES, LAYERS, Family, requests_of_many_sizes
+from tests.every_family.family import FAMILIES, LAYERS, Family, requests_of_many_sizes
 from tests.tiny.clip import tiny_clip
 from trio.engine.contexts import Contexts
 from trio.engine.engine import Engine
@@ -20,9 +20,9 @@ from trio.engine.request import Prepared, Request, Sampling
 from trio.errors import UserError
 from trio.families.registry import adapt
 from trio.families.text_tower import TextTower
-from trio.pruning import relevance
 from trio.pruning.methods.eadp import of_tokens
 from trio.pruning.options import Pruning
+from trio.pruning.scores import relevance
 
 WORDS = ["!", "<", *"abcdefghijklmnopqrstuvwxyz", ">"]
 EADP = Pruning(retention=1 / 4, method="eadp")
@@ -111,7 +111,7 @@ def test_newlines_matter_to_no_prompt_and_tiles_are_told_apart() -> None:
     prepared = worker.prepare(Request(id=0, prompt="a", images=(picture(1, (60, 30)),)))
     assert isinstance(prepared, Prepared)
     (image,) = adapter.encode_images(prepared.image_inputs, join=tower.project)
-    ((context,),) = contexts(worker)([task("a cat")], [[image]])
+    ((context,),) = contexts(worker)([sequence("a cat")], [[image]])
     tile_V = context.tiles_V
     assert tile_V is not None and context.grids is not None and len(context.grids) > 1
     importance_V = of_tokens(torch.ones(sum(r * c for r, c in context.grids)), context)
@@ -132,7 +132,7 @@ def contexts(worker: Engine) -> Contexts:
     return own
 
 
-def task(prompt: str) -> Any:
+def sequence(prompt: str) -> Any:
     return SimpleNamespace(prepared=SimpleNamespace(prompt=prompt))
 
 
@@ -146,9 +146,9 @@ def test_a_prompt_is_embedded_once() -> None:
     prepared = worker.prepare(Request(id=0, prompt="a", images=(picture(1),)))
     assert isinstance(prepared, Prepared)
     (image,) = adapt(family.model).encode_images(prepared.image_inputs, join=tower.project)
-    first = [task(prompt) for prompt in ("a", "b", "a", "text alone")]
+    first = [sequence(prompt) for prompt in ("a", "b", "a", "text alone")]
     contexts(worker)(first, [[image], [image], [image], []])
-    contexts(worker)([task("b"), task("c")], [[image], [image, image]])
+    contexts(worker)([sequence("b"), sequence("c")], [[image], [image, image]])
     assert asked == [["a", "b"], ["c"]]
 
 

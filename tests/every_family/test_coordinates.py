@@ -14,8 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 import trio
-from tests.families.family import LAYERS, Family, requests_with
-from tests.families.test_patch import batch
+from tests.every_family.family import LAYERS, Family, requests_with
+from tests.every_family.test_patch import batch
 from trio.engine import model_runner as runner
 from trio.engine.request import Request
 from trio.families.coordinates import OUTSIDE, packed, raster, unknown

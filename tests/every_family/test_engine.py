@@ -16,14 +16,14 @@ from tests.engine.support import (
     expected_tokens,
     tokens,
 )
-from tests.families.family import (
+from tests.every_family.family import (
     LAYERS,
     Family,
     covering,
     requests_of_many_sizes,
 )
 from trio.engine.engine import Engine
-from trio.engine.plan import TEXT_TOKENS
+from trio.engine.kv_budget import TEXT_TOKENS
 from trio.engine.request import Prepared, Request, Sampling
 from trio.errors import UserError
 from trio.families.adapter import Adapter, Inputs
@@ -116,7 +116,7 @@ def test_every_image_keeps_what_the_schedule_says_of_its_own_count(
         worker.submit(item)
     worker.step()
     cache, runs = worker._cache, worker._scheduler.running.values()
-    held = {task.prepared.id: cache.lengths_of(task.key) for task in runs}
+    held = {sequence.prepared.id: cache.lengths_of(sequence.key) for sequence in runs}
     results = [*worker.step(), *worker.step(), *worker.step()]
     assert len(results) == len(requests) == len(held)
     counts: set[int] = set()

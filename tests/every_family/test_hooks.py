@@ -17,7 +17,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import AttentionInterface
 
 from tests.engine.support import model_inputs, picture
-from tests.families.family import LAYERS, Family, requests_with
+from tests.every_family.family import LAYERS, Family, requests_with
 from tests.patching.prompts import run
 from trio.decoder.attention import NAME, ragged_attention
 from trio.decoder.cache_argument import cache_of

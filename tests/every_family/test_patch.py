@@ -11,7 +11,7 @@ import torch
 
 import trio
 from tests.engine.support import batch_inputs
-from tests.families.family import ARCHITECTURES, Family, covering, requests_with
+from tests.every_family.family import ARCHITECTURES, Family, covering, requests_with
 from tests.patching.prompts import run
 from trio.decoder.cache_argument import cache_of
 from trio.engine.request import Request

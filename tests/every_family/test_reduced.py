@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from tests.engine.support import MANY_SIZES, assert_lively, by_id, picture, tokens
-from tests.families.family import FAMILIES, LAYERS, Family, requests_of_many_sizes
-from tests.families.test_engine import engine
+from tests.every_family.family import FAMILIES, LAYERS, Family, requests_of_many_sizes
+from tests.every_family.test_engine import engine
 from trio.engine.request import Prepared, Request, Result, Sampling
 from trio.families.registry import adapt
 from trio.pruning.options import Pruning

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.families.family import FAMILIES
+from tests.every_family.family import FAMILIES
 from trio.families.registry import adapt
 from trio.pruning import reference
-from trio.pruning.layer_gradient import LayerGradient
-from trio.pruning.saliency import saliency
+from trio.pruning.scores.layer_gradient import LayerGradient
+from trio.pruning.scores.saliency import saliency
 
 LENGTHS = (40, 7, 23)
 

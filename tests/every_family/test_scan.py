@@ -11,7 +11,13 @@ import pytest
 import torch
 
 from tests.engine.support import assert_lively, by_id, tokens
-from tests.families.family import FAMILIES, LAYERS, Family, requests_of_many_sizes, requests_with
+from tests.every_family.family import (
+    FAMILIES,
+    LAYERS,
+    Family,
+    requests_of_many_sizes,
+    requests_with,
+)
 from trio.engine import model_runner as runner
 from trio.engine.engine import Engine
 from trio.engine.request import Prepared, Request, Result

@@ -11,8 +11,8 @@ import torch
 from transformers.cache_utils import DynamicCache
 
 import trio
-from tests.families.family import FAMILIES, LAYERS
-from tests.families.videos import FRAME_TOKENS, WRITERS, Inputs, OnevisionWriter, Row, joined
+from tests.every_family.family import FAMILIES, LAYERS
+from tests.every_family.videos import FRAME_TOKENS, WRITERS, Inputs, OnevisionWriter, Row, joined
 from tests.patching.prompts import run
 from trio.decoder.cache_argument import CACHE, cache_of
 from trio.errors import UserError

@@ -21,7 +21,7 @@ from tests.tiny.llava import (
 )
 from trio.benchmark.shapes.sizes import blueprint
 from trio.errors import UserError
-from trio.families.anyres import TiledAdapter
+from trio.families.llava_vision import TiledAdapter
 from trio.families.registry import adapt
 
 PROCESSOR = tiny_processor(patch_size=8, pinpoints=PINPOINTS)

@@ -12,8 +12,8 @@ from tests.engine.support import picture
 from tests.tiny.llava import LLAVA_NEXT, save_tiny_checkpoint
 from tests.tiny.qwen2_5_vl import LARGEST, PATCH, save_tiny_qwen, tiny_qwen_processor
 from trio.engine.engine import Engine
+from trio.engine.kv_budget import TEXT_TOKENS
 from trio.engine.loading import load_processor
-from trio.engine.plan import TEXT_TOKENS
 from trio.engine.preprocess import Preparer
 from trio.engine.request import Prepared, Request, Sampling
 from trio.errors import UserError

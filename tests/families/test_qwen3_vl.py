@@ -11,7 +11,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 import trio
 from tests.engine.support import batch_inputs
-from tests.families.family import requests_with
+from tests.every_family.family import requests_with
 from tests.tiny.qwen3_vl import (
     HEAD,
     INJECTED,

@@ -23,9 +23,9 @@ from trio.families.qwen_vision import GridVisionShape
 from trio.families.registry import adapt
 from trio.prefill import PackedPrompts, prefill
 from trio.pruning import reference
-from trio.pruning.layer_gradient import LayerGradient
 from trio.pruning.options import Pruning
-from trio.pruning.saliency import saliency
+from trio.pruning.scores.layer_gradient import LayerGradient
+from trio.pruning.scores.saliency import saliency
 
 PICTURES = [picture(number, size) for number, size in enumerate(MANY_SIZES)]
 LAYERS = 6

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from trio.engine.plan import MemoryPlan
+from trio.engine.kv_budget import MemoryPlan
 from trio.engine.request import Prepared, Request, Result
 from trio.pipeline.actor import EngineSettings
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from trio.encoders.scope import saliency, scope
-from trio.pruning import coverage
-from trio.pruning.coverage import Combined, Coverage, cover, similarity
+from trio.pruning.selection import coverage
+from trio.pruning.selection.coverage import Combined, Coverage, cover, similarity
 
 quick = settings(max_examples=60, deadline=None)
 

@@ -21,16 +21,16 @@ from trio.decoder.attention import Packed
 from trio.encoders.reduction import reduction
 from trio.encoders.scan import Scan
 from trio.encoders.visionzip import VisionZip
-from trio.families.anyres import TiledAdapter, VisionShape
+from trio.families.llava_vision import TiledAdapter, VisionShape
 from trio.families.registry import adapt
 from trio.pruning.flops import DecoderShape, layer_average
-from trio.pruning.last_token_attention import last_attention
-from trio.pruning.layer_gradient import LayerGradient
 from trio.pruning.methods import divprune
 from trio.pruning.methods.divprune import DivPrune
 from trio.pruning.methods.fastv import FastV
 from trio.pruning.options import Pruning
 from trio.pruning.schedule import Schedule, tokens_per_layer
+from trio.pruning.scores.last_token_attention import last_attention
+from trio.pruning.scores.layer_gradient import LayerGradient
 
 TEXT_TOKENS = 60
 

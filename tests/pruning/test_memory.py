@@ -12,12 +12,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from trio.decoder.decoder import Decoder
-from trio.pruning.farthest import fill_up
-from trio.pruning.last_token_attention import last_attention
-from trio.pruning.layer_gradient import LayerGradient
 from trio.pruning.methods.divprune import spread_out
-from trio.pruning.nms import suppress
-from trio.pruning.saliency import saliency
+from trio.pruning.scores.last_token_attention import last_attention
+from trio.pruning.scores.layer_gradient import LayerGradient
+from trio.pruning.scores.saliency import saliency
+from trio.pruning.selection.farthest import fill_up
+from trio.pruning.selection.nms import suppress
 
 VISUAL, TEXT, KEPT = 2880, 60, 436
 TOKENS = VISUAL + TEXT

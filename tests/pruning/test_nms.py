@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from trio.pruning import farthest, nms, reference
+from trio.pruning import reference
 from trio.pruning.options import FILL_UPS
+from trio.pruning.selection import farthest, nms
 
 
 def suppress(

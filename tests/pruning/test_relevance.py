@@ -8,9 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from trio.pruning import relevance
-from trio.pruning.coverage import cover
-from trio.pruning.relevance import (
+from trio.pruning.scores import relevance
+from trio.pruning.scores.relevance import (
     FRAMES,
     LANGUAGE,
     Settings,
@@ -22,6 +21,7 @@ from trio.pruning.relevance import (
     share_out,
     tile_shares,
 )
+from trio.pruning.selection.coverage import cover
 
 quick = settings(max_examples=60, deadline=None)
 

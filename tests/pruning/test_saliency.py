@@ -11,9 +11,9 @@ from torch import Tensor
 from tests.tiny.llava import Family, tiny_llava
 from trio.decoder.decoder import Decoder
 from trio.pruning import reference
-from trio.pruning import tiled_attention as keys
-from trio.pruning.layer_gradient import LayerGradient
-from trio.pruning.saliency import Saliency, proxy_rows, saliency
+from trio.pruning.scores import tiled_attention as keys
+from trio.pruning.scores.layer_gradient import LayerGradient
+from trio.pruning.scores.saliency import Saliency, proxy_rows, saliency
 
 LAYER = 2
 

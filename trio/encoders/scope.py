@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from trio.encoders.reduction import Reduced, Reduction, TowerShape, TowerStates, chosen_one_by_one
-from trio.pruning.coverage import Combined, Coverage, cover
+from trio.pruning.selection.coverage import Combined, Coverage, cover
 
 
 class Scope(Reduction):

@@ -10,7 +10,7 @@ from trio.engine.decoding.logits_rules import follow
 from trio.engine.decoding.sampler import stream
 from trio.engine.model_runner import Runner
 from trio.engine.request import Prepared, Result, Sampling, failed
-from trio.engine.sequence import Task
+from trio.engine.sequence import SequenceState
 from trio.errors import UserError
 
 
@@ -35,8 +35,8 @@ class Admission:
         self._rules = rules or Rules(values={})
         self._keys = itertools.count()
 
-    def __call__(self, prepared: Prepared) -> Task | Result:
-        """A task, or a failed result where the request can never be served."""
+    def __call__(self, prepared: Prepared) -> SequenceState | Result:
+        """A sequence, or a failed result where the request can never be served."""
         runner, sampling = self._runner, prepared.sampling or self._sampling
         prompt, new = len(prepared.input_ids), sampling.max_new_tokens
         if not prompt:
@@ -74,7 +74,7 @@ class Admission:
             lag=runner.lag,
         )
         own = frozenset() if sampling.ignore_eos else self._eos
-        return Task(
+        return SequenceState(
             key=next(self._keys),
             prepared=prepared,
             sampling=sampling,

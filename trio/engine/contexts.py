@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from trio.engine.sequence import Task
+from trio.engine.sequence import SequenceState
 from trio.errors import UserError
 from trio.families.adapter import Adapter, Features, Join
 from trio.families.text_tower import TextTower
@@ -48,15 +48,15 @@ class Contexts:
         return self._with_instruction or self.text_tower is not None
 
     def __call__(
-        self, tasks: Sequence[Task], features: Sequence[Sequence[Features]]
+        self, sequences: Sequence[SequenceState], features: Sequence[Sequence[Features]]
     ) -> list[list[Context]]:
-        """Of each task's images, by their features."""
+        """Of each sequence's images, by their features."""
         if self._with_instruction:
             return [
-                list(self._by_instruction(task, own))
-                for task, own in zip(tasks, features, strict=True)
+                list(self._by_instruction(sequence, own))
+                for sequence, own in zip(sequences, features, strict=True)
             ]
-        prompts = [task.prepared.prompt for task in tasks]
+        prompts = [sequence.prepared.prompt for sequence in sequences]
         texts = self._embedded([p for p, own in zip(prompts, features, strict=True) if own])
         return [
             [
@@ -72,11 +72,13 @@ class Contexts:
             for prompt, own in zip(prompts, features, strict=True)
         ]
 
-    def _by_instruction(self, task: Task, features: Sequence[Features]) -> Iterator[Context]:
+    def _by_instruction(
+        self, sequence: SequenceState, features: Sequence[Features]
+    ) -> Iterator[Context]:
         decoder = self._adapter.decoder
-        ids_L = torch.tensor(task.prepared.instruction_ids, device=decoder.device)
+        ids_L = torch.tensor(sequence.prepared.instruction_ids, device=decoder.device)
         instruction_LD = decoder.embed(ids_L)
-        for inputs, image in zip(task.prepared.image_inputs, features, strict=True):
+        for inputs, image in zip(sequence.prepared.image_inputs, features, strict=True):
             if image.sources:
                 # What a reduction leaves stands in no grid.
                 yield Context(places_V=torch.arange(len(image)), instruction_LD=instruction_LD)

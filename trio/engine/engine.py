@@ -20,16 +20,14 @@ from trio.engine.admission import Admission
 from trio.engine.decoding.generation_rules import Rules
 from trio.engine.decoding.logits_rules import check, note, ruled
 from trio.engine.decoding.sampler import Chosen, choose, stream
+from trio.engine.kv_budget import TEXT_TOKENS, MemoryPlan
 from trio.engine.loading import default_kv_bytes, load, load_text_tower
-from trio.engine.memory_limit import Limit
-from trio.engine.metrics import Counters
+from trio.engine.metrics import Counters, report
 from trio.engine.model_runner import EncodeImages, Runner
-from trio.engine.plan import TEXT_TOKENS, MemoryPlan
 from trio.engine.preprocess import Preparer
-from trio.engine.report import report
 from trio.engine.request import Prepared, Request, Result, Sampling, failed
-from trio.engine.scheduler import Scheduler
-from trio.engine.sequence import Task
+from trio.engine.scheduler import Limit, Scheduler
+from trio.engine.sequence import SequenceState
 from trio.errors import UserError
 from trio.families.adapter import Adapter, Features
 from trio.families.pixel_limits import most_visual_tokens
@@ -99,7 +97,9 @@ class Engine:
             text_tower=text_tower,
         )
         self._cache = self._runner.cache
-        self._scheduler: Scheduler[Task] = Scheduler(self._cache, batch_tokens=batch_tokens)
+        self._scheduler: Scheduler[SequenceState] = Scheduler(
+            self._cache, batch_tokens=batch_tokens
+        )
         self._max_running = max_running
         self._shape = adapter.shape()
         eos = end_of_sequence(model, processor)
@@ -115,7 +115,7 @@ class Engine:
         self._prefill_limit = Limit(batch_tokens)
         self._kv_limit = Limit(self._cache.room.budget)
         self._done: list[Result] = []
-        self._under_way: deque[tuple[list[Task], Chosen]] = deque()
+        self._under_way: deque[tuple[list[SequenceState], Chosen]] = deque()
         """Decode steps whose outcome has not been looked at."""
         self._counters = Counters()
         self._idle_since: float | None = time.perf_counter()
@@ -202,7 +202,7 @@ class Engine:
         Failed results that wait for a step count as well, so that they come out in time.
         """
         waiting = self._scheduler.waiting
-        tokens = sum(task.prompt_tokens for task in waiting)
+        tokens = sum(sequence.prompt_tokens for sequence in waiting)
         count = len(waiting) + len(self._done)
         return count < self._max_running and tokens < self._scheduler.batch_tokens
 
@@ -214,11 +214,11 @@ class Engine:
         if self._checks_prompts and isinstance(request, Request | Prepared):
             self._check_prompt(request.prompt)
         prepared = self.prepare(request) if isinstance(request, Request) else request
-        task = self._admission(prepared) if isinstance(prepared, Prepared) else prepared
-        if isinstance(task, Task):
-            self._scheduler.add(task)
+        sequence = self._admission(prepared) if isinstance(prepared, Prepared) else prepared
+        if isinstance(sequence, SequenceState):
+            self._scheduler.add(sequence)
         else:
-            self._fail(task)
+            self._fail(sequence)
 
     def step(self) -> list[Result]:
         """Take in what fits, give every running request one more token, return what is finished.
@@ -234,8 +234,8 @@ class Engine:
         if admitted := self._admit():
             self._sparing(self._prefill, admitted)
         if self._scheduler.running:
-            tasks = [self._scheduler.running[key] for key in self._cache.order]
-            self._sparing(self._decode, tasks)
+            sequences = [self._scheduler.running[key] for key in self._cache.order]
+            self._sparing(self._decode, sequences)
         if not self._scheduler.running:
             self._under_way.clear()
         self._idle_since = None if self._scheduler.has_work else time.perf_counter()
@@ -299,21 +299,21 @@ class Engine:
             since, self._idle_since = self._idle_since, time.perf_counter()
             self._counters.idle_s += self._idle_since - since
 
-    def _admit(self) -> list[Task]:
+    def _admit(self) -> list[SequenceState]:
         scheduler, room = self._scheduler, self._cache.room
         admitted = self._admitted()
         if not admitted and not scheduler.running and scheduler.waiting:
-            task = scheduler.waiting[0]
-            alone = room.bytes_alone(task.need)
+            sequence = scheduler.waiting[0]
+            alone = room.bytes_alone(sequence.need)
             if alone > room.budget:  # as it was cut; memory that was short may be free again
                 room.budget = alone
                 admitted = self._admitted()
                 if not admitted:
                     scheduler.waiting.popleft()
-                    self._fail(_no_memory(task, "even alone, its keys and values do not fit"))
+                    self._fail(_no_memory(sequence, "even alone, its keys and values do not fit"))
         return admitted
 
-    def _admitted(self) -> list[Task]:
+    def _admitted(self) -> list[SequenceState]:
         """What the scheduler lets in; notes if the device had less memory than the budget."""
         room = self._cache.room
         budget = room.budget
@@ -325,154 +325,160 @@ class Engine:
             room.budget = self._kv_limit.went_well()
         return admitted
 
-    def _sparing(self, work: Callable[[list[Task]], None], tasks: list[Task]) -> None:
+    def _sparing(
+        self, work: Callable[[list[SequenceState]], None], sequences: list[SequenceState]
+    ) -> None:
         """Do a step's work; out of memory, let its requests start over in smaller parts."""
         try:
-            work(tasks)
+            work(sequences)
             return self._went_well(work)
         except torch.OutOfMemoryError as error:
             self._counters.out_of_memory += 1
             caught = error.with_traceback(None)  # whose frames hold the step's tensors
         self._finish(self._look_at_steps(but=0))
-        tasks = [task for task in tasks if task.key in self._scheduler.running]
-        self._scheduler.put_back(tasks)
+        sequences = [sequence for sequence in sequences if sequence.key in self._scheduler.running]
+        self._scheduler.put_back(sequences)
         torch.cuda.empty_cache()
         self._cache.scrub()
-        if not tasks:
+        if not sequences:
             return
         if work == self._decode:
-            self._cache.room.max_slots = self._room_limit.cut(len(tasks) // 2)
+            self._cache.room.max_slots = self._room_limit.cut(len(sequences) // 2)
         else:
-            tokens = sum(task.prompt_tokens for task in tasks)
+            tokens = sum(sequence.prompt_tokens for sequence in sequences)
             self._scheduler.batch_tokens = self._prefill_limit.cut(tokens // 2)
-        for task in tasks:
-            task.restart(stream(task.sampling))
-        if len(tasks) == 1 and not self._scheduler.running:
-            self._give_up_or_retry(tasks[0], caught)
+        for sequence in sequences:
+            sequence.restart(stream(sequence.sampling))
+        if len(sequences) == 1 and not self._scheduler.running:
+            self._give_up_or_retry(sequences[0], caught)
 
-    def _went_well(self, work: Callable[[list[Task]], None]) -> None:
+    def _went_well(self, work: Callable[[list[SequenceState]], None]) -> None:
         if work == self._decode:
             self._cache.room.max_slots = self._room_limit.went_well()
         else:
             self._scheduler.batch_tokens = self._prefill_limit.went_well()
 
-    def _give_up_or_retry(self, task: Task, error: Exception) -> None:
+    def _give_up_or_retry(self, sequence: SequenceState, error: Exception) -> None:
         """What ran out of memory with the device to itself gets one more try."""
-        if task.tried_alone:
-            self._scheduler.waiting.remove(task)
-            self._fail(_no_memory(task, str(error)))
-        task.tried_alone = True
+        if sequence.tried_alone:
+            self._scheduler.waiting.remove(sequence)
+            self._fail(_no_memory(sequence, str(error)))
+        sequence.tried_alone = True
 
-    def _prefill(self, tasks: list[Task]) -> None:
+    def _prefill(self, sequences: list[SequenceState]) -> None:
         waited = time.perf_counter()
         began = self._runner.now()
         if self._under_way:
             self._counters.decode_s += began - waited
-        complete: list[Task] = []
-        tasks, features = self._encode(tasks)
+        complete: list[SequenceState] = []
+        sequences, features = self._encode(sequences)
         encoded = self._runner.now()
-        if tasks:
-            logits_BV, prune_s = self._runner.prefill(tasks, features)
-            chosen = _choose(tasks, logits_BV)
-            _note_distributions(tasks, logits_BV)
-            complete = self._append(tasks, chosen)
-            self._runner.start([task for task in tasks if task.failure is None])
+        if sequences:
+            logits_BV, prune_s = self._runner.prefill(sequences, features)
+            chosen = _choose(sequences, logits_BV)
+            _note_distributions(sequences, logits_BV)
+            complete = self._append(sequences, chosen)
+            self._runner.start([sequence for sequence in sequences if sequence.failure is None])
             self._counters.prune_s += prune_s
         ended = self._runner.now()
         self._counters.encode_s += encoded - began
         self._counters.prefill_s += ended - encoded
-        tokens = sum(task.prompt_tokens for task in tasks)
-        for task in tasks:
-            task.prefill_s = (ended - began) * task.prompt_tokens / tokens
+        tokens = sum(sequence.prompt_tokens for sequence in sequences)
+        for sequence in sequences:
+            sequence.prefill_s = (ended - began) * sequence.prompt_tokens / tokens
         self._finish(complete)
 
-    def _encode(self, tasks: list[Task]) -> tuple[list[Task], list[list[Features]]]:
-        """Visual features of the tasks; those whose placeholders do not fit them are failed."""
+    def _encode(
+        self, sequences: list[SequenceState]
+    ) -> tuple[list[SequenceState], list[list[Features]]]:
+        """Visual features of the sequences; those whose placeholders do not fit them are failed."""
         fitting = []
-        for task, features in zip(tasks, self._runner.encode(tasks), strict=True):
-            counts, expected = [len(image) for image in features], self._runner.encoded(task)
+        for sequence, features in zip(sequences, self._runner.encode(sequences), strict=True):
+            counts, expected = [len(image) for image in features], self._runner.encoded(sequence)
             if counts == expected:
-                fitting.append((task, features))
+                fitting.append((sequence, features))
                 continue
-            self._scheduler.finish(task)
+            self._scheduler.finish(sequence)
             message = f"placeholders for images of {expected} tokens, but features of {counts}"
-            self._fail(failed(task.prepared.id, "mismatch", message))
-        return [task for task, _ in fitting], [features for _, features in fitting]
+            self._fail(failed(sequence.prepared.id, "mismatch", message))
+        return [sequence for sequence, _ in fitting], [features for _, features in fitting]
 
-    def _decode(self, tasks: list[Task]) -> None:
+    def _decode(self, sequences: list[SequenceState]) -> None:
         began = time.perf_counter()
         logits_BV = self._runner.decode()
-        chosen = _choose(tasks, logits_BV)
-        self._cache.rows.token_B[: len(tasks)] = chosen.tokens_B
-        self._under_way.append((tasks, chosen))
+        chosen = _choose(sequences, logits_BV)
+        self._cache.rows.token_B[: len(sequences)] = chosen.tokens_B
+        self._under_way.append((sequences, chosen))
         finished = self._look_at_steps(but=self._runner.lag)
         seconds = time.perf_counter() - began
         self._counters.decode_s += seconds
         self._counters.decode_steps += 1
-        self._counters.decode_rows += len(tasks)
-        for task in tasks:
-            task.decode_s += seconds / len(tasks)
+        self._counters.decode_rows += len(sequences)
+        for sequence in sequences:
+            sequence.decode_s += seconds / len(sequences)
         self._finish(finished)
 
-    def _look_at_steps(self, *, but: int) -> list[Task]:
-        """Give tasks the tokens of decode steps, up to the newest `but`; returns those complete."""
-        complete: list[Task] = []
+    def _look_at_steps(self, *, but: int) -> list[SequenceState]:
+        """Give sequences the tokens of decode steps, up to the newest `but`; returns those complete."""
+        complete: list[SequenceState] = []
         while len(self._under_way) > but:
-            tasks, chosen = self._under_way.popleft()
-            complete += self._append(tasks, chosen)
+            sequences, chosen = self._under_way.popleft()
+            complete += self._append(sequences, chosen)
         return complete
 
-    def _append(self, tasks: Sequence[Task], chosen: Chosen) -> list[Task]:
+    def _append(self, sequences: Sequence[SequenceState], chosen: Chosen) -> list[SequenceState]:
         """One token each, but none to those complete without it; returns those now complete."""
         complete = []
         spoilt = False
         counters = self._counters
         counters.kv_used_bytes_peak = max(counters.kv_used_bytes_peak, self._cache.used_bytes)
-        for task, token, logprob in zip(tasks, chosen.token_ids, chosen.logprobs, strict=True):
-            before, is_number = task.finish_reason, math.isfinite(logprob)
+        for sequence, token, logprob in zip(
+            sequences, chosen.token_ids, chosen.logprobs, strict=True
+        ):
+            before, is_number = sequence.finish_reason, math.isfinite(logprob)
             if before is not None:
                 spoilt |= not is_number
                 continue
             if is_number:
-                task.token_ids.append(token)
-                task.logprobs.append(logprob)
+                sequence.token_ids.append(token)
+                sequence.logprobs.append(logprob)
             else:
-                task.failure = self._failure(task, logprob)
-            if task.finish_reason is not None:
-                complete.append(task)
+                sequence.failure = self._failure(sequence, logprob)
+            if sequence.finish_reason is not None:
+                complete.append(sequence)
         if spoilt:  # a step too many, by a request that is gone
             self._cache.scrub()
         return complete
 
-    def _failure(self, task: Task, logprob: float) -> str:
-        """Why a task has no next token; `logprob` as in `Chosen`."""
+    def _failure(self, sequence: SequenceState, logprob: float) -> str:
+        """Why a sequence has no next token; `logprob` as in `Chosen`."""
         if math.isnan(logprob):
-            return not_finite(task, self._runner.decoder.dtype)
+            return not_finite(sequence, self._runner.decoder.dtype)
         return "rules of decoding, or a temperature near 0, leave no token to choose from"
 
-    def _finish(self, tasks: Sequence[Task]) -> None:
+    def _finish(self, sequences: Sequence[SequenceState]) -> None:
         """Turn what is complete into results and give its memory back."""
         counters = self._counters
-        for task in tasks:
-            self._scheduler.finish(task)
-            if task.failure is not None:
-                self._fail(self._report(task))
+        for sequence in sequences:
+            self._scheduler.finish(sequence)
+            if sequence.failure is not None:
+                self._fail(self._report(sequence))
                 continue
-            self._done.append(self._report(task))
+            self._done.append(self._report(sequence))
             counters.requests += 1
-            counters.images += len(task.spans)
-            counters.prompt_tokens += task.prompt_tokens
-            counters.output_tokens += len(task.token_ids)
-        if any(task.failure is not None for task in tasks):
+            counters.images += len(sequence.spans)
+            counters.prompt_tokens += sequence.prompt_tokens
+            counters.output_tokens += len(sequence.token_ids)
+        if any(sequence.failure is not None for sequence in sequences):
             self._cache.scrub()
 
-    def _report(self, task: Task) -> Result:
+    def _report(self, sequence: SequenceState) -> Result:
         return report(
-            task,
+            sequence,
             shape=self._shape,
             bytes_per_element=self._runner.decoder.dtype.itemsize,
             decode=self.prepare.decode,
-            beside=self._runner.beside_decoder(task.prepared),
+            beside=self._runner.beside_decoder(sequence.prepared),
         )
 
     def _fail(self, result: Result) -> None:
@@ -480,33 +486,36 @@ class Engine:
         self._done.append(result)
 
 
-def _choose(tasks: Sequence[Task], logits_BV: Tensor) -> Chosen:
-    """The next token of each task, by its rules of decoding and its sampling."""
-    samplings, streams = [task.sampling for task in tasks], [task.stream for task in tasks]
-    ruled_BV = ruled(tasks, logits_BV)
+def _choose(sequences: Sequence[SequenceState], logits_BV: Tensor) -> Chosen:
+    """The next token of each sequence, by its rules of decoding and its sampling."""
+    samplings, streams = (
+        [sequence.sampling for sequence in sequences],
+        [sequence.stream for sequence in sequences],
+    )
+    ruled_BV = ruled(sequences, logits_BV)
     chosen = choose(logits_BV, samplings, streams, ruled_BV)
     if ruled_BV is not None:
-        note(tasks, chosen.tokens_B)
+        note(sequences, chosen.tokens_B)
     return chosen
 
 
-def _note_distributions(tasks: Sequence[Task], logits_BV: Tensor) -> None:
-    """Log-probabilities of all first tokens, for the tasks that ask for them."""
-    for task, logits_V in zip(tasks, logits_BV, strict=True):
-        if task.sampling.first_logprobs:
-            task.first_logprobs = logits_V.float().log_softmax(dim=-1).cpu()
+def _note_distributions(sequences: Sequence[SequenceState], logits_BV: Tensor) -> None:
+    """Log-probabilities of all first tokens, for the sequences that ask for them."""
+    for sequence, logits_V in zip(sequences, logits_BV, strict=True):
+        if sequence.sampling.first_logprobs:
+            sequence.first_logprobs = logits_V.float().log_softmax(dim=-1).cpu()
 
 
-def not_finite(task: Task, dtype: torch.dtype) -> str:
-    """Of a task's next logits."""
-    step = len(task.token_ids)
+def not_finite(sequence: SequenceState, dtype: torch.dtype) -> str:
+    """Of a sequence's next logits."""
+    step = len(sequence.token_ids)
     where = f"in decode step {step}" if step else "in prefill"
     kind = str(dtype).removeprefix("torch.")
     return f"NaN or infinity {where}, computed in {kind}: {how_to_mend(dtype)}"
 
 
-def _no_memory(task: Task, message: str) -> Result:
-    return failed(task.prepared.id, "no_room", f"the device ran out of memory: {message}")
+def _no_memory(sequence: SequenceState, message: str) -> Result:
+    return failed(sequence.prepared.id, "no_room", f"the device ran out of memory: {message}")
 
 
 def _check_fit(prepare: Preparer, adapter: Adapter) -> Prepared:

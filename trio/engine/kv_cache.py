@@ -4,7 +4,7 @@ A *group* is the run of layers between two pruning stages; its layers share thei
 layer has one left-aligned rectangle `[slots, K, capacity, E]`; running requests fill its first
 rows without holes, so that a decode step reads plain slices. Only this module changes lengths.
 
-Shapes: T packed tokens, B running requests, K key/value heads, E head dimension.
+Shapes: T packed tokens, B running requests, G layer groups, K key/value heads, E head dimension.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from trio.engine.kv_budget import Need, Room, Shape
-from trio.engine.rows import Rows
 
 
 class Cache:
@@ -229,3 +228,44 @@ class DecodeWriter:
             tensor[self._rows_B, :, self._last_GB[group]] = new[0].transpose(0, 1)
             stored.append(tensor[: len(self._rows_B), :, : self._widths[group]])
         return stored[0], stored[1]
+
+
+class Rows:
+    """One row per running request, in the cache's order, without holes.
+
+    token_B: the token to feed next. position_GB: where it stands, per layer group. length_GB: keys
+    and values stored. Rows past the last request hold a length of 1, so that a step may run over
+    more rows than there are requests. The tensors stay where they are for good.
+    """
+
+    def __init__(self, *, groups: int, most: int, device: torch.device) -> None:
+        self.count = 0
+        self.token_B = torch.zeros(most, dtype=torch.int64, device=device)
+        self.position_GB = torch.zeros(groups, most, dtype=torch.int64, device=device)
+        self.length_GB = torch.ones(groups, most, dtype=torch.int64, device=device)
+
+    def add(self) -> None:
+        """A row at the end, to be filled by `set`."""
+        self.count += 1
+
+    def set(
+        self,
+        rows: Sequence[int],
+        tokens: Sequence[int],
+        positions: Sequence[Sequence[int]],
+        lengths: Sequence[Sequence[int]],
+    ) -> None:
+        """Fill rows; `positions` and `lengths` are given per row, then per group."""
+        device = self.token_B.device
+        index = torch.tensor(rows, device=device)
+        self.token_B[index] = torch.tensor(tokens, device=device)
+        self.position_GB[:, index] = torch.tensor(positions, device=device).T
+        self.length_GB[:, index] = torch.tensor(lengths, device=device).T
+
+    def remove(self, row: int) -> None:
+        """Take a row out; the last one moves into the hole."""
+        self.count -= 1
+        for tensor in (self.token_B, self.position_GB, self.length_GB):
+            tensor[..., row] = tensor[..., self.count]
+        self.length_GB[:, self.count] = 1
+        self.position_GB[:, self.count] = 0

@@ -18,12 +18,12 @@ from trio.decoder.matmul import few_row_linears
 from trio.decoder.stopwatch import Stopwatch
 from trio.engine.contexts import Contexts
 from trio.engine.cuda_graphs import StepGraphs, rounded_up
-from trio.engine.flops import beside_decoder
 from trio.engine.kv_budget import Need
 from trio.engine.kv_cache import Cache
+from trio.engine.metrics import beside_decoder
 from trio.engine.packing import Entry, coordinates, entered
 from trio.engine.request import Prepared
-from trio.engine.sequence import Task
+from trio.engine.sequence import SequenceState
 from trio.families.adapter import Adapter, Features, Inputs, Join, Span, joined
 from trio.families.coordinates import packed
 from trio.families.text_tower import TextTower
@@ -123,58 +123,63 @@ class Runner:
             return 0
         return sum(n - self.pruning.encoded(n, self.num_layers) for n in image_tokens)
 
-    def encode(self, tasks: Sequence[Task]) -> list[list[Features]]:
-        """Visual features of each task's images, in one pass of the encoder."""
-        inputs = [image for task in tasks for image in task.prepared.image_inputs]
+    def encode(self, sequences: Sequence[SequenceState]) -> list[list[Features]]:
+        """Visual features of each sequence's images, in one pass of the encoder."""
+        inputs = [image for sequence in sequences for image in sequence.prepared.image_inputs]
         if not inputs:
-            return [[] for _ in tasks]
-        keeps = [keep for task in tasks for keep in self.encoded(task)]
+            return [[] for _ in sequences]
+        keeps = [keep for sequence in sequences for keep in self.encoded(sequence)]
         encoder = self.pruning.encoder
         join = self._contexts.join if self._contexts else None
         features = iter(self._encode_images(inputs, encoder, keeps, join))
-        return [[next(features) for _ in task.prepared.image_inputs] for task in tasks]
+        return [[next(features) for _ in sequence.prepared.image_inputs] for sequence in sequences]
 
-    def encoded(self, task: Task) -> list[int]:
-        """Visual tokens of each of the task's images that enter the decoder."""
-        counts = task.prepared.image_tokens
+    def encoded(self, sequence: SequenceState) -> list[int]:
+        """Visual tokens of each of the sequence's images that enter the decoder."""
+        counts = sequence.prepared.image_tokens
         return [self.pruning.encoded(count, self.num_layers) for count in counts]
 
     def prefill(
-        self, tasks: Sequence[Task], features: Sequence[Sequence[Features]]
+        self, sequences: Sequence[SequenceState], features: Sequence[Sequence[Features]]
     ) -> tuple[Tensor, float]:
-        """Run the prompts of fresh tasks; returns logits [B, V] and the seconds of pruning."""
+        """Run the prompts of fresh sequences; returns logits [B, V] and the seconds of pruning."""
         self.adapter.check_unchanged()
-        prompts, compared_s = self._packed(tasks, features), 0.0
+        prompts, compared_s = self._packed(sequences, features), 0.0
         if self._contexts is not None and self._contexts.needed:
             comparing = Stopwatch(self.decoder.device)
             with comparing.running():
-                prompts = replace(prompts, contexts=self._contexts(tasks, features))
+                prompts = replace(prompts, contexts=self._contexts(sequences, features))
             compared_s = comparing.seconds()
         done = prefill(
             self.decoder,
             prompts,
             self.pruning,
-            self.cache.prefill([task.key for task in tasks]),
+            self.cache.prefill([sequence.key for sequence in sequences]),
         )
-        for row, task in enumerate(tasks):
-            task.layer_tokens = [lengths[row] for lengths in done.cache_lengths]
-            task.positions = [done.next_positions[start][row] for start, _ in self.cache.spans]
-            task.entered = entered(task.prepared.image_tokens, features[row])
-            task.kept = [_by_source(stage, task.entered) for stage in done.kept[row]]
+        for row, sequence in enumerate(sequences):
+            sequence.layer_tokens = [lengths[row] for lengths in done.cache_lengths]
+            sequence.positions = [done.next_positions[start][row] for start, _ in self.cache.spans]
+            sequence.entered = entered(sequence.prepared.image_tokens, features[row])
+            sequence.kept = [_by_source(stage, sequence.entered) for stage in done.kept[row]]
         return done.logits_BV, done.prune_seconds + compared_s
 
     def _packed(
-        self, tasks: Sequence[Task], features: Sequence[Sequence[Features]]
+        self, sequences: Sequence[SequenceState], features: Sequence[Sequence[Features]]
     ) -> PackedPrompts:
-        """The tasks' prompts with as many placeholders as the encoder has left tokens."""
-        lengths, spans = tuple(t.prompt_tokens for t in tasks), tuple(t.spans for t in tasks)
-        images = [image for task in tasks for image in task.prepared.image_inputs]
-        ids_T = torch.tensor([token for task in tasks for token in task.prepared.input_ids])
+        """The sequences' prompts with as many placeholders as the encoder has left tokens."""
+        lengths, spans = (
+            tuple(t.prompt_tokens for t in sequences),
+            tuple(t.spans for t in sequences),
+        )
+        images = [image for sequence in sequences for image in sequence.prepared.image_inputs]
+        ids_T = torch.tensor(
+            [token for sequence in sequences for token in sequence.prepared.input_ids]
+        )
         positions_T = self.adapter.positions(lengths, spans, images)
         if self.pruning.encoder != "none":
-            entry, task_lengths = Entry.of(lengths, spans, features), lengths
+            entry, whole_lengths = Entry.of(lengths, spans, features), lengths
             lengths, spans, ids_T = entry.lengths, entry.spans, ids_T[entry.index_T]
-            positions_T = self._after_reduction(positions_T, task_lengths, entry.index_T)
+            positions_T = self._after_reduction(positions_T, whole_lengths, entry.index_T)
         own = list(chain.from_iterable(features))
         salted = self.pruning.method == "random"
         located = None
@@ -187,8 +192,8 @@ class Runner:
             positions_T=positions_T,
             coordinates_T2=located,
             injected=joined(own),
-            given=[task.prepared.image_tokens for task in tasks],
-            salts=tuple(salt_of(t.prepared.input_ids) for t in tasks) if salted else (),
+            given=[sequence.prepared.image_tokens for sequence in sequences],
+            salts=tuple(salt_of(t.prepared.input_ids) for t in sequences) if salted else (),
         )
 
     def _coordinates(
@@ -213,18 +218,18 @@ class Runner:
             positions_T = contiguous_positions(lengths, torch.device("cpu"))
         return positions_T[..., index_T]
 
-    def start(self, tasks: Sequence[Task]) -> None:
-        """Let tasks whose prompts and first tokens are there take part in decoding."""
-        if not tasks:
+    def start(self, sequences: Sequence[SequenceState]) -> None:
+        """Let sequences whose prompts and first tokens are there take part in decoding."""
+        if not sequences:
             return
         self.cache.start(
-            [task.key for task in tasks],
-            [task.token_ids[-1] for task in tasks],
-            [task.positions for task in tasks],
+            [sequence.key for sequence in sequences],
+            [sequence.token_ids[-1] for sequence in sequences],
+            [sequence.positions for sequence in sequences],
         )
 
     def decode(self) -> Tensor:
-        """One more token of every running task, in the cache's order; returns logits [B, V].
+        """One more token of every running sequence, in the cache's order; returns logits [B, V].
 
         The tokens to feed lie in `cache.rows`; the caller puts the next ones there.
         """
@@ -240,7 +245,7 @@ class Runner:
 
     @torch.no_grad()
     def _step(self, padded: int | None) -> Tensor:
-        """Logits of the first `padded` rows, or of just those of running tasks."""
+        """Logits of the first `padded` rows, or of just those of running sequences."""
         rows = self.cache.rows
         count = rows.count if padded is None else padded
         writer = self.cache.writer(padded)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(kw_only=True, slots=True, eq=False)
-class Task:
+class SequenceState:
     """What the engine keeps of a request while it waits and runs."""
 
     key: int

@@ -20,7 +20,7 @@ from trio.encoders.clip_hooks import watched
 from trio.encoders.merging import shared
 from trio.encoders.reduction import CLASS_TOKEN, Reduced, TowerStates, reduction
 from trio.families.adapter import Features, Inputs, Join, Joint
-from trio.families.anyres import CLASS_TOKENS, TiledAdapter, VisionShape, patches_per_edge
+from trio.families.llava_vision import CLASS_TOKENS, TiledAdapter, VisionShape, patches_per_edge
 
 
 class ClassTokenAdapter(TiledAdapter):

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trio.families.adapter import Inputs, Layout
-from trio.families.anyres import patches_per_edge, tokens_per_tile
 from trio.families.class_token_tower import ClassTokenAdapter
 from trio.families.coordinates import OUTSIDE, raster
+from trio.families.llava_vision import patches_per_edge, tokens_per_tile
 
 
 class LlavaAdapter(ClassTokenAdapter):

@@ -15,13 +15,13 @@ from torch import Tensor
 
 from trio.encoders.reduction import reduction
 from trio.families.adapter import Features, Inputs, Join, Layout
-from trio.families.anyres import (
+from trio.families.class_token_tower import ClassTokenAdapter
+from trio.families.llava_vision import (
     AnyResolutionAdapter,
     image_sizes,
     patches_per_edge,
     tokens_per_tile,
 )
-from trio.families.class_token_tower import ClassTokenAdapter
 from trio.pruning.schedule import LLAVA_NEXT
 
 

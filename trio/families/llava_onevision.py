@@ -20,13 +20,13 @@ from transformers import LlavaOnevisionProcessor
 
 from trio.errors import UserError
 from trio.families.adapter import ImageOnly, Inputs, Layout, tensor_of
-from trio.families.anyres import (
+from trio.families.coordinates import OUTSIDE, raster
+from trio.families.llava_vision import (
     AnyResolutionAdapter,
     image_sizes,
     patches_per_edge,
     tokens_per_tile,
 )
-from trio.families.coordinates import OUTSIDE, raster
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trio.engine.decoding.generation_rules import Rules
-from trio.engine.plan import describe
+from trio.engine.kv_budget import describe
 from trio.errors import JobFailed
 from trio.pipeline import cluster, committed, decoding, ids, lease, outdir
 from trio.pipeline import fingerprint as prints

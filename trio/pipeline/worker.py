@@ -18,7 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from trio.engine.plan import MemoryPlan
+from trio.engine.kv_budget import MemoryPlan
 from trio.engine.request import Prepared, Request, Result
 from trio.errors import UserError, first_line
 from trio.pipeline.image_process import ImageProcess, NoImageProcess

@@ -134,3 +134,9 @@ def contiguous_positions(lengths: Sequence[int], device: torch.device) -> Tensor
     start_B = length_B.cumsum(0) - length_B
     positions = torch.arange(int(length_B.sum())) - start_B.repeat_interleave(length_B)
     return positions.to(device)
+
+
+def finite_rows(x_RN: Tensor) -> Tensor:
+    """`[R]`, False where a row has a NaN or an infinity; nothing of the size of `x_RN` is held."""
+    # Both pass on a NaN. A device is not asked: the outcome stays there.
+    return x_RN.amax(dim=-1).isfinite() & x_RN.amin(dim=-1).isfinite()

@@ -17,12 +17,11 @@ import torch
 from torch import Tensor
 
 from trio.decoder.decoder import Decoder
-from trio.pruning.batch import Image, Kept, Ragged
-from trio.pruning.finite import finite_rows
+from trio.pruning.batch import Image, Kept, Ragged, finite_rows
 from trio.pruning.flops import DecoderShape
-from trio.pruning.last_token_attention import last_attention
-from trio.pruning.layer_gradient import LayerGradient
-from trio.pruning.saliency import Saliency, proxy_index, saliency
+from trio.pruning.scores.last_token_attention import last_attention
+from trio.pruning.scores.layer_gradient import LayerGradient
+from trio.pruning.scores.saliency import Saliency, proxy_index, saliency
 
 Place = tuple[int, int]
 """Of an image: its request, and its number there."""

@@ -26,8 +26,8 @@ from trio.benchmark.quality.search import Search, Space, most_answers
 from trio.demo import SHARD
 from trio.engine.decoding.generation_rules import FILE as DECODING_FILE
 from trio.engine.decoding.teacher_forcing import Answer, Answers
-from trio.engine.flops import choosing_flops
 from trio.engine.loading import load, load_outline
+from trio.engine.metrics import choosing_flops
 from trio.engine.preprocess import Preparer
 from trio.engine.request import Prepared
 from trio.errors import UserError

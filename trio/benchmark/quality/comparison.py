@@ -31,7 +31,7 @@ from trio.benchmark.speed.encoding_speed import EncodedOnce
 from trio.demo.scenes import KINDS, make_scene
 from trio.demo.shard import asked_of, rotation
 from trio.engine.engine import Engine
-from trio.engine.flops import choosing_flops, encoder_flops
+from trio.engine.metrics import choosing_flops, encoder_flops
 from trio.engine.preprocess import Preparer
 from trio.engine.request import Prepared, Request, Result, Sampling
 from trio.errors import UserError

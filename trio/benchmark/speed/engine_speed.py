@@ -24,7 +24,7 @@ from trio.benchmark.speed.ceilings import Ceilings, PeakMemory, seconds
 from trio.benchmark.speed.ceilings import measure as measure_ceilings
 from trio.benchmark.speed.neighbours import neighbours as busy
 from trio.engine.engine import Engine
-from trio.engine.flops import choosing_flops
+from trio.engine.metrics import choosing_flops
 from trio.engine.preprocess import Preparer
 from trio.engine.request import Prepared, Request, Result, Sampling
 from trio.errors import UserError

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from trio.engine.plan import MemoryPlan
+from trio.engine.kv_budget import MemoryPlan
 from trio.engine.request import Prepared, Request, Result
 from trio.pipeline.actor import EngineSettings
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image
 
-from trio.engine.flops import choosing_flops
+from trio.engine.metrics import choosing_flops
 from trio.engine.preprocess import MAX_ASPECT_RATIO
 from trio.errors import UserError
 from trio.families.registry import adapt

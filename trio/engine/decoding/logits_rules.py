@@ -43,7 +43,7 @@ from transformers import (
 
 from trio.engine.decoding.generation_rules import CUTS, FILE, OTHER_CUTS, Rules
 from trio.engine.request import Sampling
-from trio.engine.sequence import Task
+from trio.engine.sequence import SequenceState
 from trio.errors import UserError, first_line
 
 
@@ -212,30 +212,30 @@ def check(rules: Rules, prompt: Sequence[int], vocabulary: int, eos: frozenset[i
             ) from error
 
 
-def ruled(tasks: Sequence[Task], logits_BV: Tensor) -> Tensor | None:
+def ruled(sequences: Sequence[SequenceState], logits_BV: Tensor) -> Tensor | None:
     """Logits `[B, V]` float32 after each row's rules; None where no row has any."""
     groups: dict[object, list[int]] = {}
-    for row, task in enumerate(tasks):
-        if task.following is not None:
-            groups.setdefault(task.following.kind, []).append(row)
+    for row, sequence in enumerate(sequences):
+        if sequence.following is not None:
+            groups.setdefault(sequence.following.kind, []).append(row)
     if not groups:
         return None
     scores_BV = logits_BV.to(torch.float32, copy=True)
     for rows in groups.values():
-        members = [following for row in rows if (following := tasks[row].following) is not None]
+        members = [following for row in rows if (following := sequences[row].following) is not None]
         ids_GS = _together([member.ids_S for member in members])
-        if len(rows) == len(tasks):
+        if len(rows) == len(sequences):
             return members[0].processors(ids_GS, scores_BV)
         index_G = _sent(rows, scores_BV.device)
         scores_BV[index_G] = members[0].processors(ids_GS, scores_BV[index_G])
     return scores_BV
 
 
-def note(tasks: Sequence[Task], tokens_B: Tensor) -> None:
+def note(sequences: Sequence[SequenceState], tokens_B: Tensor) -> None:
     """Add the tokens chosen to those that rules look at next."""
-    for row, task in enumerate(tasks):
-        if task.following is not None:
-            task.following.add(tokens_B[row])
+    for row, sequence in enumerate(sequences):
+        if sequence.following is not None:
+            sequence.following.add(tokens_B[row])
 
 
 def _together(ids: Sequence[Tensor]) -> Tensor:

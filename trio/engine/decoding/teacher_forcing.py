@@ -21,11 +21,11 @@ from trio.engine.loading import default_kv_bytes
 from trio.engine.model_runner import Runner
 from trio.engine.request import Prepared, Result, Sampling, failed
 from trio.engine.scheduler import Scheduler
-from trio.engine.sequence import Task
+from trio.engine.sequence import SequenceState
 from trio.errors import UserError
 from trio.families.adapter import Features
 from trio.families.registry import adapt
-from trio.pruning.finite import finite_rows
+from trio.pruning.batch import finite_rows
 from trio.pruning.options import Pruning
 
 
@@ -93,13 +93,15 @@ class Answers:
         )
         runner.replay = None  # recording a step pays where it is run for long
         admission = Admission(runner, sampling=self._sampling, eos=self._eos)
-        scheduler: Scheduler[Task] = Scheduler(runner.cache, batch_tokens=self._batch_tokens)
+        scheduler: Scheduler[SequenceState] = Scheduler(
+            runner.cache, batch_tokens=self._batch_tokens
+        )
         for prompt in prompts:
-            task = admission(prompt)
-            if isinstance(task, Task):
-                scheduler.add(task)
+            sequence = admission(prompt)
+            if isinstance(sequence, SequenceState):
+                scheduler.add(sequence)
             else:
-                yield prompt.id, task
+                yield prompt.id, sequence
         while scheduler.waiting:
             if not (admitted := scheduler.admit()):
                 raise UserError("the device has no memory for the keys and values of a prompt")
@@ -108,67 +110,70 @@ class Answers:
     def _together(
         self,
         runner: Runner,
-        scheduler: Scheduler[Task],
-        tasks: list[Task],
+        scheduler: Scheduler[SequenceState],
+        sequences: list[SequenceState],
         given: Mapping[Any, Sequence[int]] | None,
     ) -> Iterator[tuple[Any, Answer | Result]]:
-        """Answers of the tasks that have just been admitted."""
-        steps: dict[int, list[Tensor]] = {task.key: [] for task in tasks}
-        logits_BV, _ = runner.prefill(tasks, self._encode(runner, tasks))
-        _go_on(tasks, logits_BV, steps, given)
-        runner.start([task for task in tasks if task.failure is None])
+        """Answers of the sequences that have just been admitted."""
+        steps: dict[int, list[Tensor]] = {sequence.key: [] for sequence in sequences}
+        logits_BV, _ = runner.prefill(sequences, self._encode(runner, sequences))
+        _go_on(sequences, logits_BV, steps, given)
+        runner.start([sequence for sequence in sequences if sequence.failure is None])
         while True:
-            for task in list(scheduler.running.values()):
-                if task.failure is not None:
-                    scheduler.finish(task)
+            for sequence in list(scheduler.running.values()):
+                if sequence.failure is not None:
+                    scheduler.finish(sequence)
                     runner.cache.scrub()
-                    yield task.prepared.id, failed(task.prepared.id, "numeric", task.failure)
-                elif _complete(task, given):
-                    scheduler.finish(task)
-                    logits_NV = torch.stack(steps.pop(task.key))
-                    token_ids = tuple(task.token_ids)
-                    yield task.prepared.id, Answer(token_ids=token_ids, logits_NV=logits_NV)
+                    yield (
+                        sequence.prepared.id,
+                        failed(sequence.prepared.id, "numeric", sequence.failure),
+                    )
+                elif _complete(sequence, given):
+                    scheduler.finish(sequence)
+                    logits_NV = torch.stack(steps.pop(sequence.key))
+                    token_ids = tuple(sequence.token_ids)
+                    yield sequence.prepared.id, Answer(token_ids=token_ids, logits_NV=logits_NV)
             if not scheduler.running:
                 return
-            tasks = [scheduler.running[key] for key in runner.cache.order]
+            sequences = [scheduler.running[key] for key in runner.cache.order]
             logits_BV = runner.decode()
-            _go_on(tasks, logits_BV, steps, given)
-            fed = torch.tensor([task.token_ids[-1] for task in tasks])
-            runner.cache.rows.token_B[: len(tasks)] = fed.to(logits_BV.device)
+            _go_on(sequences, logits_BV, steps, given)
+            fed = torch.tensor([sequence.token_ids[-1] for sequence in sequences])
+            runner.cache.rows.token_B[: len(sequences)] = fed.to(logits_BV.device)
 
-    def _encode(self, runner: Runner, tasks: Sequence[Task]) -> list[list[Features]]:
+    def _encode(self, runner: Runner, sequences: Sequence[SequenceState]) -> list[list[Features]]:
         if runner.pruning.encoder != "none":
-            return runner.encode(tasks)
-        fresh = [task for task in tasks if task.prepared.id not in self._features]
+            return runner.encode(sequences)
+        fresh = [sequence for sequence in sequences if sequence.prepared.id not in self._features]
         host = torch.empty(0, dtype=self._there.dtype)
-        for task, features in zip(fresh, runner.encode(fresh), strict=True):
-            self._features[task.prepared.id] = [image.to(host) for image in features]
-        kept = (self._features[task.prepared.id] for task in tasks)
+        for sequence, features in zip(fresh, runner.encode(fresh), strict=True):
+            self._features[sequence.prepared.id] = [image.to(host) for image in features]
+        kept = (self._features[sequence.prepared.id] for sequence in sequences)
         return [[image.to(self._there) for image in features] for features in kept]
 
 
 def _go_on(
-    tasks: Sequence[Task],
+    sequences: Sequence[SequenceState],
     logits_BV: Tensor,
     steps: Mapping[int, list[Tensor]],
     given: Mapping[Any, Sequence[int]] | None,
 ) -> None:
-    """Give each task its next token, and note the logits that it follows from."""
+    """Give each sequence its next token, and note the logits that it follows from."""
     likeliest = logits_BV.argmax(dim=-1).tolist()
     are_finite = finite_rows(logits_BV).tolist()
-    for task, logits_V, token, is_finite in zip(
-        tasks, logits_BV, likeliest, are_finite, strict=True
+    for sequence, logits_V, token, is_finite in zip(
+        sequences, logits_BV, likeliest, are_finite, strict=True
     ):
         if not is_finite:
-            task.failure = not_finite(task, logits_BV.dtype)
+            sequence.failure = not_finite(sequence, logits_BV.dtype)
             continue
-        steps[task.key].append(logits_V)
+        steps[sequence.key].append(logits_V)
         if given is not None:
-            token = given[task.prepared.id][len(task.token_ids)]
-        task.token_ids.append(token)
+            token = given[sequence.prepared.id][len(sequence.token_ids)]
+        sequence.token_ids.append(token)
 
 
-def _complete(task: Task, given: Mapping[Any, Sequence[int]] | None) -> bool:
+def _complete(sequence: SequenceState, given: Mapping[Any, Sequence[int]] | None) -> bool:
     if given is None:
-        return task.finish_reason is not None
-    return len(task.token_ids) == len(given[task.prepared.id])
+        return sequence.finish_reason is not None
+    return len(sequence.token_ids) == len(given[sequence.prepared.id])

@@ -22,7 +22,7 @@ from torch import Tensor
 from trio.pruning.flops import DecoderShape
 from trio.pruning.method import Context, OneByOne
 from trio.pruning.methods.eadp import of_tokens, patches_of
-from trio.pruning.relevance import instruction
+from trio.pruning.scores.relevance import instruction
 
 _EPSILON = 1e-6
 # A token of which no larger share than this is new is spanned by the chosen ones: the rest is

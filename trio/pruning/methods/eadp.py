@@ -15,7 +15,7 @@ from torch import Tensor
 
 from trio.pruning.flops import DecoderShape
 from trio.pruning.method import Context, OneByOne
-from trio.pruning.relevance import (
+from trio.pruning.scores.relevance import (
     Settings,
     Share,
     importance,

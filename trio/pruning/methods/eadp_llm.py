@@ -15,7 +15,7 @@ from torch import Tensor
 from trio.pruning.flops import DecoderShape
 from trio.pruning.method import Context, OneByOne
 from trio.pruning.methods.eadp import cover_by_tile, cover_flops, of_tokens, patches_of
-from trio.pruning.relevance import LANGUAGE, importance, instruction, share_out
+from trio.pruning.scores.relevance import LANGUAGE, importance, instruction, share_out
 
 
 @dataclass(frozen=True, kw_only=True)

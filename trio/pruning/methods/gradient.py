@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from trio.pruning.flops import DecoderShape
 from trio.pruning.method import Choice, Method, Stage
-from trio.pruning.saliency import Saliency, proxy_rows
+from trio.pruning.scores.saliency import Saliency, proxy_rows
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from trio.pruning.farthest import fill_up
 from trio.pruning.flops import DecoderShape
 from trio.pruning.method import Choice, Stage
 from trio.pruning.methods.gradient import Gradient
-from trio.pruning.nms import suppress
+from trio.pruning.selection.farthest import fill_up
+from trio.pruning.selection.nms import suppress
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,13 @@ from torch import Tensor
 
 from trio.decoder.decoder import Decoder
 from trio.decoder.matmul import few_row_linears
-from trio.pruning.tiled_attention import Group, Keys, group_sequences, rotated_half, tile_tokens
+from trio.pruning.scores.tiled_attention import (
+    Group,
+    Keys,
+    group_sequences,
+    rotated_half,
+    tile_tokens,
+)
 
 
 @torch.no_grad()

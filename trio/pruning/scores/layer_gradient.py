@@ -6,8 +6,8 @@ this one layer. So autograd runs over the rows alone, and is cut at their attent
 all other tokens is derived by hand below: attention scores forwards, and backwards through keys
 (and their norm, where there is one), values and the input norm.
 
-Tokens are gone through in tiles, see `trio.pruning.tiled_attention`. Values are projected after
-attention has summed up their inputs.
+Tokens are gone through in tiles, see `tiled_attention`. Values are projected after attention has
+summed up their inputs.
 
 Shapes: T packed tokens, R proxy rows of all sequences, B sequences; in a group of neighbours N of
 them with S tokens and P rows each, padded; C tokens of a tile; D hidden size, K key/value heads,
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from trio.decoder.decoder import Decoder
 from trio.decoder.matmul import few_row_linears, linear, times
-from trio.pruning.tiled_attention import (
+from trio.pruning.scores.tiled_attention import (
     Group,
     Keys,
     Span,

@@ -5,7 +5,7 @@ token matters by how it compares with a text, in one of three spaces: the encode
 images and texts (the default settings), the language model's own (`LANGUAGE`), or, for frames of a
 video, SigLIP's (`FRAMES`). The cosines count *negatively*, as in that code: what is unlike the text
 matters more. Tokens are then chosen one by one, each time the one that adds most to how well the
-chosen ones resemble all others, weighted by what these matter (`trio.pruning.coverage`).
+chosen ones resemble all others, weighted by what these matter (`trio.pruning.selection.coverage`).
 
 Everything is computed in float32 and on the tensors' device.
 
@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trio.pruning.coverage import cover
+from trio.pruning.selection.coverage import cover
 
 Grid = tuple[int, int]
 """Rows and columns of a tile's tokens. One that is no wider than half the smoothing kernel, as a

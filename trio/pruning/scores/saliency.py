@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trio.pruning.layer_gradient import LayerGradient
+from trio.pruning.scores.layer_gradient import LayerGradient
 
 # Rows that the loss is read at, counted from the end of the sequence.
 _ROWS_FROM_END = {"reference": (5, 4, 3, 2), "with_last": (4, 3, 2, 1), "last": (1,)}

@@ -3,8 +3,8 @@ model's dtype, and never all at once.
 
 Tokens are gone through in *tiles*, and keys are worked out where they are needed: nothing of the
 size tokens x hidden is ever held. What looks at a layer in this way is the gradient saliency
-(`trio.pruning.layer_gradient`) and the attention of a prompt's last token
-(`trio.pruning.last_token_attention`).
+(`trio.pruning.scores.layer_gradient`) and the attention of a prompt's last token
+(`trio.pruning.scores.last_token_attention`).
 
 Shapes: T packed tokens, R rows of all sequences; in a group of neighbours N sequences with S tokens
 and P rows each, padded; C tokens of a tile; D hidden size, K key/value heads, G query heads of

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trio.pruning.nms import Walked, tokens_per_round
+from trio.pruning.selection.nms import Walked, tokens_per_round
 
 _BLOCK = 256
 

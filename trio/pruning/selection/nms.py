@@ -149,7 +149,7 @@ def walk_on_device(near_NCC: Tensor, blocked_NC: Tensor, room_N: Tensor) -> Tens
     Returns:
         Candidates taken `[N, C]`, bool.
     """
-    from trio.pruning import nms_kernel
+    from trio.pruning.selection import nms_kernel
 
     images, candidates = blocked_NC.shape
     taken_NC = torch.empty_like(blocked_NC, dtype=torch.uint8)

@@ -11,7 +11,7 @@ from tests.engine.support import by_id, generate, lively_llava, mixed_requests, 
 from tests.tiny.llava import tiny_processor
 from trio.decoder.cache_argument import cache_of
 from trio.engine.engine import Engine
-from trio.engine.flops import choosing_flops
+from trio.engine.metrics import choosing_flops
 from trio.engine.request import Prepared, Request, Sampling
 from trio.families.registry import adapt
 from trio.pruning.options import Pruning
