@@ -104,12 +104,8 @@ def test_a_batch_is_its_images_one_by_one(own: dict[str, Tensor], data: st.DataO
     keep = data.draw(st.integers(1, own["features"].shape[1]))
 
     def chosen(image: slice) -> Coverage:
-        return cover(
-            own["features"][image],
-            keep,
-            importance_BN=own["importance"][image],
-            saliency_BN=own["saliency"][image],
-        )
+        features, importance, by = (part[image] for part in own.values())
+        return cover(features, keep, importance_BN=importance, saliency_BN=by)
 
     both = chosen(slice(None))
     for image in range(len(own["features"])):
@@ -132,6 +128,15 @@ def test_of_equal_tokens_the_first_is_taken() -> None:
         assert not chosen.gain_BK[0, 4:].any()
 
 
+def test_similarity_is_the_cosine() -> None:
+    """Also of tokens that are the same, and of zeros, which resemble nothing."""
+    features = random(2, 12, 5)
+    features[:, 7], features[:, 9] = 3 * features[:, 2], 0
+    cosine = torch.nn.functional.cosine_similarity(features[:, :, None], features[:, None], dim=-1)
+    assert torch.allclose(similarity(features, shifted=False), cosine, atol=1e-6)
+    assert torch.allclose(similarity(features[0]), (cosine[0] + 1) / 2, atol=1e-6)
+
+
 def test_a_number_that_is_none_lets_no_token_be_taken_twice() -> None:
     features = random(1, 9, 4)
     features[0, 3] = torch.nan
@@ -143,7 +148,8 @@ def test_a_number_that_is_none_lets_no_token_be_taken_twice() -> None:
         assert sorted(chosen.order_BK[0].tolist()) == list(range(9))
 
 
-def test_more_than_there_are() -> None:
+def test_none_at_all_and_more_than_there_are() -> None:
+    assert cover(random(2, 0, 4), 0).order_BK.shape == (2, 0)
     with pytest.raises(ValueError, match="keep 7 of 6"):
         cover(random(1, 6, 4), 7)
 

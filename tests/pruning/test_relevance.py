@@ -76,9 +76,18 @@ def test_budgets(sizes: list[int], seed: int, data: st.DataObject) -> None:
     assert sum(counts) == keep
     assert all(0 <= n <= size for n, size in zip(counts, sizes, strict=True))
     shares = tile_shares(own, sizes, keep)
-    assert float(shares.sum()) == pytest.approx(keep, rel=1e-3)
+    whole = float(own.sum())
+    assert float(shares.sum()) == pytest.approx(keep * whole / (whole + 1e-6), rel=1e-3)
     expected = shares.floor().clamp(min=1).minimum(torch.tensor(sizes))
     assert share_down(own, sizes, keep) == expected.tolist()
+
+
+def test_a_tile_whose_importance_is_no_number_gets_a_share_all_the_same() -> None:
+    """The image is reported elsewhere, and must not end a batch."""
+    own = torch.ones(8)
+    own[2] = torch.nan
+    assert share_out(own, [4, 4], 5) == [1, 4]
+    assert share_down(own, [4, 4], 5) == [1, 3]
 
 
 @pytest.mark.parametrize("share", [share_out, share_down])
@@ -143,15 +152,14 @@ def test_smoothing_stays_within_its_tile() -> None:
 
 def test_scaling_goes_over_tiles_or_the_image() -> None:
     patches, grids = random(50, 8), [(5, 5), (5, 5)]
-    ways = {"tile": Settings(scaled_over="tile"), "image": Settings(scaled_over="image")}
-    traces = {over: relevance.Trace() for over in ways}
-    for over, trace in traces.items():
-        importance(patches, *texts(), grids, ways[over], trace=trace)
-    assert torch.equal(traces["tile"].text_N, traces["image"].text_N)
-    tiles = traces["tile"].minmax_N.split(25)
+    by_tile, by_image = relevance.Trace(), relevance.Trace()
+    importance(patches, *texts(), grids, Settings(scaled_over="tile"), trace=by_tile)
+    importance(patches, *texts(), grids, Settings(scaled_over="image"), trace=by_image)
+    assert torch.equal(by_tile.text_N, by_image.text_N)
+    tiles = by_tile.minmax_N.split(25)
     assert [float(tile.max()) for tile in tiles] == [1, 1]
     assert all(0 < float(tile.min()) < 1e-4 for tile in tiles)
-    assert min(float(tile.max()) for tile in traces["image"].minmax_N.split(25)) < 1
+    assert min(float(tile.max()) for tile in by_image.minmax_N.split(25)) < 1
 
 
 def test_frames_are_smoothed_one_by_one_or_not_at_all() -> None:

@@ -204,8 +204,9 @@ def _select(
         count = max(least_components, keep // _TOKENS_PER_COMPONENT)
         components_NQ = components(patches_ND, count)
     components_NQ = components_NQ.float().abs()
-    most_N, group_N = components_NQ.max(dim=1)
-    order_N = (most_N if score_N is None else score_N).sort(descending=True, stable=True).indices
+    group_N = components_NQ.argmax(dim=1)
+    score_N = components_NQ.amax(dim=1) if score_N is None else score_N
+    order_N = score_N.sort(descending=True, stable=True).indices
     cosine_NN = cosines(patches_ND)
     average = _mean(cosine_NN, mean)
     near_NN = (cosine_NN > factor * average) & (group_N[:, None] == group_N)
@@ -215,11 +216,7 @@ def _select(
     survivors_QR = _by_group(ranked_N[survives_N], groups_N[survives_N], components_NQ.shape[1])
     sizes_Q = np.bincount(groups_N, minlength=len(survivors_QR))
     of_groups = counts(sizes_Q, (survivors_QR >= 0).sum(axis=1), keep, class_tokens)
-    # Group after group, in each the survivors first, both by score.
-    sorted_N = np.lexsort((~survives_N, groups_N))
-    groups_N = groups_N[sorted_N]
-    rank_N = np.arange(len(groups_N)) - (sizes_Q.cumsum() - sizes_Q)[groups_N]
-    kept_K = ranked_N[sorted_N[rank_N < of_groups.kept_Q[groups_N]]] + class_tokens
+    kept_K = _kept(ranked_N, groups_N, survives_N, of_groups) + class_tokens
     order_K = np.concatenate((np.zeros(class_tokens, dtype=np.int64), kept_K))[:keep]
     return Selection(
         order_K=torch.from_numpy(order_K).to(patches_ND.device),
@@ -230,6 +227,16 @@ def _select(
         survivors_QR=survivors_QR,
         counts=of_groups,
     )
+
+
+def _kept(
+    ranked_N: np.ndarray, groups_N: np.ndarray, survives_N: np.ndarray, of_groups: Counts
+) -> np.ndarray:
+    """Group after group the kept patches, in each the survivors first, both by score."""
+    sorted_N = np.lexsort((~survives_N, groups_N))
+    groups_N, sizes_Q = groups_N[sorted_N], of_groups.sizes_Q
+    rank_N = np.arange(len(groups_N)) - (sizes_Q.cumsum() - sizes_Q)[groups_N]
+    return ranked_N[sorted_N[rank_N < of_groups.kept_Q[groups_N]]]
 
 
 def cosines(patches_ND: Tensor) -> Tensor:

@@ -328,7 +328,7 @@ class Engine:
     def _sparing(
         self, work: Callable[[list[SequenceState]], None], sequences: list[SequenceState]
     ) -> None:
-        """Do a step's work; out of memory, let its requests start over in smaller parts."""
+        """Runs `work`; on OutOfMemoryError requeues its requests and halves the batch."""
         try:
             work(sequences)
             return self._went_well(work)
@@ -419,7 +419,8 @@ class Engine:
         self._finish(finished)
 
     def _look_at_steps(self, *, but: int) -> list[SequenceState]:
-        """Give sequences the tokens of decode steps, up to the newest `but`; returns those complete."""
+        """Gives sequences the tokens of decode steps, up to the newest `but`; returns the complete
+        ones."""
         complete: list[SequenceState] = []
         while len(self._under_way) > but:
             sequences, chosen = self._under_way.popleft()

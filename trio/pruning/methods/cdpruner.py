@@ -127,13 +127,14 @@ def determinantal(relevance_BN: Tensor, features_BNC: Tensor, keep: int) -> Gree
     order_BK = torch.zeros((tiles, keep), dtype=torch.long, device=whole_BN.device)
     gain_BK = whole_BN.new_zeros((tiles, keep))
     for place in range(keep):
-        # False of NaN too, so that nothing is taken twice.
+        # False of NaN too: of the inputs', and of what is divided by a gain of 0. What is filled up
+        # by index comes last, so that no factor behind it matters.
         gain_BN = new_BN.where(new_BN > _FLOOR * whole_BN, 0).masked_fill_(taken_BN, -torch.inf)
         choice_B1 = _first_best(gain_BN)
         gain_B1 = gain_BN.gather(1, choice_B1)
         row_BN = kernel_rows(relevance_BN, unit_BNC, choice_B1)[:, 0]
         row_BN = _orthogonal(row_BN, factor_BKN[:, :place], choice_B1) * gain_B1.rsqrt()
-        factor_BKN[:, place] = row_BN = row_BN.where(gain_B1 > 0, 0)
+        factor_BKN[:, place] = row_BN
         new_BN = new_BN - row_BN.square()
         taken_BN.scatter_(1, choice_B1, True)
         order_BK[:, place : place + 1] = choice_B1

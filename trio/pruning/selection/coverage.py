@@ -67,9 +67,9 @@ def cover(
     tokens = features_BNC.shape[1]
     if not 0 <= keep <= tokens:
         raise ValueError(f"cannot keep {keep} of {tokens} visual tokens")
-    if tokens == 0:
-        nothing_B0 = features_BNC.new_zeros((len(features_BNC), 0), dtype=torch.float32)
-        return Coverage(order_BK=nothing_B0.long(), gain_BK=nothing_B0)
+    if keep == 0:  # also of a tile without tokens
+        none_B0 = torch.zeros(len(features_BNC), 0, device=features_BNC.device)
+        return Coverage(order_BK=none_B0.long(), gain_BK=none_B0)
     ones_BN = torch.ones(features_BNC.shape[:2], device=features_BNC.device)
     importance_BN = ones_BN if importance_BN is None else importance_BN.float()
     if saliency_BN is None:
@@ -124,7 +124,7 @@ def _all_at_once(
         more_BNN = (similar_BNN - best_BN[:, None]).clamp_(min=0)
         gain_BN = more_BNN.mul_(importance_BN[:, None]).sum(dim=-1)
         gain_BN = gain_BN + saliency_BN if combined == "sum" else gain_BN * saliency_BN
-        gain_BN = gain_BN.nan_to_num_().masked_fill_(taken_BN, -torch.inf)
+        gain_BN = gain_BN.masked_fill_(taken_BN, -torch.inf)
         choice_B1 = gain_BN.argmax(dim=-1, keepdim=True)
         order_BK[:, place : place + 1] = choice_B1
         gain_BK[:, place : place + 1] = gain_BN.gather(1, choice_B1)
@@ -158,8 +158,7 @@ def _lazily(
         more -= best_N
         np.maximum(more, 0, out=more)
         more *= importance_N
-        gain = combine(more.sum(axis=1), saliency_N[candidates])
-        bound_N[candidates] = np.nan_to_num(gain)  # so that none is taken twice
+        bound_N[candidates] = combine(more.sum(axis=1), saliency_N[candidates])
 
     for place in range(keep):
         first = min(_FIRST, tokens - place)
