@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from trio.errors import UserError
 from trio.pruning.schedule import (
@@ -13,8 +14,11 @@ from trio.pruning.schedule import (
     Schedule,
     ScheduleShape,
     check_retention,
+    read_schedule,
+    read_shape,
     shape_of,
 )
+from trio.values import Fraction, Value, number, one_of
 
 METHODS = ("trio", "none", "random", "fastv", "divprune", "eadp", "gradient")
 BEFORE_DECODER = ("divprune", "eadp")
@@ -44,59 +48,65 @@ class Pruning:
     """What to prune, how much and how.
 
     What is not given is what the checkpoint's `pruning_config.json` says, else what is built in.
-
-    retention: target layer-average share of visual tokens, in (0, 1]; 1 switches pruning off.
-        Exclusive with `schedule`; with neither, nothing is pruned.
-    schedule_shape: how `retention` is spread over the layers: `family` (the model family's: the
-        paper's), `start` (the same with its first stage at layer 0), or stages and the depth that
-        they are for, `"0:0.16,10:0.09@32"`, of whose shares only the ratios matter.
-    schedule: explicit stages, `"1:92,10:54,15:22"` (counts per image) or ratios `"1:0.16,..."`,
-        with `@32` behind them for decoders of 32 layers alone; or `Schedule.load(path)`.
-    method: `trio` (gradient saliency, then NMS), `gradient` (saliency alone), `fastv` (attention of
-        the prompt's last token), `random` (seeded) or `none`; `divprune` (tokens far from each
-        other) and `eadp` (relevant to the prompt in the encoder's image-text space) choose once,
-        before the decoder.
-    encoder: what reduces the tokens in the vision encoder already: `visionzip`, `scan` or `none`.
-        Of a retention it takes what `schedule_shape` has at layer 0, four times the layer average
-        unless told otherwise, and the decoder's stages do the rest; with method `none` it does all.
-        A schedule says with a stage at layer 0 how many it keeps.
-    proxy_positions: which rows of the proxy give the loss, for a sequence of n tokens:
-        `reference` (built in) n-5..n-2, `with_last` n-4..n-1, `last` n-1.
-    proxy_layer: the layer that stands for those still to come, for a stage after l layers: `next`
-        (index l) or `previous` (index l-1, run once more on its own output: the published code
-        for Qwen2.5-VL). `previous` rules out a stage at 0 and allows one behind the last layer.
-    proxy_head: what makes the proxy's logits: `output` (the model's own head) or
-        `input_embedding` (the matrix of token embeddings, also where the head has its own: the
-        published code for Qwen2.5-VL). Built in are `next` and `output`, for Qwen2.5-VL too: they
-        stand nearer to the result that the loss is a stand-in for.
-    position_ids: `renumber` (0, 1, 2, ... after each stage, that in the encoder included, on all
-        axes that a position has) or `keep` (each token keeps its own); built in is the model
-        family's.
-    similarity_threshold: cosine from which the NMS calls two tokens the same; built in is 0.8.
-    fill_up: what makes up the number where the NMS leaves fewer tokens than are to be kept:
-        `reference` (those of the highest saliency, near-duplicates though they be: the published
-        code) or `mixed` (a quarter of what is missing that way; the rest one after another, each
-        time the token whose nearest kept one is least near, likeness and closeness in the picture
-        added up; built in).
-    seed: for `random`.
     """
 
-    retention: float | None = None
-    schedule: Schedule | str | None = None
-    method: str = "trio"
-    proxy_positions: str = BuiltIn("reference")
-    proxy_layer: str = BuiltIn("next")
-    proxy_head: str = BuiltIn("output")
-    position_ids: str | None = None
-    similarity_threshold: float = BuiltInNumber(0.8)
-    fill_up: str = BuiltIn("mixed")
+    retention: Fraction | None = None
+    """Share of the visual tokens kept, averaged over the layers; 1 switches pruning off, 1/9 may be
+    written as such. Exclusive with `schedule`; with neither, nothing is pruned by `trio.Pruning`,
+    and jobs take 1/9."""
+    schedule: Annotated[Schedule | str | None, Value(read=read_schedule, unit="LAYER:KEEP,...")] = (
+        None
+    )
+    """Stages instead of a retention: layer:tokens kept of an image (1:92,10:54,15:22) or
+    layer:share of its visual tokens (1:0.16,10:0.09); @32 behind them makes them for decoders of 32
+    layers alone. Jobs also take a .yaml file that `benchmark.py calibrate` wrote, and note its
+    stages; Python takes `Schedule.load(path)`."""
+    method: Annotated[str, one_of(METHODS)] = "trio"
+    """How tokens are chosen: trio (gradient saliency, then NMS), gradient (saliency alone), fastv
+    (attention of the prompt's last token), random or none, after layers of the decoder; divprune
+    (tokens far from each other) or eadp (relevant to the prompt in the joint space of images and
+    text), once before the decoder."""
+    proxy_positions: Annotated[str, one_of(PROXY_POSITIONS)] = BuiltIn("reference")
+    """Positions whose loss gives the saliency, of a sequence of n tokens: reference n-5..n-2,
+    with_last n-4..n-1, last n-1 (default: the checkpoint's, else reference)."""
+    proxy_layer: Annotated[str, one_of(PROXY_LAYERS)] = BuiltIn("next")
+    """Layer whose loss gives the saliency: next (the one that would run next) or previous (the one
+    that has just run, as in the published code for Qwen2.5-VL; rules out a stage at layer 0 and
+    allows one behind the last layer) (default: the checkpoint's, else next)."""
+    proxy_head: Annotated[str, one_of(PROXY_HEADS)] = BuiltIn("output")
+    """What makes the logits of that loss: output (the model's head) or input_embedding (the matrix
+    of token embeddings, as in the published code for Qwen2.5-VL) (default: the checkpoint's, else
+    output)."""
+    position_ids: Annotated[str | None, one_of(POSITION_IDS)] = None
+    """Positions of the tokens that stay: renumber (0, 1, 2, ... on every axis after each stage,
+    that in the encoder included) or keep (default: the checkpoint's, else the model family's)."""
+    similarity_threshold: Annotated[float, Value(read=number(above=-1, most=1), unit="COSINE")] = (
+        BuiltInNumber(0.8)
+    )
+    """Cosine from which the NMS of method trio calls two tokens the same (default: the
+    checkpoint's, else 0.8)."""
+    fill_up: Annotated[str, one_of(FILL_UPS)] = BuiltIn("mixed")
+    """What method trio adds where the NMS leaves fewer tokens than are to be kept: mixed (a quarter
+    by saliency, the others by farthest-point sampling over features and places in the image) or
+    reference (all by saliency, as published) (default: the checkpoint's, else mixed)."""
     seed: int = 0
-    schedule_shape: ScheduleShape | str | None = None
-    encoder: str = "none"
+    """Seed of method random."""
+    schedule_shape: Annotated[ScheduleShape | str | None, Value(read=read_shape, unit="SHAPE")] = (
+        None
+    )
+    """How a retention is spread over the layers: family (the model family's: the paper's, scaled),
+    start (the same with its first stage at layer 0) or layer:share,...@layers, as in
+    0:0.2,5:0.12@16, where only the ratios of the shares matter (default: the checkpoint's, else
+    family)."""
+    encoder: Annotated[str, one_of(ENCODERS)] = "none"
+    """What reduces visual tokens in the vision encoder already: visionzip, scan or none. Of a
+    retention it takes what `schedule_shape` has at layer 0, four times the layer average unless
+    told otherwise, and the decoder's stages do the rest; with method none it does all. A schedule
+    says with a stage at layer 0 how many it keeps."""
 
     def __post_init__(self) -> None:
         if self.retention is not None and self.schedule is not None:
-            raise UserError("pruning: give retention or schedule, not both")
+            raise UserError("retention and schedule exclude each other: give one of them, not both")
         if self.retention is not None:
             check_retention(self.retention)
         if isinstance(self.schedule, str):
