@@ -7,8 +7,9 @@ Flags, run.yaml and their help are made from such fields (`trio.job.flags`).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, fields, is_dataclass, replace
+from inspect import get_annotations
 from typing import Annotated, Any, get_args, get_type_hints
 
 from trio.errors import UserError
@@ -121,6 +122,8 @@ def one_of(words: Iterable[str] | Callable[[], Iterable[str]]) -> Value:
     return Value(read=read, unit=lambda: "{" + ",".join(known()) + "}")
 
 
+Model = Annotated[str, Value(read=text, unit="MODEL")]
+Shape = Annotated[str, Value(read=text, unit="SHAPE")]
 Text = Annotated[str, Value(read=text, unit="TEXT")]
 Switch = Annotated[bool, Value(read=boolean, unit="", switch=True)]
 Fraction = Annotated[float, Value(read=number(above=0, most=1), unit="FRACTION")]
@@ -145,24 +148,43 @@ class Setting:
 
     @property
     def flag(self) -> str:
-        return "--" + self.name.replace("_", "-")
+        return "--" + self.name.rstrip("_").replace("_", "-")
 
 
-def settings_of(made: Any, group: str = "") -> dict[str, Setting]:
-    """By name: the settings of a dataclass with its defaults, and of the dataclasses in it."""
+def settings_of(made: Any, group: str = "", *, inner: bool = True) -> dict[str, Setting]:
+    """By name: the settings of a dataclass with its defaults, and (`inner`) of the dataclasses in
+    it."""
     hints = get_type_hints(type(made), include_extras=True)
     found: dict[str, Setting] = {}
     for field in fields(made):
-        default, value = getattr(made, field.name), _value(hints[field.name])
+        name, default, value = field.name, getattr(made, field.name), _value(hints[field.name])
         if value is not None:
-            found[field.name] = Setting(
-                name=field.name, group=group, owner=type(made), value=value, default=default
-            )
-        elif hasattr(default, "__dataclass_fields__"):
-            inner = settings_of(default, field.name)
-            assert not found.keys() & inner.keys(), "a flag's name stands once"
-            found |= inner
+            owner = next(one for one in type(made).__mro__ if name in get_annotations(one))
+            found[name] = Setting(name=name, group=group, owner=owner, value=value, default=default)
+        elif inner and is_dataclass(default):
+            further = settings_of(default, name)
+            assert not found.keys() & further.keys(), "a flag's name stands once"
+            found |= further
     return found
+
+
+def replaced(made: Any, settings: Mapping[str, Setting], changes: Mapping[str, Any]) -> Any:
+    """Other values of a dataclass's settings by name, whatever their group; None stands for the
+    default."""
+    parts: dict[str, dict[str, Any]] = {}
+    for name, value in changes.items():
+        setting = settings[name]
+        parts.setdefault(setting.group, {})[name] = setting.default if value is None else value
+    own = parts.pop("", {})
+    groups = {group: replace(getattr(made, group), **part) for group, part in parts.items()}
+    return replace(made, **own, **groups)
+
+
+def plain(value: Any) -> Any:
+    """A setting's value as YAML and JSON would give it back."""
+    if isinstance(value, tuple):
+        return [plain(one) for one in value]
+    return value if isinstance(value, str | int | float | None) else str(value)
 
 
 def _value(hint: Any) -> Value | None:

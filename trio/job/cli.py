@@ -71,6 +71,10 @@ def settings_from(given: dict[str, Any], config: str | None) -> Settings:
         return made_of(**given)
     source = f"--config {config}"
     written = checked(load(config), source)
+    try:
+        made_of(**written)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from error
     _forget_resolved(source, written, given)
     for name, other in (("retention", "schedule"), ("schedule", "retention")):
         if name in given:

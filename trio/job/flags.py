@@ -66,18 +66,20 @@ def parse_command(
     argv: Sequence[str], *, prog: str, description: str, commands: Mapping[str, Command]
 ) -> tuple[str, dict[str, Any]]:
     """The first word's command, and the rest as of `parse`."""
-    first = argv[0] if argv else "no command"
+    first = argv[0] if argv else ""
     if first in commands:
         about, groups = commands[first].about, commands[first].groups
         prog = f"{prog} {first}"
         return first, parse(argv[1:], prog=prog, description=about, groups=groups)
     if first in ("-h", "--help"):
         made = [
-            Annotated[_shown(one.groups), tyro.conf.subcommand(name, description=one.about)]
+            Annotated[_shown(()), tyro.conf.subcommand(name, description=line)]
             for name, one in commands.items()
+            for line in one.about.splitlines()[:1]
         ]
         _parse(argv, Union[tuple(made)], (), prog=prog, description=description)  # noqa: UP007
-    raise UserError(f"{first!r} is no command; there are: {', '.join(commands)} {HINT}")
+    wrong = f"{first!r} is no command" if first else "no command is given"
+    raise UserError(f"{wrong}; there are: {', '.join(commands)} {HINT}")
 
 
 def _parse(
@@ -92,12 +94,12 @@ def _parse(
         registry=_registry(),
         return_unknown_args=True,
     )
-    settings = {one.name: one for group in groups for one in group.settings}
+    settings = {one.name.rstrip("_"): one for group in groups for one in group.settings}
     if unknown:
         known = [one.flag for one in settings.values()]
         close = suggestion(unknown[0].partition("=")[0], known) if unknown[0][:2] == "--" else ""
         raise UserError(f"unrecognized arguments: {' '.join(unknown)}{close} {HINT}")
-    return {name: _read(settings[name], given) for name, given in words.items()}
+    return {settings[name].name: _read(settings[name], given) for name, given in words.items()}
 
 
 def _read(setting: Setting, given: Any) -> Any:
@@ -160,7 +162,8 @@ def _field(setting: Setting) -> StructFieldSpec:
     elif value.several:
         kind, default = Annotated[tuple[kind, ...], tyro.conf.UseAppendAction], ()
     shown: Any = Annotated[kind, tyro.conf.arg(help_behavior_hint=_default(setting))]
-    return StructFieldSpec(name=setting.name, type=shown, default=default, helptext=help_of)
+    name = setting.name.rstrip("_")
+    return StructFieldSpec(name=name, type=shown, default=default, helptext=help_of)
 
 
 def _default(setting: Setting) -> str:
@@ -169,8 +172,9 @@ def _default(setting: Setting) -> str:
     open_or_off = default is None or isinstance(default, bool | BuiltIn | BuiltInNumber)
     if open_or_off or "(default" in _docs(setting.owner)[setting.name]:
         return ""
-    shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
-    return f"(default: {shown})"
+    if type(default) is tuple:
+        default = (" " if setting.value.several else ",").join(map(str, default))
+    return f"(default: {default})"
 
 
 @lru_cache

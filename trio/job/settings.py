@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -31,6 +32,8 @@ from trio.values import (
     Value,
     number,
     one_of,
+    plain,
+    replaced,
     settings_of,
     several,
     text,
@@ -236,9 +239,13 @@ class Settings:
                 "--text-tower goes with --method eadp only, and the method is "
                 f"{self.pruning.method}"
             )
-        for uri in (*rows.input, self.output.output, model.model, model.text_tower):
-            if uri is not None:
-                check_no_secret(uri)
+        for flag, uris in (
+            ("--input", rows.input),
+            ("--output", (self.output.output,)),
+            ("--model", (model.model,)),
+            ("--text-tower", (model.text_tower,)),
+        ):
+            _check_no_secret(flag, uris)
         parse_mapping(rows.columns or "")
         seeded = dataclasses.replace(self.pruning, seed=self.seed)
         object.__setattr__(self, "pruning", seeded)
@@ -265,20 +272,12 @@ class Settings:
 
     def replace(self, **changes: Any) -> Settings:
         """Other values by name, whatever their group; None stands for what is built in."""
-        parts: dict[str, dict[str, Any]] = {}
-        for name, value in changes.items():
-            setting = FIELDS[name]
-            parts.setdefault(setting.group, {})[name] = setting.default if value is None else value
-        own = parts.pop("", {})
-        groups = {
-            group: dataclasses.replace(getattr(self, group), **part)
-            for group, part in parts.items()
-        }
-        return dataclasses.replace(self, **own, **groups)
+        made: Settings = replaced(self, FIELDS, changes)
+        return made
 
     def flat(self) -> dict[str, Any]:
         """Every setting by name, as YAML and JSON would give it back."""
-        return {name: _plain(self.get(name)) for name in FIELDS}
+        return {name: plain(_given(self.get(name))) for name in FIELDS}
 
     def results(self) -> dict[str, Any]:
         """Of `flat`, the settings whose values decide what the rows are."""
@@ -290,6 +289,14 @@ class Settings:
         return getattr(getattr(self, group) if group else self, name)
 
 
+def _check_no_secret(flag: str, uris: Iterable[str | None]) -> None:
+    try:
+        for uri in uris:
+            check_no_secret(uri or "")
+    except UserError as error:
+        raise UserError(f"{flag}: {error}") from None
+
+
 FIELDS = settings_of(Settings())
 """Every setting by name, that of its flag and of run.yaml."""
 _NOT_RESULTS = {"output", "compare_unpruned"} | {
@@ -297,12 +304,9 @@ _NOT_RESULTS = {"output", "compare_unpruned"} | {
 }
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, BuiltIn | BuiltInNumber):
-        return None
-    if isinstance(value, tuple):
-        return list(value)
-    return value if isinstance(value, str | int | float | None) else str(value)
+def _given(value: Any) -> Any:
+    """None for what nobody gave, so that a checkpoint may say it."""
+    return None if isinstance(value, BuiltIn | BuiltInNumber) else value
 
 
 def made_of(**values: Any) -> Settings:
