@@ -43,7 +43,6 @@ from trio.demo.scenes import make_scene
 from trio.demo.shard import write_shard
 from trio.engine.engine import Engine
 from trio.engine.request import Prepared, Request
-from trio.errors import UserError
 from trio.job.settings import Settings, made_of
 from trio.pipeline import cluster, runner
 from trio.pipeline.actor import (
@@ -107,8 +106,6 @@ def surroundings() -> dict[str, Any]:
 def check(workload: Workload) -> None:
     """Raise UserError, before anything starts, where no job could run."""
     check_model(workload.model)
-    if workload.seed < 0:
-        raise UserError(f"--seed is {workload.seed}; it must be at least 0")
     job_config(workload, Path("scenes.parquet"))
 
 

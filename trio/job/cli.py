@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
+from trio.errors import UserError
 from trio.job.flags import Group, parse
 from trio.job.run_yaml import checked, load
 from trio.job.settings import FIELDS, Settings, made_of
