@@ -147,8 +147,13 @@ class Setting:
     default: Any
 
     @property
+    def key(self) -> str:
+        """The name without the underscore that sets it apart from a word of Python."""
+        return self.name.rstrip("_")
+
+    @property
     def flag(self) -> str:
-        return "--" + self.name.rstrip("_").replace("_", "-")
+        return "--" + self.key.replace("_", "-")
 
 
 def settings_of(made: Any, group: str = "", *, inner: bool = True) -> dict[str, Setting]:

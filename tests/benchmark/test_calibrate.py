@@ -364,7 +364,7 @@ def test_wrong_files_end_with_one_line(
         ({"--output": "{dir}/schedule.txt"}, "ending in .yaml"),
         ({"--output": "{dir}/nowhere/x.yaml"}, "no file can be written there"),
         ({"--rows": "4"}, "at least 8"),
-        ({"--rows": "many"}, "no integer of at least 1"),
+        ({"--rows": "many"}, "--rows: expected a whole number"),
         ({"--retention": "1"}, "no shape that could be searched"),
         ({"--retention": "2"}, "--retention: must be above 0"),
         ({"--method": "divprune"}, "no shape that could be searched"),

@@ -89,7 +89,7 @@ def test_another_run_is_refused_and_the_difference_named() -> None:
         outdir.check_same(RUN, now, [(locate("/x.parquet"), 11)], "o")
     settings = {**changed.settings, "seed": 7, "limit": 3}
     many = dataclasses.replace(changed, settings=settings, model_files={"m": "2"})
-    with pytest.raises(UserError, match=r"limit: None, now 3; 2 more\. Give"):
+    with pytest.raises(UserError, match=r"seed: 0, now 7; 2 more\. Give"):
         outdir.check_same(RUN, many, [], "o")
     other = dataclasses.replace(many, version="2")
     with pytest.raises(UserError, match=r"another version of this package: 1, now 2\. Go on with"):

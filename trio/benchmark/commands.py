@@ -45,7 +45,8 @@ class Measurement:
     def groups(cls) -> list[Group]:
         """The command's flags."""
         found = settings_of(cls()).values()
-        return [Group("", "", [one for one in found if not one.group or one.name in PRUNING])]
+        shown = [one for one in found if not one.group or one.name in PRUNING]
+        return [Group(settings=shown)]
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> Self:

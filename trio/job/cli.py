@@ -32,23 +32,28 @@ class Call:
 _CALL = settings_of(Call())
 RESEARCH = (*CHOICES, SHAPE)
 """Settings that stand last in the help: a checkpoint says them, else they are built in."""
+TITLES = [*dict.fromkeys(one.group for one in FIELDS.values() if one.group), "research"]
 
 
 def groups(names: Iterable[str] = tuple(FIELDS), also: Iterable[Setting] = ()) -> list[Group]:
     """The flags of some settings with --config and --dry-run, and of what a program adds."""
-    chosen = [FIELDS[name] for name in names]
-    plain = [one for one in chosen if one.name not in RESEARCH]
-    out = [_group("", [*also, *_CALL.values(), *(one for one in plain if not one.group)])]
-    for title in dict.fromkeys(one.group for one in FIELDS.values() if one.group):
-        out.append(_group(title, [one for one in plain if one.group == title]))
-    research = [one for one in chosen if one.name in RESEARCH]
-    about = "How tokens are chosen in detail; what is not given is the checkpoint's, else built in."
-    return [*(one for one in out if one.settings), Group("research", about, research)]
+    of_title: dict[str, list[Setting]] = {"": [*also, *_CALL.values()], **{t: [] for t in TITLES}}
+    for name in names:
+        of_title["research" if name in RESEARCH else FIELDS[name].group].append(FIELDS[name])
+    return [
+        Group(title=title, about=_about(title), settings=settings)
+        for title, settings in of_title.items()
+        if settings
+    ]
 
 
-def _group(title: str, settings: list[Setting]) -> Group:
-    about = (settings[0].owner.__doc__ or "").partition("\n")[0] if settings else ""
-    return Group(title, about, settings)
+def _about(title: str) -> str:
+    if title == "research":
+        return (
+            "How tokens are chosen in detail; what is not given is the checkpoint's, else built in."
+        )
+    group = getattr(Settings(), title) if title else None
+    return (group.__doc__ or "").partition("\n")[0] if group else ""
 
 
 def read_call(argv: Sequence[str], *, prog: str, description: str) -> tuple[Settings, bool]:

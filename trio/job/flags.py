@@ -32,13 +32,13 @@ from trio.values import Setting
 HINT = "(--help lists all flags)"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Group:
     """Flags that stand together in the help."""
 
-    title: str
+    title: str = ""
     """Empty for those that stand first, without a heading of their own."""
-    about: str
+    about: str = ""
     """One line below the title."""
     settings: Sequence[Setting]
 
@@ -94,12 +94,20 @@ def _parse(
         registry=_registry(),
         return_unknown_args=True,
     )
-    settings = {one.name.rstrip("_"): one for group in groups for one in group.settings}
+    settings = {one.key: one for group in groups for one in group.settings}
     if unknown:
-        known = [one.flag for one in settings.values()]
-        close = suggestion(unknown[0].partition("=")[0], known) if unknown[0][:2] == "--" else ""
-        raise UserError(f"unrecognized arguments: {' '.join(unknown)}{close} {HINT}")
+        flags = [one.flag for one in settings.values()]
+        raise UserError(f"unrecognized arguments: {' '.join(unknown)}{_meant(unknown[0], flags)}")
     return {settings[name].name: _read(settings[name], given) for name, given in words.items()}
+
+
+def _meant(word: str, flags: Sequence[str]) -> str:
+    """How to mend a word that belongs to no flag."""
+    if word.startswith("--"):
+        return f"{suggestion(word.partition('=')[0], flags)} {HINT}"
+    if word.startswith("-"):
+        return " (a value that begins with - is given as --flag=VALUE)"
+    return f" {HINT}"
 
 
 def _read(setting: Setting, given: Any) -> Any:
@@ -162,8 +170,7 @@ def _field(setting: Setting) -> StructFieldSpec:
     elif value.several:
         kind, default = Annotated[tuple[kind, ...], tyro.conf.UseAppendAction], ()
     shown: Any = Annotated[kind, tyro.conf.arg(help_behavior_hint=_default(setting))]
-    name = setting.name.rstrip("_")
-    return StructFieldSpec(name=name, type=shown, default=default, helptext=help_of)
+    return StructFieldSpec(name=setting.key, type=shown, default=default, helptext=help_of)
 
 
 def _default(setting: Setting) -> str:

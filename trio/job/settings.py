@@ -165,7 +165,7 @@ class Output:
     answers, both in lower case, without articles and punctuation; this is not VQA's accuracy),
     objects (that, and for answers such as "a red 7 and a blue 3" the share of objects named
     rightly) or none (default: objects for the bundled shard with its own columns, else none)."""
-    compare_unpruned: Annotated[bool | None, Switch.__metadata__[0]] = None
+    compare_unpruned: Switch | None = None
     """Run the same rows without pruning as well, into DIR/unpruned, and put both side by side
     (default: only for the bundled shard)."""
 
