@@ -24,4 +24,4 @@ def adopt() -> None:
 
 adopt()
 
-import trio.models.passive  # noqa: E402, F401  # also before anything loads torch
+import trio.passive  # noqa: E402, F401  # also before anything loads torch

@@ -10,16 +10,20 @@ import torch
 from PIL import Image
 from transformers import LlamaConfig
 
-from tests.models import save_tiny_checkpoint
-from trio.benchmark import shapes, targets
-from trio.benchmark.llava import LlavaShape
-from trio.benchmark.onevision import ONEVISION_7B
-from trio.benchmark.qwen import QWEN2_5_7B, QWEN3_8B
-from trio.benchmark.shapes import blueprint
-from trio.config import Pruning
+from tests.tiny.llava import save_tiny_checkpoint
+from trio.benchmark.shapes import sizes as shapes
+from trio.benchmark.shapes.random_llava import LlavaShape
+from trio.benchmark.shapes.random_onevision import ONEVISION_7B
+from trio.benchmark.shapes.random_qwen import QWEN2_5_7B, QWEN3_8B
+from trio.benchmark.shapes.sizes import blueprint
+from trio.benchmark.speed import targets
 from trio.engine.flops import choosing_flops
-from trio.models.registry import adapt
-from trio.pruning.cost import DecoderShape
+from trio.families.registry import adapt
+from trio.pruning.flops import DecoderShape
+from trio.pruning.methods.divprune import DivPrune
+from trio.pruning.methods.eadp import Eadp
+from trio.pruning.methods.fastv import FastV
+from trio.pruning.options import Pruning
 
 
 @pytest.mark.parametrize(
@@ -256,24 +260,24 @@ def test_cost_where_nothing_goes() -> None:
         choosing_flops(shape, Pruning(schedule="1:288,3:288", method=method), (576,), 60)
         for method in ("trio", "gradient", "random", "fastv")
     ]
-    assert halves[3] == shape.attention_flops(636)
-    for method, own in (("divprune", shape.diversity_flops), ("eadp", shape.facility_flops)):
-        once = Pruning(schedule="0:64", method=method)
-        assert choosing_flops(shape, once, (576,), 60) == own(576, 64) > 0
-    assert halves[0] - halves[1] == shape.nms_flops(576, 288) == 2 * 576 * 288 * 4096
+    assert halves[3] == FastV().flops(shape, 636, [])
+    for own in (DivPrune(), Eadp()):
+        once = Pruning(schedule="0:64", method=own.name)
+        assert choosing_flops(shape, once, (576,), 60) == own.flops(shape, 636, [(576, 64)]) > 0
+    assert halves[0] - halves[1] == 2 * 576 * 288 * 4096
     assert halves[2] == 0
 
 
 def test_choosing_among_several_images_compares_within_each() -> None:
     """The proxy sees all tokens; an image of which all stay is not compared."""
     shape, pruning = DecoderShape.of_config(LlamaConfig()), Pruning(schedule="1:100,3:50")
-    own = shape.nms_flops
     first, second = (shape.proxy_flops(tokens, 4) for tokens in (576 + 80 + 60, 100 + 80 + 60))
-    compared = own(576, 100) + own(100, 50) + own(80, 50)
+    compared = 2 * (576 * 100 + 100 * 50 + 80 * 50) * 4096
     assert choosing_flops(shape, pruning, (576, 80), 60) == first + second + compared
-    for method, own in (("divprune", shape.diversity_flops), ("eadp", shape.facility_flops)):
-        once = Pruning(schedule="0:64", method=method)
-        assert choosing_flops(shape, once, (576, 80, 64), 60) == own(576, 64) + own(80, 64)
+    for own in (DivPrune(), Eadp()):
+        once = Pruning(schedule="0:64", method=own.name)
+        expected = own.flops(shape, 780, [(576, 64), (80, 64)])
+        assert choosing_flops(shape, once, (576, 80, 64), 60) == expected
     assert choosing_flops(shape, pruning, (), 60) == 0
 
 
@@ -326,7 +330,7 @@ def test_pipeline_runs_job_engine_and_instant_engine(
 
 def test_pipeline_takes_medians_of_ratios_within_rounds() -> None:
     """A round in which the whole machine is slow has the same ratio as the others."""
-    from trio.benchmark.pipeline import INSTANT, JOB, PREPARED, Run, engine_name, summary
+    from trio.benchmark.speed.job_speed import INSTANT, JOB, PREPARED, Run, engine_name, summary
 
     def runs(slow: float, second_thread: float) -> dict[str, Run]:
         return {

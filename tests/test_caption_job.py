@@ -21,13 +21,13 @@ from PIL import Image
 
 from tests.engine.support import MANY_SIZES
 from tests.families.family import ARCHITECTURES, FAMILIES
-from tests.models import save_tiny_checkpoint
 from tests.pipeline.fakes import encoded, write_shard
+from tests.tiny.llava import save_tiny_checkpoint
 from trio.bundled import SHARD
-from trio.config import Pruning
 from trio.engine.engine import Engine
 from trio.engine.request import Request, Result, Sampling
 from trio.pipeline.job import main
+from trio.pruning.options import Pruning
 
 ROOT = Path(__file__).resolve().parents[1]
 BYTES_OR_PATH = pa.struct([("bytes", pa.binary()), ("path", pa.string())])

@@ -28,7 +28,6 @@ MAY_IMPORT = {
     "models": SETTINGS | {"pruning"},
     "engine": SETTINGS | {"pruning", "models", "cgroups"},
     "patching": SETTINGS | {"pruning", "models"},
-    "conformance": SETTINGS | {"pruning", "models"},
     "job": SETTINGS | {"pruning", "engine", "pipeline"},
     "pipeline": SETTINGS | {"pruning", "models", "engine", "job", "tables", "version", "cgroups"},
     "demo": SETTINGS | {"pruning", "models", "engine"},
@@ -42,15 +41,15 @@ LIGHT = [
     "trio.benchmark.quality_commands",
     "trio.benchmark.speed_commands",
     "trio.bundled",
-    "trio.config",
+    "trio.pruning.options",
     "trio.errors",
     "trio.pruning.schedule",
-    "trio.pruning.cost",
+    "trio.pruning.flops",
     "trio.engine.plan",
     "trio.engine.request",
-    "trio.engine.room",
+    "trio.engine.kv_budget",
     "trio.engine.scheduler",
-    "trio.engine.shortage",
+    "trio.engine.memory_limit",
     "trio.job.cli",
     "trio.job.settings",
     "trio.pipeline.committed",
@@ -81,7 +80,7 @@ def imported(path: Path) -> set[str]:
 
 
 def part(path: Path) -> str:
-    """The first name below trio: `trio/engine/cache.py` and `trio/engine/` are `engine`."""
+    """The first name below trio: `trio/engine/kv_cache.py` and `trio/engine/` are `engine`."""
     return path.relative_to(ROOT / "trio").with_suffix("").parts[0]
 
 

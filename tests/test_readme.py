@@ -17,11 +17,11 @@ from PIL import Image
 
 from trio.benchmark import commands as benchmark
 from trio.bundled import MODEL, PROMPTS, SHARD, write_images
-from trio.config import Pruning
 from trio.engine.engine import Engine
 from trio.engine.request import Request
 from trio.job import cli
-from trio.pruning.defaults import FILE
+from trio.pruning.options import Pruning
+from trio.pruning.pruning_config import FILE
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

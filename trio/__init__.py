@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 from trio import _beside
 
 if TYPE_CHECKING:
-    from trio.config import Pruning
     from trio.engine.engine import Engine
     from trio.engine.request import Request, Result, Sampling
-    from trio.models.adapter import Adapter, Features
-    from trio.models.registry import register
+    from trio.families.adapter import Adapter, Features
+    from trio.families.registry import register
     from trio.patching import patch, unpatch
+    from trio.pruning.options import Pruning
     from trio.pruning.schedule import Schedule
 
 __all__ = [
@@ -34,16 +34,16 @@ __all__ = [
 ]
 
 _HOME = {
-    "Adapter": "trio.models.adapter",
+    "Adapter": "trio.families.adapter",
     "Engine": "trio.engine.engine",
-    "Features": "trio.models.adapter",
-    "Pruning": "trio.config",
+    "Features": "trio.families.adapter",
+    "Pruning": "trio.pruning.options",
     "Request": "trio.engine.request",
     "Result": "trio.engine.request",
     "Sampling": "trio.engine.request",
     "Schedule": "trio.pruning.schedule",
     "patch": "trio.patching",
-    "register": "trio.models.registry",
+    "register": "trio.families.registry",
     "unpatch": "trio.patching",
 }
 

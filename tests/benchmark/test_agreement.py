@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from trio.benchmark.agreement import Agreement, divergence, overlap
+from trio.benchmark.quality.agreement import Agreement, divergence, overlap
 from trio.engine.request import Result
 
 

@@ -19,25 +19,25 @@ import yaml
 from torch import Tensor
 
 from tests.engine.support import by_id, lively_llava, mixed_requests
-from tests.models import save_tiny_checkpoint, tiny_processor
 from tests.pipeline.fakes import encoded, write_shard
 from tests.test_caption_job import picture
-from trio.benchmark.calibrate import Calibration, Comparison, Plan, divergence
-from trio.benchmark.sample import drawn
-from trio.benchmark.search import COARSE, FINE, Search, Space, most_answers, rungs
-from trio.config import Pruning
+from tests.tiny.llava import save_tiny_checkpoint, tiny_processor
+from trio.benchmark.quality.calibrate import Calibration, Comparison, Plan, divergence
+from trio.benchmark.quality.sample import drawn
+from trio.benchmark.quality.search import COARSE, FINE, Search, Space, most_answers, rungs
+from trio.engine.decoding.teacher_forcing import Answer, Answers
 from trio.engine.engine import Engine
-from trio.engine.forced import Answer, Answers
 from trio.engine.loading import load
-from trio.engine.prepare import Preparer
+from trio.engine.preprocess import Preparer
 from trio.engine.request import Prepared, Sampling
 from trio.errors import UserError
+from trio.families.registry import adapt
 from trio.job import cli, run_yaml
 from trio.job.settings import made_of
-from trio.models.registry import adapt
 from trio.pipeline.job import main
 from trio.pipeline.manifest import Manifest, Shard
-from trio.pruning.defaults import FILE
+from trio.pruning.options import Pruning
+from trio.pruning.pruning_config import FILE
 from trio.pruning.schedule import LLAVA, Schedule, tokens_per_layer
 
 PROMPT = "what is in the picture ?"

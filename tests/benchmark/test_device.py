@@ -9,9 +9,9 @@ import benchmark
 import pytest
 import torch
 
-from trio.benchmark import device
-from trio.benchmark.device import Bench, Figure
-from trio.benchmark.targets import parity_row
+from trio.benchmark.speed import device
+from trio.benchmark.speed.device import Bench, Figure
+from trio.benchmark.speed.targets import parity_row
 
 TINY = ["targets", "--device", "cpu", "--shape", "tiny"]
 

@@ -7,14 +7,14 @@ from typing import Any
 import torch
 
 from tests.engine.support import lively_llava, mixed_requests
-from tests.models import tiny_processor
-from trio.benchmark.encoding import EncodedOnce
-from trio.config import Pruning
+from tests.tiny.llava import tiny_processor
+from trio.benchmark.speed.encoding_speed import EncodedOnce
 from trio.engine.engine import Engine
-from trio.engine.prepare import Preparer
+from trio.engine.preprocess import Preparer
 from trio.engine.request import Prepared, Result, Sampling
-from trio.models.adapter import Features, Inputs
-from trio.models.registry import adapt
+from trio.families.adapter import Features, Inputs
+from trio.families.registry import adapt
+from trio.pruning.options import Pruning
 
 MODEL = lively_llava()
 PROCESSOR = tiny_processor()

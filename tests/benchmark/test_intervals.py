@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from trio.benchmark.intervals import ClusteredBootstrap, wilson
+from trio.benchmark.quality.intervals import ClusteredBootstrap, wilson
 
 
 def outcomes(rng: np.random.Generator, scenes: int) -> tuple[np.ndarray, np.ndarray]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from trio.benchmark.neighbours import neighbours
+from trio.benchmark.speed.neighbours import neighbours
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -27,7 +27,7 @@ def test_busy_loops_end_with_the_measurement(how: str) -> None:
         "started, begin = [], subprocess.Popen\n"
         "def note(*a): started.append(begin(*a)); return started[-1]\n"
         "subprocess.Popen = note\n"
-        "from trio.benchmark.neighbours import neighbours\n"
+        "from trio.benchmark.speed.neighbours import neighbours\n"
         "with neighbours(2):\n"
         "    print(*(each.pid for each in started), flush=True)\n"
         f"    if {how == 'dies'}: os.kill(os.getpid(), signal.SIGKILL)\n"

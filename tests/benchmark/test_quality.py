@@ -9,16 +9,18 @@ import benchmark
 import pytest
 import torch
 
-from tests.models import save_tiny_checkpoint, tiny_llava
-from trio.benchmark import plots
-from trio.benchmark.fill_up import survivors
-from trio.benchmark.intervals import wilson
-from trio.benchmark.progress import Clock
-from trio.benchmark.quality import Setting, ask, in_reach, settings
-from trio.benchmark.quality_table import _relative
-from trio.config import METHODS, Pruning
-from trio.models.registry import adapt
+from tests.tiny.llava import save_tiny_checkpoint, tiny_llava
+from trio.benchmark.progress_line import Clock
+from trio.benchmark.quality import plots
+from trio.benchmark.quality.comparison import Setting, ask, in_reach, settings
+from trio.benchmark.quality.fill_up import survivors
+from trio.benchmark.quality.intervals import wilson
+from trio.benchmark.quality.quality_table import _relative
+from trio.families.registry import adapt
+from trio.pruning.farthest import fill_up
+from trio.pruning.method_registry import names as methods
 from trio.pruning.nms import suppress
+from trio.pruning.options import Pruning
 
 FLAGS = ["--methods", "none,random,trio", "--retention", "1/9,1/18", "--scenes", "1"]
 FLAGS += ["--proxy-layer", "previous"]
@@ -140,7 +142,7 @@ def test_settings_are_all_combinations() -> None:
     encoders = ("none", "visionzip", "scan")
     retentions = (1 / 3, 2 / 9, 1 / 9, 1 / 18)
     proxy = {"proxy_positions": "with_last"}
-    rows = settings(METHODS, retentions, encoders, [proxy], ["renumber"], 11)
+    rows = settings(methods(), retentions, encoders, [proxy], ["renumber"], 11)
     published = [row.pruning for row in rows if row.label.endswith("as published")]
     assert [(own.encoder, own.retention) for own in published if own.encoder != "none"] == [
         ("visionzip", 1 / 9),
@@ -236,9 +238,8 @@ def test_what_the_suppression_left_is_told_from_what_filled_up() -> None:
         if not (unit[walked] @ unit[place] >= 0.5).any():
             walked.append(place)
     keep = len(walked) + 7
-    (kept,) = suppress(
-        features, torch.zeros(60, 2), torch.tensor([0]), torch.tensor([60]), order[None],
-        torch.tensor([keep]), keep, 0.5, "mixed",
-    ).tolist()  # fmt: skip
+    start_N, count_N, keep_N = torch.tensor([[0], [60], [keep]])
+    result = suppress(features, start_N, count_N, keep_N, order[None], keep, 0.5)
+    (kept,) = fill_up(features, torch.zeros(60, 2), result, "mixed").tolist()
     ranked = [place for place in order.tolist() if place in kept]
     assert len(kept) == keep and survivors(features[ranked], 0.5) == len(walked)

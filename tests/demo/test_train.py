@@ -11,9 +11,9 @@ import pytest
 import torch
 from transformers import LlavaForConditionalGeneration
 
-from trio.demo.batches import Batch, make_batch
-from trio.demo.build import new_model, processor
-from trio.demo.train import Stage, Trainer, answer, grow, see
+from trio.demo.training.batches import Batch, make_batch
+from trio.demo.training.build import new_model, processor
+from trio.demo.training.train_model import Stage, Trainer, answer, grow, see
 
 
 @pytest.fixture(scope="module")

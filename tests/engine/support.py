@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from tests.models import WORDS, tiny_llava
+from tests.tiny.llava import WORDS, tiny_llava
 from trio.engine.request import Request, Result, Sampling
 
 

@@ -22,14 +22,14 @@ from tests.engine.support import (
     same_weights,
     tokens,
 )
-from tests.models import tiny_processor
-from trio.config import Pruning
-from trio.engine import shortage
+from tests.tiny.llava import tiny_processor
+from trio.engine import memory_limit as shortage
 from trio.engine.engine import Engine
 from trio.engine.plan import TEXT_TOKENS
 from trio.engine.request import Prepared, Request, Result, Sampling
 from trio.errors import UserError
 from trio.patching import patch
+from trio.pruning.options import Pruning
 
 PROCESSOR = tiny_processor()
 DECODERS: dict[str, dict[str, Any]] = {

@@ -8,14 +8,14 @@ import torch
 from safetensors.torch import load_file
 
 from tests.engine.support import mixed_requests, tokens
-from tests.models import save_tiny_checkpoint
-from trio.config import Pruning
+from tests.tiny.llava import save_tiny_checkpoint
 from trio.engine.engine import Engine
 from trio.engine.loading import load, load_processor
-from trio.engine.prepare import Preparer
+from trio.engine.preprocess import Preparer
 from trio.engine.request import Sampling
 from trio.errors import UserError
-from trio.models.llava import LlavaAdapter
+from trio.families.llava import LlavaAdapter
+from trio.pruning.options import Pruning
 
 
 @pytest.fixture(scope="module")

@@ -13,14 +13,14 @@ import torch
 
 from tests.engine.support import by_id, lively_llava, mixed_requests, model_inputs, picture
 from tests.engine.test_engine import as_on_a_gpu
-from tests.models import tiny_processor
-from trio.config import Pruning
+from tests.tiny.llava import tiny_processor
+from trio.engine.decoding.teacher_forcing import Answer, Answers
 from trio.engine.engine import Engine
-from trio.engine.forced import Answer, Answers
 from trio.engine.request import Prepared, Request, Result, Sampling
 from trio.errors import UserError
-from trio.models.adapter import Features
+from trio.families.adapter import Features
 from trio.patching import patch
+from trio.pruning.options import Pruning
 
 PROCESSOR = tiny_processor()
 PRUNINGS = {

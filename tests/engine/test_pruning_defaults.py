@@ -16,8 +16,7 @@ import transformers
 import yaml
 
 import trio
-from tests.models import save_tiny_checkpoint
-from trio.config import Pruning
+from tests.tiny.llava import save_tiny_checkpoint
 from trio.demo import CAPTION_PROMPT, MODEL
 from trio.demo.scenes import make_scene
 from trio.engine import loading
@@ -25,10 +24,11 @@ from trio.engine.engine import Engine
 from trio.engine.loading import load, load_outline
 from trio.engine.request import Prepared, Request, Sampling
 from trio.errors import UserError
-from trio.models.pruning_defaults import _tell_unknown
-from trio.models.registry import adapt
+from trio.families.hub_defaults import _tell_unknown
+from trio.families.registry import adapt
 from trio.pipeline.job import main
-from trio.pruning.defaults import FILE, read
+from trio.pruning.options import Pruning
+from trio.pruning.pruning_config import FILE, read
 from trio.pruning.schedule import ScheduleShape
 
 

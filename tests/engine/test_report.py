@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 
 from tests.engine.support import by_id, generate, lively_llava, mixed_requests, picture
-from tests.models import tiny_processor
-from trio.config import Pruning
+from tests.tiny.llava import tiny_processor
+from trio.decoder.cache_argument import cache_of
 from trio.engine.engine import Engine
 from trio.engine.flops import choosing_flops
 from trio.engine.request import Prepared, Request, Sampling
-from trio.models.cache_argument import cache_of
-from trio.models.registry import adapt
+from trio.families.registry import adapt
+from trio.pruning.options import Pruning
 
 PROCESSOR = tiny_processor()
 LAYERS, HIDDEN, KV_HEADS, HEAD_DIM = 6, 32, 2, 8

@@ -1,7 +1,7 @@
 import random
 from dataclasses import dataclass
 
-from trio.engine.room import Room
+from trio.engine.kv_budget import Room
 from trio.engine.scheduler import Scheduler
 
 

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from tests.engine.support import MANY_SIZES, picture
-from tests.models import LLAVA_NEXT, PINPOINTS, WORDS, tiny_llava, tiny_processor
-from trio.config import Pruning
+from tests.tiny.llava import LLAVA_NEXT, PINPOINTS, WORDS, tiny_llava, tiny_processor
 from trio.engine.engine import Engine
 from trio.engine.request import Request, Sampling
+from trio.pruning.options import Pruning
 
 WARM, TRACED, REQUESTS = 400, 1750, 2000
 """Tensors are counted after the first of them and at the end; from the second on, which takes

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 
 from tests.engine.support import MANY_SIZES, mixed_requests, picture
-from tests.models import LLAVA_NEXT, PINPOINTS, save_tiny_checkpoint, tiny_llava, tiny_processor
-from tests.onevision import onevision_processor, save_tiny_onevision, tiny_onevision
-from tests.qwen import LARGEST, save_tiny_qwen, tiny_qwen, tiny_qwen_processor
-from tests.qwen3 import save_tiny_qwen3, tiny_qwen3, tiny_qwen3_processor
+from tests.tiny.llava import LLAVA_NEXT, PINPOINTS, save_tiny_checkpoint, tiny_llava, tiny_processor
+from tests.tiny.llava_onevision import onevision_processor, save_tiny_onevision, tiny_onevision
+from tests.tiny.qwen2_5_vl import LARGEST, save_tiny_qwen, tiny_qwen, tiny_qwen_processor
+from tests.tiny.qwen3_vl import save_tiny_qwen3, tiny_qwen3, tiny_qwen3_processor
 from trio.engine.request import Request, Sampling
 
 LAYERS = 6

@@ -7,10 +7,11 @@ import itertools
 import pytest
 import torch
 
-from tests import oracle
 from tests.families.family import FAMILIES, LAYERS
-from trio.models import keys
-from trio.models.registry import adapt
+from trio.families.registry import adapt
+from trio.pruning import reference
+from trio.pruning import tiled_attention as keys
+from trio.pruning.last_token_attention import last_attention
 
 LENGTHS = (40, 7, 7, 23)
 
@@ -19,7 +20,7 @@ LENGTHS = (40, 7, 7, 23)
 def test_attention_equals_the_models_own(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = FAMILIES[name]().model
     decoder = adapt(model).decoder
-    text, _ = oracle.text_parts(model, torch.float64)
+    text, _ = reference.text_parts(model, torch.float64)
     generator = torch.Generator().manual_seed(5)
     entered, books, places = [], [], []
     for length in LENGTHS:
@@ -39,9 +40,8 @@ def test_attention_equals_the_models_own(name: str, monkeypatch: pytest.MonkeyPa
         places.append(place if len(place) > 1 else place[0])
     for layer, tile_tokens in itertools.product((0, 3), (5, 40, 1000)):
         monkeypatch.setattr(keys, "_TILE", tile_tokens * decoder.hidden_size)
-        got_T = decoder.last_attention(
-            layer, torch.cat([own[layer] for own in entered]), torch.cat(places, dim=-1), LENGTHS
-        )
+        hidden_TD, place_T = torch.cat([own[layer] for own in entered]), torch.cat(places, dim=-1)
+        got_T = last_attention(decoder, layer, hidden_TD, place_T, LENGTHS, 0)
         book_T = torch.cat([own[layer] for own in books])
         torch.testing.assert_close(got_T.double(), book_T, rtol=1e-4, atol=1e-7)
         sums = torch.stack([own.sum() for own in got_T.split(LENGTHS)])

@@ -16,13 +16,13 @@ from torch import Tensor
 import trio
 from tests.families.family import LAYERS, Family, requests_with
 from tests.families.test_patch import batch
-from trio.engine import runner
+from trio.engine import model_runner as runner
 from trio.engine.request import Request
-from trio.models.llava_onevision import LlavaOnevisionAdapter
-from trio.models.prefill import PackedPrompts
-from trio.models.raster import OUTSIDE, packed, raster, unknown
-from trio.models.registry import adapt
+from trio.families.coordinates import OUTSIDE, packed, raster, unknown
+from trio.families.llava_onevision import LlavaOnevisionAdapter
+from trio.families.registry import adapt
 from trio.patching import forward
+from trio.prefill import PackedPrompts
 
 SIZES = [(96, 96), (120, 60), (50, 140)]
 """Widths and heights."""

@@ -22,14 +22,14 @@ from tests.families.family import (
     covering,
     requests_of_many_sizes,
 )
-from trio.config import Pruning
 from trio.engine.engine import Engine
 from trio.engine.plan import TEXT_TOKENS
 from trio.engine.request import Prepared, Request, Sampling
 from trio.errors import UserError
-from trio.models.adapter import Adapter, Inputs
-from trio.models.registry import adapter_class
+from trio.families.adapter import Adapter, Inputs
+from trio.families.registry import adapter_class
 from trio.patching import patch
+from trio.pruning.options import Pruning
 from trio.pruning.schedule import tokens_per_layer
 
 PRUNINGS = {

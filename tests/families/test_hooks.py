@@ -19,12 +19,12 @@ from transformers.modeling_utils import AttentionInterface
 from tests.engine.support import model_inputs, picture
 from tests.families.family import LAYERS, Family, requests_with
 from tests.patching.prompts import run
-from trio.engine.prepare import Preparer
+from trio.decoder.attention import NAME, ragged_attention
+from trio.decoder.cache_argument import cache_of
+from trio.engine.preprocess import Preparer
 from trio.engine.request import Prepared, Request
-from trio.models.adapter import Adapter
-from trio.models.attention import NAME, ragged_attention
-from trio.models.cache_argument import cache_of
-from trio.models.registry import adapt, adapter_class
+from trio.families.adapter import Adapter
+from trio.families.registry import adapt, adapter_class
 from trio.patching.cache import RaggedLayer
 
 TOKENS = 7

@@ -13,9 +13,9 @@ import trio
 from tests.engine.support import batch_inputs
 from tests.families.family import ARCHITECTURES, Family, covering, requests_with
 from tests.patching.prompts import run
+from trio.decoder.cache_argument import cache_of
 from trio.engine.request import Request
 from trio.errors import UserError
-from trio.models.cache_argument import cache_of
 from trio.patching.forward import repeats_by_prompt
 
 PRUNING = trio.Pruning(retention=0.4)

@@ -10,12 +10,12 @@ import pytest
 from tests.engine.support import MANY_SIZES, assert_lively, by_id, picture, tokens
 from tests.families.family import FAMILIES, LAYERS, Family, requests_of_many_sizes
 from tests.families.test_engine import engine
-from trio.config import Pruning
 from trio.engine.request import Prepared, Request, Result, Sampling
-from trio.models.registry import adapt
+from trio.families.registry import adapt
+from trio.pruning.options import Pruning
 
 REDUCIBLE = ("llava", "llava_next")
-ENCODERS = ("visionzip", "scan")
+ENCODERS = ("visionzip", "scan", "scope", "prunesid")
 METHODS = ("trio", pytest.param("none", marks=pytest.mark.slow))
 
 
@@ -30,7 +30,7 @@ def reduced(encoder: str, method: str) -> Pruning:
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
-    ("family", "encoder"), list(zip(REDUCIBLE, ENCODERS, strict=True)), indirect=["family"]
+    ("family", "encoder"), list(zip(REDUCIBLE * 2, ENCODERS, strict=True)), indirect=["family"]
 )
 def test_a_batch_answers_as_its_requests_alone(family: Family, encoder: str, method: str) -> None:
     requests = requests_of_many_sizes(6, seed=2, max_new_tokens=8)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests import oracle
 from tests.families.family import FAMILIES
-from trio.models.registry import adapt
+from trio.families.registry import adapt
+from trio.pruning import reference
+from trio.pruning.layer_gradient import LayerGradient
 from trio.pruning.saliency import saliency
 
 LENGTHS = (40, 7, 23)
@@ -21,11 +22,11 @@ def test_saliency_equals_the_textbook(name: str, layer: int) -> None:
     generator = torch.Generator().manual_seed(5)
     hidden = torch.randn(sum(LENGTHS), decoder.hidden_size, generator=generator)
     places = [torch.arange(length) for length in LENGTHS]
-    got = saliency(decoder.proxy(layer), hidden, torch.cat(places), LENGTHS, "with_last")
-    text, head = oracle.text_parts(model, torch.float64)
+    got = saliency(LayerGradient(decoder, layer), hidden, torch.cat(places), LENGTHS, "with_last")
+    text, head = reference.text_parts(model, torch.float64)
     for scores, own, place in zip(
         got.true_scores(LENGTHS).split(LENGTHS), hidden.double().split(LENGTHS), places, strict=True
     ):
         positions = place.expand(decoder.position_axes, -1) if decoder.position_axes > 1 else place
-        book, _ = oracle.saliency(text, head, layer, own, positions, "with_last")
+        book, _ = reference.saliency(text, head, layer, own, positions, "with_last")
         torch.testing.assert_close(scores.double(), book, rtol=5e-4, atol=1e-6 * float(book.max()))

@@ -12,12 +12,12 @@ import torch
 
 from tests.engine.support import assert_lively, by_id, tokens
 from tests.families.family import FAMILIES, LAYERS, Family, requests_of_many_sizes, requests_with
-from trio.config import Pruning
-from trio.engine import runner
+from trio.engine import model_runner as runner
 from trio.engine.engine import Engine
 from trio.engine.request import Prepared, Request, Result
-from trio.models.adapter import Features
-from trio.models.prefill import PackedPrompts, Prefilled
+from trio.families.adapter import Features
+from trio.prefill import PackedPrompts, Prefilled
+from trio.pruning.options import Pruning
 
 SCAN = Pruning(retention=1 / 4, encoder="scan")
 

@@ -11,16 +11,16 @@ import torch
 from transformers.cache_utils import DynamicCache
 
 import trio
-from tests import oracle
 from tests.families.family import FAMILIES, LAYERS
 from tests.families.videos import FRAME_TOKENS, WRITERS, Inputs, OnevisionWriter, Row, joined
 from tests.patching.prompts import run
+from trio.decoder.cache_argument import CACHE, cache_of
 from trio.errors import UserError
-from trio.models.cache_argument import CACHE, cache_of
-from trio.models.prefill import Prefilled, prefill
-from trio.models.registry import adapt
+from trio.families.registry import adapt
 from trio.patching import forward
 from trio.patching.forward import repeats_by_prompt
+from trio.prefill import Prefilled, prefill
+from trio.pruning import reference
 
 PROMPTS = ["wvwww", "wwwww", "wiwvwwwww", "wviwvww", "iiww", "wvvwwwwwww"]
 """Of LLaVA-OneVision, neighbours have nothing between them."""
@@ -131,27 +131,27 @@ def test_a_prompt_gives_what_the_textbook_does(model: Any, rows: list[Row], inde
     positions = calls[0]["position_ids"]
     if adapter.decoder.position_axes > 1:
         positions = positions[-adapter.decoder.position_axes :, 0]
-    own, head = oracle.text_parts(model, torch.float32)
+    own, head = reference.text_parts(model, torch.float32)
     # Of a video's tokens nobody says where they lie.
     coordinates = torch.zeros(calls[0]["inputs_embeds"].shape[1], 2)
     pictures = [span for number, span in enumerate(row.spans) if number not in row.videos]
     if pictures:
         for (start, stop), image in zip(pictures, adapter.coordinates(row.inputs), strict=True):
             coordinates[start:stop] = image
-    book = oracle.prefill(
+    book = reference.prefill(
         own,
         head,
         calls[0]["inputs_embeds"][0],
         row.spans,
         [STAGES.stages(stop - start, LAYERS) for start, stop in row.spans],
-        position_ids=adapter.default_position_ids,
+        reference.Rules(position_ids=adapter.default_position_ids),
         positions=positions if positions.ndim == 2 and len(positions) > 1 else None,
         coordinates=coordinates,
         injected=calls[0].get("deepstack_visual_embeds") or (),
     )
     trio.patch(model, STAGES)
     _, logits, cache = run(model, row.inputs, max_new_tokens=1)
-    torch.testing.assert_close(logits[0, 0], book.logits_V, atol=2e-4, rtol=2e-4)
+    torch.testing.assert_close(logits[0, 0], book.logits_U, atol=2e-4, rtol=2e-4)
     assert [int(layer.lengths_B[0]) for layer in cache.layers] == book.lengths
     assert [int(layer.positions_B[0]) for layer in cache.layers] == book.next_positions
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from trio.models.llava import LlavaAdapter
+from trio.families.llava import LlavaAdapter
 
 
 class Theirs(LlavaAdapter):

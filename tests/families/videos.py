@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.onevision import SIDE
-from tests.qwen import SPECIAL
-from trio.models.llava_onevision import LlavaOnevisionAdapter
+from tests.tiny.llava_onevision import SIDE
+from tests.tiny.qwen2_5_vl import SPECIAL
+from trio.families.llava_onevision import LlavaOnevisionAdapter
 
 Inputs = dict[str, Any]
 GRIDS = ((1, 8, 6), (1, 4, 10), (1, 12, 12))

@@ -12,9 +12,9 @@ import pytest
 
 from trio.benchmark import commands
 from trio.benchmark.quality_commands import OF_JOB, Calibrate
-from trio.config import METHODS
 from trio.errors import UserError
 from trio.job import cli
+from trio.pruning.method_registry import names
 from trio.values import plain, settings_of
 
 RECORDED = Path(__file__).parent / "recorded"
@@ -68,7 +68,7 @@ def test_caption(case: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> No
 def test_benchmark(case: dict[str, Any]) -> None:
     defaults = BENCHMARK["defaults"][case.get("values", {}).get("command", "quality")]
     if "methods" in defaults:  # they come and go
-        defaults = defaults | {"methods": list(METHODS)}
+        defaults = defaults | {"methods": list(names())}
     check(case, outcome(benchmark, case["flags"]), defaults)
 
 

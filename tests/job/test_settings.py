@@ -9,14 +9,14 @@ import caption
 import pytest
 import yaml
 
-from trio.config import Pruning
 from trio.engine.request import Sampling
 from trio.errors import UserError
 from trio.job import cli, run_yaml
 from trio.job.settings import FIELDS, Settings, made_of
 from trio.pipeline import job
 from trio.pipeline.policy import ImagePolicy
-from trio.pruning.defaults import PruningDefaults
+from trio.pruning.options import Pruning
+from trio.pruning.pruning_config import PruningDefaults
 
 
 def from_flags(*flags: str) -> Settings:

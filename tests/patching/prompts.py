@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.models import IMAGE_TOKEN_ID, SPECIAL
-from trio.models.cache_argument import CACHE, cache_of
+from tests.tiny.llava import IMAGE_TOKEN_ID, SPECIAL
+from trio.decoder.cache_argument import CACHE, cache_of
 
 PAD = SPECIAL.index("<pad>")
 FIRST_WORD = len(SPECIAL)

@@ -2,7 +2,7 @@ import pytest
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer, StaticCache
 
-from tests.models import tiny_llava
+from tests.tiny.llava import tiny_llava
 from trio.errors import UserError
 from trio.patching.cache import GROWTH, RaggedLayer, make_plain, make_ragged, ragged_layers
 

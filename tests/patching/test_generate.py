@@ -7,14 +7,14 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 import trio
-from tests.models import IMAGE_TOKEN_ID, tiny_llava
 from tests.patching import oracle
 from tests.patching.prompts import Batch, pad, rows, run
+from tests.tiny.llava import IMAGE_TOKEN_ID, tiny_llava
 from trio.errors import UserError
-from trio.models.prefill import PackedPrompts, prefill
-from trio.models.raster import packed
-from trio.models.registry import adapt
+from trio.families.coordinates import packed
+from trio.families.registry import adapt
 from trio.patching.forward import repeats_by_prompt
+from trio.prefill import PackedPrompts, prefill
 
 LAYERS = 6
 close = functools.partial(torch.testing.assert_close, atol=2e-5, rtol=1e-4)

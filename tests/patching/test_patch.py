@@ -11,10 +11,10 @@ from transformers import LlavaForConditionalGeneration
 from transformers.cache_utils import DynamicCache
 
 import trio
-from tests.models import IMAGE_TOKEN_ID, tiny_llava
 from tests.patching.prompts import pad, rows, run
+from tests.tiny.llava import IMAGE_TOKEN_ID, tiny_llava
+from trio.decoder.cache_argument import CACHE, cache_of
 from trio.errors import UserError
-from trio.models.cache_argument import CACHE, cache_of
 from trio.patching.cache import ragged_layers
 
 PRUNING = trio.Pruning(schedule="1:20,2:6")

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from tests.qwen import save_tiny_qwen
+from tests.tiny.qwen2_5_vl import save_tiny_qwen
 from trio.engine.engine import Engine
 from trio.engine.request import Prepared, Request
 from trio.job.settings import made_of

@@ -23,9 +23,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from tests.models import save_tiny_checkpoint
 from tests.pipeline.fakes import encoded, write_shard
 from tests.pipeline.servers import IMAGE, serving
+from tests.tiny.llava import save_tiny_checkpoint
 from trio.pipeline import mend
 from trio.pipeline.job import main
 

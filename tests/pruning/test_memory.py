@@ -11,8 +11,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from trio.models.decoder import Decoder
-from trio.pruning.methods.diversity import spread_out
+from trio.decoder.decoder import Decoder
+from trio.pruning.farthest import fill_up
+from trio.pruning.last_token_attention import last_attention
+from trio.pruning.layer_gradient import LayerGradient
+from trio.pruning.methods.divprune import spread_out
 from trio.pruning.nms import suppress
 from trio.pruning.saliency import saliency
 
@@ -104,7 +107,12 @@ def test_scoring_takes_less_than_a_twentieth_of_one_layers_activations(normed_ke
     counted.watch(hidden_TD)
     with counted:
         result = saliency(
-            own.proxy(1, TOKENS), hidden_TD, positions_T, [TOKENS], "reference", [(5, 5 + VISUAL)]
+            LayerGradient(own, 1, "output", TOKENS),
+            hidden_TD,
+            positions_T,
+            [TOKENS],
+            "reference",
+            [(5, 5 + VISUAL)],
         )
     assert result.scores_T.shape == (TOKENS,)
     assert counted.peak < limit
@@ -119,7 +127,7 @@ def test_attention_takes_less_than_a_twentieth_of_one_layers_activations() -> No
     counted = watched(own)
     counted.watch(hidden_TD)
     with counted:
-        own.last_attention(1, hidden_TD, positions_T, [TOKENS], TOKENS)
+        last_attention(own, 1, hidden_TD, positions_T, [TOKENS], TOKENS)
     assert counted.peak < layer_activations(own) / 20
 
 
@@ -142,7 +150,7 @@ def test_choosing_takes_less_than_a_twentieth_of_one_layers_activations(similar:
     limit = layer_activations(own) / 20
     generator = torch.Generator().manual_seed(0)
     hidden_TD = torch.randn(shape, generator=generator).bfloat16()
-    keep = KEPT
+    coordinates_T2, keep = torch.rand(TOKENS, 2, generator=generator), KEPT
     if similar:  # the walk leaves most of the budget to the fill-up, slow in half precision
         keep = 12
         hidden_TD[:, 0] = 150
@@ -150,17 +158,16 @@ def test_choosing_takes_less_than_a_twentieth_of_one_layers_activations(similar:
     counted = Allocations()
     counted.watch(hidden_TD)
     with counted:
-        kept_NK = suppress(
+        walked = suppress(
             hidden_TD,
-            torch.rand(TOKENS, 2, generator=generator),
             torch.tensor([5]),
             torch.tensor([VISUAL]),
-            torch.randperm(VISUAL, generator=generator)[None],
             torch.tensor([keep]),
+            torch.randperm(VISUAL, generator=generator)[None],
             keep,
             0.8,
-            "mixed",
         )
+        kept_NK = fill_up(hidden_TD, coordinates_T2, walked, "mixed")
     assert len(set(kept_NK[0].tolist())) == keep
     assert counted.peak < limit
     assert counted.largest < VISUAL * VISUAL

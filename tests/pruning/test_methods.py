@@ -8,14 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests import oracle
-from trio.config import Pruning
-from trio.errors import UserError
-from trio.pruning.candidates import Relevance
-from trio.pruning.compaction import Ragged
-from trio.pruning.methods import diversity
-from trio.pruning.methods.diversity import spread_out
-from trio.pruning.select import METHODS, choose
+from tests.pruning.other_methods import far_apart
+from tests.pruning.stages import chosen
+from trio.pruning.batch import Ragged
+from trio.pruning.method import Context, Stage, Text
+from trio.pruning.methods import divprune, eadp
+from trio.pruning.methods.divprune import spread_out
+from trio.pruning.options import Pruning
 
 COUNTS, KEEPS = (30, 7, 50, 2, 18), (8, 6, 20, 1, 3)
 
@@ -30,11 +29,11 @@ def orders(features: list[Tensor], keeps: tuple[int, ...]) -> list[list[int]]:
 @pytest.mark.parametrize("group", [1, 400, 1 << 20])
 @pytest.mark.parametrize("tile", [1, 16, 128])
 def test_far_apart_equals_the_loop(group: int, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(diversity._GROUP, "cpu", group)
-    monkeypatch.setattr(diversity, "_TILE", tile)
+    monkeypatch.setitem(divprune._GROUP, "cpu", group)
+    monkeypatch.setattr(divprune, "_TILE", tile)
     generator = torch.Generator().manual_seed(1)
     features = [torch.randn(count, 12, generator=generator) for count in COUNTS]
-    expected = [oracle.far_apart(own, keep) for own, keep in zip(features, KEEPS, strict=True)]
+    expected = [far_apart(own, keep) for own, keep in zip(features, KEEPS, strict=True)]
     assert orders(features, KEEPS) == expected
     alone = [orders([own], (keep,))[0] for own, keep in zip(features, KEEPS, strict=True)]
     assert alone == expected
@@ -55,84 +54,87 @@ def test_far_apart_begins_with_the_loneliest_and_takes_no_token_twice() -> None:
     assert orders([same.bfloat16()], (6,)) == [[4, 0, 1, 5, 2, 3]]
 
 
-def chosen(method: str, **options: Any) -> Any:
+def three_images(method: str, **facts: Any) -> Any:
+    """What is chosen of a request with three images, of which one keeps all."""
     hidden = torch.randn(20, 4, generator=torch.Generator().manual_seed(0))
-    return choose(
-        Pruning(schedule="2:3" if method == "fastv" else "0:3", method=method),
-        _never,
-        hidden,
-        torch.arange(20),
-        Ragged.of_spans((5, 15), [[], [(1, 6), (6, 8), (9, 14)]]),
-        [None, [3, 3, 3]],
-        coordinates_T2=torch.zeros(20, 2),
-        salts=[0, 0],
-        layer=2,
-        **options,
+    batch = Ragged.of_spans((5, 15), [[], [(1, 6), (6, 8), (9, 14)]])
+    pruning = Pruning(schedule="2:3" if method == "fastv" else "0:3", method=method)
+    return chosen(pruning, hidden, batch, [None, [3, 3, 3]], layer=2, **facts)
+
+
+def attend(monkeypatch: pytest.MonkeyPatch, scores_T: Tensor) -> None:
+    """The attention that every stage sees."""
+    monkeypatch.setattr(Stage, "attention", lambda self: scores_T)
+
+
+def relevant(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What patches matter is what stands for them."""
+    monkeypatch.setattr(eadp, "importance", lambda joint_MP, *args, **kwargs: joint_MP[:, 0])
+
+
+def context(matters_V: Tensor, tile_V: Tensor | None = None) -> Context:
+    """Of an image whose tokens matter so much, and come from these tiles."""
+    text = Text(torch.empty(1, 1, 1), torch.ones(1, 1, dtype=torch.bool), torch.empty(1, 1))
+    count = len(matters_V)
+    if tile_V is None:
+        return Context(places_V=torch.arange(count), joint_MP=matters_V[:, None], text=text)
+    places_V = tile_V.argsort(stable=True).argsort()
+    return Context(
+        places_V=places_V,
+        grids=tuple((1, size) for size in tile_V.bincount().tolist()),
+        joint_MP=matters_V[places_V.argsort()][:, None],
+        text=text,
     )
 
 
-def _never() -> Any:
-    raise AssertionError("no proxy is needed")
-
-
-def test_attention_takes_the_largest_of_each_image() -> None:
-    """Only of the requests that lose tokens, and of equal ones the lower index."""
-    asked = []
-
-    def attention(requests: Any) -> Tensor:
-        asked.append(list(requests))
-        scores = torch.zeros(15)
-        scores[[2, 5, 8, 12]] = torch.tensor([1.0, 0.5, 9.0, 2.0])
-        return scores
-
-    choice = chosen("fastv", attention=attention)
-    assert asked == [[1]]
+def test_attention_takes_the_largest_of_each_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of equal ones the lower index."""
+    scores = torch.zeros(15)
+    scores[[2, 5, 8, 12]] = torch.tensor([1.0, 0.5, 9.0, 2.0])
+    attend(monkeypatch, scores)
+    choice = three_images("fastv")
     assert choice.kept == [[], [[0, 1, 4], None, [0, 1, 3]]]
     assert choice.orders[1, 2].tolist() == [3, 0, 1, 2, 4]
-    assert choice.saliency is None and choice.scored == []
+    assert choice.saliency is None
 
 
-def test_eadp_chooses_by_what_comes_with_the_prompts() -> None:
-    with pytest.raises(UserError, match="text tower"):
-        chosen("eadp")
+def test_eadp_chooses_by_what_matters(monkeypatch: pytest.MonkeyPatch) -> None:
+    relevant(monkeypatch)
     torch.manual_seed(3)
-    own = [Relevance(torch.rand(count)) for count in (5, 2, 5)]
-    choice = chosen("eadp", relevance=[[], own])
+    own = [context(torch.rand(count)) for count in (5, 2, 5)]
+    choice = three_images("eadp", contexts=[[], own])
     order = choice.orders[1, 0].tolist()
     assert choice.kept == [[], [sorted(order), None, choice.kept[1][2]]]
     assert len(order) == 3
     # All that matters in two tiles lies in the second: it gets the whole budget.
-    tile_N = torch.tensor([1, 0, 1, 0, 1])
-    own[0] = Relevance(tile_N.float(), tile_N)
-    assert chosen("eadp", relevance=[[], own]).kept[1][0] == [0, 2, 4]
+    tile_V = torch.tensor([1, 0, 1, 0, 1])
+    own[0] = context(tile_V.float(), tile_V)
+    assert three_images("eadp", contexts=[[], own]).kept[1][0] == [0, 2, 4]
 
 
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
 @pytest.mark.parametrize("method", ["fastv", "divprune", "eadp", "eadp-tiles"])
 @pytest.mark.parametrize("spoilt", [[7], list(range(6, 11))], ids=["one", "all"])
 def test_an_image_of_no_numbers_is_told_and_leaves_the_others_alone(
-    method: str, wrong: float, spoilt: list[int]
+    method: str, wrong: float, spoilt: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It still gets as many tokens as it is to keep, none twice: others are packed behind it."""
+    relevant(monkeypatch)
     generator = torch.Generator().manual_seed(0)
     tiles = torch.tensor([0, 0, 1, 1, 1]) if method == "eadp-tiles" else None
     hidden, score = torch.randn(20, 4, generator=generator), torch.rand(20, generator=generator)
+    attend(monkeypatch, score)
 
     def choice() -> Any:
-        return choose(
+        return chosen(
             Pruning(schedule="0:3", method=method.partition("-")[0]),
-            _never,
             hidden,
-            torch.arange(20),
             Ragged.of_spans((5, 15), [[(0, 5)], [(1, 6), (9, 14)]]),
             [[3], [3, 3]],
-            coordinates_T2=torch.zeros(20, 2),
-            salts=[0, 0],
             layer=0,
-            attention=lambda requests: score,
-            relevance=[
-                [Relevance(score[:5], tiles)],
-                [Relevance(score[6:11], tiles), Relevance(score[14:19], tiles)],
+            contexts=[
+                [context(score[:5], tiles)],
+                [context(score[6:11], tiles), context(score[14:19], tiles)],
             ],
         )
 
@@ -144,9 +146,3 @@ def test_an_image_of_no_numbers_is_told_and_leaves_the_others_alone(
     assert len(set(own)) == 3 and set(own) <= set(range(5))
     for told, expected in ((before, [True, True]), (after, [True, False])):
         assert method == "divprune" or told.finite_B.tolist() == expected
-
-
-def test_every_method_has_its_function() -> None:
-    from trio.config import METHODS as NAMES
-
-    assert set(METHODS) == set(NAMES) - {"none"}

@@ -6,10 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests import oracle
-from trio.config import FILL_UPS
-from trio.pruning import nms
-from trio.pruning.walk import device_walk, launch
+from trio.pruning import farthest, nms, reference
+from trio.pruning.options import FILL_UPS
 
 
 def suppress(
@@ -24,17 +22,15 @@ def suppress(
 ) -> list[list[int]]:
     width = max(counts)
     order_NV = torch.tensor([[*order, *range(len(order), width)] for order in orders])
-    kept = nms.suppress(
-        features,
-        torch.zeros(len(features), 2) if coordinates is None else coordinates,
-        torch.tensor(starts),
-        torch.tensor(counts),
-        order_NV,
-        torch.tensor(keeps),
-        max(keeps),
-        threshold,
-        fill_up,
+    device = features.device
+    coordinates = (
+        torch.zeros(len(features), 2, device=device) if coordinates is None else coordinates
     )
+    start_N, count_N, keep_N = torch.tensor([starts, counts, keeps], device=device)
+    walked = nms.suppress(
+        features, start_N, count_N, keep_N, order_NV.to(device), max(keeps), threshold
+    )
+    kept = farthest.fill_up(features, coordinates, walked, fill_up)
     assert all(set(own[n:]) <= {width} for own, n in zip(kept.tolist(), keeps, strict=True))
     return [own[:n] for own, n in zip(kept.tolist(), keeps, strict=True)]
 
@@ -48,18 +44,18 @@ def clustered(count: int, clusters: int, noise: float, seed: int) -> Tensor:
 
 
 @pytest.fixture(params=["host", "device"])
-def farthest(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """How the fill-up goes on a CPU, and how on a GPU."""
     if request.param == "device":
 
         def on_device(*tensors: Tensor) -> Tensor:
             features, coordinates, index, near, room = tensors
-            return nms._farthest(features, coordinates, index, near, room, int(room.max()))
+            return farthest._farthest(features, coordinates, index, near, room, int(room.max()))
 
-        monkeypatch.setattr(nms, "_farthest_on_host", on_device)
+        monkeypatch.setattr(farthest, "_farthest_on_host", on_device)
 
 
-@pytest.mark.usefixtures("farthest")
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("fill_up", FILL_UPS)
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("keep", [1, 7, 40, 100, 199, 200])
@@ -69,11 +65,11 @@ def test_equals_the_sequential_walk(seed: int, keep: int, fill_up: str) -> None:
     order = torch.randperm(200, generator=torch.Generator().manual_seed(seed + 99)).tolist()
     coordinates = torch.rand(200, 2, generator=torch.Generator().manual_seed(seed))
     (got,) = suppress(features, [0], [200], [order], [keep], 0.8, fill_up, coordinates)
-    assert got == oracle.walk(features, order, keep, 0.8, fill_up, coordinates)
+    assert got == reference.walk(features, order, keep, 0.8, fill_up, coordinates)
     assert len(got) == keep
 
 
-@pytest.mark.usefixtures("farthest")
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("fill_up", FILL_UPS)
 def test_several_images_of_different_sizes_at_once(fill_up: str) -> None:
     counts, keeps, starts = [150, 9, 70, 64], [60, 9, 5, 20], [3, 160, 180, 260]
@@ -86,7 +82,7 @@ def test_several_images_of_different_sizes_at_once(fill_up: str) -> None:
     got = suppress(features, starts, counts, orders, keeps, 0.8, fill_up, coordinates)
     for start, count, order, keep, own in zip(starts, counts, orders, keeps, got, strict=True):
         features_VD, places = (all_T[start : start + count] for all_T in (features, coordinates))
-        assert own == oracle.walk(features_VD, order, keep, 0.8, fill_up, places)
+        assert own == reference.walk(features_VD, order, keep, 0.8, fill_up, places)
 
 
 def test_fill_up_takes_the_same_order_again() -> None:
@@ -135,7 +131,7 @@ def test_half_precision_features_are_compared_in_float32(fill_up: str) -> None:
     features = clustered(300, 10, 0.3, 5).bfloat16()
     order = list(range(300))
     (got,) = suppress(features, [0], [300], [order], [60], 0.8, fill_up)
-    assert got == oracle.walk(features.float(), order, 60, 0.8, fill_up)
+    assert got == reference.walk(features.float(), order, 60, 0.8, fill_up)
 
 
 def rounds(images: int, candidates: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -152,8 +148,9 @@ def rounds(images: int, candidates: int) -> tuple[Tensor, Tensor, Tensor]:
 def test_the_kernel_walks_as_the_host_does(candidates: int) -> None:
     near, blocked, room = rounds(7, candidates)
     expected = nms._walk_on_host(near, blocked, room)
-    assert device_walk(torch.device("cuda")) is launch
-    assert torch.equal(launch(near.cuda(), blocked.cuda(), room.cuda()).cpu(), expected)
+    assert nms._walk(torch.device("cuda")) is nms.walk_on_device
+    got = nms.walk_on_device(near.cuda(), blocked.cuda(), room.cuda())
+    assert torch.equal(got.cpu(), expected)
 
 
 @pytest.mark.gpu
@@ -163,15 +160,7 @@ def test_a_gpu_chooses_as_the_sequential_walk(fill_up: str) -> None:
     features = clustered(900, 60, 0.35, 1)
     order = torch.randperm(900, generator=torch.Generator().manual_seed(2))
     coordinates = torch.rand(900, 2, generator=torch.Generator().manual_seed(3))
-    kept = nms.suppress(
-        features.cuda(),
-        coordinates.cuda(),
-        torch.tensor([0]).cuda(),
-        torch.tensor([900]).cuda(),
-        order[None].cuda(),
-        torch.tensor([200]).cuda(),
-        200,
-        0.8,
-        fill_up,
+    (kept,) = suppress(
+        features.cuda(), [0], [900], [order.tolist()], [200], 0.8, fill_up, coordinates.cuda()
     )
-    assert kept[0].tolist() == oracle.walk(features, order.tolist(), 200, 0.8, fill_up, coordinates)
+    assert kept == reference.walk(features, order.tolist(), 200, 0.8, fill_up, coordinates)

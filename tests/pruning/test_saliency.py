@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests import oracle
-from tests.models import Family, tiny_llava
-from trio.models import keys
-from trio.models.decoder import Decoder
+from tests.tiny.llava import Family, tiny_llava
+from trio.decoder.decoder import Decoder
+from trio.pruning import reference
+from trio.pruning import tiled_attention as keys
+from trio.pruning.layer_gradient import LayerGradient
 from trio.pruning.saliency import Saliency, proxy_rows, saliency
 
 LAYER = 2
@@ -27,8 +28,8 @@ def score(
 ) -> Saliency:
     decoder = Decoder(model.model.language_model, model.lm_head)
     positions = torch.cat([torch.arange(n) for n in lengths])
-    used = decoder.proxy(LAYER, head=proxy_head)
-    return saliency(used, hidden_TD, positions, lengths, rows, wanted)
+    proxy = LayerGradient(decoder, LAYER, proxy_head)
+    return saliency(proxy, hidden_TD, positions, lengths, rows, wanted)
 
 
 def by_the_book(
@@ -39,13 +40,13 @@ def by_the_book(
     dtype: torch.dtype = torch.float64,
     proxy_head: str = "output",
 ) -> tuple[list[Tensor], list[Tensor]]:
-    text, head = oracle.text_parts(model, dtype)
+    text, head = reference.text_parts(model, dtype)
     if proxy_head == "input_embedding":
-        head = oracle.embedding_head(text)
+        head = reference.embedding_head(text)
     scores, losses = [], []
     for hidden in hidden_TD.to(dtype).split(list(lengths)):
         positions = torch.arange(len(hidden))
-        own, loss = oracle.saliency(text, head, LAYER, hidden, positions, rows)
+        own, loss = reference.saliency(text, head, LAYER, hidden, positions, rows)
         scores.append(own)
         losses.append(loss)
     return scores, losses
@@ -175,15 +176,15 @@ def test_a_saturated_loss_still_ranks(seed: int) -> None:
     with torch.no_grad():
         model.lm_head.weight.mul_(2e4)
     hidden = hidden_for(lengths, seed)
-    text, head = oracle.text_parts(model, torch.float32)
-    naive, _ = oracle.saliency(text, head, LAYER, hidden[:48], torch.arange(48), "reference")
+    text, head = reference.text_parts(model, torch.float32)
+    naive, _ = reference.saliency(text, head, LAYER, hidden[:48], torch.arange(48), "reference")
     assert int(naive.count_nonzero()) == 0  # in float32 the textbook gradient is gone
     got = score(model, hidden, lengths)
     expected = saturated_reference(model, hidden, lengths)
     for mine, book in zip(got.scores_T.split(list(lengths)), expected, strict=True):
         assert torch.isfinite(mine).all()
         size = len(mine) - 1
-        assert oracle.order(mine[:size])[:12] == oracle.order(book[:size])[:12]
+        assert reference.order(mine[:size])[:12] == reference.order(book[:size])[:12]
         torch.testing.assert_close(
             (mine / mine.max()).double(), book / book.max(), rtol=5e-3, atol=1e-5
         )
@@ -195,11 +196,11 @@ def saturated_reference(model: Any, hidden: Tensor, lengths: tuple[int, ...]) ->
     The loss itself is written as log1p(sum of exp(margins)), exact where cross-entropy rounds to
     zero: margins of a row are its logits minus that of the label.
     """
-    text, head = oracle.text_parts(model, torch.float64)
+    text, head = reference.text_parts(model, torch.float64)
     scores = []
     for own in hidden.double().split(list(lengths)):
         leaf = own.clone().requires_grad_()
-        logits = oracle.proxy_logits(text, head, LAYER, leaf, torch.arange(len(leaf)))
+        logits = reference.proxy_logits(text, head, LAYER, leaf, torch.arange(len(leaf)))
         chosen = logits[proxy_rows(len(leaf), "reference")]
         label = chosen.argmax(-1, keepdim=True)
         margins = (chosen - chosen.gather(1, label)).scatter(1, label, -torch.inf)

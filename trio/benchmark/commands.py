@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-from trio.config import Pruning
 from trio.errors import UserError
 from trio.job.cli import WRONG, fail
 from trio.job.flags import Command, Group, parse_command
+from trio.pruning.options import Pruning
 from trio.values import Value, replaced, settings_of, text, whole
 
 PROGRAM = "benchmark.py"

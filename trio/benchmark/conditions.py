@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import transformers
 
-from trio.models import waiting
+from trio import openmp as waiting
 
 
 def machine(device: torch.device) -> dict[str, Any]:

@@ -11,19 +11,20 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 
 from trio.benchmark.commands import DTYPES, Count, File, Measurement, NewFile, line, tell, write
 from trio.bundled import CLIP, is_bundled
-from trio.config import (
-    ENCODERS,
-    FILL_UPS,
-    METHODS,
-    POSITION_IDS,
-    PROXY_HEADS,
-    PROXY_LAYERS,
-    PROXY_POSITIONS,
-)
 from trio.errors import UserError, first_line
 from trio.job import cli
 from trio.job.flags import Group
 from trio.job.settings import DEMO, Settings
+from trio.pruning.method_registry import names
+from trio.pruning.options import (
+    ENCODERS,
+    FILL_UPS,
+    POSITION_IDS,
+    PROXY_HEADS,
+    PROXY_LAYERS,
+    PROXY_POSITIONS,
+    read_method,
+)
 from trio.pruning.schedule import read_shape
 from trio.values import (
     Model,
@@ -38,7 +39,7 @@ from trio.values import (
 )
 
 if TYPE_CHECKING:
-    from trio.benchmark.quality import Setting
+    from trio.benchmark.quality.comparison import Setting
 
 
 def _shape(value: Any) -> str:
@@ -60,8 +61,10 @@ class Quality(Measurement):
     """Hub id, directory, or demo, the bundled one."""
     text_tower: Model | None = None
     """For method eadp: the CLIP of the model's vision encoder."""
-    methods: Annotated[tuple[str, ...], _words(METHODS)] = METHODS
-    """How tokens are chosen, several with commas."""
+    methods: Annotated[
+        tuple[str, ...], Value(read=listed(read_method), unit=lambda: ",".join(names()))
+    ] = field(default_factory=names)
+    """How tokens are chosen, several with commas (default: all)."""
     encoders: Annotated[tuple[str, ...], _words(ENCODERS)] = ("none",)
     """What reduces them in the encoder, several with commas."""
     retention: Annotated[
@@ -103,8 +106,8 @@ class Quality(Measurement):
     """Print what would be measured, then stop."""
 
     def run(self) -> int:
-        from trio.benchmark import plots
-        from trio.benchmark.quality import check_scenes
+        from trio.benchmark.quality import plots
+        from trio.benchmark.quality.comparison import check_scenes
 
         if self.plot:
             plots.check(self.plot)
@@ -134,9 +137,9 @@ class Quality(Measurement):
 
     def _in_reach(self) -> tuple[list[Setting], list[dict[str, Any]]]:
         """What to measure, and what the model cannot have."""
-        from trio.benchmark.quality import in_reach, settings
+        from trio.benchmark.quality.comparison import in_reach, settings
         from trio.engine.loading import load_outline
-        from trio.models.registry import adapt
+        from trio.families.registry import adapt
 
         asked = settings(
             self.methods,
@@ -164,9 +167,9 @@ class Quality(Measurement):
     ) -> dict[str, Any]:
         """What the JSON file holds; it is written after every setting."""
         from trio.benchmark.conditions import machine
-        from trio.benchmark.progress import Clock
-        from trio.benchmark.quality import ask, describe, measure
-        from trio.benchmark.quality_table import share
+        from trio.benchmark.progress_line import Clock
+        from trio.benchmark.quality.comparison import ask, describe, measure
+        from trio.benchmark.quality.quality_table import share
         from trio.engine.loading import load, load_text_tower
 
         asked = ask(self.scenes, list(self.seed), every=self.every_scene)
@@ -191,8 +194,8 @@ class Quality(Measurement):
 
     def _show(self, found: Mapping[str, Any]) -> int:
         """Print the table of a JSON file and draw its plot."""
-        from trio.benchmark import plots
-        from trio.benchmark.quality_table import NOTE, STAGES_NOTE, stages_table, table
+        from trio.benchmark.quality import plots
+        from trio.benchmark.quality.quality_table import NOTE, STAGES_NOTE, stages_table, table
 
         print(table(found["rows"], as_markdown=self.markdown))
         print(f"\n{NOTE}")
@@ -249,9 +252,9 @@ class Calibrate(Measurement):
         return cls(job=cli.settings_from(rest, rest.pop("config", None)), **own)
 
     def run(self) -> int:
-        from trio.benchmark import pruning_file
-        from trio.benchmark.calibrate import Plan, check_file, dump, resolved, table
-        from trio.benchmark.calibrate import calibrate as search
+        from trio.benchmark.quality import pruning_file
+        from trio.benchmark.quality.calibrate import Plan, check_file, dump, resolved, table
+        from trio.benchmark.quality.calibrate import calibrate as search
 
         plan = Plan.of(resolved(self.job), self.rows)
         file = check_file(self.output)

@@ -20,9 +20,9 @@ from trio.benchmark.commands import (
     tell,
     write,
 )
-from trio.config import Pruning
 from trio.errors import UserError
 from trio.job.settings import DEMO
+from trio.pruning.options import Pruning
 from trio.values import (
     Fraction,
     Model,
@@ -124,7 +124,7 @@ class Speed(Measurement):
         import torch
 
         from trio.benchmark.conditions import machine
-        from trio.benchmark.speed import Workload, compare, table
+        from trio.benchmark.speed.engine_speed import Workload, compare, table
 
         names = ("batch", "prompt_tokens", "output_tokens", "seed")
         workload = Workload(**{name: getattr(self, name) for name in names})
@@ -185,9 +185,9 @@ class Cost(Measurement):
             raise UserError("--model and --shape exclude each other: give one of them")
 
     def run(self) -> int:
-        from trio.benchmark.cost import cost as count
-        from trio.benchmark.cost import table
-        from trio.benchmark.shapes import PUBLISHED, blueprint, processor
+        from trio.benchmark.shapes.sizes import PUBLISHED, blueprint, processor
+        from trio.benchmark.speed.paper_cost import cost as count
+        from trio.benchmark.speed.paper_cost import table
         from trio.engine.loading import load_outline
 
         pruning = one_ninth(self.pruning)
@@ -240,9 +240,9 @@ class Targets(Measurement):
         import torch
 
         from trio.benchmark.conditions import machine
-        from trio.benchmark.device import PARTS, Bench
-        from trio.benchmark.device import run as figures
-        from trio.benchmark.targets import RUNS, parity_row, table
+        from trio.benchmark.speed.device import PARTS, Bench
+        from trio.benchmark.speed.device import run as figures
+        from trio.benchmark.speed.targets import RUNS, parity_row, table
 
         asked = self._asked([*PARTS, GOALS])
         device, dtype = _device(self.device, self.dtype)
@@ -285,8 +285,8 @@ class Targets(Measurement):
 
     def _goal(self, run: Any, bench: Any, found: dict[str, Any]) -> None:
         """One whole comparison, held against what it should give; written at once."""
-        from trio.benchmark.speed import Workload, compare
-        from trio.benchmark.speed import table as speed_table
+        from trio.benchmark.speed.engine_speed import Workload, compare
+        from trio.benchmark.speed.engine_speed import table as speed_table
 
         if bench.left_s <= 0:
             found["figures"].append({"part": GOALS, "skipped": run.name})
@@ -336,7 +336,7 @@ class Pipeline(Measurement):
         import torch
 
         from trio.benchmark.conditions import machine
-        from trio.benchmark.pipeline import (
+        from trio.benchmark.speed.job_speed import (
             Workload,
             check,
             measure,

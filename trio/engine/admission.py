@@ -5,12 +5,12 @@ from __future__ import annotations
 import itertools
 import time
 
-from trio.engine.decoding import Rules
-from trio.engine.following import follow
+from trio.engine.decoding.generation_rules import Rules
+from trio.engine.decoding.logits_rules import follow
+from trio.engine.decoding.sampler import stream
+from trio.engine.model_runner import Runner
 from trio.engine.request import Prepared, Result, Sampling, failed
-from trio.engine.runner import Runner
-from trio.engine.sampling import stream
-from trio.engine.task import Task
+from trio.engine.sequence import Task
 from trio.errors import UserError
 
 
@@ -45,6 +45,9 @@ class Admission:
             numbers = f"{len(prepared.image_inputs)} and {len(prepared.image_tokens)}"
             message = f"image_inputs and image_tokens speak of {numbers} images"
             return failed(prepared.id, "mismatch", message)
+        if runner.needs_instruction and prepared.image_tokens and not prepared.instruction_ids:
+            message = f"method {runner.pruning.method} needs a prompt with words of its own"
+            return failed(prepared.id, "prompt", message)
         if 0 in prepared.image_tokens:
             return failed(prepared.id, "mismatch", "an image without placeholder tokens")
         try:

@@ -14,29 +14,29 @@ import torch
 from PIL import Image
 from torch import Tensor, cuda
 
+from trio import openmp as waiting
 from trio.bundled import is_bundled, prompts_notice
-from trio.config import Pruning
 from trio.engine.admission import Admission
-from trio.engine.decoding import Rules
-from trio.engine.following import check, note, ruled
-from trio.engine.limits import most_visual_tokens
+from trio.engine.decoding.generation_rules import Rules
+from trio.engine.decoding.logits_rules import check, note, ruled
+from trio.engine.decoding.sampler import Chosen, choose, stream
 from trio.engine.loading import default_kv_bytes, load, load_text_tower
+from trio.engine.memory_limit import Limit
+from trio.engine.metrics import Counters
+from trio.engine.model_runner import EncodeImages, Runner
 from trio.engine.plan import TEXT_TOKENS, MemoryPlan
-from trio.engine.prepare import Preparer
+from trio.engine.preprocess import Preparer
 from trio.engine.report import report
 from trio.engine.request import Prepared, Request, Result, Sampling, failed
-from trio.engine.runner import EncodeImages, Runner
-from trio.engine.sampling import Chosen, choose, stream
 from trio.engine.scheduler import Scheduler
-from trio.engine.shortage import Limit
-from trio.engine.stats import Counters
-from trio.engine.task import Task
+from trio.engine.sequence import Task
 from trio.errors import UserError
-from trio.models import waiting
-from trio.models.adapter import Adapter, Features
-from trio.models.registry import adapt
-from trio.models.text_tower import TextTower
-from trio.models.weights import how_to_mend
+from trio.families.adapter import Adapter, Features
+from trio.families.pixel_limits import most_visual_tokens
+from trio.families.registry import adapt
+from trio.families.text_tower import TextTower
+from trio.families.weights import how_to_mend
+from trio.pruning.options import Pruning
 
 _log = logging.getLogger(__name__)
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from trio.config import Pruning
 from trio.engine.request import Prepared
-from trio.models.adapter import Adapter
-from trio.models.text_tower import TextTower
-from trio.pruning.cost import DecoderShape
-from trio.pruning.saliency import proxy_rows
+from trio.families.adapter import Adapter
+from trio.families.text_tower import TextTower
+from trio.pruning.flops import DecoderShape
+from trio.pruning.method_registry import create
+from trio.pruning.options import Pruning
 
 
 def choosing_flops(
@@ -21,6 +21,9 @@ def choosing_flops(
         image_tokens: that the encoder gave for each image.
         prompt_tokens: of text.
     """
+    if not pruning.chooses:
+        return 0
+    method = create(pruning)
     layers = shape.num_layers
     stages = [dict(pruning.stages(count, layers)) for count in image_tokens]
     flops, left = 0, [pruning.encoded(count, layers) for count in image_tokens]
@@ -29,12 +32,9 @@ def choosing_flops(
         if keeps == left:
             continue
         tokens = sum(left) + prompt_tokens
-        flops += shape.choosing_flops(
-            pruning.method,
-            tokens=tokens,
-            images=list(zip(left, keeps, strict=True)),
-            rows=len(proxy_rows(tokens, pruning.proxy_positions)),
-        )
+        pairs = zip(left, keeps, strict=True)
+        losing = [(count, keep) for count, keep in pairs if keep < count]
+        flops += method.flops(shape, tokens, losing)
         left = keeps
     return flops
 

@@ -13,18 +13,18 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.utils import cached_file
 
 from trio import bundled, cgroups
-from trio.engine.checkpoint import (
+from trio.engine.checkpoint_files import (
     check_directory,
     check_tensors,
     explaining_processor,
     explaining_weights,
 )
-from trio.engine.limits import limit_images
 from trio.errors import UserError, first_line
-from trio.models.registry import adapt, adapter_class
-from trio.models.text_tower import TextTower
-from trio.models.weights import DTYPES, check_unquantised
-from trio.pruning.defaults import FILE as PRUNING_DEFAULTS
+from trio.families.pixel_limits import limit_images
+from trio.families.registry import adapt, adapter_class
+from trio.families.text_tower import TextTower
+from trio.families.weights import DTYPES, check_unquantised
+from trio.pruning.pruning_config import FILE as PRUNING_DEFAULTS
 
 
 def load(

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from trio.engine.request import Result, failed
-from trio.engine.task import Task
-from trio.pruning.cost import DecoderShape, layer_average
+from trio.engine.sequence import Task
+from trio.pruning.flops import DecoderShape, layer_average
 
 
 def report(

@@ -123,6 +123,8 @@ class Prepared:
     """What the image processor made of each image, one mapping per image."""
     prompt: str = ""
     """The user's text alone, for a method that compares images with it."""
+    instruction_ids: tuple[int, ...] = ()
+    """The same as the decoder's tokens, without those that only a chat template may write."""
     id: Any = None
     sampling: Sampling | None = None
 
@@ -158,7 +160,7 @@ class Result:
     retention: float | None = None
     """Layer average of visual tokens present over visual tokens the encoder gave."""
     prefill_flops: float | None = None
-    """FLOPs of the decoder's prefill, by the field's convention (see `trio.pruning.cost`)."""
+    """FLOPs of the decoder's prefill, by the field's convention (see `trio.pruning.flops`)."""
     prefill_flops_unpruned: float | None = None
     reading_flops: float | None = None
     """`prefill_flops`, those of the vision encoder and those of scoring and choosing tokens."""

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Generic, Protocol, TypeVar
 
-from trio.engine.room import Need
+from trio.engine.kv_budget import Need
 
 
 class Schedulable(Protocol):

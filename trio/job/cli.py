@@ -11,7 +11,7 @@ from trio.errors import UserError
 from trio.job.flags import Group, parse
 from trio.job.run_yaml import checked, load
 from trio.job.settings import FIELDS, Settings, made_of
-from trio.pruning.defaults import CHOICES, SHAPE
+from trio.pruning.pruning_config import CHOICES, SHAPE
 from trio.values import Setting, Switch, Value, settings_of, text
 
 OK, FAILED, WRONG, ERRORS = 0, 1, 2, 3

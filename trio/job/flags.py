@@ -24,9 +24,9 @@ from tyro.constructors import (
     StructTypeInfo,
 )
 
-from trio.config import BuiltIn, BuiltInNumber
 from trio.errors import UserError
 from trio.job.run_yaml import suggestion
+from trio.pruning.options import BuiltIn, BuiltInNumber
 from trio.values import Setting
 
 HINT = "(--help lists all flags)"

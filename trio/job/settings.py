@@ -14,13 +14,13 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from trio import bundled
-from trio.config import BuiltIn, BuiltInNumber, Pruning
 from trio.engine.request import Sampling
 from trio.errors import UserError
 from trio.pipeline.columns import parse_mapping
 from trio.pipeline.policy import MAX_PIXELS, ROW_TIMEOUT_S, ImagePolicy, parse_origin, redact
 from trio.pipeline.storage import check_no_secret, is_local, local_path
-from trio.pruning.defaults import PruningDefaults
+from trio.pruning.options import BuiltIn, BuiltInNumber, Pruning
+from trio.pruning.pruning_config import PruningDefaults
 from trio.values import (
     Pixels,
     Rows,

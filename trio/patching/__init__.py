@@ -6,11 +6,12 @@ from typing import TypeVar
 
 from torch import nn
 
-from trio.config import Pruning
 from trio.errors import UserError
-from trio.models.registry import adapt
+from trio.families.registry import adapt
 from trio.patching.forward import PatchedDecoder, PatchedForward, PatchedGenerate
 from trio.patching.override import Override
+from trio.pruning.method_registry import needs_of
+from trio.pruning.options import Pruning
 
 __all__ = ["patch", "unpatch"]
 
@@ -64,13 +65,13 @@ def patch(model: Model, pruning: Pruning) -> Model:
             f"encoder {pruning.encoder}: a patched model takes its features as the encoder gives "
             "them; use trio.Engine for a reduction in the encoder, or encoder none"
         )
-    if pruning.method == "eadp":
-        raise UserError(
-            "method eadp compares images with prompts before the decoder, and a patched model has "
-            "no text for that; use trio.Engine, or another method"
-        )
     adapter = adapt(model)
     pruning = adapter.settle(pruning)
+    if needs_of(pruning) & {"text_tower", "instruction"}:
+        raise UserError(
+            f"method {pruning.method} compares images with prompts before the decoder, and a "
+            "patched model has no text for that; use trio.Engine, or another method"
+        )
     if PatchedForward.of(model) is not None:
         unpatch(model)
     overrides: list[Override] = [

@@ -19,8 +19,8 @@ from transformers.cache_utils import (
     DynamicSlidingWindowLayer,
 )
 
+from trio.decoder.cache_argument import CACHE
 from trio.errors import UserError
-from trio.models.cache_argument import CACHE
 
 GROWTH = 64  # columns added when a layer is full
 # A sliding window is no matter while the sequence is shorter, which the caller checks.

@@ -20,18 +20,19 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from trio.config import Pruning
+from trio.decoder.attention import Padded
+from trio.decoder.cache_argument import CACHE, cache_of
 from trio.errors import UserError
-from trio.models.adapter import Adapter, Span
-from trio.models.attention import Padded
-from trio.models.cache_argument import CACHE, cache_of
-from trio.models.prefill import PackedPrompts, prefill
-from trio.models.raster import packed, unknown
-from trio.models.weights import how_to_mend
+from trio.families.adapter import Adapter, Span
+from trio.families.coordinates import packed, unknown
+from trio.families.weights import how_to_mend
 from trio.patching.cache import RaggedLayer, make_plain, make_ragged, ragged_layers
 from trio.patching.embeds import check_embeds
 from trio.patching.override import Override
+from trio.prefill import PackedPrompts, prefill
+from trio.pruning.method_registry import needs_of
 from trio.pruning.methods.random import salt_of
+from trio.pruning.options import Pruning
 
 UNPATCH = "or call trio.unpatch(model) first"
 _PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
@@ -144,7 +145,7 @@ class PatchedForward(Override):
         pictures, videos = self._spans(call, tokens)
         images = tuple(tuple(sorted(own)) for own in map(add, pictures, videos))
         located = None
-        if self.pruning.looks_at_places:
+        if "coordinates" in needs_of(self.pruning):
             located = packed(lengths, pictures, self._coordinates(call, pictures))
         return Prompts(
             real_BS=real_BS,

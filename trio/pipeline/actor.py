@@ -21,9 +21,8 @@ import pyarrow as pa
 import ray
 from PIL import Image
 
-from trio.config import Pruning
+from trio import openmp as waiting
 from trio.engine.request import Result, Sampling
-from trio.models import waiting
 from trio.pipeline import totals as sums
 from trio.pipeline.columns import Columns
 from trio.pipeline.cpus import usable
@@ -45,6 +44,7 @@ from trio.pipeline.sink import Sink
 from trio.pipeline.storage import parent
 from trio.pipeline.totals import Totals
 from trio.pipeline.worker import EngineLike, EngineThread, Outcome
+from trio.pruning.options import Pruning
 
 BEAT = "beat"
 # concurrency group of its own: answered while every other thread of the actor is busy
@@ -111,7 +111,7 @@ def build_engine(settings: EngineSettings) -> EngineLike:
     import torch
 
     from trio.engine.engine import Engine
-    from trio.models.registry import register_named
+    from trio.families.registry import register_named
 
     if not settings.gpu:
         torch.set_num_threads(engine_threads(settings))

@@ -7,8 +7,8 @@ from pathlib import Path
 from trio.errors import UserError, first_line
 from trio.job.settings import Settings
 from trio.pipeline.fingerprint import HUB_TIMEOUT_S, model_directory
-from trio.pruning import defaults
-from trio.pruning.defaults import FILE, PruningDefaults
+from trio.pruning import pruning_config as defaults
+from trio.pruning.pruning_config import FILE, PruningDefaults
 
 
 def pruning_resolved(config: Settings) -> Settings:

@@ -16,9 +16,9 @@ from typing import Any
 
 import ray
 
+from trio import openmp as waiting
 from trio.errors import UserError
 from trio.job.settings import AUTO, LOCAL, Settings
-from trio.models import waiting
 from trio.pipeline import cpus
 from trio.pipeline.environment import (
     cluster_runtime_env,

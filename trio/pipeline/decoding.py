@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from trio.engine.decoding import FILE, Rules
+from trio.engine.decoding.generation_rules import FILE, Rules
 from trio.errors import UserError, first_line
 from trio.job.settings import Settings
 from trio.pipeline.fingerprint import model_directory

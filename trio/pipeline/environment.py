@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import trio
-from trio.models import waiting
+from trio import openmp as waiting
 
 PACKAGE = Path(trio.__file__).resolve().parent
 

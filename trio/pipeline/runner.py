@@ -12,7 +12,7 @@ from contextlib import closing, suppress
 from dataclasses import dataclass
 from typing import Any
 
-from trio.engine.decoding import Rules
+from trio.engine.decoding.generation_rules import Rules
 from trio.engine.plan import describe
 from trio.errors import JobFailed
 from trio.job.settings import SCORED, Settings

@@ -1,10 +1,7 @@
 """Non-maximum suppression in feature space.
 
 TRIO (arXiv 2602.04657): walk down the saliency order, keep a token unless its cosine with a kept
-one reaches the threshold, stop at K; if short, fill up from the same order. A budget larger than
-the number of different things in an image then goes to more of the same few. `mixed` fills up a
-part of it so, and the rest with what is least like all that is kept, in what it shows and in where
-in the picture it lies.
+one reaches the threshold, stop at K.
 
 Shapes: N images, V visual tokens of the widest image, K tokens kept at most, C candidates looked at
 in one round, T packed tokens, D hidden size.
@@ -12,44 +9,50 @@ in one round, T packed tokens, D hidden size.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trio.pruning.walk import device_walk
-
 # On a CPU a round more costs little, and most walks end early; a GPU is not asked whether they did.
 _ROUND = {"cpu": 64}
 _ROUND_ON_DEVICE = 128
-_BLOCK = 256
 
-# How `mixed` fills up: one of so many missing tokens by saliency; what lying at one place counts
-# beside a cosine of 1; and the distance at which that falls to exp(-1/2), in edges of a square as
-# large as the picture. Chosen on other scenes than those of the README's tables.
-_SALIENT = 4
-_NEARNESS = 0.3
-_REACH = 1 / 3
-_FALL = -1 / (2 * _REACH**2)
 
-Walk = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Near `[N, C, C]`, blocked `[N, C]`, room `[N]` to the candidates taken `[N, C]`."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Walked:
+    """Where a walk ended: maybe short of the tokens that are to be kept."""
+
+    order_NV: Tensor
+    """For each image its local indices, most salient first."""
+    index_NV: Tensor
+    """The same as packed indices."""
+    there_NV: Tensor
+    """Which of them the image has."""
+    taken_NV: Tensor
+    """Which of them are kept."""
+    keep_N: Tensor
+    """Tokens to keep of each."""
+    room_N: Tensor
+    """How many of these are missing."""
+    most_kept: int
+    """The largest of `keep_N`."""
 
 
 def suppress(
     features_TD: Tensor,
-    coordinates_T2: Tensor,
     start_N: Tensor,
     count_N: Tensor,
-    order_NV: Tensor,
     keep_N: Tensor,
+    order_NV: Tensor,
     most_kept: int,
     threshold: float,
-    fill_up: str,
-) -> Tensor:
-    """Choose tokens of several images at once.
+) -> Walked:
+    """Keep the most salient tokens of several images that are no near-duplicates.
 
     The walk goes in rounds of some candidates of every image, whose cosines with each other and
     with what is kept are two products: no V x V matrix and no copy of all features is made. All
@@ -57,24 +60,18 @@ def suppress(
 
     Args:
         features_TD: packed features.
-        coordinates_T2: where in its picture each token lies, in edges of a square as large as the
-            picture; all alike where that is unknown.
         start_N: packed index of each image's first token.
         count_N: visual tokens of each image.
+        keep_N: tokens to keep of each, at most its count.
         order_NV: for each image its local indices, most salient first; past its count anything in
             `0 … V-1`.
-        keep_N: tokens to keep of each, at most its count.
         most_kept: the largest of `keep_N`, on the host.
         threshold: cosine from which a token is suppressed.
-        fill_up: as in `trio.Pruning`.
-
-    Returns:
-        `[N, K]`, for each image the kept local indices, rising; past its own number V.
     """
     images, most = order_NV.shape
     device = features_TD.device
-    walk = device_walk(device) or _walk_on_host
-    step = _round(device)
+    walk = _walk(device)
+    step = tokens_per_round(device)
     dtype = torch.promote_types(features_TD.dtype, torch.float32)
     # One row more, into which candidates that are not kept are written.
     kept_NKD = features_TD.new_zeros((images, most_kept + 1, features_TD.shape[1]), dtype=dtype)
@@ -100,182 +97,31 @@ def suppress(
         kept_NKD.scatter_(1, place_NC[..., None].expand_as(block_NCD), block_NCD)
         taken_NV[:, first : first + step] = taken_NC
         room_N -= taken_NC.sum(dim=1)
-    del kept_NKD
-    if fill_up == "mixed":
-        _mix(features_TD, coordinates_T2, index_NV, there_NV, taken_NV, keep_N, room_N)
-    return _filled_up(order_NV, taken_NV, there_NV, keep_N, most_kept)
+    return Walked(
+        order_NV=order_NV,
+        index_NV=index_NV,
+        there_NV=there_NV,
+        taken_NV=taken_NV,
+        keep_N=keep_N,
+        room_N=room_N,
+        most_kept=most_kept,
+    )
 
 
-def _round(device: torch.device) -> int:
+def tokens_per_round(device: torch.device) -> int:
+    """Candidates that are looked at together, C."""
     return _ROUND.get(device.type, _ROUND_ON_DEVICE)
 
 
-def _mix(
-    features_TD: Tensor,
-    coordinates_T2: Tensor,
-    index_NV: Tensor,
-    there_NV: Tensor,
-    taken_NV: Tensor,
-    keep_N: Tensor,
-    room_N: Tensor,
-) -> None:
-    """Take as many more of each image as there is room for, some by saliency, the others far from
-    all that are taken.
-
-    Args:
-        features_TD: packed features.
-        coordinates_T2: packed places.
-        index_NV: packed indices of each image's tokens, most salient first.
-        there_NV: which of them are there.
-        taken_NV: which are taken; gets what is taken here.
-        keep_N: tokens to take of each in the end.
-        room_N: how many of these are missing.
-    """
-    salient_N = room_N // _SALIENT
-    far_N = room_N - salient_N
-    # Both are read back from a device at once.
-    most_far, most_taken = torch.stack((far_N.max(), (keep_N - far_N).max())).tolist()
-    if not most_far:
-        return
-    free_NV = there_NV & ~taken_NV
-    taken_NV |= free_NV & (free_NV.cumsum(dim=1) <= salient_N[:, None])
-    near_NV = _nearest(features_TD, coordinates_T2, index_NV, taken_NV, most_taken)
-    near_NV.masked_fill_(taken_NV | ~there_NV, torch.inf)
-    looked_at = features_TD, coordinates_T2, index_NV, near_NV, far_N
-    if features_TD.is_cuda:
-        far_NV = _farthest(*looked_at, most_far)
-    else:
-        far_NV = _farthest_on_host(*looked_at)
-    taken_NV |= far_NV & there_NV  # beside a NaN nothing is too near
+Walk = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Near `[N, C, C]`, blocked `[N, C]`, room `[N]` to the candidates taken `[N, C]`."""
 
 
-def _nearest(
-    features_TD: Tensor,
-    coordinates_T2: Tensor,
-    index_NV: Tensor,
-    taken_NV: Tensor,
-    most_taken: int,
-) -> Tensor:
-    """How near `[N, V]` each token is to the nearest that is taken, of which there are at most
-    `most_taken`: their cosine, and how near their places are."""
-    slots_NK = taken_NV.int().argsort(dim=1, descending=True, stable=True)[:, :most_taken]
-    is_kept_NK = taken_NV.gather(1, slots_NK)
-    step = _round(features_TD.device)
-    kept_NK2 = coordinates_T2[index_NV.gather(1, slots_NK)]
-    dtype = torch.promote_types(features_TD.dtype, torch.float32)
-    kept_NKD = features_TD.new_empty((*slots_NK.shape, features_TD.shape[1]), dtype=dtype)
-    for own_NC, part_NCD in zip(
-        index_NV.gather(1, slots_NK).split(step, dim=1), kept_NKD.split(step, dim=1), strict=True
-    ):
-        part_NCD.copy_(F.normalize(features_TD[own_NC].to(dtype), dim=-1))
-    pieces = []
-    for index_NC in index_NV.split(step, dim=1):
-        block_NCD = F.normalize(features_TD[index_NC].to(dtype), dim=-1)
-        near_NCK = torch.bmm(block_NCD, kept_NKD.transpose(1, 2))
-        near_NCK += _nearness(coordinates_T2[index_NC][:, :, None] - kept_NK2[:, None])
-        near_NCK.masked_fill_(~is_kept_NK[:, None], -torch.inf)
-        pieces.append(near_NCK.amax(dim=2))
-    return torch.cat(pieces, dim=1)
-
-
-def _nearness(apart_2: Tensor) -> Tensor:
-    """By the distances `[..., 2]` of two places along both axes."""
-    return apart_2.square().sum(dim=-1).mul_(_FALL).exp_().mul_(_NEARNESS)
-
-
-def _farthest(
-    features_TD: Tensor,
-    coordinates_T2: Tensor,
-    index_NV: Tensor,
-    near_NV: Tensor,
-    room_N: Tensor,
-    most_room: int,
-) -> Tensor:
-    """One token of each image after another: that which is least near to the nearest kept one, of
-    equal ones the first in the order.
-
-    Args:
-        features_TD: packed features.
-        coordinates_T2: packed places.
-        index_NV: packed indices of each image's tokens, most salient first.
-        near_NV: as of `_nearest`; infinite for tokens that are kept or not there. Overwritten.
-        room_N: how many to take of each.
-        most_room: the largest of `room_N`, on the host.
-
-    Returns:
-        Tokens taken `[N, V]`, bool.
-    """
-    image_N1 = torch.arange(len(index_NV), device=index_NV.device)[:, None]
-    norm_NV = _norms(features_TD)[index_NV]
-    place_NV2 = coordinates_T2[index_NV]
-    taken_NV = torch.zeros_like(near_NV, dtype=torch.bool)
-    for number in range(most_room):
-        slot_N1 = near_NV.argmin(dim=1, keepdim=True)
-        taken_NV.scatter_(1, slot_N1, (room_N > number)[:, None])
-        near_NV.scatter_(1, slot_N1, torch.inf)
-        own_ND = features_TD[index_NV.gather(1, slot_N1)[:, 0]]
-        # One product over the batch as it lies; of its N columns each token needs its image's.
-        if own_ND.dtype == near_NV.dtype:
-            dot_TN = features_TD @ own_ND.T
-        else:
-            dot_TN = torch.mm(features_TD, own_ND.T, out_dtype=near_NV.dtype)
-        scale_NV = norm_NV * norm_NV.gather(1, slot_N1)
-        own_N12 = place_NV2.take_along_dim(slot_N1[..., None], dim=1)
-        own_NV = dot_TN[index_NV, image_N1] / scale_NV + _nearness(place_NV2 - own_N12)
-        near_NV = torch.maximum(near_NV, own_NV)
-    return taken_NV
-
-
-def _farthest_on_host(
-    features_TD: Tensor,
-    coordinates_T2: Tensor,
-    index_NV: Tensor,
-    near_NV: Tensor,
-    room_N: Tensor,
-) -> Tensor:
-    """The same image by image, as a CPU has the features of one in its cache."""
-    norm_T = _norms(features_TD).numpy()
-    taken = np.zeros(near_NV.shape, bool)
-    for image, room in enumerate(room_N.tolist()):
-        near, index = near_NV[image].numpy(), index_NV[image].numpy()
-        first, last = int(index.min()), int(index.max()) + 1
-        local, norm = index - first, norm_T[index]
-        row, column = coordinates_T2[first:last].T.contiguous().numpy()[:, local]
-        tokens = features_TD[first:last]
-        for _ in range(room):
-            slot = int(near.argmin())
-            taken[image, slot] = True
-            near[slot] = np.inf
-            dots = _dots(tokens, tokens[local[slot]])[local]
-            apart = (row - row[slot]) ** 2 + (column - column[slot]) ** 2
-            nearness = _NEARNESS * np.exp(_FALL * apart)
-            with np.errstate(invalid="ignore"):  # of features that are not finite
-                np.maximum(near, dots / (norm * norm[slot]) + nearness, out=near)
-    return torch.from_numpy(taken)
-
-
-def _dots(tokens_VD: Tensor, own_D: Tensor) -> np.ndarray:
-    """`[V]`, in float32 or better, without a copy of all."""
-    if own_D.dtype in (torch.float32, torch.float64):
-        return (tokens_VD @ own_D).numpy()
-    blocks = [block.float() @ own_D.float() for block in tokens_VD.split(_BLOCK)]
-    return torch.cat(blocks).numpy()
-
-
-def _norms(features_TD: Tensor) -> Tensor:
-    """Lengths `[T]` in float32 or better; of a token without any a tiny one."""
-    wide = torch.promote_types(features_TD.dtype, torch.float32)
-    return torch.linalg.vector_norm(features_TD, dim=1, dtype=wide).clamp_(min=1e-12)
-
-
-def _filled_up(
-    order_NV: Tensor, taken_NV: Tensor, there_NV: Tensor, keep_N: Tensor, most_kept: int
-) -> Tensor:
-    """What was taken, and the first of the others up to the number to keep."""
-    rank_NV = 2 - 2 * taken_NV.int() - (there_NV & ~taken_NV).int()
-    first_NK = rank_NV.argsort(dim=1, stable=True)[:, :most_kept]
-    wanted_NK = torch.arange(most_kept, device=order_NV.device) < keep_N[:, None]
-    return order_NV.gather(1, first_NK).where(wanted_NK, order_NV.shape[1]).sort(dim=1).values
+def _walk(device: torch.device) -> Walk:
+    """One round's decisions, on a GPU where Triton is and else on the host."""
+    if device.type == "cuda" and importlib.util.find_spec("triton") is not None:
+        return walk_on_device
+    return _walk_on_host
 
 
 def _walk_on_host(near_NCC: Tensor, blocked_NC: Tensor, room_N: Tensor) -> Tensor:
@@ -290,3 +136,29 @@ def _walk_on_host(near_NCC: Tensor, blocked_NC: Tensor, room_N: Tensor) -> Tenso
             room -= takes
             blocked |= near[:, candidate] & takes[:, None]
     return torch.from_numpy(taken).to(near_NCC.device)
+
+
+def walk_on_device(near_NCC: Tensor, blocked_NC: Tensor, room_N: Tensor) -> Tensor:
+    """The same by a Triton kernel, so that nothing has to come to the host.
+
+    Args:
+        near_NCC: whether two candidates suppress each other.
+        blocked_NC: whether a candidate is suppressed already, or none.
+        room_N: how many each image may still take.
+
+    Returns:
+        Candidates taken `[N, C]`, bool.
+    """
+    from trio.pruning import nms_kernel
+
+    images, candidates = blocked_NC.shape
+    taken_NC = torch.empty_like(blocked_NC, dtype=torch.uint8)
+    nms_kernel.walk[(images,)](
+        near_NCC.contiguous().view(torch.uint8),
+        blocked_NC.contiguous().view(torch.uint8),
+        room_N,
+        taken_NC,
+        candidates,
+        WIDTH=1 << (candidates - 1).bit_length(),
+    )
+    return taken_NC.view(torch.bool)

@@ -10,52 +10,33 @@ Shapes: T packed tokens, R proxy rows of all sequences, B sequences, D hidden si
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from trio.pruning.layer_gradient import LayerGradient
 
 # Rows that the loss is read at, counted from the end of the sequence.
 _ROWS_FROM_END = {"reference": (5, 4, 3, 2), "with_last": (4, 3, 2, 1), "last": (1,)}
 
 
-class Proxy(Protocol):
-    """One decoder layer, final norm and head, at float32 or better."""
-
-    def gradient_norms(
-        self,
-        hidden_TD: Tensor,
-        positions_T: Tensor,
-        rows: Sequence[Sequence[int]],
-        lengths: Sequence[int],
-        wanted: Sequence[tuple[int, int]],
-        gradient: Callable[[Tensor], tuple[Tensor, Tensor]],
-    ) -> Tensor:
-        """Norms `[T]` of the gradient by each hidden state of a function of the logits `[R, V]` at
-        the given rows. `gradient` tells its own by them, as `[R, V]` and a factor `[R]`; it may
-        overwrite the logits."""
-        ...
-
-
 @dataclass(slots=True)
 class Saliency:
-    """Scores of tokens, scaled per sequence so that none of them vanishes.
-
-    scores_T: norm of the gradient of each sequence's own loss, times `exp(-log_scale)`; NaN at
-        tokens that were not wanted.
-    log_scale_B: natural logarithm of what the scores were divided by.
-    loss_B: mean cross-entropy of each sequence against its own pseudo-labels.
-    rows: the rows that each loss was read at.
-    labels: the pseudo-labels there, `[R]`.
-    """
+    """Scores of tokens, scaled per sequence so that none of them vanishes."""
 
     scores_T: Tensor
+    """Norm of the gradient of each sequence's own loss, times `exp(-log_scale)`; NaN at tokens that
+    were not wanted."""
     log_scale_B: Tensor
+    """Natural logarithm of what the scores were divided by."""
     loss_B: Tensor
+    """Mean cross-entropy of each sequence against its own pseudo-labels."""
     rows: list[list[int]]
+    """The rows that each loss was read at."""
     labels_R: Tensor
+    """The pseudo-labels there."""
 
     def true_scores(self, lengths: Sequence[int]) -> Tensor:
         """Unscaled gradient norms `[T]`; of a saturated loss these can be zero."""
@@ -64,13 +45,19 @@ class Saliency:
         return self.scores_T * scale_B.repeat_interleave(counts)
 
 
+def proxy_index(layer: int, proxy_layer: str) -> int:
+    """The decoder layer (0-based) that scores at a stage behind `layer` layers."""
+    return layer - 1 if proxy_layer == "previous" else layer
+
+
 def proxy_rows(length: int, positions: str) -> list[int]:
     """Row indices of the loss in a sequence; clamped at 0 and merged when it is short."""
     return sorted({max(0, length - back) for back in _ROWS_FROM_END[positions]})
 
 
+@torch.no_grad()
 def saliency(
-    proxy: Proxy,
+    proxy: LayerGradient,
     hidden_TD: Tensor,
     positions_T: Tensor,
     lengths: Sequence[int],
@@ -93,14 +80,9 @@ def saliency(
     sequence_R = torch.tensor(
         [number for number, own in enumerate(rows) for _ in own], device=hidden_TD.device
     )
-    found: list[_LossGradient] = []
-
-    def gradient(logits_RV: Tensor) -> tuple[Tensor, Tensor]:
-        found.append(_loss_gradient(logits_RV, sequence_R, len(rows)))
-        return found[0].gradient_RV, found[0].factor_R
-
-    scores_T = proxy.gradient_norms(hidden_TD, positions_T, rows, lengths, wanted, gradient)
-    (loss,) = found
+    forward = proxy.forward(hidden_TD, positions_T, rows, lengths, wanted)
+    loss = _loss_gradient(forward.logits_RV, sequence_R, len(rows))
+    scores_T = forward.gradient_norms(loss.gradient_RV, loss.factor_R)
     return Saliency(scores_T, loss.log_scale_B, loss.loss_B, rows, loss.labels_R)
 
 

@@ -1,1 +1,1 @@
-"""One module for each way of choosing; `trio.pruning.select` has them by name."""
+"""Pruning methods, one class in one file, which has the method's name."""

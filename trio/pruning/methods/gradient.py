@@ -1,51 +1,40 @@
-"""Methods `trio` and `gradient`: by how a loss at the next layer depends on each token.
+"""Method `gradient`: by how a loss at the next layer depends on each token.
 
-TRIO (arXiv 2602.04657), method section; `gradient` leaves the suppression of near-duplicates out.
+TRIO (arXiv 2602.04657), method section, without its suppression of near-duplicates.
 """
 
 from __future__ import annotations
 
-from trio.pruning.candidates import Candidates, StageChoice
-from trio.pruning.nms import suppress
-from trio.pruning.saliency import Saliency, saliency
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from trio.pruning.flops import DecoderShape
+from trio.pruning.method import Choice, Method, Stage
+from trio.pruning.saliency import Saliency, proxy_rows
 
 
-def by_saliency(candidates: Candidates) -> StageChoice:
+@dataclass(frozen=True, kw_only=True)
+class Gradient(Method):
     """The tokens of the largest gradients, whether they resemble each other or not."""
-    scores = _scored(candidates)
-    order_NV = candidates.ranked(scores.scores_T)
-    finite_B = candidates.finite(scores.scores_T)
-    return candidates.choice(order_NV[:, : candidates.most_kept], order_NV, scores, finite_B)
 
+    name = "gradient"
+    summary = "gradient saliency alone"
 
-def by_saliency_and_distance(candidates: Candidates) -> StageChoice:
-    """The tokens of the largest gradients, without those too near to one that is kept."""
-    scores = _scored(candidates)
-    order_NV = candidates.ranked(scores.scores_T)
-    start_N, count_N, keep_N = candidates.bounds
-    hidden_TD, _, coordinates_T2 = candidates.packed
-    kept_NK = suppress(
-        hidden_TD,
-        coordinates_T2,
-        start_N,
-        count_N,
-        order_NV,
-        keep_N,
-        candidates.most_kept,
-        candidates.pruning.similarity_threshold,
-        candidates.pruning.fill_up,
-    )
-    return candidates.choice(kept_NK, order_NV, scores, candidates.finite(scores.scores_T))
+    proxy_positions: str
+    proxy_layer: str
+    proxy_head: str
 
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"gradient"})
 
-def _scored(candidates: Candidates) -> Saliency:
-    hidden_TD, positions_T, _ = candidates.packed
-    spans = [candidates.spans(request) for request in candidates.requests]
-    return saliency(
-        candidates.proxy(),
-        hidden_TD,
-        positions_T,
-        candidates.lengths,
-        candidates.pruning.proxy_positions,
-        [(min(own)[0], max(own)[1]) for own in spans],
-    )
+    def __call__(self, stage: Stage) -> Choice:
+        scores = self.score(stage)
+        order_NV = stage.rank(scores.scores_T)
+        return stage.choice(order_NV[:, : stage.most_kept], order_NV, scores)
+
+    def score(self, stage: Stage) -> Saliency:
+        return stage.saliency(self.proxy_positions, self.proxy_layer, self.proxy_head)
+
+    def flops(self, shape: DecoderShape, tokens: int, images: Sequence[tuple[int, int]]) -> int:
+        return shape.proxy_flops(tokens, len(proxy_rows(tokens, self.proxy_positions)))

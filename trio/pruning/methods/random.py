@@ -4,23 +4,34 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
-from trio.pruning.candidates import Candidates, StageChoice
+from trio.pruning.flops import DecoderShape
+from trio.pruning.method import Choice, Method, Stage
 
 
-def at_random(candidates: Candidates) -> StageChoice:
+@dataclass(frozen=True, kw_only=True)
+class Random(Method):
     """Any tokens, each set as likely as another; the same ones for a request in any batch."""
-    picks = {}
-    for (request, number), keep in candidates.goals.items():
-        salt = candidates.salts[request]
-        seed = salt_of([candidates.pruning.seed, salt, candidates.layer, number]) >> 1
-        generator = torch.Generator().manual_seed(seed)
-        count = candidates.ragged.images[request][number].count
-        order = torch.randperm(count, generator=generator)
-        picks[request, number] = sorted(order[:keep].tolist())
-    return StageChoice(candidates.by_request(picks), [], None, {})
+
+    name = "random"
+    summary = "any tokens, by a seed"
+
+    seed: int
+
+    def __call__(self, stage: Stage) -> Choice:
+        orders = {}
+        for (request, number), keep in stage.goals.items():
+            salt = salt_of([self.seed, stage.salts[request], stage.layer, number]) >> 1
+            generator = torch.Generator().manual_seed(salt)
+            count = stage.batch.images[request][number].count
+            orders[request, number] = torch.randperm(count, generator=generator)[:keep]
+        return stage.choice_of_orders(orders, [])
+
+    def flops(self, shape: DecoderShape, tokens: int, images: Sequence[tuple[int, int]]) -> int:
+        return 0
 
 
 def salt_of(token_ids: Sequence[int]) -> int:

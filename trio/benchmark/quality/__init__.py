@@ -1,0 +1,1 @@
+"""What pruning keeps of the answers."""

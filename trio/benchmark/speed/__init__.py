@@ -1,0 +1,1 @@
+"""How fast, and of what is possible how much."""

@@ -1,1 +1,0 @@
-"""Replay of recorded outputs of the methods' public reference implementations."""

@@ -1,0 +1,162 @@
+"""The one seam to a text decoder of transformers.
+
+Shapes: T packed tokens, A axes of positions, D hidden size, K key/value heads, E head dimension,
+V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from trio.decoder.attention import NAME, Layout
+from trio.decoder.cache_argument import Once, cache_keyword
+from trio.decoder.check_layers import check_layers
+from trio.decoder.matmul import linear
+from trio.errors import UserError
+
+Rotary = tuple[Tensor, Tensor]
+"""Cosines and sines, `[1, T, E]` each."""
+
+# Their frequencies depend on the longest position of a call, so a packed batch would change them.
+_BATCH_DEPENDENT_ROPE = ("dynamic", "longrope")
+
+
+class LayerCache(Protocol):
+    """Where keys and values go: the hook that every attention layer of transformers calls."""
+
+    def update(
+        self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Store `[., K, ., E]` of a layer; give back what this layer's queries attend to."""
+        ...
+
+
+class Decoder:
+    """A LLaMA-type decoder, run layer by layer over packed tokens.
+
+    Holds references into the model and changes nothing of it, except the name of the attention
+    function in its config while `ragged()` is entered.
+
+    Args:
+        text_model: `LlamaModel`, `MistralModel`, `Qwen2Model`, `Qwen2_5_VLTextModel`,
+            `Qwen3VLTextModel`: embeddings, layers, norm, rotary.
+        lm_head: hidden state to logits.
+
+    Raises:
+        UserError: it is none of LLaMA's type.
+    """
+
+    def __init__(self, text_model: nn.Module, lm_head: nn.Module) -> None:
+        model: Any = text_model
+        check_layers(model, lm_head)
+        config = model.config
+        rope_type = model.rotary_emb.rope_type
+        if rope_type in _BATCH_DEPENDENT_ROPE:
+            raise UserError(
+                f"decoder with rope type {rope_type!r}: its rotation depends on the longest prompt "
+                "of a batch, which packed prompts cannot have; supported are default and linear "
+                "scaling, yarn and llama3"
+            )
+        self.model = model
+        self.lm_head: Any = lm_head
+        self.config = config
+        self.num_layers: int = config.num_hidden_layers
+        self.hidden_size: int = config.hidden_size
+        self.num_heads: int = config.num_attention_heads
+        self.num_kv_heads: int = config.num_key_value_heads
+        self.head_dim: int = model.layers[0].self_attn.head_dim
+        self.intermediate_size: int = config.intermediate_size
+        self._cache_keyword = cache_keyword(model.layers[0].forward)
+        self.normed_keys = getattr(model.layers[0].self_attn, "k_norm", None) is not None
+        self.vocab_size: int = config.vocab_size
+        self.max_positions = _max_positions(model)
+        self.position_axes = 3 if hasattr(model.rotary_emb, "mrope_section") else 1
+        """Numbers that a position consists of: one, or with M-RoPE time, row and column."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.embed_tokens.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.embed_tokens.weight.device
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Token embeddings, `[..., D]` for ids `[...]`."""
+        return self.model.embed_tokens(ids)
+
+    def rotary(self, positions_T: Tensor, dtype: torch.dtype | None = None) -> Rotary:
+        """Rotation for these positions, in the model's dtype unless another is given.
+
+        positions_T: `[T]`, the same on all axes, or `[A, T]`.
+        """
+        like = torch.empty(0, dtype=dtype or self.dtype, device=positions_T.device)
+        if self.position_axes > 1:
+            positions_T = positions_T.expand(self.position_axes, -1)
+        return self.model.rotary_emb(like, positions_T[..., None, :])
+
+    def run_layers(
+        self,
+        start: int,
+        stop: int,
+        hidden_TD: Tensor,
+        rotary: Rotary,
+        layout: Layout,
+        cache: LayerCache | None,
+    ) -> Tensor:
+        """Layers `start … stop-1` over packed hidden states.
+
+        Keys and values pass through `cache.update(key, value, layer)`. Call inside `ragged()`.
+
+        Returns:
+            Hidden states `[T, D]` that leave layer `stop - 1`.
+        """
+        assert self.config._attn_implementation == NAME, "run_layers outside of Decoder.ragged()"
+        hidden = hidden_TD[None]
+        once = Once(cache, layout, self._cache_keyword)
+        for index in range(start, stop):
+            layer = self.model.layers[index]
+            hidden = layer(
+                hidden,
+                attention_mask=None,
+                position_embeddings=rotary,
+                use_cache=cache is not None,
+                **once.arguments,
+            )
+            once.check(index, layer)
+        return hidden[0]
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits `[N, V]` of hidden states `[N, D]`: final norm, then output head."""
+        return self.project(self.model.norm(hidden))
+
+    def project(self, normed: Tensor) -> Tensor:
+        """Logits `[N, V]` of hidden states `[N, D]` that are normed already."""
+        return linear(normed, self.lm_head.weight, self.lm_head.bias)
+
+    @contextmanager
+    def ragged(self) -> Iterator[None]:
+        """Let this instance's attention go through `ragged_attention` for the time being.
+
+        A config already switched for good is left as it is; nesting is fine.
+        """
+        before = self.config._attn_implementation
+        self.config._attn_implementation = NAME
+        try:
+            yield
+        finally:
+            self.config._attn_implementation = before
+
+
+def _max_positions(model: Any) -> int:
+    """Longest sequence in reach. Within its window a sliding attention is a full one."""
+    windows = [getattr(layer.self_attn, "sliding_window", None) for layer in model.layers]
+    if not hasattr(model.layers[0].self_attn, "sliding_window"):
+        windows = [getattr(model.config, "sliding_window", None)]
+    bounds = [window for window in windows if window is not None]
+    return min([model.config.max_position_embeddings, *bounds])

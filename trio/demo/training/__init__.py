@@ -1,0 +1,1 @@
+"""Makes the bundled model and its text tower; not in the wheel."""

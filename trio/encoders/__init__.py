@@ -1,0 +1,1 @@
+"""Reductions of visual tokens in the vision encoder."""

@@ -1,0 +1,113 @@
+"""What encoder and prompts tell of images, for pruning methods that need it."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from trio.engine.sequence import Task
+from trio.errors import UserError
+from trio.families.adapter import Adapter, Features, Join
+from trio.families.text_tower import TextTower
+from trio.pruning.method import Context, Method, Text
+
+_TEXTS = 256
+"""Prompts whose embeddings are held: many rows ask the same."""
+
+
+class Contexts:
+    """Makes the `Context` of every image of some requests.
+
+    Args:
+        method: whose needs count.
+        adapter: of the model.
+        text_tower: that belongs to the model's vision encoder, for methods that need it.
+
+    Raises:
+        UserError: the model does not have what the method needs.
+    """
+
+    def __init__(self, method: Method, adapter: Adapter, text_tower: TextTower | None) -> None:
+        self._adapter = adapter
+        self._texts: OrderedDict[str, Text] = OrderedDict()
+        self._with_instruction = "instruction" in method.needs
+        self.text_tower: TextTower | None = None
+        """None where the method does not need it."""
+        if "text_tower" in method.needs:
+            self.text_tower = _checked(method, adapter, text_tower)
+
+    @property
+    def join(self) -> Join | None:
+        """What the encoder is to do with its patches."""
+        return None if self.text_tower is None else self.text_tower.project
+
+    @property
+    def needed(self) -> bool:
+        return self._with_instruction or self.text_tower is not None
+
+    def __call__(
+        self, tasks: Sequence[Task], features: Sequence[Sequence[Features]]
+    ) -> list[list[Context]]:
+        """Of each task's images, by their features."""
+        if self._with_instruction:
+            return [
+                list(self._by_instruction(task, own))
+                for task, own in zip(tasks, features, strict=True)
+            ]
+        prompts = [task.prepared.prompt for task in tasks]
+        texts = self._embedded([p for p, own in zip(prompts, features, strict=True) if own])
+        return [
+            [
+                Context(
+                    places_V=image.joint.places,
+                    grids=image.joint.grids,
+                    joint_MP=image.joint.tokens,
+                    text=texts[prompt],
+                )
+                for image in own
+                if image.joint is not None
+            ]
+            for prompt, own in zip(prompts, features, strict=True)
+        ]
+
+    def _by_instruction(self, task: Task, features: Sequence[Features]) -> Iterator[Context]:
+        decoder = self._adapter.decoder
+        ids_L = torch.tensor(task.prepared.instruction_ids, device=decoder.device)
+        instruction_LD = decoder.embed(ids_L)
+        for inputs, image in zip(task.prepared.image_inputs, features, strict=True):
+            if image.sources:
+                # What a reduction leaves stands in no grid.
+                yield Context(places_V=torch.arange(len(image)), instruction_LD=instruction_LD)
+            else:
+                (layout,) = self._adapter.layouts(inputs)
+                yield Context(
+                    places_V=layout.places, grids=layout.grids, instruction_LD=instruction_LD
+                )
+
+    def _embedded(self, prompts: Sequence[str]) -> dict[str, Text]:
+        assert self.text_tower is not None
+        fresh = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._texts]
+        self._texts |= zip(fresh, self.text_tower.embed(fresh), strict=True)
+        texts = {prompt: self._texts[prompt] for prompt in prompts}
+        for prompt in texts:
+            self._texts.move_to_end(prompt)
+        while len(self._texts) > _TEXTS:
+            self._texts.popitem(last=False)
+        return texts
+
+
+def _checked(method: Method, adapter: Adapter, text_tower: TextTower | None) -> TextTower:
+    if adapter.clip_tower is None:
+        raise UserError(
+            f"method {method.name} needs a CLIP vision encoder, which this "
+            f"{type(adapter.model).__name__} does not have; use another method, as eadp_llm"
+        )
+    if text_tower is None:
+        raise UserError(
+            f"method {method.name} compares images with prompts in the space that CLIP's towers "
+            "share: give as text_tower (--text-tower) the CLIP checkpoint that the model's vision "
+            "encoder was taken from, openai/clip-vit-large-patch14-336 for LLaVA-1.5"
+        )
+    return text_tower

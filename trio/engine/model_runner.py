@@ -1,0 +1,263 @@
+"""The one that touches the device: images and prompts in, logits out.
+
+Shapes: T packed tokens, B requests, D hidden size, V vocabulary, N visual tokens of an image.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from trio.decoder.attention import Padded
+from trio.decoder.matmul import few_row_linears
+from trio.decoder.stopwatch import Stopwatch
+from trio.engine.contexts import Contexts
+from trio.engine.cuda_graphs import StepGraphs, rounded_up
+from trio.engine.flops import beside_decoder
+from trio.engine.kv_budget import Need
+from trio.engine.kv_cache import Cache
+from trio.engine.packing import Entry, coordinates, entered
+from trio.engine.request import Prepared
+from trio.engine.sequence import Task
+from trio.families.adapter import Adapter, Features, Inputs, Join, Span, joined
+from trio.families.coordinates import packed
+from trio.families.text_tower import TextTower
+from trio.prefill import PackedPrompts, prefill
+from trio.pruning.batch import contiguous_positions
+from trio.pruning.method_registry import create
+from trio.pruning.methods.random import salt_of
+from trio.pruning.options import Pruning
+
+EncodeImages = Callable[[Sequence[Inputs], str, Sequence[int], Join | None], Sequence[Features]]
+"""As `Adapter.encode_images`."""
+
+
+class Runner:
+    """Model, pruning and cache, one step at a time.
+
+    encode_images: stands in for the adapter's, if given.
+
+    Raises:
+        UserError: the pruning settings cannot be met by this model.
+    """
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        pruning: Pruning,
+        *,
+        kv_bytes: int,
+        max_running: int,
+        encode_images: EncodeImages | None = None,
+        text_tower: TextTower | None = None,
+    ) -> None:
+        self.adapter = adapter
+        self._encode_images = encode_images or adapter.encode_images
+        self.decoder = adapter.decoder
+        self.pruning = adapter.settle(pruning)
+        self.method = create(self.pruning) if self.pruning.chooses else None
+        """None where the decoder prunes nothing."""
+        self._needs: frozenset[str] = self.method.needs if self.method else frozenset()
+        self._contexts = Contexts(self.method, adapter, text_tower) if self.method else None
+        self.num_layers = self.decoder.num_layers
+        # Stages lie at the same layers for images of any size, and a retention in reach for the
+        # largest is in reach for all.
+        stages = self.pruning.stages(adapter.max_visual_tokens, self.num_layers)
+        self.cache = Cache(
+            # A stage behind the last layer leaves keys and values as they are.
+            group_starts=sorted({0, *(layer for layer, _ in stages if layer < self.num_layers)}),
+            num_layers=self.num_layers,
+            num_kv_heads=self.decoder.num_kv_heads,
+            head_dim=self.decoder.head_dim,
+            dtype=self.decoder.dtype,
+            device=self.decoder.device,
+            budget=kv_bytes,
+            max_slots=max_running,
+        )
+        gpu = self.decoder.device.type == "cuda"
+        self._graphs = StepGraphs(self._step) if gpu else None
+        self.replay: Callable[[int, int], Tensor] | None = self._graphs
+        """Runs `_step` on a padded number of rows, where that is faster."""
+        self.lag = 1 if gpu else 0
+        """Decode steps that may be under way while the outcome of an earlier one is unknown."""
+
+    @property
+    def needs_instruction(self) -> bool:
+        """Whether the method compares images with the words of their prompt in the decoder."""
+        return "instruction" in self._needs
+
+    @property
+    def cuda_graphs(self) -> str | None:
+        """`on`, or `off: ` and why; None without a GPU."""
+        if self._graphs is None:
+            return None
+        return "on" if self._graphs.trouble is None else f"off: {self._graphs.trouble}"
+
+    def beside_decoder(self, prepared: Prepared) -> tuple[int, int]:
+        """FLOPs of reading a prompt that are not the decoder's, pruned and unpruned."""
+        text_tower = self._contexts.text_tower if self._contexts else None
+        return beside_decoder(self.adapter, self.pruning, prepared, text_tower)
+
+    def need(self, prompt_tokens: int, image_tokens: Sequence[int], new_tokens: int) -> Need:
+        """Tokens a request may come to store, per layer group."""
+        removed = [0] * len(self.cache.spans)
+        for count in image_tokens:
+            kept = dict(self.pruning.stages(count, self.num_layers))
+            left = self.pruning.encoded(count, self.num_layers)
+            for group, (start, _) in enumerate(self.cache.spans):
+                left = kept.get(start, left)
+                removed[group] += count - left
+        # The last token of an answer is never fed back, so it is never stored, unless a step runs
+        # before it is known to be the last.
+        stored = new_tokens - 1 + self.lag
+        return tuple(prompt_tokens - gone + stored for gone in removed)
+
+    def left_out(self, image_tokens: Sequence[int]) -> int:
+        """Positions of a prompt that nothing stands at, as the encoder left its tokens out."""
+        if self.pruning.position_ids == "keep":
+            return 0
+        return sum(n - self.pruning.encoded(n, self.num_layers) for n in image_tokens)
+
+    def encode(self, tasks: Sequence[Task]) -> list[list[Features]]:
+        """Visual features of each task's images, in one pass of the encoder."""
+        inputs = [image for task in tasks for image in task.prepared.image_inputs]
+        if not inputs:
+            return [[] for _ in tasks]
+        keeps = [keep for task in tasks for keep in self.encoded(task)]
+        encoder = self.pruning.encoder
+        join = self._contexts.join if self._contexts else None
+        features = iter(self._encode_images(inputs, encoder, keeps, join))
+        return [[next(features) for _ in task.prepared.image_inputs] for task in tasks]
+
+    def encoded(self, task: Task) -> list[int]:
+        """Visual tokens of each of the task's images that enter the decoder."""
+        counts = task.prepared.image_tokens
+        return [self.pruning.encoded(count, self.num_layers) for count in counts]
+
+    def prefill(
+        self, tasks: Sequence[Task], features: Sequence[Sequence[Features]]
+    ) -> tuple[Tensor, float]:
+        """Run the prompts of fresh tasks; returns logits [B, V] and the seconds of pruning."""
+        self.adapter.check_unchanged()
+        prompts, compared_s = self._packed(tasks, features), 0.0
+        if self._contexts is not None and self._contexts.needed:
+            comparing = Stopwatch(self.decoder.device)
+            with comparing.running():
+                prompts = replace(prompts, contexts=self._contexts(tasks, features))
+            compared_s = comparing.seconds()
+        done = prefill(
+            self.decoder,
+            prompts,
+            self.pruning,
+            self.cache.prefill([task.key for task in tasks]),
+        )
+        for row, task in enumerate(tasks):
+            task.layer_tokens = [lengths[row] for lengths in done.cache_lengths]
+            task.positions = [done.next_positions[start][row] for start, _ in self.cache.spans]
+            task.entered = entered(task.prepared.image_tokens, features[row])
+            task.kept = [_by_source(stage, task.entered) for stage in done.kept[row]]
+        return done.logits_BV, done.prune_seconds + compared_s
+
+    def _packed(
+        self, tasks: Sequence[Task], features: Sequence[Sequence[Features]]
+    ) -> PackedPrompts:
+        """The tasks' prompts with as many placeholders as the encoder has left tokens."""
+        lengths, spans = tuple(t.prompt_tokens for t in tasks), tuple(t.spans for t in tasks)
+        images = [image for task in tasks for image in task.prepared.image_inputs]
+        ids_T = torch.tensor([token for task in tasks for token in task.prepared.input_ids])
+        positions_T = self.adapter.positions(lengths, spans, images)
+        if self.pruning.encoder != "none":
+            entry, task_lengths = Entry.of(lengths, spans, features), lengths
+            lengths, spans, ids_T = entry.lengths, entry.spans, ids_T[entry.index_T]
+            positions_T = self._after_reduction(positions_T, task_lengths, entry.index_T)
+        own = list(chain.from_iterable(features))
+        salted = self.pruning.method == "random"
+        located = None
+        if "coordinates" in self._needs:
+            located = self._coordinates(images, own, lengths, spans)
+        return PackedPrompts(
+            embeds_TD=self.adapter.embed(ids_T, own),
+            lengths=lengths,
+            images=spans,
+            positions_T=positions_T,
+            coordinates_T2=located,
+            injected=joined(own),
+            given=[task.prepared.image_tokens for task in tasks],
+            salts=tuple(salt_of(t.prepared.input_ids) for t in tasks) if salted else (),
+        )
+
+    def _coordinates(
+        self,
+        images: Sequence[Inputs],
+        features: Sequence[Features],
+        lengths: Sequence[int],
+        spans: Sequence[Sequence[Span]],
+    ) -> Tensor:
+        """Of what is left of packed prompts with these images, `[T, 2]`."""
+        given = (own for image in images for own in self.adapter.coordinates(image))
+        return packed(lengths, spans, map(coordinates, given, features))
+
+    def _after_reduction(
+        self, positions_T: Tensor | None, lengths: Sequence[int], index_T: Tensor
+    ) -> Tensor | None:
+        """Positions of what is left, as after a stage in the decoder: numbered anew 0, 1, 2, ...,
+        which is None, or each token's own."""
+        if self.pruning.position_ids == "renumber":
+            return None
+        if positions_T is None:
+            positions_T = contiguous_positions(lengths, torch.device("cpu"))
+        return positions_T[..., index_T]
+
+    def start(self, tasks: Sequence[Task]) -> None:
+        """Let tasks whose prompts and first tokens are there take part in decoding."""
+        if not tasks:
+            return
+        self.cache.start(
+            [task.key for task in tasks],
+            [task.token_ids[-1] for task in tasks],
+            [task.positions for task in tasks],
+        )
+
+    def decode(self) -> Tensor:
+        """One more token of every running task, in the cache's order; returns logits [B, V].
+
+        The tokens to feed lie in `cache.rows`; the caller puts the next ones there.
+        """
+        rows, count = self.cache.rows, self.cache.rows.count
+        self.cache.extend()
+        if self.replay is None:
+            logits_BV = self._step(None)
+        else:
+            padded = rounded_up(count, self.cache.room.shape.slots)
+            logits_BV = self.replay(padded, self.cache.generation)[:count]
+        rows.position_GB[:, :count] += 1
+        return logits_BV
+
+    @torch.no_grad()
+    def _step(self, padded: int | None) -> Tensor:
+        """Logits of the first `padded` rows, or of just those of running tasks."""
+        rows = self.cache.rows
+        count = rows.count if padded is None else padded
+        writer = self.cache.writer(padded)
+        hidden_BD = self.decoder.embed(rows.token_B[:count])
+        with self.decoder.ragged(), few_row_linears():
+            for group, (start, stop) in enumerate(self.cache.spans):
+                rotary = self.decoder.rotary(rows.position_GB[group, :count])
+                layout = Padded(writer.length_GB[group])
+                hidden_BD = self.decoder.run_layers(start, stop, hidden_BD, rotary, layout, writer)
+            return self.decoder.head(hidden_BD)
+
+    def now(self) -> float:
+        """Seconds by a clock that has waited for the device."""
+        if self.decoder.device.type == "cuda":
+            torch.cuda.synchronize(self.decoder.device)
+        return time.perf_counter()
+
+
+def _by_source(stage: Sequence[int], sources: Sequence[int | None]) -> list[int | None]:
+    return [sources[token] for token in stage] if sources else list(stage)

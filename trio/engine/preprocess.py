@@ -1,0 +1,230 @@
+"""CPU work before the engine: chat template, tokens, image tensors. Needs no model.
+
+Safe to call from many threads at once, and picklable, so that workers without a device can
+prepare requests for one that has it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from PIL.Image import Image
+from tokenizers import Tokenizer
+
+from trio.engine.request import FailureKind, Prepared, Request, Result, failed
+from trio.errors import UserError, first_line
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from trio.families.adapter import Adapter
+
+_MARK = "\ue000user text\ue000"
+_SYSTEM_MARK = "\ue000system text\ue000"
+_TEXT_KEYS = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"}
+MAX_ASPECT_RATIO = 200
+"""Resizing by the shorter edge makes the longer one this many times as long."""
+
+
+class _Unservable(Exception):
+    """Stops the preparation of one request; its text goes into the failed result."""
+
+    def __init__(self, kind: FailureKind, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+class Preparer:
+    """Turns requests into what the model takes.
+
+    `processor`: a transformers processor with a chat template and a fast tokenizer.
+    `family`: adapter of the model's family, which knows how to use it.
+    `system`: message for requests without their own; None leaves it to the chat template.
+    """
+
+    def __init__(self, processor: Any, family: type[Adapter], system: str | None = None) -> None:
+        backend = getattr(processor.tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            raise UserError("the model's tokenizer has no tokenizer.json; save it as a fast one")
+        if not processor.chat_template:
+            raise UserError("the model's processor has no chat template (chat_template.jinja)")
+        self._processor = processor
+        self._family = family
+        self._system = system
+        # Our own copy: calls of the shared one change its truncation and padding under way.
+        self._tokenizer = Tokenizer.from_str(backend.to_str())
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        self.image_token: str = processor.image_token
+        self.image_token_id: int = processor.image_token_id
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"processor": self._processor, "family": self._family, "system": self._system}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
+    def __call__(self, request: Request) -> Prepared | Result:
+        """The prepared request, or a failed result where the request itself is at fault."""
+        try:
+            images = self._images(request.images)
+            input_ids = self._prompt(request, [ids for ids, _ in images])
+        except _Unservable as fault:
+            return failed(request.id, fault.kind, str(fault))
+        return Prepared(
+            input_ids=tuple(input_ids),
+            image_tokens=tuple(ids.count(self.image_token_id) for ids, _ in images),
+            image_inputs=tuple(inputs for _, inputs in images),
+            prompt=request.prompt,
+            instruction_ids=tuple(self._instruction(request.prompt)),
+            id=request.id,
+            sampling=request.sampling,
+        )
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of an answer, without special tokens and surrounding white space."""
+        return self._processor.tokenizer.decode(token_ids, skip_special_tokens=True).strip()
+
+    def _instruction(self, prompt: str) -> Iterator[int]:
+        ids = self._tokenizer.encode(prompt, add_special_tokens=False).ids
+        return (token for token in ids if token not in self._control_ids)
+
+    def _images(self, images: Sequence[Any]) -> list[tuple[list[int], dict[str, Tensor]]]:
+        """For each image the placeholder tokens that stand for it, and its tensors."""
+        checked = [self._rgb(image, f"image {place}") for place, image in enumerate(images)]
+        return [
+            (
+                made["input_ids"][0].tolist(),
+                {name: made[name] for name in made if name not in _TEXT_KEYS},
+            )
+            for made in self._family.process_images(self._processor, checked)
+        ]
+
+    @staticmethod
+    def _rgb(image: Any, where: str) -> Image:
+        if not isinstance(image, Image):
+            raise _Unservable("image", f"{where} is {type(image).__name__}, not a PIL image")
+        try:
+            rgb = image.convert("RGB")
+        except Exception as fault:  # what a decoder raises on broken data is not documented
+            raise _Unservable("image", f"{where}: {type(fault).__name__}: {fault}") from fault
+        if min(rgb.size) < 1 or max(rgb.size) > MAX_ASPECT_RATIO * min(rgb.size):
+            raise _Unservable(
+                "image",
+                f"{where} is {rgb.width} x {rgb.height}; one edge may be at most "
+                f"{MAX_ASPECT_RATIO} times the other",
+            )
+        return rgb
+
+    def _prompt(self, request: Request, expansions: Sequence[list[int]]) -> list[int]:
+        """Token ids of the whole prompt, with each image's placeholders in its place."""
+        _check_text(request.prompt, "prompt")
+        system = self._system if request.system is None else request.system
+        if system is not None:
+            _check_text(system, "system message")
+        text = self._render(request.prompt, len(expansions), system)
+        theirs = self._their_parts(text, len(expansions), system)
+        bos = self._processor.tokenizer.bos_token
+        add_special = not (bos and text.startswith(bos))
+        encoded = self._tokenizer.encode(text, add_special_tokens=add_special)
+        places = 0
+        ids: list[int] = []
+        for token, (begin, end) in zip(encoded.ids, encoded.offsets, strict=True):
+            if any(_lies_in(part, text, begin, end) for part in theirs) and (
+                token in self._control_ids or text[begin:end].strip() == self._unknown
+            ):
+                ids += self._literal(text[begin:end])
+            elif token == self.image_token_id:
+                ids += expansions[places] if places < len(expansions) else [token]
+                places += 1
+            else:
+                ids.append(token)
+        if places != len(expansions):
+            raise _Unservable(
+                "mismatch", f"{len(expansions)} images, but the chat template placed {places}"
+            )
+        return ids
+
+    def _render(self, prompt: str, images: int, system: str | None) -> str:
+        content = [{"type": "image"}] * images + [{"type": "text", "text": prompt}]
+        messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
+        if system is not None:
+            spoken = [{"type": "text", "text": system}]
+            messages = [{"role": "system", "content": spoken}, *messages]
+        try:
+            return self._processor.apply_chat_template(messages, add_generation_prompt=True)
+        except Exception as fault:  # whatever the template's author chose to raise
+            message = f"the chat template refuses it: {type(fault).__name__}: {first_line(fault)}"
+            raise _Unservable("prompt", message) from fault
+
+    def _their_parts(self, text: str, images: int, system: str | None) -> list[tuple[int, int]]:
+        """Where the words of others than the template lie in the rendered prompt."""
+        frame = self._render(_MARK, images, None if system is None else _SYSTEM_MARK)
+        before, found, rest = frame.rpartition(_SYSTEM_MARK)
+        if system is not None and not (found and text.startswith(before)):
+            raise _Unservable(
+                "prompt", "the chat template has no place for a system message before the prompt"
+            )
+        between, *after = rest.split(_MARK)
+        if len(after) != 1 or not text.endswith(after[0]):
+            raise _Unservable("prompt", "the chat template does not place the prompt exactly once")
+        start, stop = len(before), len(text) - len(after[0])
+        # Templates may strip what they are given.
+        for said in ("",) if system is None else (system.strip(), system):
+            if text.startswith(said + between, start):
+                end = start + len(said)
+                return [(start, end), (end + len(between), stop)]
+        raise _Unservable("prompt", "the chat template changes the prompt or what is before it")
+
+    @property
+    def _unknown(self) -> str | None:
+        """Stands for every unknown word, so its id does not tell that a user has spelt it out."""
+        unknown: str | None = self._processor.tokenizer.unk_token
+        return unknown
+
+    @cached_property
+    def _control_ids(self) -> frozenset[int]:
+        """Tokens that only the template may write; spelt out by a user they are plain text."""
+        added = self._tokenizer.get_added_tokens_decoder()
+        special = {token for token, entry in added.items() if entry.special}
+        return frozenset(special - {self._processor.tokenizer.unk_token_id}) | {self.image_token_id}
+
+    @cached_property
+    def _plain_tokenizer(self) -> Tokenizer:
+        """The same tokenizer without its control tokens."""
+        state = json.loads(self._tokenizer.to_str())
+        state["added_tokens"] = [
+            entry
+            for entry in state["added_tokens"]
+            if entry["id"] not in self._control_ids and entry["content"] != self._unknown
+        ]
+        state["post_processor"] = None
+        return Tokenizer.from_str(json.dumps(state))
+
+    def _literal(self, text: str) -> Iterator[int]:
+        """Ids that spell a control token out as text."""
+        whole = self._plain_tokenizer.encode(text, add_special_tokens=False).ids
+        if self._control_ids.isdisjoint(whole):
+            return iter(whole)
+        # A vocabulary of whole words knows it as a word; letter by letter it cannot.
+        letters = (self._plain_tokenizer.encode(c, add_special_tokens=False).ids for c in text)
+        return (token for ids in letters for token in ids if token not in self._control_ids)
+
+
+def _check_text(text: Any, what: str) -> None:
+    if not isinstance(text, str):
+        raise _Unservable("prompt", f"the {what} is {type(text).__name__}, not text")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise _Unservable("prompt", f"the {what} is not valid Unicode text") from None
+
+
+def _lies_in(part: tuple[int, int], text: str, begin: int, end: int) -> bool:
+    """Whether a token's text is in a part; some tokens swallow white space around them."""
+    word = text[begin:end]
+    begin += len(word) - len(word.lstrip())
+    return part[0] <= begin < begin + len(word.strip()) <= part[1]

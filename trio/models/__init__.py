@@ -1,1 +1,0 @@
-"""The seam to transformers: decoders run packed, and adapters of model families."""

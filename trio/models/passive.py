@@ -1,5 +1,0 @@
-"""For programs, as their first import: threads then wait as `waiting` describes."""
-
-from trio.models.waiting import passively
-
-passively()

@@ -1,0 +1,5 @@
+"""For programs, as their first import: threads then wait as `waiting` describes."""
+
+from trio.openmp import passively
+
+passively()

@@ -1,0 +1,342 @@
+"""Packed prefill: prompts of different lengths back to back, visual tokens pruned on the way.
+
+Shapes: T packed tokens, T' what is left of them after a stage, A axes of positions, B requests,
+D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from trio.decoder.attention import Packed
+from trio.decoder.decoder import Decoder, LayerCache
+from trio.decoder.stopwatch import Stopwatch
+from trio.errors import UserError
+from trio.families.coordinates import unknown
+from trio.pruning.batch import Ragged, compact, contiguous_positions
+from trio.pruning.finite import finite_rows
+from trio.pruning.method import Choice, Context, Method, Stage, all_of, choose, goals_of
+from trio.pruning.method_registry import create
+from trio.pruning.options import Pruning
+
+
+class PrefillCache(LayerCache, Protocol):
+    """A cache that is told how the packed keys it is about to get divide into requests."""
+
+    def begin_prefill(self, first_layer: int, lengths: tuple[int, ...]) -> None:
+        """From `first_layer` on, until the next call, keys come as `[1, K, sum(lengths), E]`."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PackedPrompts:
+    """What enters the decoder.
+
+    embeds_TD: text embeddings and visual features of all requests, in order.
+    lengths: tokens of each request.
+    images: for each request the visual spans `(start, stop)` in its own coordinates; one span is
+        one image, or one run of a video's tokens, with its own budget.
+    positions_T: positions `[T]`, or `[A, T]` where they differ by axis; None is 0, 1, 2, ... in
+        each request. A request goes on behind the largest of its own.
+    coordinates_T2: where in its picture each visual token lies, as of
+        `trio.families.coordinates`. None is unknown.
+    injected: for each of the first layers what is added to the hidden states of visual tokens that
+        leave it, `[V, D]`, where V counts those of all requests in order.
+    given: for each request the visual tokens that the encoder gave of each image before it reduced
+        them, for the schedule; empty where it did not.
+    salts: for method `random`, a number per request that depends on that request alone
+        (`trio.pruning.methods.random.salt_of(token_ids)`); empty means 0 for all.
+    contexts: for methods that need `text_tower` or `instruction`, what encoder and prompt tell of
+        each request's images.
+    """
+
+    embeds_TD: Tensor
+    lengths: tuple[int, ...]
+    images: Sequence[Sequence[tuple[int, int]]]
+    positions_T: Tensor | None = None
+    coordinates_T2: Tensor | None = None
+    injected: Sequence[Tensor] = ()
+    given: Sequence[Sequence[int]] = ()
+    salts: tuple[int, ...] = ()
+    contexts: Sequence[Sequence[Context]] = ()
+
+    def __post_init__(self) -> None:
+        assert sum(self.lengths) == self.embeds_TD.shape[0]
+        assert len(self.images) == len(self.lengths) and all(n > 0 for n in self.lengths)
+        assert self.positions_T is None or self.positions_T.shape[-1] == len(self.embeds_TD)
+        assert self.coordinates_T2 is None or len(self.coordinates_T2) == len(self.embeds_TD)
+        assert not self.salts or len(self.salts) == len(self.lengths)
+        assert not self.contexts or list(map(len, self.contexts)) == list(map(len, self.images))
+        for length, spans in zip(self.lengths, self.images, strict=True):
+            edges = [edge for span in spans for edge in span]
+            assert edges == sorted(edges) and all(start < stop for start, stop in spans)
+            assert not edges or 0 <= edges[0] <= edges[-1] <= length
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prefilled:
+    """What the prefill gives back.
+
+    hidden_BD: last position of each request, before the final norm.
+    logits_BV: logits there, for the first new token.
+    cache_lengths: `[layer][request]`, keys that the layer holds.
+    next_positions: `[layer][request]`, position of the next token in that layer.
+    kept: `[request][stage]`, visual tokens left, numbered as they entered.
+    visual_tokens_stages: `[request][stage]`, how many those are.
+    prune_seconds: time in scoring, choosing and compacting, all requests together.
+    finite_B: whether all that a request's tokens were chosen by at its stages is finite; where not,
+        its hidden states and logits here are NaN.
+    """
+
+    hidden_BD: Tensor
+    logits_BV: Tensor
+    cache_lengths: list[list[int]]
+    next_positions: list[list[int]]
+    kept: list[list[list[int]]]
+    visual_tokens_stages: list[list[int]]
+    prune_seconds: float
+    finite_B: Tensor
+
+
+@dataclass(slots=True)
+class StageTrace:
+    """One stage as it was: hidden states and positions, packed, before and after."""
+
+    layer: int
+    before: Ragged
+    hidden_in_TD: Tensor
+    positions_in_T: Tensor
+    choice: Choice | None
+    after: Ragged
+    hidden_out_TD: Tensor
+    positions_out_T: Tensor
+
+
+@dataclass(slots=True)
+class Trace:
+    """Everything a replay compares; filled by `prefill` when given."""
+
+    stages: list[StageTrace] = field(default_factory=list)
+    hidden_TD: Tensor | None = None
+
+
+def prefill(
+    decoder: Decoder,
+    prompts: PackedPrompts,
+    pruning: Pruning | None,
+    cache: PrefillCache | None,
+    *,
+    trace: Trace | None = None,
+) -> Prefilled:
+    """Run the prompts through the decoder and prune at the stages of each.
+
+    Args:
+        decoder: the model's decoder.
+        prompts: packed prompts.
+        pruning: settings; None prunes nothing. `position_ids` None counts as `renumber`.
+        cache: gets every layer's keys and values; None stores nothing.
+        trace: filled with the tensors around each stage.
+
+    Raises:
+        UserError: the retention is out of reach for a prompt, a stage is too deep, or the method
+            needs something that the prompts do not bring.
+    """
+    run = _Prefill(decoder, prompts, pruning or Pruning(), cache, trace)
+    with torch.no_grad(), decoder.ragged():
+        return run.result()
+
+
+class _Prefill:
+    """One prefill under way."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        prompts: PackedPrompts,
+        pruning: Pruning,
+        cache: PrefillCache | None,
+        trace: Trace | None,
+    ) -> None:
+        self.decoder = decoder
+        self.pruning = pruning
+        self.cache = cache
+        self.trace = trace
+        self.salts = prompts.salts or (0,) * len(prompts.lengths)
+        self.contexts = prompts.contexts
+        self.hidden_TD = prompts.embeds_TD
+        self.entered_TD: Tensor | None = None
+        self.batch_tokens = len(prompts.embeds_TD)
+        self.injected = prompts.injected
+        _check_injected(prompts)
+        self.ragged = Ragged.of_spans(prompts.lengths, prompts.images)
+        self.given = prompts.given or [
+            [image.count for image in images] for images in self.ragged.images
+        ]
+        if prompts.positions_T is None:
+            self.positions_T = contiguous_positions(prompts.lengths, decoder.device)
+            self.next_positions = list(prompts.lengths)
+        else:
+            self.positions_T = prompts.positions_T.to(decoder.device)
+            self.next_positions = _next_positions(prompts.positions_T, prompts.lengths)
+        coordinates_T2 = prompts.coordinates_T2
+        if coordinates_T2 is None:
+            coordinates_T2 = unknown(self.batch_tokens)
+        self.coordinates_T2 = coordinates_T2.to(decoder.device)
+        self.kept: list[list[list[int]]] = [[] for _ in prompts.lengths]
+        self.finite_B = torch.ones(len(prompts.lengths), dtype=torch.bool, device=decoder.device)
+        self.pruning_time = Stopwatch(decoder.device)
+
+    def result(self) -> Prefilled:
+        lengths, positions = [], []
+        start = 0
+        plan = self._plan()
+        method = create(self.pruning) if plan else None
+        looks_back = method is not None and "attention" in method.needs
+        for stop in sorted({*plan, self.decoder.num_layers}):
+            self._run(start, stop, stop - 1 if looks_back and stop in plan else None)
+            if stop == 0 and looks_back:
+                self.entered_TD = self.hidden_TD
+            lengths += [list(self.ragged.lengths)] * (stop - start)
+            positions += [list(self.next_positions)] * (stop - start)
+            if method is not None and stop in plan:
+                self._prune(method, stop, plan[stop])
+            start = stop
+        last = torch.tensor([end - 1 for end in accumulate(self.ragged.lengths)])
+        hidden_BD = self.hidden_TD[last.to(self.hidden_TD.device)]
+        # Tokens that are gone by a choice that was none would leave no trace.
+        hidden_BD = hidden_BD.masked_fill(~self.finite_B[:, None], torch.nan)
+        if self.trace is not None:
+            self.trace.hidden_TD = self.hidden_TD
+        return Prefilled(
+            hidden_BD=hidden_BD,
+            logits_BV=self.decoder.head(hidden_BD),
+            cache_lengths=lengths,
+            next_positions=positions,
+            kept=self.kept,
+            visual_tokens_stages=[[len(stage) for stage in stages] for stages in self.kept],
+            prune_seconds=self.pruning_time.seconds(),
+            finite_B=self.finite_B,
+        )
+
+    def _plan(self) -> dict[int, list[list[int] | None]]:
+        """`{layer: [request] -> tokens to keep of each image}`; None has no stage there."""
+        plan: dict[int, list[list[int] | None]] = {}
+        requests = len(self.ragged.lengths)
+        for request, counts in enumerate(self.given):
+            for count in counts:
+                for layer, keep in self.pruning.stages(count, self.decoder.num_layers):
+                    row = plan.setdefault(layer, [None] * requests)
+                    row[request] = [*(row[request] or []), keep]
+        return plan
+
+    def _run(self, start: int, stop: int, looked_at: int | None) -> None:
+        """Layers `start … stop-1`; holds on to what enters the one that will be looked at."""
+        if stop == start:
+            return
+        if self.cache is not None:
+            self.cache.begin_prefill(start, self.ragged.lengths)
+        rotary = self.decoder.rotary(self.positions_T)
+        layout = Packed(self.ragged.lengths)
+        if self.injected[start:stop]:
+            packed, encoded = (index.to(self.decoder.device) for index in self.ragged.visual())
+        for layer in range(start, stop):
+            if layer == looked_at:
+                self.entered_TD = self.hidden_TD
+            self.hidden_TD = self.decoder.run_layers(
+                layer, layer + 1, self.hidden_TD, rotary, layout, self.cache
+            )
+            if layer < len(self.injected):
+                # To each visual token that is still here what the encoder has for it.
+                own_VD = self.injected[layer][encoded]
+                self.hidden_TD.index_add_(0, packed, own_VD.to(self.hidden_TD))
+
+    def _prune(self, method: Method, layer: int, keeps: list[list[int] | None]) -> None:
+        hidden_in, positions_in, before = self.hidden_TD, self.positions_T, self.ragged
+        with self.pruning_time.running():
+            self._check(hidden_in)
+            choice = choose(method, self._stage(layer, keeps))
+            self.entered_TD = None
+            if choice is not None:
+                self._compact(choice)
+            self._renumber(keeps)
+            for request, keep in enumerate(keeps):
+                if keep is not None:
+                    self.kept[request].append(self.ragged.kept(request))
+        if self.trace is not None:
+            self.trace.stages.append(
+                StageTrace(
+                    layer,
+                    before,
+                    hidden_in,
+                    positions_in,
+                    choice,
+                    self.ragged,
+                    self.hidden_TD,
+                    self.positions_T,
+                )
+            )
+
+    def _stage(self, layer: int, keeps: list[list[int] | None]) -> Stage:
+        return Stage(
+            decoder=self.decoder,
+            layer=layer,
+            hidden_TD=self.hidden_TD,
+            positions_T=self.positions_T,
+            coordinates_T2=self.coordinates_T2,
+            batch=self.ragged,
+            goals=goals_of(self.ragged, keeps),
+            salts=self.salts,
+            entered_TD=self.entered_TD,
+            contexts=self.contexts,
+            batch_tokens=self.batch_tokens,
+        )
+
+    def _compact(self, choice: Choice) -> None:
+        if choice.finite_B is not None:
+            self.finite_B &= choice.finite_B
+        self.ragged, index = compact(self.ragged, choice.kept)
+        index = index.to(self.hidden_TD.device, non_blocking=True)
+        self.hidden_TD = self.hidden_TD[index]
+        self.positions_T = self.positions_T[..., index]
+        self.coordinates_T2 = self.coordinates_T2[index]
+
+    def _check(self, hidden_TD: Tensor) -> None:
+        """Note the requests of which a token is not finite, before it may be dropped."""
+        lengths = torch.tensor(self.ragged.lengths)
+        request_T = torch.arange(len(lengths)).repeat_interleave(lengths).to(hidden_TD.device)
+        self.finite_B &= all_of(finite_rows(hidden_TD), request_T, len(lengths))
+
+    def _renumber(self, keeps: list[list[int] | None]) -> None:
+        """Requests with a stage here count on from 0, also where it removed nothing."""
+        if self.pruning.position_ids == "keep":
+            return
+        lengths = self.ragged.lengths
+        fresh = contiguous_positions(lengths, self.positions_T.device)
+        touched = torch.tensor([keep is not None for keep in keeps])
+        mask = touched.repeat_interleave(torch.tensor(lengths)).to(fresh.device)
+        self.positions_T = torch.where(mask, fresh, self.positions_T)
+        self.next_positions = [
+            length if keep is not None else position
+            for length, keep, position in zip(lengths, keeps, self.next_positions, strict=True)
+        ]
+
+
+def _check_injected(prompts: PackedPrompts) -> None:
+    visual = sum(stop - start for spans in prompts.images for start, stop in spans)
+    for layer_VD in prompts.injected:
+        if len(layer_VD) != visual:
+            raise UserError(
+                f"{len(layer_VD)} features are to be added to {visual} visual tokens in the first "
+                "layers: images were repeated or left out on the way; upgrade transformers"
+            )
+
+
+def _next_positions(positions_T: Tensor, lengths: Sequence[int]) -> list[int]:
+    largest = [own.amax() for own in positions_T.split(list(lengths), dim=-1)]
+    return [position + 1 for position in torch.stack(largest).tolist()]

@@ -1,0 +1,363 @@
+"""What a pruning method is, what it may look at in a stage, and what it says in the end.
+
+Shapes: T packed tokens, A axes of positions, D hidden size; N images that lose tokens, V visual
+tokens of the widest of them, K tokens kept of one; of one image M patches, P size of the space that
+images and texts share, C texts or pieces of one, L tokens of the longest.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from trio.decoder.decoder import Decoder
+from trio.pruning.batch import Image, Kept, Ragged
+from trio.pruning.finite import finite_rows
+from trio.pruning.flops import DecoderShape
+from trio.pruning.last_token_attention import last_attention
+from trio.pruning.layer_gradient import LayerGradient
+from trio.pruning.saliency import Saliency, proxy_index, saliency
+
+Place = tuple[int, int]
+"""Of an image: its request, and its number there."""
+Grid = tuple[int, int]
+"""Rows and columns of patches or tokens."""
+
+
+class Text(NamedTuple):
+    """A text in the space of images and texts, in pieces that the text tower takes whole."""
+
+    tokens_CLP: Tensor
+    """Its tokens, between those of begin and end, padded."""
+    mask_CL: Tensor
+    """True where there is one of its own tokens; on the CPU."""
+    pooled_CP: Tensor
+    """Each piece as a whole."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Context:
+    """What encoder and prompt tell of one image, as far as the method's `needs` ask for it."""
+
+    places_V: Tensor
+    """For each visual token its patch, counted over `grids`; -1 for what is none, as a newline. On
+    the CPU."""
+    grids: tuple[Grid, ...] | None = None
+    """Rows and columns of the image's tiles, in order; None where its patches stand in no grid."""
+    joint_MP: Tensor | None = None
+    """Its patches in the space that images and texts share."""
+    text: Text | None = None
+    """The prompt's own words there."""
+    instruction_LD: Tensor | None = None
+    """The prompt's own words as the decoder's input embeddings."""
+
+    @property
+    def tiles_V(self) -> Tensor | None:
+        """The tile of each visual token, on the CPU; what is no patch is a tile of its own. None
+        where all are of one."""
+        if self.grids is None or len(self.grids) == 1:
+            return None
+        sizes = torch.tensor([rows * columns for rows, columns in self.grids])
+        tile_M = torch.arange(len(sizes)).repeat_interleave(sizes)
+        return tile_M[self.places_V.clamp(min=0)].where(self.places_V >= 0, len(sizes))
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What a stage decided."""
+
+    kept: Kept
+    """For each request and image the local indices that stay; None where nothing goes."""
+    orders: dict[Place, Tensor]
+    """For each pruned image its local indices by falling score, or in order of choice; empty for
+    methods without an order."""
+    scored: Sequence[int] = ()
+    """The requests whose saliency was taken, in order."""
+    saliency: Saliency | None = None
+    """Scores of these requests' tokens, packed; None for methods without."""
+    finite_B: Tensor | None = None
+    """Of every request, whether all that its images were judged by is finite: else the choice is
+    any. None for methods that judge by hidden states alone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """Images that lose tokens behind some layers of a prefill, and what a method may look at."""
+
+    decoder: Decoder
+    layer: int
+    """Layers that have run."""
+    hidden_TD: Tensor
+    """Packed hidden states that leave the last of them, of all requests."""
+    positions_T: Tensor
+    """Their positions, `[T]` or, on several axes, `[A, T]`."""
+    coordinates_T2: Tensor
+    """Where in its picture each visual token lies, in edges of a square as large as the picture;
+    all alike where that is unknown. Downwards, then to the right."""
+    batch: Ragged
+    """Lengths and images of all requests at present."""
+    goals: dict[Place, int]
+    """Tokens to keep of each image that loses some, in the order of requests and images."""
+    salts: Sequence[int]
+    """A number of each request that depends on nothing else."""
+    entered_TD: Tensor | None = None
+    """Hidden states that entered the layer that has just run, or at layer 0 enter the first; for
+    methods that need `attention`."""
+    contexts: Sequence[Sequence[Context]] = ()
+    """Of each request's images, for methods that need `text_tower` or `instruction`."""
+    batch_tokens: int = 0
+    """Tokens of the batch before any pruning: memory stays small beside theirs."""
+
+    @cached_property
+    def requests(self) -> list[int]:
+        """Those that lose tokens, rising."""
+        return sorted({request for request, _ in self.goals})
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each of `requests`."""
+        return [self.batch.lengths[request] for request in self.requests]
+
+    @property
+    def images(self) -> list[Image]:
+        """Those that lose tokens."""
+        return [self.batch.images[request][number] for request, number in self.goals]
+
+    @property
+    def most_kept(self) -> int:
+        return max(self.goals.values())
+
+    @cached_property
+    def packed(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Hidden states, positions and coordinates of `requests` alone."""
+        return self._own(self.hidden_TD, self.positions_T, self.coordinates_T2)
+
+    @cached_property
+    def bounds(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Of each image, `[N]`: first token among those of `requests`, tokens, tokens to keep."""
+        first = dict(zip(self.requests, Ragged(tuple(self.lengths), (), ()).starts, strict=True))
+        starts = [first[r] + self.batch.images[r][i].start for r, i in self.goals]
+        counts = [image.count for image in self.images]
+        numbers = torch.tensor([starts, counts, list(self.goals.values())])
+        start_N, count_N, keep_N = numbers.to(self.hidden_TD.device)
+        return start_N, count_N, keep_N
+
+    def saliency(self, proxy_positions: str, proxy_layer: str, proxy_head: str) -> Saliency:
+        """Gradient norms of all tokens of `requests`; arguments as in `trio.Pruning`."""
+        hidden_TD, positions_T, _ = self.packed
+        index = proxy_index(self.layer, proxy_layer)
+        return saliency(
+            LayerGradient(self.decoder, index, proxy_head, self.batch_tokens),
+            hidden_TD,
+            positions_T,
+            self.lengths,
+            proxy_positions,
+            [self._hull(request) for request in self.requests],
+        )
+
+    def attention(self) -> Tensor:
+        """Attention `[T]` that the tokens of `requests` get from the last one of their prompt in
+        the layer that has just run; at layer 0, where none has, in the first."""
+        assert self.entered_TD is not None, "the method does not say that it needs attention"
+        hidden_TD, positions_T, _ = self._own(
+            self.entered_TD, self.positions_T, self.coordinates_T2
+        )
+        layer = max(0, self.layer - 1)
+        return last_attention(
+            self.decoder, layer, hidden_TD, positions_T, self.lengths, self.batch_tokens
+        )
+
+    def rank(self, scores_T: Tensor) -> Tensor:
+        """Local indices `[N, V]` of each image by falling score of the tokens of `requests`."""
+        start_N, count_N, _ = self.bounds
+        return rank(scores_T, start_N, count_N, max(image.count for image in self.images))
+
+    def choice(
+        self, kept_NK: Tensor, order_NV: Tensor, scores: Tensor | Saliency | None = None
+    ) -> Choice:
+        """The outcome for all images at once.
+
+        Args:
+            kept_NK: local indices of each image, of which the first that it is to keep count.
+            order_NV: local indices of each image in the order to report, of which as many count as
+                it has tokens.
+            scores: what was judged by, of the tokens of `requests`.
+        """
+        picks = {
+            place: sorted(row[:keep])
+            for (place, keep), row in zip(self.goals.items(), kept_NK.tolist(), strict=True)
+        }
+        orders = {
+            place: order[: image.count]
+            for place, order, image in zip(self.goals, order_NV, self.images, strict=True)
+        }
+        kept = self._by_request(picks)
+        if isinstance(scores, Saliency):
+            return Choice(kept, orders, self.requests, scores, self._finite(scores.scores_T))
+        return Choice(kept, orders, finite_B=None if scores is None else self._finite(scores))
+
+    def choice_of_orders(self, orders: dict[Place, Tensor], scores: Sequence[Tensor]) -> Choice:
+        """The outcome of a choice image by image.
+
+        Args:
+            orders: for each image of `goals` the local indices that stay, in order of choice.
+            scores: `[V]` of each, what was judged by; empty for hidden states alone.
+        """
+        picks = {place: sorted(order_K.tolist()) for place, order_K in orders.items()}
+        finite_B = None
+        if scores:
+            finite_B = self._by_image(torch.stack([finite_rows(own_V) for own_V in scores]))
+        return Choice(self._by_request(picks), orders, finite_B=finite_B)
+
+    def _own(self, *of_all: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Hidden states, positions and coordinates of all requests, to those of `requests`."""
+        hidden_TD, positions_T, coordinates_T2 = of_all
+        if len(self.requests) == len(self.batch.lengths):
+            return hidden_TD, positions_T, coordinates_T2
+        index = self.batch.index(self.requests).to(hidden_TD.device)
+        return hidden_TD[index], positions_T[..., index], coordinates_T2[index]
+
+    def _hull(self, request: int) -> tuple[int, int]:
+        """From the first to the last token of a request's images that lose tokens."""
+        spans = [self.batch.images[r][i].span for r, i in self.goals if r == request]
+        return min(spans)[0], max(spans)[1]
+
+    def _finite(self, scores_T: Tensor) -> Tensor:
+        start_N, count_N, _ = self.bounds
+        place_V = torch.arange(max(image.count for image in self.images), device=scores_T.device)
+        index_NV = start_N[:, None] + place_V.minimum(count_N[:, None] - 1)
+        return self._by_image(finite_rows(scores_T[index_NV]))
+
+    def _by_image(self, finite_N: Tensor) -> Tensor:
+        """`Choice.finite_B` by whether it holds for each image that loses tokens."""
+        request_N = torch.tensor([request for request, _ in self.goals], device=finite_N.device)
+        return all_of(finite_N, request_N, len(self.batch.lengths))
+
+    def _by_request(self, picks: dict[Place, list[int]]) -> Kept:
+        """Local indices of the images that lose tokens, as `compact` wants them."""
+        return [
+            [picks.get((request, number)) for number in range(len(images))]
+            for request, images in enumerate(self.batch.images)
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method(ABC):
+    """A way to choose visual tokens. A subclass is a frozen dataclass: its fields are its settings,
+    those with the name of a field of `trio.Pruning` are filled from there, and all others by
+    `Pruning.method_options`."""
+
+    name: ClassVar[str] = ""
+    """Of `--method` and `Pruning.method`."""
+    summary: ClassVar[str] = ""
+    """What it goes by, in a few words for tables and `--help`."""
+    before_decoder: ClassVar[bool] = False
+    """Whether it chooses once, on what enters the decoder's first layer, and not at stages."""
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What it looks at beside hidden states: `gradient` (`Stage.saliency`), `attention`
+        (`Stage.attention`), `coordinates` (`Stage.coordinates_T2`), `text_tower`
+        (`Context.joint_MP` and `text`), `instruction` (`Context.instruction_LD`)."""
+        return frozenset()
+
+    @abstractmethod
+    def __call__(self, stage: Stage) -> Choice:
+        """Choose the tokens of a stage in which some image loses tokens."""
+
+    @abstractmethod
+    def flops(self, shape: DecoderShape, tokens: int, images: Sequence[tuple[int, int]]) -> int:
+        """Multiply-adds that one stage of the method adds to a prompt.
+
+        Args:
+            shape: sizes of the decoder.
+            tokens: in the sequence, text and images, before the stage.
+            images: of each that loses tokens those before the stage, and how many of these stay.
+        """
+
+
+class OneByOne(Method):
+    """A method that chooses from one image at a time."""
+
+    @abstractmethod
+    def choose(
+        self, features_VD: Tensor, keep: int, context: Context | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Choose from one image.
+
+        Args:
+            features_VD: hidden states of its tokens.
+            keep: tokens to keep, K, fewer than V.
+            context: what encoder and prompt tell of it; None where the method needs neither.
+
+        Returns:
+            `[K]`, local indices in order of choice, and what it judged by, `[V]`, or None for
+            hidden states alone.
+        """
+
+    def __call__(self, stage: Stage) -> Choice:
+        starts_N, counts_N, _ = stage.bounds
+        hidden_TD, *_ = stage.packed
+        orders, scores = {}, []
+        for (place, keep), start, count in zip(
+            stage.goals.items(), starts_N.tolist(), counts_N.tolist(), strict=True
+        ):
+            request, number = place
+            context = stage.contexts[request][number] if stage.contexts else None
+            order_K, own_V = self.choose(hidden_TD[start : start + count], keep, context)
+            orders[place] = order_K
+            scores += [] if own_V is None else [own_V]
+        return stage.choice_of_orders(orders, scores)
+
+
+def choose(method: Method, stage: Stage) -> Choice | None:
+    """The choice of a stage; None where no image loses a token."""
+    if not stage.goals:
+        return None
+    # A caller's autocast would score in half precision, and scores would collide.
+    with torch.autocast(stage.hidden_TD.device.type, enabled=False):
+        return method(stage)
+
+
+def goals_of(batch: Ragged, keeps: Sequence[Sequence[int] | None]) -> dict[Place, int]:
+    """`Stage.goals`.
+
+    keeps: for each request the tokens to keep of each image; None has no stage here.
+    """
+    return {
+        (request, number): keep
+        for request, own in enumerate(keeps)
+        for number, keep in enumerate(own or ())
+        if keep < batch.images[request][number].count
+    }
+
+
+def all_of(true_N: Tensor, group_N: Tensor, groups: int) -> Tensor:
+    """Whether something holds of every member of each of so many groups; nothing is read back."""
+    false_B = torch.zeros(groups, dtype=torch.int32, device=true_N.device)
+    return false_B.index_add_(0, group_N, (~true_N).int()) == 0
+
+
+def rank(scores_T: Tensor, start_N: Tensor, count_N: Tensor, most: int) -> Tensor:
+    """Local indices of each image by falling score; of equal scores the lower index first.
+
+    Args:
+        scores_T: packed scores.
+        start_N: packed index of each image's first token.
+        count_N: tokens of each.
+        most: the largest of `count_N`, V.
+
+    Returns:
+        `[N, V]`; past an image's count the indices that it does not have.
+    """
+    place_V = torch.arange(most, device=scores_T.device)
+    valid_NV = place_V < count_N[:, None]
+    index_NV = (start_N[:, None] + place_V).where(valid_NV, start_N[:, None])
+    scores_NV = scores_T[index_NV].masked_fill(~valid_NV, -torch.inf)
+    return scores_NV.sort(dim=1, descending=True, stable=True).indices

@@ -1,0 +1,181 @@
+"""Pruning methods by name. No torch in here: a method is loaded when it is first asked for."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import pkgutil
+import typing
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import EntryPoint, entry_points
+from typing import TYPE_CHECKING, Any
+
+from trio.errors import UserError, first_line
+from trio.pruning import methods
+
+if TYPE_CHECKING:
+    from trio.pruning.method import Method
+    from trio.pruning.options import Pruning
+
+GROUP = "trio_vlm.methods"
+"""Entry points by which installed packages add methods: `name = "module:MethodClass"`."""
+NONE = "none"
+"""The name that stands for no method."""
+_registered: dict[str, type[Method]] = {}
+
+
+def register_method(method: type[Method]) -> type[Method]:
+    """Add a method to this process, under its `name`; also as a decorator of the class.
+
+    A job's engines are processes of their own: there a method goes by `module:Class`, as in
+    `--method my_module:MyMethod`, or by an entry point of the group `trio_vlm.methods`.
+
+    Args:
+        method: a subclass of `trio.Method`.
+
+    Returns:
+        The same class.
+
+    Raises:
+        UserError: it is none, or another method has that name.
+    """
+    name = getattr(method, "name", "")
+    _check(method, repr(name or method))
+    if name == NONE or (name in names() and _registered.get(name) is not method):
+        raise UserError(f"method {name!r} is there already: give yours another name")
+    _registered[name] = method
+    return method
+
+
+@contextmanager
+def replaced(method: type[Method]) -> Iterator[None]:
+    """As long as the context lasts, this class stands for the method of its name."""
+    before = _registered.get(method.name)
+    _registered[method.name] = method
+    try:
+        yield
+    finally:
+        if before is None:
+            del _registered[method.name]
+        else:
+            _registered[method.name] = before
+
+
+def names() -> tuple[str, ...]:
+    """All methods: `trio`, `none`, those built in, those that packages add, those registered."""
+    return tuple(dict.fromkeys(["trio", NONE, *_built_in(), *_entries(), *_registered]))
+
+
+def check_name(name: object) -> None:
+    """Raise UserError unless a method may have this name; loads nothing."""
+    if not isinstance(name, str) or (name not in names() and ":" not in name):
+        raise UserError(
+            f"method must be one of {', '.join(names())}, or module:Class, got {name!r}"
+        )
+
+
+def method_class(name: str) -> type[Method]:
+    """The class of a method, not of `none`.
+
+    Args:
+        name: one of `names()`, or `module:Class`.
+
+    Raises:
+        UserError: there is none of this name, or it cannot be loaded.
+    """
+    check_name(name)
+    if name in _registered:
+        return _registered[name]
+    if name in _built_in():
+        return _own_class(name)
+    return _load(_entries().get(name) or EntryPoint(name, name, GROUP))
+
+
+def chooses_before_decoder(name: str) -> bool:
+    """Whether a method chooses once, before the decoder's first layer."""
+    return name != NONE and method_class(name).before_decoder
+
+
+def needs_of(pruning: Pruning) -> frozenset[str]:
+    """`Method.needs` of some settings; nothing where no method takes part."""
+    return create(pruning).needs if pruning.chooses else frozenset()
+
+
+def create(pruning: Pruning) -> Method:
+    """The method of some settings, with those of its own settings that `pruning` has.
+
+    Raises:
+        UserError: it is not there, or has no such settings.
+    """
+    method = method_class(pruning.method)
+    fields = {field.name for field in dataclasses.fields(method)}
+    common = {name: getattr(pruning, name) for name in fields if hasattr(pruning, name)}
+    return method(**common, **_own_options(method, fields - set(common), pruning))
+
+
+def _own_options(method: type[Method], fields: set[str], pruning: Pruning) -> dict[str, Any]:
+    hints = typing.get_type_hints(method)
+    options = {}
+    for name, value in dict(pruning.method_options).items():
+        if name not in fields:
+            known = f"it has {', '.join(sorted(fields))}" if fields else "it has none"
+            raise UserError(f"method {pruning.method} has no option {name!r}: {known}")
+        options[name] = _converted(value, hints[name], f"{pruning.method}: option {name}")
+    return options
+
+
+def _converted(value: Any, kind: Any, what: str) -> Any:
+    """A value in the type of its field, from that type or from text."""
+    if typing.get_origin(kind) is typing.Literal:
+        if value not in typing.get_args(kind):
+            known = ", ".join(map(str, typing.get_args(kind)))
+            raise UserError(f"{what} must be one of {known}, got {value!r}")
+        return value
+    try:
+        return kind(value)
+    except (TypeError, ValueError):
+        raise UserError(f"{what} must be a {kind.__name__}, got {value!r}") from None
+
+
+@functools.cache
+def _built_in() -> tuple[str, ...]:
+    return tuple(module.name for module in pkgutil.iter_modules(methods.__path__))
+
+
+@functools.cache
+def _entries() -> dict[str, EntryPoint]:
+    return {entry.name: entry for entry in entry_points(group=GROUP)}
+
+
+def _own_class(name: str) -> type[Method]:
+    """The class with this name in the module of this name."""
+    module = importlib.import_module(f"{methods.__name__}.{name}")
+    found: type[Method] = next(
+        value for value in vars(module).values() if getattr(value, "name", None) == name
+    )
+    return found
+
+
+def _load(entry: EntryPoint) -> type[Method]:
+    try:
+        found = entry.load()
+    except Exception as error:  # the module is not ours
+        raise UserError(
+            f"method {entry.value} cannot be loaded: {type(error).__name__}: {first_line(error)}"
+        ) from error
+    return _check(found, entry.value)
+
+
+def _check(found: Any, what: str) -> type[Method]:
+    from trio.pruning.method import Method
+
+    if not (isinstance(found, type) and issubclass(found, Method)):
+        raise UserError(f"method {what} is no subclass of trio.Method")
+    lacking = set(found.__abstractmethods__) | (set() if getattr(found, "name", "") else {"name"})
+    if lacking:
+        raise UserError(f"method {what} is not complete: it lacks {', '.join(sorted(lacking))}")
+    if not dataclasses.is_dataclass(found):
+        raise UserError(f"method {what} is no dataclass: its fields are its settings")
+    return found

@@ -1,0 +1,47 @@
+"""Method `trio`: by gradient saliency, without near-duplicates of what is kept.
+
+TRIO (arXiv 2602.04657), method section; `trio.pruning.reference` has it by the book.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from trio.pruning.farthest import fill_up
+from trio.pruning.flops import DecoderShape
+from trio.pruning.method import Choice, Stage
+from trio.pruning.methods.gradient import Gradient
+from trio.pruning.nms import suppress
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trio(Gradient):
+    """Score, rank, suppress, fill up."""
+
+    name = "trio"
+    summary = "gradient saliency, then suppression of near-duplicates"
+
+    similarity_threshold: float
+    fill_up: str
+
+    @property
+    def needs(self) -> frozenset[str]:
+        mixed = self.fill_up == "mixed"
+        return frozenset({"gradient", "coordinates"} if mixed else {"gradient"})
+
+    def __call__(self, stage: Stage) -> Choice:
+        hidden_TD, _, coordinates_T2 = stage.packed
+        scores = self.score(stage)
+        order_NV = stage.rank(scores.scores_T)
+        walked = suppress(
+            hidden_TD, *stage.bounds, order_NV, stage.most_kept, self.similarity_threshold
+        )
+        kept_NK = fill_up(hidden_TD, coordinates_T2, walked, self.fill_up)
+        return stage.choice(kept_NK, order_NV, scores)
+
+    def flops(self, shape: DecoderShape, tokens: int, images: Sequence[tuple[int, int]]) -> int:
+        """Cosines between kept tokens and the rest, at most: in the walk, and once more where that
+        comes out short."""
+        cosines = sum(2 * count * keep * shape.hidden_size for count, keep in images)
+        return super().flops(shape, tokens, images) + cosines
