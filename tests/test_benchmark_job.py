@@ -31,7 +31,7 @@ from trio.pruning.options import Pruning
     [
         (["quality", "--json", "{dir}/nowhere/x.json"], "no file can be written there"),
         (["quality", "--json", "{dir}"], "no file can be written there"),
-        (["quality", "--methods", "fastest"], "--methods: unknown value 'fastest'"),
+        (["quality", "--methods", "fastest"], "--methods: method must be one of trio"),
         (["quality", "--encoders", "glasses"], "--encoders: unknown value 'glasses'"),
         (["speed", "--shape", "huge"], "--shape huge is not available"),
         (["speed", "--encoder", "scan"], "is not measured here"),

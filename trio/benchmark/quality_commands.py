@@ -50,6 +50,9 @@ def _words(known: Sequence[str]) -> Value:
     return Value(read=listed(one_of(known).read), unit=",".join(known))
 
 
+METHODS = Value(read=listed(read_method), unit=lambda: ",".join(names()))
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Quality(Measurement):
     """Exact answers on held-out scenes, and what reading costs, by method, encoder and retention.
@@ -61,9 +64,7 @@ class Quality(Measurement):
     """Hub id, directory, or demo, the bundled one."""
     text_tower: Model | None = None
     """For method eadp: the CLIP of the model's vision encoder."""
-    methods: Annotated[
-        tuple[str, ...], Value(read=listed(read_method), unit=lambda: ",".join(names()))
-    ] = field(default_factory=names)
+    methods: Annotated[tuple[str, ...], METHODS] = field(default_factory=names)
     """How tokens are chosen, several with commas (default: all)."""
     encoders: Annotated[tuple[str, ...], _words(ENCODERS)] = ("none",)
     """What reduces them in the encoder, several with commas."""
