@@ -1,4 +1,4 @@
-"""The file for ``ray up``: Ray's validator takes it, and it says what the README says of it."""
+"""The file for ``ray up``: Ray's validator takes it, and it is as trio/job/CLUSTER.md says."""
 
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,8 @@
-"""README's samples: Python runs as it is printed, offline; commands have the flags they use.
+"""READMEs: Python runs as it is printed, offline; commands have the flags they use; links lead.
 
 What needs a hub, a bucket or a cluster is a shell block, of which the flags are looked at; JSON is
-the bundled model's pruning config. There is no other kind, which nobody would look at.
+the bundled model's pruning config. There is no other kind, which nobody would look at. The dated
+files of `benchmark/results` say what was run then: of them only links are looked at.
 """
 
 import json
@@ -9,6 +10,7 @@ import re
 import shlex
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -20,27 +22,51 @@ from trio.bundled import MODEL, PROMPTS, SHARD, write_images
 from trio.engine.engine import Engine
 from trio.engine.request import Request
 from trio.job import cli
+from trio.pruning.method_registry import names
 from trio.pruning.options import Pruning
 from trio.pruning.pruning_config import FILE
 
 ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
-SAMPLES = [text for kind, text in BLOCKS if kind == "python"]
+FOLDERS = (".", ".packaging", "jobs", "trio", "trio/*", "tests", "tests/*")
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+    for folder in FOLDERS
+    for path in sorted(ROOT.glob(f"{folder}/*.md"))
+}
+RESULTS = sorted(ROOT.glob("trio/benchmark/results/*.md"))
+BLOCKS = {
+    page: re.findall(r"^```(\w*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    for page, text in PAGES.items()
+}
 CAPTIONS = [
     f"{row['image']['path']} {row['answers'][0]} 0.11"
     for row in pq.read_table(SHARD).slice(0, 6).to_pylist()
     if row["kind"] == "caption"
 ]
-SAYS = [["5 images in photos.parquet"], ["a red 5 and a green 7\n"], CAPTIONS]
-"""What each Python sample must print, in their order."""
+SAYS = {
+    "README.md": [CAPTIONS, ["a red 5 and a green 7\n"]],
+    "trio/job/README.md": [["5 images in photos.parquet"]],
+}
+"""What each Python sample of a page must print, in their order."""
 TYPES = ["jpg", "JPEG", "png", "webp", "gif"]
 
 
-@pytest.mark.parametrize(("code", "says"), list(zip(SAMPLES, SAYS, strict=True)))
+def samples(page: str) -> list[str]:
+    return [text for kind, text in BLOCKS[page] if kind == "python"]
+
+
+def test_every_python_sample_is_run() -> None:
+    assert {page: len(samples(page)) for page in PAGES if samples(page)} == {
+        page: len(says) for page, says in SAYS.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("page", "number"), [(page, number) for page in SAYS for number in range(len(SAYS[page]))]
+)
 def test_python_samples_run_as_printed(
-    code: str,
-    says: list[str],
+    page: str,
+    number: int,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
@@ -50,17 +76,17 @@ def test_python_samples_run_as_printed(
         folder = "photos/trip" if place % 2 else "photos"
         Image.new("RGB", (8, 8)).save(tmp_path / folder / f"{place}.{suffix}")
     monkeypatch.chdir(tmp_path)
-    exec(compile(code, "README.md", "exec"), {"__name__": "__main__"})
+    exec(compile(samples(page)[number], page, "exec"), {"__name__": "__main__"})
     printed = capfd.readouterr()
-    missing = [line for line in says if line not in printed.out]
+    missing = [line for line in SAYS[page][number] if line not in printed.out]
     assert not missing, printed.out
     assert "was not taught" not in printed.err
 
 
-def commands() -> list[list[str]]:
+def commands(page: str) -> list[list[str]]:
     """Arguments of each `python jobs/...`, name first, in shell blocks and within the text."""
-    shell = "\n".join(text for kind, text in BLOCKS if kind == "bash").replace("\\\n", " ")
-    text = re.sub(r"^```.*?^```$", "", README, flags=re.DOTALL | re.MULTILINE)
+    shell = "\n".join(text for kind, text in BLOCKS[page] if kind == "bash").replace("\\\n", " ")
+    text = re.sub(r"^```.*?^```$", "", PAGES[page], flags=re.DOTALL | re.MULTILINE)
     lines = [line for line in shell.splitlines() if "jobs/" in line]
     lines += re.findall(r"`(python\s+jobs/[^`]*)`", text)
     return [
@@ -70,7 +96,9 @@ def commands() -> list[list[str]]:
     ]
 
 
-@pytest.mark.parametrize("command", commands(), ids=" ".join)
+@pytest.mark.parametrize(
+    "command", [command for page in PAGES for command in commands(page)], ids=" ".join
+)
 def test_commands_have_flags_that_exist(command: list[str]) -> None:
     name, *flags = command
     read: Callable[[], object]
@@ -87,20 +115,58 @@ def test_commands_have_flags_that_exist(command: list[str]) -> None:
         read()
 
 
-def test_every_block_is_of_a_kind_that_is_looked_at() -> None:
-    assert {kind for kind, _ in BLOCKS} == {"python", "bash", "json", ""}
-    assert not [text for kind, text in BLOCKS if not kind and re.search(r"python|import ", text)]
-    assert {name for name, *_ in commands()} == {"caption", "benchmark"}
-    assert README.count("python jobs/") + README.count("python\njobs/") == len(commands())
+def test_modules_that_are_run_exist() -> None:
+    named = {
+        name
+        for text in PAGES.values()
+        for name in re.findall(r"\s-m\s((?:trio|tests)[.\w]+)", text)
+    }
+    assert "trio.demo.kept_picture" in named
+    assert not [name for name in named if find_spec(name) is None]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_block_is_of_a_kind_that_is_looked_at(page: str) -> None:
+    assert {kind for kind, _ in BLOCKS[page]} <= {"python", "bash", "json", ""}
+    plain = [text for kind, text in BLOCKS[page] if not kind]
+    assert not [text for text in plain if re.search(r"python|import ", text)]
+    assert len(re.findall(r"python\s+jobs/", PAGES[page])) == len(commands(page))
+
+
+@pytest.mark.parametrize(
+    "path",
+    [*map(ROOT.joinpath, PAGES), *RESULTS],
+    ids=lambda path: path.relative_to(ROOT).as_posix(),
+)
+def test_links_lead_to_files_and_headings(path: Path) -> None:
+    text = re.sub(r"^```.*?^```$", "", path.read_text("utf-8"), flags=re.DOTALL | re.MULTILINE)
+    links = [*re.findall(r"\]\(([^)\s]+)\)", text), *re.findall(r'src="([^"]+)"', text)]
+    for link in (link for link in links if not link.startswith("http")):
+        name, _, anchor = link.partition("#")
+        target = path.parent / name if name else path
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target.read_text("utf-8")), link
+
+
+def anchors(text: str) -> set[str]:
+    """Of the headings, as GitHub makes them."""
+    titles = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_the_first_page_is_short_and_names_every_method() -> None:
+    assert len(PAGES["README.md"].splitlines()) <= 220
+    assert set(names()) <= set(re.findall(r"^\| `(\w+)` \|", PAGES["README.md"], re.MULTILINE))
 
 
 def test_the_pruning_config_shown_is_the_bundled_models() -> None:
-    shown = [json.loads(text) for kind, text in BLOCKS if kind == "json"]
+    shown = [json.loads(text) for page in PAGES for kind, text in BLOCKS[page] if kind == "json"]
     assert shown == [json.loads((MODEL / FILE).read_text())]
 
 
 def test_the_prompts_of_the_bundled_model_are_listed_with_its_answers(tmp_path: Path) -> None:
-    listed = dict(re.findall(r"^\| `([^`]*)` \| `([^`]*)` \|$", README, re.MULTILINE))
+    page = PAGES["trio/demo/README.md"]
+    listed = dict(re.findall(r"^\| `([^`]*)` \| `([^`]*)` \|$", page, re.MULTILINE))
     assert listed.keys() >= {prompt.format(color="red", digit=7) for prompt in PROMPTS}
     image = Image.open(write_images(tmp_path, 1)[0])
     engine = Engine.from_pretrained("demo", device="cpu", pruning=Pruning(retention=1 / 9))

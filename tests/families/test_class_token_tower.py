@@ -217,8 +217,9 @@ def test_features_of_other_layers_are_reduced_by_what_these_do(encoder: str) -> 
         adapter = adapt(model)
         (image,) = adapter.encode_images(square(1), encoder, [63])
         (unreduced,) = adapter.encode_images(square(1))
-        if encoder == "visionzip":
-            assert_own(image, unreduced, range(1, zip_split(63)[0]))
+        own = {"visionzip": (1, zip_split(63)[0]), "scope": (0, 63), "prunesid": (1, 63)}
+        if encoder in own:
+            assert_own(image, unreduced, range(*own[encoder]))
         else:
             same = (image.tokens - unreduced.tokens[list(image.sources)]).abs().amax(dim=1) < 1e-4
             assert same.sum() == 62

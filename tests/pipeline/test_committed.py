@@ -143,7 +143,7 @@ def test_leftovers_in_all_places_are_swept(tmp_path: Path) -> None:
 
 
 def test_what_a_shard_costs_in_the_snapshot_and_the_plan(tmp_path: Path) -> None:
-    """README, "Resuming": 6 bytes a shard on disk at the worst, 500 in memory for its units."""
+    """README of job/: 6 bytes a shard on disk at worst, 500 in memory for its units."""
     count = 2000
     shards = [
         Shard(number=i, path="x", size=10**9, rows=10_000, row_groups=(10_000,))

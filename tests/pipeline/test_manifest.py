@@ -94,7 +94,7 @@ def planned(count: int, seed: int) -> Manifest:
 
 
 def test_what_a_shard_costs_in_the_manifest() -> None:
-    """README, "Resuming": 100 bytes on disk, and a driver's memory of 1.5 kB, at the most."""
+    """README of job/: 100 bytes on disk, and 1.5 kB of a driver's memory, at most."""
     count = 2000
     buffer = planned(count, 1).to_bytes({})
     assert buffer.size / count < 100

@@ -104,8 +104,12 @@ def test_a_batch_is_its_images_one_by_one(own: dict[str, Tensor], data: st.DataO
     keep = data.draw(st.integers(1, own["features"].shape[1]))
 
     def chosen(image: slice) -> Coverage:
-        weights = {"importance_BN": own["importance"][image], "saliency_BN": own["saliency"][image]}
-        return cover(own["features"][image], keep, **weights)
+        return cover(
+            own["features"][image],
+            keep,
+            importance_BN=own["importance"][image],
+            saliency_BN=own["saliency"][image],
+        )
 
     both = chosen(slice(None))
     for image in range(len(own["features"])):

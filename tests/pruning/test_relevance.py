@@ -143,9 +143,10 @@ def test_smoothing_stays_within_its_tile() -> None:
 
 def test_scaling_goes_over_tiles_or_the_image() -> None:
     patches, grids = random(50, 8), [(5, 5), (5, 5)]
-    traces = {over: relevance.Trace() for over in ("tile", "image")}
+    ways = {"tile": Settings(scaled_over="tile"), "image": Settings(scaled_over="image")}
+    traces = {over: relevance.Trace() for over in ways}
     for over, trace in traces.items():
-        importance(patches, *texts(), grids, Settings(scaled_over=over), trace=trace)
+        importance(patches, *texts(), grids, ways[over], trace=trace)
     assert torch.equal(traces["tile"].text_N, traces["image"].text_N)
     tiles = traces["tile"].minmax_N.split(25)
     assert [float(tile.max()) for tile in tiles] == [1, 1]

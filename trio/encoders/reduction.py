@@ -10,11 +10,14 @@ import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from trio.encoders.clip_hooks import Watched
 
 CLASS_TOKEN = -1
 """Stands for the class token among indices of patches."""
@@ -46,24 +49,28 @@ class Reduced:
         return cls(tokens_IXD[there_IX], sources_IX[there_IX], tuple(lengths))
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class TowerStates:
-    """What a forward of the tower left, at the layer whose output becomes features."""
+    """What a forward of the tower left."""
 
     hidden_ISD: Tensor
-    """Hidden states that leave it."""
-    attention_IP: Tensor
-    """Of the class token to the patches there, after the softmax, summed over heads; float32."""
-    shallow_IP: Tensor
-    """The same in an early layer."""
-    keys_ISE: Tensor
-    """Mean of the heads' keys there, with bias and unscaled; float32."""
+    """Hidden states that become features."""
+    deep: Watched
+    """The layer that they leave."""
+    shallow: Watched
+    """An early one."""
     columns: int
     """Patches in a row of the image."""
     with_class: bool
     """Whether the class token is one of the model's own features."""
     valid_IP: Tensor | None
     """False for patches that are no part of the image; None if all are."""
+
+    @cached_property
+    def attention_IP(self) -> Tensor:
+        """Of the class token to the patches in the deep layer, after the softmax, summed over
+        heads; float32."""
+        return self.deep.class_attention()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

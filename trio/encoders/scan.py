@@ -31,7 +31,7 @@ class Scan(Reduction):
 
     def __call__(self, states: TowerStates, keeps: Sequence[int]) -> Reduced:
         return scan(
-            states.shallow_IP,
+            states.shallow.class_attention(),
             states.attention_IP,
             states.hidden_ISD,
             keeps,

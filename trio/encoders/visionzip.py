@@ -29,7 +29,7 @@ class VisionZip(Reduction):
         dominant, contextual = zip(*map(zip_split, keeps), strict=True)
         return visionzip(
             states.attention_IP,
-            states.keys_ISE,
+            states.deep.mean_keys(),
             states.hidden_ISD,
             dominant,
             contextual,

@@ -149,9 +149,8 @@ class ClassTokenAdapter(TiledAdapter):
         valid = None if bool(valid_QP.all()) else valid_QP.to(hidden_QSD.device)
         states = TowerStates(
             hidden_ISD=hidden_QSD,
-            attention_IP=seen[deep].class_attention(),
-            shallow_IP=seen[shallow].class_attention(),
-            keys_ISE=seen[deep].mean_keys(),
+            deep=seen[deep],
+            shallow=seen[shallow],
             columns=patches_per_edge(config),
             with_class=self._with_class,
             valid_IP=valid,

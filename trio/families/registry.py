@@ -112,5 +112,5 @@ def _checked(model_type: str, found: object, name: str) -> type[Adapter]:
 def _unsupported(what: str) -> UserError:
     return UserError(
         f"models of {what} are not supported; supported model types are {', '.join(supported())}; "
-        'the README says under "Adding a family" how to add one'
+        'trio/families/README.md says under "Adding a family" how to add one'
     )

@@ -47,8 +47,8 @@ def patch(model: Model, pruning: Pruning) -> Model:
     patched model runs eagerly. One thread at a time.
 
     Args:
-        model: a `...ForConditionalGeneration` of any family that has an adapter: those that the
-            README lists under "Limits", and what is added with `trio.register`; not quantised, on
+        model: a `...ForConditionalGeneration` of any family that has an adapter: those of
+            `trio/families/README.md`, and what is added with `trio.register`; not quantised, on
             one device.
         pruning: how much to keep and how to choose.
 

@@ -173,7 +173,7 @@ def expand(
         if not infos and (images := listing.images(given)):
             raise UserError(
                 f"--input {uri}: no Parquet file there, but {counted(images, 'image')}; put them"
-                " into one first, as the README shows under 'Your own data'"
+                " into one first, as trio/job/README.md shows under 'Columns'"
             )
         if not infos:
             raise UserError(

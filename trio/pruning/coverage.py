@@ -67,6 +67,9 @@ def cover(
     tokens = features_BNC.shape[1]
     if not 0 <= keep <= tokens:
         raise ValueError(f"cannot keep {keep} of {tokens} visual tokens")
+    if tokens == 0:
+        nothing_B0 = features_BNC.new_zeros((len(features_BNC), 0), dtype=torch.float32)
+        return Coverage(order_BK=nothing_B0.long(), gain_BK=nothing_B0)
     ones_BN = torch.ones(features_BNC.shape[:2], device=features_BNC.device)
     importance_BN = ones_BN if importance_BN is None else importance_BN.float()
     if saliency_BN is None:

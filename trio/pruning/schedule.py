@@ -113,7 +113,7 @@ PUBLISHED_AFTER_ENCODER = ScheduleShape(32, ((0, 96 / 576), (16, 32 / 576)))
 Qwen2.5-VL-7B's has the same shares at its own half depth."""
 AFTER_ENCODER = ScheduleShape(32, ((0, 256 / 576), (4, 64 / 576), (10, 40 / 576), (16, 25 / 576)))
 """What is used instead: the encoder, which does not know the prompt, leaves the decoder more than
-twice as many to choose from. The README has what that keeps beside the published setting."""
+twice as many to choose from; measured in `benchmark/results/2026-11-23-cpu-quality.md`."""
 SHAPES = ("family", "start")
 """Shapes by name: the model family's own, and that with its first stage at layer 0."""
 AT_ONCE = ScheduleShape(1, ((0, 1.0),))
