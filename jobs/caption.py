@@ -1,4 +1,16 @@
-"""Captions for Parquet shards of images and prompts: python jobs/caption.py --help."""
+"""Captions for Parquet shards of images and prompts.
+
+Reads shards and writes one answer per row, with statistics, using a vision-language model that
+drops the image tokens its prompt does not need. Without arguments: the bundled shard and the
+bundled model, beside the unpruned model.
+
+exit codes: 0 all rows written; 1 the job failed; 2 arguments, configuration or input schema are
+wrong; 3 finished with more rows in error than --max-error-rate
+
+example:
+  python jobs/caption.py --input 'photos/*.parquet' --output captions \\
+    --model llava-hf/llava-1.5-7b-hf --prompt 'Describe the image.' --retention 1/9
+"""
 
 import _bootstrap
 
@@ -6,19 +18,7 @@ ROOT = _bootstrap.ROOT
 
 from trio.pipeline.job import Job, main  # noqa: E402
 
-JOB = Job(
-    name="caption",
-    description=(
-        "Reads Parquet shards of images and prompts and writes one answer per row, with statistics,"
-        " using a vision-language model that drops the image tokens its prompt does not need."
-        " Without arguments: the bundled shard and the bundled model, beside the unpruned model."
-    ),
-    epilog=(
-        "exit codes: 0 all rows written; 1 the job failed; 2 arguments, configuration or input"
-        " schema are wrong; 3 finished with more rows in error than --max-error-rate"
-    ),
-    package=str(ROOT / "trio"),
-)
+JOB = Job(name="caption", description=__doc__, package=str(ROOT / "trio"))
 
 if __name__ == "__main__":
     raise SystemExit(main(JOB))

@@ -29,42 +29,23 @@ from trio.pruning.options import Pruning
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--json", "{dir}/nowhere/x.json"], "no file can be written there"),
-        (["--json", "{dir}"], "no file can be written there"),
-        (["--methods", "fastest"], "method must be one of"),
-        (["--encoders", "glasses"], "encoder must be one of"),
-        (["--retention", "x"], "no list of numbers"),
-        (["--seed", "-1"], "at least 0"),
-        (["--scenes", "0"], "at least 1"),
-        (["--frobnicate"], "unrecognized arguments"),
+        (["quality", "--json", "{dir}/nowhere/x.json"], "no file can be written there"),
+        (["quality", "--json", "{dir}"], "no file can be written there"),
+        (["quality", "--methods", "fastest"], "--methods: method must be one of trio"),
+        (["quality", "--encoders", "glasses"], "--encoders: unknown value 'glasses'"),
+        (["speed", "--shape", "huge"], "--shape huge is not available"),
+        (["speed", "--encoder", "scan"], "is not measured here"),
+        (["speed", "--retention", "1/9", "--schedule", "1:9"], "not both"),
+        (["speed", "--shape", "tiny", "--retention", "0.01"], "out of reach"),
+        (["speed", "--device", "abacus"], "--device abacus is not to be had here; there is: cpu"),
+        (["pipeline", "--model", "./nowhere"], "no model there"),
+        (["targets", "--parts", "env,all"], "--parts all is not available; there are: env, "),
     ],
 )
 def test_mistakes_end_with_code_2_and_one_line(
     flags: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert benchmark.main(["quality", *(flag.format(dir=tmp_path) for flag in flags)]) == 2
-    error = capsys.readouterr().err
-    assert message in error and error.count("\n") == 1 and error.startswith("benchmark.py: ")
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--shape", "huge"], "--shape huge is not available"),
-        (["--encoder", "scan"], "is not measured here"),
-        (["--batch", "0"], "no integer of at least 1"),
-        (["--output-tokens", "9-3"], "goes down"),
-        (["--retention", "1/9,1/3"], "more than one number"),
-        (["--retention", "1/9", "--schedule", "1:9"], "not both"),
-        (["--shape", "tiny", "--retention", "0.01"], "out of reach"),
-        (["--device", "abacus"], "--device abacus is not to be had here; there is: cpu"),
-        (["--json", "{dir}/nowhere/x.json"], "no file can be written there"),
-    ],
-)
-def test_mistakes_with_speed(
-    flags: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert benchmark.main(["speed", *(flag.format(dir=tmp_path) for flag in flags)]) == 2
+    assert benchmark.main([flag.format(dir=tmp_path) for flag in flags]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1 and error.startswith("benchmark.py: ")
 
@@ -268,7 +249,7 @@ def test_cost_of_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert benchmark.main(["cost", "--model", str(tmp_path), *flags]) == 2
     assert "no config.json" in capsys.readouterr().err
     assert benchmark.main(["cost", "--model", str(model), "--shape", "tiny"]) == 2
-    assert "not allowed with" in capsys.readouterr().err
+    assert "exclude each other" in capsys.readouterr().err
 
 
 def test_cost_where_nothing_goes() -> None:
@@ -305,11 +286,8 @@ def test_choosing_among_several_images_compares_within_each() -> None:
     [
         (["--shape", "huge"], "--shape huge is not available"),
         (["--retention", "1"], "prune nothing"),
-        (["--method", "best"], "method must be one of"),
         (["--method", "eadp"], "is not counted"),
         (["--retention", "0.001"], "smallest retention"),
-        (["--image", "300"], "WIDTHxHEIGHT"),
-        (["--image", "0x9"], "WIDTHxHEIGHT"),
         (["--image", "2000x2"], "at most 200 times"),
         (["--image", "99999x99999"], "100000000 pixels"),
         (["--schedule", "40:3"], "32 layers"),
@@ -320,25 +298,6 @@ def test_cost_that_cannot_be_told(
 ) -> None:
     assert benchmark.main(["cost", "--shape", "llava-1.5-7b", *flags]) == 2
     assert message in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--rows", "0"], "no integer of at least 1"),
-        (["--instant-rows", "many"], "no integer of at least 1"),
-        (["--retention", "3/2"], "retention"),
-        (["--seed", "-1"], "at least 0"),
-        (["--model", "./nowhere"], "no model there"),
-        (["--json", "{dir}/nowhere/x.json"], "no file can be written there"),
-    ],
-)
-def test_mistakes_with_pipeline(
-    flags: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert benchmark.main(["pipeline", *(flag.format(dir=tmp_path) for flag in flags)]) == 2
-    error = capsys.readouterr().err
-    assert message in error and error.count("\n") == 1 and error.startswith("benchmark.py: ")
 
 
 def test_a_dry_run_of_pipeline_starts_nothing(capsys: pytest.CaptureFixture[str]) -> None:

@@ -329,13 +329,10 @@ def test_what_an_engine_cannot_serve_is_the_users_mistake(
 
 MISTAKES = [
     (["--method", "eadp", "--model", "org/name"], "give as --text-tower the CLIP"),
-    (["--text-tower", "org/clip"], "--text-tower goes with --method eadp only"),
     (["--input", "nowhere.parquet"], "no Parquet file there"),
     (["--input", "{shard}", "--columns", "image=photo"], "it has id, image, prompt"),
     (["--input", "{shard}", "--model", "./nowhere"], "no model there"),
     (["--input", "{shard}", "--output", "{dir}"], "holds other files"),
-    (["--retention", "0.5", "--schedule", "1:9"], "exclude each other"),
-    (["--adapters", "my_module.MyAdapter"], "--adapters: expected TYPE=MODULE:CLASS"),
     (["--config", "{dir}/nowhere.yaml"], "cannot be read"),
     (["--frobnicate"], "unrecognized arguments"),
 ]

@@ -32,8 +32,8 @@ from trio.engine.preprocess import Preparer
 from trio.engine.request import Prepared, Sampling
 from trio.errors import UserError
 from trio.families.registry import adapt
-from trio.pipeline import cli, config
-from trio.pipeline.config import JobConfig
+from trio.job import cli, run_yaml
+from trio.job.settings import made_of
 from trio.pipeline.job import main
 from trio.pipeline.manifest import Manifest, Shard
 from trio.pruning.options import Pruning
@@ -207,7 +207,7 @@ def test_rules_of_decoding_are_off_and_named(
     there = json.loads(rules.read_text()) if rules.exists() else {}
     rules.write_text(json.dumps(there | {"repetition_penalty": 1.05, "top_p": 0.5}))
     told: list[str] = []
-    given = JobConfig(
+    given = made_of(
         model=str(place), input=(shard,), prompt=PROMPT, columns="image=jpg", retention=0.5
     )
     Calibration(Plan.of(given.replace(max_new_tokens=2), 8), told.append)
@@ -311,15 +311,14 @@ def written(path: Path, **changes: Any) -> Path:
 def test_settings_hold_the_stages_and_not_the_file(tmp_path: Path) -> None:
     """So a run that goes on does as it began, whatever has become of the file."""
     file = written(tmp_path / "schedule.yaml")
-    parser = cli.parser("caption.py", "", "")
-    got = cli.settings_from(parser.parse_args(["--schedule", str(file)]))
-    assert got.schedule == "1:0.2,3:0.1@6" == config.results(got)["schedule"]
-    assert got.pruning() == Pruning(schedule=Schedule.load(file))
+    got, _ = cli.read_call(["--schedule", str(file)], prog="caption.py", description="")
+    assert got.results()["schedule"] == "1:0.2,3:0.1@6"
+    assert got.pruning == Pruning(schedule=Schedule.load(file))
     run = tmp_path / "run.yaml"
-    run.write_text(config.dump(got))
+    run.write_text(run_yaml.dump(got))
     written(file, schedule="2:0.5")
-    assert cli.settings_from(parser.parse_args(["--config", str(run)])) == got
-    assert Schedule.parse(got.schedule) == Schedule.parse("1:0.2, 3:0.1 @ 6")
+    assert cli.read_call(["--config", str(run)], prog="caption.py", description="") == (got, False)
+    assert got.pruning.schedule == Schedule.parse("1:0.2, 3:0.1 @ 6")
 
 
 def test_a_schedule_of_another_depth_is_refused(tmp_path: Path) -> None:
@@ -365,7 +364,7 @@ def test_wrong_files_end_with_one_line(
         ({"--output": "{dir}/schedule.txt"}, "ending in .yaml"),
         ({"--output": "{dir}/nowhere/x.yaml"}, "no file can be written there"),
         ({"--rows": "4"}, "at least 8"),
-        ({"--rows": "many"}, "no integer of at least 1"),
+        ({"--rows": "many"}, "--rows: expected a whole number"),
         ({"--retention": "1"}, "no shape that could be searched"),
         ({"--retention": "2"}, "--retention: must be above 0"),
         ({"--method": "divprune"}, "no shape that could be searched"),
@@ -409,4 +408,4 @@ def test_rows_that_cannot_be_asked_are_left_out_until_too_few_remain(
 def test_a_job_config_says_what_is_wrong_with_a_schedule() -> None:
     for text, message in (("1:0.2@", "behind @"), ("1:0.2@six", "behind @"), ("@6", "layer:keep")):
         with pytest.raises(UserError, match=message):
-            JobConfig(schedule=text)
+            made_of(schedule=text)

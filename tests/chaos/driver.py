@@ -12,7 +12,7 @@ import _bootstrap
 from tests.chaos.engine import Options, build
 from trio.pipeline import job, runner
 
-JOB = job.Job(name="chaos", description="", epilog="", package=str(_bootstrap.ROOT / "trio"))
+JOB = job.Job(name="chaos", description="", package=str(_bootstrap.ROOT / "trio"))
 
 if __name__ == "__main__":
     factory = partial(build, Options(**json.loads(sys.argv[1])))

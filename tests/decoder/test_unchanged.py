@@ -15,8 +15,8 @@ import trio
 from tests.engine.support import picture
 from tests.patching.prompts import rows
 from tests.tiny.llava import tiny_llava, tiny_processor
+from trio.decoder.weights import check_weights
 from trio.errors import UserError
-from trio.families.weights import check_weights
 
 PRUNING = trio.Pruning(schedule="1:20,2:6")
 Change = Callable[[Any], object]

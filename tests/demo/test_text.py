@@ -17,8 +17,8 @@ from transformers import (
 )
 
 from trio.demo import CLIP, MODEL
+from trio.demo.language import tokenizer
 from trio.demo.scenes import caption, make_scene
-from trio.demo.training.build import tokenizer
 from trio.demo.training.train_text_tower import (
     LENGTH,
     Seen,

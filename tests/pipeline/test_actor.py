@@ -10,9 +10,9 @@ from PIL import Image
 from tests.tiny.qwen2_5_vl import save_tiny_qwen
 from trio.engine.engine import Engine
 from trio.engine.request import Prepared, Request
+from trio.job.settings import made_of
 from trio.pipeline import actor
 from trio.pipeline.cluster import Resources
-from trio.pipeline.config import JobConfig
 from trio.pipeline.runner import engine_settings
 from trio.pipeline.totals import Totals
 
@@ -34,7 +34,7 @@ def test_limits_on_the_size_of_images_reach_the_engine(
 ) -> None:
     monkeypatch.setattr("torch.set_num_threads", lambda count: None)
     model = str(save_tiny_qwen(tmp_path))
-    config = JobConfig(model=model, min_pixels=20 * 64, max_pixels=30 * 64, retention=1.0)
+    config = made_of(model=model, min_pixels=20 * 64, max_pixels=30 * 64, retention=1.0)
     resources = Resources(
         cpus=1, gpus=0, nodes=1, actors=1, gpus_per_actor=0, cpus_per_actor=1, attached=False
     )

@@ -13,8 +13,8 @@ import pytest
 import ray
 
 from trio.errors import UserError
-from trio.pipeline import cluster, parse
-from trio.pipeline.config import JobConfig
+from trio.job.settings import made_of, read_address
+from trio.pipeline import cluster
 from trio.pipeline.environment import cluster_variables
 from trio.pipeline.placement import Node
 
@@ -34,7 +34,7 @@ def three_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("three_nodes")
 def test_fit() -> None:
-    out = cluster.fit(JobConfig(), attached=True)
+    out = cluster.fit(made_of(), attached=True)
     assert cluster.nodes() == [Node(cpus=0.0, gpus=0.0), Node(cpus=16.0, gpus=4.0)]
     assert (out.actors, out.gpus_per_actor, out.nodes, out.per_node) == (4, 1.0, 2, 4)
     assert out.describe() == (
@@ -42,12 +42,12 @@ def test_fit() -> None:
         " 1 CPUs and 1 GPUs of it are in use by others now"
     )
     with pytest.raises(UserError, match="5 engines with 1 GPUs and 1 CPUs each: 4 can be placed"):
-        cluster.fit(JobConfig(actors=5), attached=True)
+        cluster.fit(made_of(actors=5), attached=True)
 
 
 @pytest.mark.usefixtures("three_nodes")
 def test_nodes_still_to_come() -> None:
-    config = JobConfig(actors=6, gpus_per_actor=1.0, wait_for_nodes=300)
+    config = made_of(actors=6, gpus_per_actor=1.0, wait_for_nodes=300)
     out = cluster.fit(config, attached=True)
     assert out.actors == 6
     assert "4 of them fit now" in out.note and "adds no nodes by itself" in out.note
@@ -75,13 +75,13 @@ def test_whether_it_autoscales(
 
 @pytest.mark.parametrize("text", ["auto", "local", "10.0.0.1:6379", "head.ray:1", "[::1]:6379"])
 def test_addresses(text: str) -> None:
-    assert parse.address(text) == text
+    assert read_address(text) == text
 
 
 @pytest.mark.parametrize("text", ["here", "10.0.0.1", "ray://10.0.0.1:10001", "head:x", ""])
 def test_what_is_no_address(text: str) -> None:
     with pytest.raises(UserError, match="expected"):
-        parse.address(text)
+        read_address(text)
 
 
 @pytest.fixture

@@ -16,8 +16,8 @@ import pytest
 from tests.pipeline.fakes import png, write_shard
 from tests.pipeline.faults import faulty
 from trio.errors import UserError
+from trio.job.settings import made_of
 from trio.pipeline import cluster, dispatch, runner
-from trio.pipeline.config import JobConfig
 from trio.pipeline.dispatch import JobFailed, Stop, Stopped
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_local")]
@@ -39,8 +39,8 @@ def shard(folder: Path, prompts: Sequence[str], number: int = 0) -> Path:
 def execute(folder: Path, output: Path, factory: Any, **changes: Any) -> dict[str, Any]:
     stop = changes.pop("stop", None)
     values: dict[str, Any] = {"input": (str(folder),), "output": str(output), "retention": 0.25}
-    config = JobConfig(**values | {"rows_per_file": 8, "actors": 1} | changes)
-    plan = runner.plan(config, config.input)
+    config = made_of(**values | {"rows_per_file": 8, "actors": 1} | changes)
+    plan = runner.plan(config, config.input.input)
     resources = cluster.fit(config, attached=True)
     return runner.execute(plan, resources, factory=factory, stop=stop)
 

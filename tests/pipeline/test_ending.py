@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.pipeline.fakes import write_shard
-from trio.pipeline.config import JobConfig
+from trio.job.settings import made_of
 from trio.pipeline.ending import opening, prompt_notices
 from trio.pipeline.manifest import inspect
 from trio.pipeline.storage import locate
@@ -61,7 +61,7 @@ def test_prompts_that_are_not_what_they_seem_are_told(
         )
     write_shard(tmp_path / "1.parquet", [{"image": b""}], OTHER)
     manifest, _ = inspect([str(tmp_path)], locate(str(tmp_path / "out")))
-    config = JobConfig(**flags)  # type: ignore[arg-type]
+    config = made_of(**flags)
     lines = list(prompt_notices(config, manifest, None if prompts is None else "prompt"))
     assert len(lines) == len(says), lines
     assert all(text in line for text, line in zip(says, lines, strict=True))

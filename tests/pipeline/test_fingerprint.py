@@ -12,8 +12,8 @@ import pytest
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
 from trio.errors import UserError
+from trio.job.settings import made_of
 from trio.pipeline import checkpoint_defaults, fingerprint
-from trio.pipeline.config import JobConfig
 from trio.pipeline.fingerprint import Fingerprint
 from trio.version import VERSION
 
@@ -33,7 +33,7 @@ def model(tmp_path: Path) -> Path:
 
 
 def take(model: Path, **changes: Any) -> Fingerprint:
-    return fingerprint.take(JobConfig(model=str(model), retention=0.5, **changes))
+    return fingerprint.take(made_of(model=str(model), retention=0.5, **changes))
 
 
 def test_it_survives_json(model: Path) -> None:
@@ -91,7 +91,7 @@ def test_large_weights_are_hashed_at_their_ends(model: Path) -> None:
 
 
 def test_the_bundled_model_is_its_files() -> None:
-    files = fingerprint.take(JobConfig()).model_files
+    files = fingerprint.take(made_of()).model_files
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(files)
 
 
@@ -100,7 +100,7 @@ def test_the_code_of_a_users_adapter_is_part_of_it(
 ) -> None:
     monkeypatch.syspath_prepend(str(tmp_path))
     code = tmp_path / "their_adapter.py"
-    config = JobConfig(adapters=("my_vl=their_adapter:Theirs", "other=not_here:Other"))
+    config = made_of(adapters=("my_vl=their_adapter:Theirs", "other=not_here:Other"))
     code.write_text("import nothing_of_this_is_run")
     before = fingerprint.take(config)
     assert before.model_files["not_here (of --adapters)"] == ""
@@ -111,17 +111,18 @@ def test_the_code_of_a_users_adapter_is_part_of_it(
 
 
 def test_a_directory_has_no_revision(model: Path) -> None:
-    config = JobConfig(model=str(model))
+    config = made_of(model=str(model))
     assert fingerprint.pin_revision(config) == config
     with pytest.raises(UserError, match="is no hub id"):
         fingerprint.pin_revision(config.replace(revision="main"))
 
 
 def test_a_run_that_goes_on_keeps_to_its_commit() -> None:
-    config = JobConfig(model="org/name")
+    config = made_of(model="org/name")
     earlier = config.replace(revision=COMMIT)
     assert fingerprint.pin_revision(config, earlier) == earlier
-    assert fingerprint.pin_revision(config.replace(revision=OTHER), earlier).revision == OTHER
+    asked = config.replace(revision=OTHER)
+    assert fingerprint.pin_revision(asked, earlier).model.revision == OTHER
 
 
 class LibrarysOwnError(Exception):
@@ -149,7 +150,7 @@ def test_the_commit_of_a_hub_id(hub: Any, tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     hub(COMMIT)
-    assert fingerprint.pin_revision(JobConfig(model="org/name")).revision == COMMIT
+    assert fingerprint.pin_revision(made_of(model="org/name")).model.revision == COMMIT
     for error in (ConnectionError("no network"), LibrarysOwnError("no network")):
         hub(error)
         with pytest.raises(UserError, match=r"org/name: the hub does not answer \(no network\)"):

@@ -20,9 +20,9 @@ from tests.pipeline.store import Store, bucket_of, serving
 from tests.pipeline.test_committed import commit, totals
 from trio.engine.request import Sampling
 from trio.errors import UserError
+from trio.job.settings import made_of
 from trio.pipeline import committed, fingerprint, ids, lease, outdir
 from trio.pipeline.columns import resolve
-from trio.pipeline.config import JobConfig
 from trio.pipeline.images import load_images
 from trio.pipeline.manifest import expand, inspect
 from trio.pipeline.plan import Unit, units
@@ -161,7 +161,7 @@ def shards(store: Store) -> list[str]:
 def pin(store: Store, output: Location) -> tuple[outdir.Pinned, list[Unit]]:
     """A first plan, claimed."""
     inputs = shards(store)
-    config = JobConfig(input=(store.uri("in"),), output=output.uri, rows_per_file=UNIT_ROWS)
+    config = made_of(input=(store.uri("in"),), output=output.uri, rows_per_file=UNIT_ROWS)
     manifest, schemas = inspect(inputs)
     columns = resolve(schemas, [s.path for s in manifest.shards], {}, prompt_given=True)
     assert columns.id is not None

@@ -9,22 +9,23 @@ import pytest
 import yaml
 
 from trio.errors import UserError
+from trio.job.run_yaml import settings_of_mapping
+from trio.job.settings import made_of
 from trio.pipeline import outdir
 from trio.pipeline.columns import Columns
-from trio.pipeline.config import JobConfig, from_mapping, results
 from trio.pipeline.fingerprint import Fingerprint
 from trio.pipeline.ids import IdReport
 from trio.pipeline.manifest import Manifest, Shard
 from trio.pipeline.storage import locate
 
-CONFIG = JobConfig(input=("x",), output="o", retention=0.5, rows_per_file=8)
+CONFIG = made_of(input=("x",), output="o", retention=0.5, rows_per_file=8)
 SHARD = Shard(number=0, path="/x.parquet", size=10, rows=3, row_groups=(3,))
 RUN = outdir.Pinned(
     run_id="run1",
     manifest=Manifest(shards=(SHARD,)),
     columns=Columns(image="jpg", prompt=None, id="id", answers=None, id_type=pa.int32()),
     fingerprint=Fingerprint(
-        settings=results(CONFIG), model_files={"m": "1"}, version="1", libraries={}
+        settings=CONFIG.results(), model_files={"m": "1"}, version="1", libraries={}
     ),
     ids=IdReport(rows=3, complete=True, duplicates=1, nulls=0, examples=("x",)),
     config=CONFIG,
@@ -45,7 +46,7 @@ def test_files_of_a_run(tmp_path: Path) -> None:
     out = locate(str(tmp_path))
     outdir.claim(out, RUN)
     values = yaml.safe_load((tmp_path / "run.yaml").read_text())
-    assert from_mapping(values, "run.yaml") == CONFIG
+    assert settings_of_mapping(values, "run.yaml") == CONFIG
     table = pq.read_table(tmp_path / "manifest.parquet")
     assert table.column_names == ["shard", "path", "size", "rows", "row_groups"]
     assert table.schema.metadata[b"trio.run"] == b"run1"
@@ -57,7 +58,7 @@ def test_files_of_a_run(tmp_path: Path) -> None:
     assert outdir.finished(out) and outdir.read_summary(out) == summary
     text = (tmp_path / "run.yaml").read_text()
     assert text.count("# CUDA graphs: off: no: memory (1 file); on (2 files)\n") == 1
-    assert from_mapping(yaml.safe_load(text), "run.yaml") == CONFIG
+    assert settings_of_mapping(yaml.safe_load(text), "run.yaml") == CONFIG
 
 
 def test_a_run_without_ids_is_found_again(tmp_path: Path) -> None:
@@ -88,7 +89,7 @@ def test_another_run_is_refused_and_the_difference_named() -> None:
         outdir.check_same(RUN, now, [(locate("/x.parquet"), 11)], "o")
     settings = {**changed.settings, "seed": 7, "limit": 3}
     many = dataclasses.replace(changed, settings=settings, model_files={"m": "2"})
-    with pytest.raises(UserError, match=r"limit: None, now 3; 2 more\. Give"):
+    with pytest.raises(UserError, match=r"seed: 0, now 7; 2 more\. Give"):
         outdir.check_same(RUN, many, [], "o")
     other = dataclasses.replace(many, version="2")
     with pytest.raises(UserError, match=r"another version of this package: 1, now 2\. Go on with"):

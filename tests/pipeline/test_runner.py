@@ -10,8 +10,8 @@ import pytest
 
 from tests.pipeline.fakes import fake_engine, png, write_shard
 from trio.errors import UserError
+from trio.job.settings import made_of
 from trio.pipeline import cluster, lease, outdir, runner
-from trio.pipeline.config import JobConfig
 from trio.pipeline.manifest import Manifest, Shard
 from trio.pipeline.schema import row_key
 from trio.pipeline.storage import locate
@@ -48,8 +48,8 @@ def execute(
     shards: Path, output: Path, factory: Any = fake_engine, **changes: Any
 ) -> dict[str, Any]:
     values: dict[str, Any] = {"input": (str(shards),), "output": str(output), "retention": 0.25}
-    config = JobConfig(**values | {"rows_per_file": 8} | changes)
-    plan = runner.plan(config, config.input)
+    config = made_of(**values | {"rows_per_file": 8} | changes)
+    plan = runner.plan(config, config.input.input)
     return runner.execute(plan, cluster.fit(config, attached=True), factory=factory)
 
 
@@ -140,9 +140,9 @@ def test_no_output_of_ours_is_input(shards: Path) -> None:
     out = shards / "out"
     for name in ("manifest.parquet", "rows/0.parquet"):
         write_shard(out / name, [], SCHEMA)
-    config = JobConfig(input=(str(shards),), output=str(out / "unpruned"), retention=0.25)
-    assert len(runner.plan(config, config.input).manifest.shards) == len(SIZES) + 2
-    plan = runner.plan(config, config.input, around=locate(str(out)))
+    config = made_of(input=(str(shards),), output=str(out / "unpruned"), retention=0.25)
+    assert len(runner.plan(config, config.input.input).manifest.shards) == len(SIZES) + 2
+    plan = runner.plan(config, config.input.input, around=locate(str(out)))
     assert len(plan.manifest.shards) == len(SIZES)
 
 
@@ -174,7 +174,7 @@ def test_an_input_without_rows_is_a_finished_run(tmp_path: Path) -> None:
 )
 def test_more_than_there_is(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        cluster.fit(JobConfig(**changes), attached=True)
+        cluster.fit(made_of(**changes), attached=True)
 
 
 def test_what_the_cluster_decides_is_written_down() -> None:
@@ -189,7 +189,8 @@ def test_what_the_cluster_decides_is_written_down() -> None:
         attached=True,
         per_node=2,
     )
-    config = runner.resolve_resources(JobConfig(), Manifest(shards=(shard,)), resources)
-    assert (config.actors, config.gpus_per_actor, config.rows_per_file) == (4, 1.0, 8)
+    config = runner.resolve_resources(made_of(), Manifest(shards=(shard,)), resources)
+    assert (config.cluster.actors, config.cluster.gpus_per_actor) == (4, 1.0)
+    assert config.output.rows_per_file == 8
     settings = runner.engine_settings(config, resources)
     assert settings.gpu and settings.dtype is None and settings.actors_per_node == 2

@@ -99,9 +99,9 @@ def test_more_picks_than_the_rank() -> None:
 def test_of_tokens_equal_but_for_rounding_the_first_is_taken() -> None:
     scale = 1 + torch.arange(120)[:, None] / 7
     features = (random(30, 48).repeat(4, 1) * scale)[None]
-    assert choose(torch.ones(1, 120), features, 30).order_BK.max() < 30
+    assert determinantal(torch.ones(1, 120), features, 30).order_BK.max() < 30
     backwards = features.flip(1)
-    assert choose(torch.ones(1, 120), backwards, 30).order_BK.max() < 30
+    assert determinantal(torch.ones(1, 120), backwards, 30).order_BK.max() < 30
 
 
 def test_a_kernel_of_nothing_and_of_numbers_that_are_none() -> None:

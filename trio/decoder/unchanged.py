@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import nn
 
+from trio.decoder.weights import DTYPES
 from trio.errors import UserError
-from trio.families.weights import DTYPES
 
 _HEAD = "lm_head"
 _BY_HAND = {"input_layernorm", "k_proj", "v_proj", "k_norm", _HEAD}

@@ -16,6 +16,7 @@ from torch import Tensor, cuda
 
 from trio import openmp as waiting
 from trio.bundled import is_bundled, prompts_notice
+from trio.decoder.weights import how_to_mend
 from trio.engine.admission import Admission
 from trio.engine.decoding.generation_rules import Rules
 from trio.engine.decoding.logits_rules import check, note, ruled
@@ -33,7 +34,6 @@ from trio.families.adapter import Adapter, Features
 from trio.families.pixel_limits import most_visual_tokens
 from trio.families.registry import adapt
 from trio.families.text_tower import TextTower
-from trio.families.weights import how_to_mend
 from trio.pruning.options import Pruning
 
 _log = logging.getLogger(__name__)

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.utils import cached_file
 
 from trio import bundled, cgroups
+from trio.decoder.weights import DTYPES, check_unquantised
 from trio.engine.checkpoint_files import (
     check_directory,
     check_tensors,
@@ -23,7 +24,6 @@ from trio.errors import UserError, first_line
 from trio.families.pixel_limits import limit_images
 from trio.families.registry import adapt, adapter_class
 from trio.families.text_tower import TextTower
-from trio.families.weights import DTYPES, check_unquantised
 from trio.pruning.pruning_config import FILE as PRUNING_DEFAULTS
 
 

@@ -6,9 +6,10 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from numbers import Integral, Real
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from trio.errors import UserError
+from trio.values import Fraction, Share, Tokens, Value, number, whole
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -52,21 +53,24 @@ class Sampling:
     it is off.
     """
 
-    max_new_tokens: int = 64
-    """Tokens after which the answer is cut (finish reason `length`)."""
-    temperature: float = 0.0
+    max_new_tokens: Tokens = 64
+    """Tokens after which an answer is cut (finish reason `length`)."""
+    temperature: Annotated[float, Value(read=number(least=0), unit="NUMBER")] = 0.0
     """0 takes the likeliest token; above 0 logits are divided by it and a token is drawn."""
-    top_p: float | None = None
-    """Draw from the smallest set of tokens whose probabilities reach this sum; 1: from all."""
-    top_k: int | None = None
-    """Draw from this many likeliest tokens; 0: from all."""
-    min_p: float | None = None
-    """Draw from tokens with at least this share of the likeliest one's probability; 0: from all."""
-    repetition_penalty: float | None = None
+    top_p: Fraction | None = None
+    """Draw from the smallest set of tokens whose probabilities reach this sum, 1 from all (default:
+    the checkpoint's, else 1)."""
+    top_k: Annotated[int | None, Value(read=whole(0), unit="TOKENS")] = None
+    """Draw from this many likeliest tokens, 0 from all (default: the checkpoint's, else 0)."""
+    min_p: Share | None = None
+    """Draw from tokens with at least this share of the likeliest one's probability, 0 from all
+    (default: the checkpoint's, else 0)."""
+    repetition_penalty: Annotated[float | None, Value(read=number(above=0), unit="FACTOR")] = None
     """Logits of tokens that stand in prompt or answer are divided by it where they are positive,
-    and multiplied where they are negative; 1: none."""
-    no_repeat_ngram_size: int | None = None
-    """No run of so many tokens comes twice in prompt and answer; 0: any may."""
+    and multiplied where they are negative; 1 is off (default: the checkpoint's, else 1)."""
+    no_repeat_ngram_size: Annotated[int | None, Value(read=whole(0), unit="TOKENS")] = None
+    """No run of so many tokens comes twice in prompt and answer; 0 is off (default: the
+    checkpoint's, else 0)."""
     seed: int | None = None
     """Seed of this request's own random stream; None: a fresh one each time."""
     stop_token_ids: tuple[int, ...] = ()

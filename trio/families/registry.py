@@ -7,9 +7,9 @@ import inspect
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
+from trio.decoder.weights import check_weights
 from trio.errors import UserError, first_line
 from trio.families.adapter import Adapter
-from trio.families.weights import check_weights
 
 GROUP = "trio_vlm.adapters"
 """Entry points by which installed packages add families: `model_type = "module:AdapterClass"`."""

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, CLIPModel
 
+from trio.decoder.weights import check_unquantised
 from trio.errors import UserError, first_line
-from trio.families.weights import check_unquantised
 from trio.pruning.method import Text
 
 _SIZES = (

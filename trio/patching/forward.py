@@ -22,10 +22,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from trio.decoder.attention import Padded
 from trio.decoder.cache_argument import CACHE, cache_of
+from trio.decoder.weights import how_to_mend
 from trio.errors import UserError
 from trio.families.adapter import Adapter, Span
 from trio.families.coordinates import packed, unknown
-from trio.families.weights import how_to_mend
 from trio.patching.cache import RaggedLayer, make_plain, make_ragged, ragged_layers
 from trio.patching.embeds import check_embeds
 from trio.patching.override import Override

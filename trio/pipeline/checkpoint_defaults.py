@@ -5,22 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 
 from trio.errors import UserError, first_line
-from trio.pipeline.config import JobConfig
+from trio.job.settings import Settings
 from trio.pipeline.fingerprint import HUB_TIMEOUT_S, model_directory
 from trio.pruning import pruning_config as defaults
 from trio.pruning.pruning_config import FILE, PruningDefaults
 
 
-def pruning_resolved(config: JobConfig) -> JobConfig:
+def pruning_resolved(config: Settings) -> Settings:
     """Settings in which all that steers the choice of tokens is written out.
 
     Raises:
         UserError: the checkpoint's file is broken, or cannot be fetched.
     """
-    directory = model_directory(config.model)
+    directory = model_directory(config.model.model)
     if directory is not None:
         return config.with_pruning_defaults(defaults.read(directory))
-    return config.with_pruning_defaults(of_hub(config.model, config.revision))
+    return config.with_pruning_defaults(of_hub(config.model.model, config.model.revision))
 
 
 def of_hub(model: str, revision: str | None) -> PruningDefaults:

@@ -18,8 +18,8 @@ import ray
 
 from trio import openmp as waiting
 from trio.errors import UserError
+from trio.job.settings import AUTO, LOCAL, Settings
 from trio.pipeline import cpus
-from trio.pipeline.config import AUTO, LOCAL, JobConfig
 from trio.pipeline.environment import (
     cluster_runtime_env,
     cluster_variables,
@@ -215,7 +215,7 @@ def _silence() -> None:
     logging.getLogger("ray").setLevel(logging.ERROR)
 
 
-def fit(config: JobConfig, *, attached: bool) -> Resources:
+def fit(config: Settings, *, attached: bool) -> Resources:
     """What the job will take, checked against what there is.
 
     Raises:
@@ -224,10 +224,10 @@ def fit(config: JobConfig, *, attached: bool) -> Resources:
     there = nodes()
     placement = place(
         there,
-        actors=config.actors,
-        gpus_per_actor=config.gpus_per_actor,
-        cpus_per_actor=config.cpus_per_actor,
-        wait_s=config.wait_for_nodes,
+        actors=config.cluster.actors,
+        gpus_per_actor=config.cluster.gpus_per_actor,
+        cpus_per_actor=config.cluster.cpus_per_actor,
+        wait_s=config.cluster.wait_for_nodes,
     )
     notes = [placement.note]
     if placement.fit < placement.actors and autoscales() is False:

@@ -11,13 +11,13 @@ from typing import Any
 
 from trio.engine.decoding.generation_rules import FILE, Rules
 from trio.errors import UserError, first_line
-from trio.pipeline.config import JobConfig
+from trio.job.settings import Settings
 from trio.pipeline.fingerprint import model_directory
 
 PLAIN = "decoding: greedy"
 
 
-def read(config: JobConfig) -> Rules | None:
+def read(config: Settings) -> Rules | None:
     """The model's rules; None where a hub's files cannot be had on this machine.
 
     config: with a hub id's commit.
@@ -25,7 +25,7 @@ def read(config: JobConfig) -> Rules | None:
     Raises:
         UserError: the file is damaged, or a rule in it makes no sense.
     """
-    directory = model_directory(config.model)
+    directory = model_directory(config.model.model)
     try:
         said = _json(config, directory, FILE)
         if said is None:  # as transformers does for checkpoints from before there was that file
@@ -35,13 +35,14 @@ def read(config: JobConfig) -> Rules | None:
     return Rules.read(said)
 
 
-def lines(config: JobConfig, rules: Rules | None) -> list[str]:
+def lines(config: Settings, rules: Rules | None) -> list[str]:
     """How answers are decoded, and what the model's file asks for that is not followed."""
     if rules is None:
         return [
-            f"decoding: {FILE} of {config.model} is read by the engines alone, not to be had here"
+            f"decoding: {FILE} of {config.model.model} is read by the engines alone, not to be had"
+            " here"
         ]
-    told = f"decoding: {rules.describe(config.sampling())}"
+    told = f"decoding: {rules.describe(config.sampling)}"
     return [told] if rules.notice is None else [told, rules.notice]
 
 
@@ -49,7 +50,7 @@ class _NotHere(Exception):
     """A file of the hub that can be had neither from it nor from the cache."""
 
 
-def _json(config: JobConfig, directory: str | None, name: str) -> dict[str, Any] | None:
+def _json(config: Settings, directory: str | None, name: str) -> dict[str, Any] | None:
     """A file's content, None where the model has no such file."""
     path = _of_hub(config, name) if directory is None else Path(directory, name)
     if path is None or not path.is_file():
@@ -65,12 +66,12 @@ def _json(config: JobConfig, directory: str | None, name: str) -> dict[str, Any]
     return content
 
 
-def _of_hub(config: JobConfig, name: str) -> Path | None:
+def _of_hub(config: Settings, name: str) -> Path | None:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     try:
-        return Path(hf_hub_download(config.model, name, revision=config.revision))
+        return Path(hf_hub_download(config.model.model, name, revision=config.model.revision))
     except LocalEntryNotFoundError as error:
         raise _NotHere from error
     except EntryNotFoundError:

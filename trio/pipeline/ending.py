@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from trio import bundled
-from trio.pipeline.config import JobConfig
+from trio.job.settings import Settings
 from trio.pipeline.manifest import Manifest
 from trio.pipeline.sink import ROWS
 from trio.pipeline.storage import ARROW_SCHEMES, Location, open_location, scheme_of, write_atomic
@@ -66,17 +66,17 @@ def _line(row: Mapping[str, Any]) -> str:
     return f"    {row['prompt']:<28} {said}"
 
 
-def prompt_notices(config: JobConfig, manifest: Manifest, column: str | None) -> Iterator[str]:
+def prompt_notices(config: Settings, manifest: Manifest, column: str | None) -> Iterator[str]:
     """Lines on prompts that are not what they seem.
 
     column: the input's own prompts, if it has any.
     """
-    if config.prompt is not None and column is not None:
+    if config.input.prompt is not None and column is not None:
         yield f"rows keep their own prompt (column {column!r}); --prompt is for those without"
-    if bundled.is_bundled(config.model):
-        prompts: Iterable[str] = filter(None, [config.prompt])
+    if bundled.is_bundled(config.model.model):
+        prompts: Iterable[str] = filter(None, [config.input.prompt])
         if column is not None:
-            prompts = _prompts(manifest.shards, column, config.limit)
+            prompts = _prompts(manifest.shards, column, config.input.limit)
         line = bundled.prompts_notice(prompts)
         if line is not None:
             yield line

@@ -22,7 +22,7 @@ from typing import Any
 
 from trio import bundled
 from trio.errors import UserError, first_line
-from trio.pipeline.config import JobConfig, results
+from trio.job.settings import Settings
 from trio.version import VERSION
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "pillow")
@@ -84,20 +84,20 @@ class Fingerprint:
         ]
 
 
-def take(config: JobConfig) -> Fingerprint:
+def take(config: Settings) -> Fingerprint:
     """The fingerprint of a run with these settings, here and now.
 
     Raises:
         UserError: a file of the model cannot be read.
     """
-    directory = model_directory(config.model)
-    text_tower = config.text_tower and model_directory(config.text_tower, bundled.CLIP)
+    directory = model_directory(config.model.model)
+    text_tower = config.model.text_tower and model_directory(config.model.text_tower, bundled.CLIP)
     return Fingerprint(
-        settings=results(config),
+        settings=config.results(),
         model_files={
             **({} if directory is None else model_files(directory)),
             **_text_tower_files(text_tower),
-            **adapter_files(config.adapters),
+            **adapter_files(config.model.adapters),
         },
         version=VERSION,
         libraries={name: _installed(name) for name in LIBRARIES},
@@ -177,7 +177,7 @@ def _digest(path: Path) -> str:
         return digest.hexdigest()
 
 
-def pin_revision(config: JobConfig, earlier: JobConfig | None = None) -> JobConfig:
+def pin_revision(config: Settings, earlier: Settings | None = None) -> Settings:
     """Settings that name the commit of each hub id, so that every node, now and later, loads it.
 
     A run that goes on keeps to the commit it began with, unless another one is asked for.
@@ -192,10 +192,10 @@ def pin_revision(config: JobConfig, earlier: JobConfig | None = None) -> JobConf
     return config.replace(**pinned)
 
 
-def _pinned(config: JobConfig, earlier: JobConfig | None, model: str, revision: str) -> str | None:
+def _pinned(config: Settings, earlier: Settings | None, model: str, revision: str) -> str | None:
     """The commit of one hub id; `model` and `revision` are the names of its settings."""
     flag, revision_flag = (f"--{name.replace('_', '-')}" for name in (model, revision))
-    name, asked = getattr(config, model), getattr(config, revision)
+    name, asked = config.get(model), config.get(revision)
     if name is None:
         if asked is not None:
             raise UserError(f"{revision_flag} {asked} goes with {flag}; give both or none")
@@ -206,8 +206,8 @@ def _pinned(config: JobConfig, earlier: JobConfig | None, model: str, revision: 
                 f"{revision_flag} {asked}: {flag} {name} is no hub id; leave {revision_flag} out"
             )
         return None
-    if asked is None and earlier is not None and getattr(earlier, model) == name:
-        kept: str | None = getattr(earlier, revision)
+    if asked is None and earlier is not None and earlier.get(model) == name:
+        kept: str | None = earlier.get(revision)
         return kept
     return commit(name, asked, flag)
 

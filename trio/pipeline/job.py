@@ -18,11 +18,11 @@ from typing import Any
 
 from trio import bundled
 from trio.errors import JobFailed, UserError
-from trio.pipeline import cli, decoding, ending, outdir
-from trio.pipeline import config as settings
+from trio.job import cli, run_yaml
+from trio.job.cli import ERRORS, FAILED, OK, WRONG
+from trio.job.settings import DEMO, Settings
+from trio.pipeline import decoding, ending, outdir
 from trio.pipeline.checkpoint_defaults import pruning_resolved
-from trio.pipeline.cli import ERRORS, FAILED, OK, WRONG
-from trio.pipeline.config import DEMO, JobConfig
 from trio.pipeline.fingerprint import model_directory
 from trio.pipeline.manifest import tell
 from trio.pipeline.outdir import UNPRUNED
@@ -40,7 +40,6 @@ class Job:
     name: str
     # "caption"; names the output and the messages
     description: str
-    epilog: str
     package: str
     # directory of the package that holds the demo
 
@@ -51,12 +50,11 @@ class Job:
 
 def main(job: Job, argv: Sequence[str] | None = None) -> int:
     """Run a job from its arguments; returns the exit code."""
-    parser = cli.parser(job.prog, job.description, job.epilog)
+    arguments = sys.argv[1:] if argv is None else argv
     try:
-        args = parser.parse_args(argv)
-        config = cli.settings_from(args)
+        config, dry = cli.read_call(arguments, prog=job.prog, description=job.description)
         config = resolve(job, config)
-        return dry_run(job, config) if args.dry_run else run(job, config)
+        return dry_run(job, config) if dry else run(job, config)
     except UserError as error:
         return cli.fail(job.prog, str(error), WRONG)
     except JobFailed as error:
@@ -72,31 +70,32 @@ def main(job: Job, argv: Sequence[str] | None = None) -> int:
         return cli.fail(job.prog, f"failed: {type(error).__name__}: {error}"[:500], FAILED)
 
 
-def resolve(job: Job, config: JobConfig) -> JobConfig:
+def resolve(job: Job, config: Settings) -> Settings:
     """Settings with every default that needs no cluster filled in."""
     changes: dict[str, Any] = {}
-    if config.retention is None and config.schedule is None and config.pruning_asked:
+    pruning, model = config.pruning, config.model
+    if pruning.retention is None and pruning.schedule is None and config.pruning_asked:
         changes["retention"] = DEFAULT_RETENTION
-    if config.model == DEMO and config.method == "eadp" and config.text_tower is None:
+    if model.model == DEMO and pruning.method == "eadp" and model.text_tower is None:
         changes["text_tower"] = DEMO
-    if config.compare_unpruned is None:
-        changes["compare_unpruned"] = config.input == (DEMO,) and config.pruning_asked
-    if config.score is None:
-        as_bundled = config.input == (DEMO,) and config.columns is None
+    if config.output.compare_unpruned is None:
+        changes["compare_unpruned"] = config.input.input == (DEMO,) and config.pruning_asked
+    if config.output.score is None:
+        as_bundled = config.input.input == (DEMO,) and config.input.columns is None
         changes["score"] = "objects" if as_bundled else "none"
-    if config.output is None:
+    if config.output.output is None:
         changes["output"] = outdir.fresh_directory(job.name)
-    check_model(config.model)
-    if config.text_tower is not None:
-        check_model(config.text_tower, "--text-tower")
-    elif config.method == "eadp" and config.model != DEMO and config.pruning_asked:
+    check_model(model.model)
+    if model.text_tower is not None:
+        check_model(model.text_tower, "--text-tower")
+    elif pruning.method == "eadp" and model.model != DEMO and config.pruning_asked:
         raise UserError(
             "--method eadp compares images with prompts by CLIP: give as --text-tower the CLIP that"
             f" the model's vision encoder comes from, {HUB_IDS['--text-tower']} for LLaVA-1.5"
         )
     config = config.replace(**changes)
     # Of a hub id it is known when its commit is.
-    here = model_directory(config.model) is not None
+    here = model_directory(model.model) is not None
     return pruning_resolved(config) if here else config
 
 
@@ -120,16 +119,18 @@ def check_model(model: str, flag: str = "--model") -> None:
         )
 
 
-def input_paths(job: Job, config: JobConfig) -> list[str]:
+def input_paths(job: Job, config: Settings) -> list[str]:
     """Where the inputs lie; ``demo`` is inside the package."""
-    return [os.path.join(job.package, "demo", "data") if p == DEMO else p for p in config.input]
+    return [
+        os.path.join(job.package, "demo", "data") if p == DEMO else p for p in config.input.input
+    ]
 
 
-def unpruned(config: JobConfig) -> JobConfig:
+def unpruned(config: Settings) -> Settings:
     """The same rows without pruning."""
-    assert config.output is not None
+    assert config.output.output is not None
     return config.replace(
-        output=locate(config.output).join(UNPRUNED).uri,
+        output=locate(config.output.output).join(UNPRUNED).uri,
         method="none",
         encoder="none",
         text_tower=None,
@@ -140,20 +141,20 @@ def unpruned(config: JobConfig) -> JobConfig:
     )
 
 
-def runs(config: JobConfig) -> Iterator[tuple[str, JobConfig]]:
+def runs(config: Settings) -> Iterator[tuple[str, Settings]]:
     """(heading, settings) of each run to do; the one that was asked for comes first."""
-    yield config.pruning().name, config
-    if config.compare_unpruned:
+    yield config.pruning.name, config
+    if config.output.compare_unpruned:
         yield UNPRUNED, unpruned(config)
 
 
-def run(job: Job, config: JobConfig) -> int:
+def run(job: Job, config: Settings) -> int:
     """Do the run, and the comparison where asked; print the table."""
     from trio.pipeline import cluster, lease, runner
     from trio.pipeline.dispatch import Stop
 
-    assert config.output is not None
-    output = locate(config.output)
+    assert config.output.output is not None
+    output = locate(config.output.output)
     plans = _plans(job, config, output)
     to_do = [plan for _, plan in plans if isinstance(plan, runner.Plan)]
     if not to_do:
@@ -163,7 +164,7 @@ def run(job: Job, config: JobConfig) -> int:
         return _verdict(job, config, plans[0][1])
     stop, done = Stop(), []
     with lease.hold(output) as held:
-        attached = cluster.start(config.address)
+        attached = cluster.start(config.cluster.address)
         try:
             resources = cluster.fit(config, attached=attached)
             _announce(config, to_do[0], resources.describe())
@@ -180,9 +181,9 @@ def run(job: Job, config: JobConfig) -> int:
     return _verdict(job, config, done[0][1])
 
 
-def _show(config: JobConfig, output: Location) -> None:
+def _show(config: Settings, output: Location) -> None:
     """Where the rows are, how to open them, and some of the demo's."""
-    if config.input == (DEMO,) and not config.columns:
+    if config.input.input == (DEMO,) and not config.input.columns:
         print(f"{ending.examples(output)}\n")
     print(f"rows: {output.join('rows').uri}")
     command = ending.opening(output)
@@ -190,11 +191,11 @@ def _show(config: JobConfig, output: Location) -> None:
         print(f"to see some: {command}", flush=True)
 
 
-def _plans(job: Job, config: JobConfig, output: Location) -> list[tuple[str, Any]]:
+def _plans(job: Job, config: Settings, output: Location) -> list[tuple[str, Any]]:
     """(heading, plan) of each run, or its summary if it is finished; the main one first."""
     from trio.pipeline import runner
 
-    wanted = [(name, each, locate(each.output or "")) for name, each in runs(config)]
+    wanted = [(name, each, locate(each.output.output or "")) for name, each in runs(config)]
     whole = all(outdir.finished(place) for _, _, place in wanted)
     out: list[tuple[str, Any]] = []
     for name, each, place in wanted:
@@ -235,45 +236,45 @@ def _stopping_on_signals(stop: Callable[[], None]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _announce(config: JobConfig, plan: Any, resources: str) -> None:
+def _announce(config: Settings, plan: Any, resources: str) -> None:
     manifest = plan.manifest
     keep = "nothing pruned"
     if config.pruning_asked:
-        schedule, retention = config.schedule, config.retention
+        schedule, retention = config.pruning.schedule, config.pruning.retention
         keep = f"schedule {schedule}" if schedule else f"retention {retention:.4g}"
     shards, rows = counted(len(manifest.shards), "shard"), counted(plan.rows, "row")
     print(f"input   {shards}, {rows}, {manifest.size / 1e6:.1f} MB")
-    print(f"model   {config.model}, {config.pruning().name}, {keep}")
+    print(f"model   {config.model.model}, {config.pruning.name}, {keep}")
     for told in decoding.lines(config, plan.decoding):
         if told != decoding.PLAIN:
             print(told)
     print(f"runs on {resources}")
-    print(f"output  {locate(config.output or '').uri}", flush=True)
+    print(f"output  {locate(config.output.output or '').uri}", flush=True)
     if "cluster" in resources and is_local(plan.output.uri):
         print("        a local path: every node must see the same directory there", flush=True)
-    if DEMO in (config.model, *config.input) and (line := bundled.shadowed()):
+    if DEMO in (config.model.model, *config.input.input) and (line := bundled.shadowed()):
         print(line, flush=True)
     for line in ending.prompt_notices(config, manifest, plan.columns.prompt):
         print(line, flush=True)
 
 
-def _verdict(job: Job, config: JobConfig, summary: Mapping[str, Any]) -> int:
+def _verdict(job: Job, config: Settings, summary: Mapping[str, Any]) -> int:
     rate = summary["error_rate"]
-    if rate > config.max_error_rate:
+    if rate > config.limits.max_error_rate:
         message = (
             f"finished, but {share(rate)} of the rows are in error, more than --max-error-rate"
-            f" {config.max_error_rate:g}; their column 'error' says why"
+            f" {config.limits.max_error_rate:g}; their column 'error' says why"
         )
         return cli.fail(job.prog, message, ERRORS)
     return OK
 
 
-def dry_run(job: Job, config: JobConfig) -> int:
+def dry_run(job: Job, config: Settings) -> int:
     """Print what would be done: the settings as run.yaml, the input and what is left of it."""
     from trio.pipeline import runner
 
-    output = locate(config.output or "")
-    sys.stdout.write(settings.dump(config))
+    output = locate(config.output.output or "")
+    sys.stdout.write(run_yaml.dump(config))
     plans = _plans(job, config, output)
     planned = [plan for _, plan in plans if isinstance(plan, runner.Plan)]
     for line in decoding.lines(config, planned[0].decoding) if planned else ():

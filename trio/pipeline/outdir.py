@@ -23,10 +23,10 @@ import pyarrow.parquet as pq
 import yaml
 
 from trio.errors import UserError
-from trio.pipeline import config as settings
+from trio.job import run_yaml
+from trio.job.settings import Settings
 from trio.pipeline import manifest
 from trio.pipeline.columns import Columns
-from trio.pipeline.config import JobConfig
 from trio.pipeline.fingerprint import Fingerprint
 from trio.pipeline.ids import IdReport
 from trio.pipeline.manifest import Manifest
@@ -54,7 +54,7 @@ class Pinned:
     fingerprint: Fingerprint
     ids: IdReport | None
     # None where the input has no id column
-    config: JobConfig
+    config: Settings
 
 
 def fresh_directory(job: str, base: str = "trio-output") -> str:
@@ -99,7 +99,7 @@ def earlier(output: Location) -> Pinned | None:
             columns=_columns_from_json(said[COLUMNS_KEY]),
             fingerprint=Fingerprint.from_json(said[FINGERPRINT_KEY]),
             ids=IdReport.from_json(said[IDS_KEY]) if IDS_KEY in said else None,
-            config=settings.from_mapping(values, f"{output.uri}/{CONFIG}"),
+            config=run_yaml.settings_of_mapping(values, f"{output.uri}/{CONFIG}"),
         )
     except (OSError, KeyError, TypeError, ValueError, pa.ArrowException, yaml.YAMLError) as error:
         raise UserError(
@@ -217,7 +217,7 @@ def claim(output: Location, run: Pinned, facts: Sequence[str] = ()) -> None:
     try:
         for name in (ROWS, STATS):
             make_directory(output.join(name))
-        write_atomic(output.join(CONFIG), settings.dump(run.config, comment).encode())
+        write_atomic(output.join(CONFIG), run_yaml.dump(run.config, comment).encode())
         write_atomic(output.join(MANIFEST), run.manifest.to_bytes(said))
     except OSError as error:
         raise UserError(f"--output {output.uri}: cannot be written: {error}") from error

@@ -1,6 +1,6 @@
 """A run from checked settings to _SUCCESS: plan on the driver, units to actors, totals.
 
-INPUT a resolved ``JobConfig``; OUTPUT a finished output directory and its summary.
+INPUT a resolved ``Settings``; OUTPUT a finished output directory and its summary.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from typing import Any
 from trio.engine.decoding.generation_rules import Rules
 from trio.engine.kv_budget import describe
 from trio.errors import JobFailed
+from trio.job.settings import SCORED, Settings
 from trio.pipeline import cluster, committed, decoding, ids, lease, outdir
 from trio.pipeline import fingerprint as prints
 from trio.pipeline.actor import EngineFactory, EngineSettings, Receipt, build_engine
 from trio.pipeline.checkpoint_defaults import pruning_resolved
 from trio.pipeline.cluster import Resources
 from trio.pipeline.columns import Columns, parse_mapping, resolve
-from trio.pipeline.config import SCORED, JobConfig, results
 from trio.pipeline.dispatch import LEAST_ROOM_S, ROOM_S, ActorOptions, Dispatcher, Limits, Stop
 from trio.pipeline.fingerprint import Fingerprint
 from trio.pipeline.manifest import Manifest, expand, inspect, tell
@@ -52,7 +52,7 @@ SNAPSHOT_S = 60.0
 class Plan:
     """What is known before Ray starts."""
 
-    config: JobConfig
+    config: Settings
     manifest: Manifest
     columns: Columns
     output: Location
@@ -63,12 +63,12 @@ class Plan:
 
     @property
     def rows(self) -> int:
-        limit = self.config.limit
+        limit = self.config.input.limit
         return self.manifest.rows if limit is None else min(limit, self.manifest.rows)
 
 
 def plan(
-    config: JobConfig,
+    config: Settings,
     paths: Sequence[str],
     *,
     around: Location | None = None,
@@ -85,8 +85,8 @@ def plan(
     Raises:
         UserError: anything in them that keeps the run from making sense.
     """
-    assert config.output is not None, "the job chooses an output"
-    output = locate(config.output)
+    assert config.output.output is not None, "the job chooses an output"
+    output = locate(config.output.output)
     ours = around or output
     earlier = outdir.earlier(output)
     config = _settled(config, earlier)
@@ -99,9 +99,9 @@ def plan(
         columns = resolve(
             schemas,
             [shard.path for shard in manifest.shards],
-            parse_mapping(config.columns or ""),
-            prompt_given=config.prompt is not None,
-            scored=config.score in SCORED,
+            parse_mapping(config.input.columns or ""),
+            prompt_given=config.input.prompt is not None,
+            scored=config.output.score in SCORED,
         )
     return Plan(
         config=config, manifest=manifest, columns=columns, output=output,
@@ -109,18 +109,18 @@ def plan(
     )  # fmt: skip
 
 
-def _settled(config: JobConfig, earlier: outdir.Pinned | None) -> JobConfig:
+def _settled(config: Settings, earlier: outdir.Pinned | None) -> Settings:
     """Settings in which what an earlier run decided for itself stays, where nothing else is asked
     for, and a hub model is named by its commit."""
     if earlier is None:
         return pruning_resolved(prints.pin_revision(config))
-    if config.rows_per_file is None:
-        config = config.replace(rows_per_file=earlier.config.rows_per_file)
+    if config.output.rows_per_file is None:
+        config = config.replace(rows_per_file=earlier.config.output.rows_per_file)
     return pruning_resolved(prints.pin_revision(config, earlier.config))
 
 
 def check_finished(
-    config: JobConfig, output: Location, beside: tuple[Sequence[str], Location] | None = None
+    config: Settings, output: Location, beside: tuple[Sequence[str], Location] | None = None
 ) -> None:
     """Nothing is left to do there, if it is what these settings would do.
 
@@ -136,11 +136,11 @@ def check_finished(
         outdir.check_same(earlier, prints.take(_settled(config, earlier)), found, output.uri)
 
 
-def resolve_resources(config: JobConfig, manifest: Manifest, resources: Resources) -> JobConfig:
+def resolve_resources(config: Settings, manifest: Manifest, resources: Resources) -> Settings:
     """The settings with what the cluster decided filled in."""
-    rows = config.rows_per_file
+    rows = config.output.rows_per_file
     if rows is None:
-        rows = unit_rows(manifest, actors=resources.actors, limit=config.limit)
+        rows = unit_rows(manifest, actors=resources.actors, limit=config.input.limit)
     return config.replace(
         actors=resources.actors, gpus_per_actor=resources.gpus_per_actor, rows_per_file=rows
     )
@@ -176,14 +176,16 @@ def execute(
     began = time.time()
     config = resolve_resources(run.config, run.manifest, resources)
     pinned = _pinned(run, config)
-    assert config.rows_per_file is not None
-    wanted = list(units(run.manifest, config.rows_per_file, config.limit))
+    assert config.output.rows_per_file is not None
+    wanted = list(units(run.manifest, config.output.rows_per_file, config.input.limit))
     committed.sweep(run.output)
     there = committed.read(run.output, wanted, pinned.run_id)
     done, before = there.units, there.totals
     todo = [unit for unit in wanted if unit not in done]
     memory_plan: dict[str, Any] | None = None
-    with Progress(run.rows, before, log_interval_s=config.log_interval, label=label) as progress:
+    with Progress(
+        run.rows, before, log_interval_s=config.limits.log_interval, label=label
+    ) as progress:
         seen: set[str] = set()
         snapshot = _Snapshot(run.output, wanted, done, pinned.run_id)
         coming = _receipts(
@@ -213,7 +215,7 @@ def execute(
         work_s=progress.work_s,
         resources=resources.describe(),
         memory_plan=memory_plan,
-        score=config.score,
+        score=config.output.score,
     )
     if pinned.ids is not None:
         summary["duplicate_ids"] = pinned.ids.duplicates
@@ -224,7 +226,7 @@ def execute(
     return summary
 
 
-def _pinned(run: Plan, config: JobConfig) -> outdir.Pinned:
+def _pinned(run: Plan, config: Settings) -> outdir.Pinned:
     """What the run is, written down if it is new.
 
     Raises:
@@ -241,8 +243,8 @@ def _pinned(run: Plan, config: JobConfig) -> outdir.Pinned:
             run_id=outdir.new_run_id(),
             manifest=run.manifest,
             columns=run.columns,
-            fingerprint=dataclasses.replace(run.fingerprint, settings=results(config)),
-            ids=ids.scan(run.manifest, column, limit=config.limit) if column else None,
+            fingerprint=dataclasses.replace(run.fingerprint, settings=config.results()),
+            ids=ids.scan(run.manifest, column, limit=config.input.limit) if column else None,
             config=config,
         )
         outdir.claim(run.output, pinned, decoding.lines(config, run.decoding))
@@ -296,17 +298,17 @@ def _check_shared(run: Plan, receipt: Receipt, run_id: str) -> None:
     )
 
 
-def _check_errors(config: JobConfig, before: Totals, totals: Totals) -> None:
+def _check_errors(config: Settings, before: Totals, totals: Totals) -> None:
     """End a run early in which nearly everything fails: it would only fail more."""
     rate = totals.error_rate
-    if totals.rows - before.rows < ENOUGH_ROWS or rate <= config.max_error_rate:
+    if totals.rows - before.rows < ENOUGH_ROWS or rate <= config.limits.max_error_rate:
         return
     kinds = sorted(totals.error_kinds.items(), key=lambda item: -item[1])
     counts = ", ".join(f"{kind} {count}" for kind, count in kinds)
     raise JobFailed(
         f"{totals.errors} of the first {totals.rows} rows are in error ({counts}), more than"
-        f" --max-error-rate {config.max_error_rate:g}: ended early. Mend the cause and give another"
-        " --output, or go on here with a higher --max-error-rate"
+        f" --max-error-rate {config.limits.max_error_rate:g}: ended early. Mend the cause and give"
+        " another --output, or go on here with a higher --max-error-rate"
     )
 
 
@@ -321,7 +323,7 @@ def _check_complete(run: Plan, wanted: Sequence[Unit], totals: Totals) -> None:
 
 def _receipts(
     run: Plan,
-    config: JobConfig,
+    config: Settings,
     resources: Resources,
     run_id: str,
     todo: Sequence[Unit],
@@ -332,21 +334,22 @@ def _receipts(
     say: Callable[[str], None],
 ) -> Generator[Receipt | dict[str, Any]]:
     """Receipts of units as they are committed, in any order."""
-    assert config.rows_per_file is not None
+    assert config.output.rows_per_file is not None
+    wait_s = config.cluster.wait_for_nodes
     engine = engine_settings(config, resources)
     rows = RowSettings(
-        prompt=config.prompt,
+        prompt=config.input.prompt,
         sampling=engine.sampling,
         policy=config.image_policy(),
         seed=config.seed,
-        save_kept=config.save_kept,
+        save_kept=config.output.save_kept,
         shared_directory=run.manifest.shared_directory(),
     )
     sink = Sink(
         output=run.output.uri,
         run_id=run_id,
         id_type=run.columns.id_type,
-        save_kept=config.save_kept,
+        save_kept=config.output.save_kept,
     )
     dispatcher = Dispatcher(
         WorkQueue(runs(run.manifest, todo, parallel=RUNS_PER_ACTOR * resources.actors)),
@@ -355,13 +358,13 @@ def _receipts(
             actors=resources.actors,
             num_cpus=resources.cpus_per_actor,
             num_gpus=resources.gpus_per_actor,
-            calls=max(2, min(MAX_CALLS, 1 + -(-engine.ahead // config.rows_per_file))),
+            calls=max(2, min(MAX_CALLS, 1 + -(-engine.ahead // config.output.rows_per_file))),
         ),
         (engine, rows, run.columns, sink, factory),
         limits=Limits(
-            room_s=max(LEAST_ROOM_S, config.wait_for_nodes) if config.wait_for_nodes else ROOM_S,
-            stall_s=config.stall_timeout,
-            grace_s=config.grace_period,
+            room_s=max(LEAST_ROOM_S, wait_s) if wait_s else ROOM_S,
+            stall_s=config.limits.stall_timeout,
+            grace_s=config.limits.grace_period,
         ),
         sharing=_sharing(resources),
         stop=stop,
@@ -386,26 +389,26 @@ def _sharing(resources: Resources) -> Callable[[str], int]:
     return on
 
 
-def engine_settings(config: JobConfig, resources: Resources) -> EngineSettings:
+def engine_settings(config: Settings, resources: Resources) -> EngineSettings:
     """What each actor is told about its engine."""
     gpu = resources.gpus_per_actor > 0
-    dtype = {"auto": None if gpu else "float32"}.get(config.dtype, config.dtype)
+    dtype = {"auto": None if gpu else "float32"}.get(config.model.dtype, config.model.dtype)
     return EngineSettings(
-        model=config.model,
-        pruning=config.pruning(),
-        text_tower=config.text_tower,
-        text_tower_revision=config.text_tower_revision,
-        sampling=config.sampling(),
+        model=config.model.model,
+        pruning=config.pruning,
+        text_tower=config.model.text_tower,
+        text_tower_revision=config.model.text_tower_revision,
+        sampling=config.sampling,
         dtype=dtype,
-        batch_tokens=config.batch_tokens,
-        max_running=config.max_running,
+        batch_tokens=config.cluster.batch_tokens,
+        max_running=config.cluster.max_running,
         gpu_share=min(1.0, resources.gpus_per_actor),
         actors_per_node=resources.per_node,
-        threads=config.threads,
-        ahead=2 * config.max_running if config.max_running else AHEAD[gpu],
-        revision=config.revision,
-        min_pixels=config.min_pixels,
-        max_pixels=config.max_pixels,
-        system=config.system_prompt,
-        adapters=config.adapters,
+        threads=config.cluster.threads,
+        ahead=2 * config.cluster.max_running if config.cluster.max_running else AHEAD[gpu],
+        revision=config.model.revision,
+        min_pixels=config.model.min_pixels,
+        max_pixels=config.model.max_pixels,
+        system=config.input.system_prompt,
+        adapters=config.model.adapters,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from trio.errors import UserError
 from trio.pruning import method_registry
@@ -16,8 +16,11 @@ from trio.pruning.schedule import (
     Schedule,
     ScheduleShape,
     check_retention,
+    read_schedule,
+    read_shape,
     shape_of,
 )
+from trio.values import Fraction, Value, number, one_of
 
 ENCODERS = ("none", "visionzip", "scan", "scope", "prunesid")
 PROXY_POSITIONS = ("reference", "with_last", "last")
@@ -25,6 +28,22 @@ POSITION_IDS = ("renumber", "keep")
 PROXY_LAYERS = ("next", "previous")
 PROXY_HEADS = ("output", "input_embedding")
 FILL_UPS = ("mixed", "reference")
+
+
+def read_method(value: object) -> str:
+    """Of text: the name of a method, or module:Class."""
+    method_registry.check_name(value)
+    return str(value)
+
+
+def _method_names() -> str:
+    return "{" + ",".join(method_registry.names()) + "}"
+
+
+Stages = Annotated[Schedule | str, Value(read=read_schedule, unit="LAYER:KEEP,...")]
+Spread = Annotated[ScheduleShape | str, Value(read=read_shape, unit="SHAPE")]
+COSINE = Value(read=number(above=-1, most=1), unit="COSINE")
+Method = Annotated[str, Value(read=read_method, unit=_method_names)]
 
 
 class BuiltIn(str):
@@ -46,55 +65,59 @@ class Pruning:
     What is not given is what the checkpoint's `pruning_config.json` says, else what is built in.
     """
 
-    retention: float | None = None
-    """Target layer-average share of visual tokens, in (0, 1]; 1 switches pruning off. Exclusive
-    with `schedule`; with neither, nothing is pruned."""
-    schedule: Schedule | str | None = None
-    """Explicit stages, `"1:92,10:54,15:22"` (counts per image) or ratios `"1:0.16,..."`, with `@32`
-    behind them for decoders of 32 layers alone; or `Schedule.load(path)`."""
-    method: str = "trio"
-    """How tokens are chosen: one of `trio.method_names()`, or `module:Class`. `none` leaves them to
+    retention: Fraction | None = None
+    """Share of the visual tokens kept, averaged over the layers; 1 switches pruning off, 1/9 may be
+    written as such. Exclusive with `schedule`; with neither, nothing is pruned by `trio.Pruning`,
+    and jobs take 1/9."""
+    schedule: Stages | None = None
+    """Stages instead of a retention: layer:tokens kept of an image (1:92,10:54,15:22) or
+    layer:share of its visual tokens (1:0.16,10:0.09); @32 behind them makes them for decoders of 32
+    layers alone. Jobs also take a .yaml file that `benchmark.py calibrate` wrote, and note its
+    stages; Python takes `Schedule.load(path)`."""
+    method: Method = "trio"
+    """How tokens are chosen: trio (gradient saliency, then NMS), another of `trio.method_names()`,
+    which pruning/README.md explains, or module:Class for one of your own; none leaves the choice to
     the encoder's reduction."""
-    proxy_positions: str = BuiltIn("reference")
-    """Rows of the proxy that give the loss, for a sequence of n tokens: `reference` n-5..n-2,
-    `with_last` n-4..n-1, `last` n-1."""
-    proxy_layer: str = BuiltIn("next")
-    """The layer that stands for those still to come, for a stage after l layers: `next` (index l)
-    or `previous` (index l-1, run once more on its own output: the published code for Qwen2.5-VL).
-    `previous` rules out a stage at 0 and allows one behind the last layer."""
-    proxy_head: str = BuiltIn("output")
-    """What makes the proxy's logits: `output` (the model's own head) or `input_embedding` (the
-    matrix of token embeddings, also where the head has its own: the published code for Qwen2.5-VL).
-    `next` and `output` are built in for Qwen2.5-VL too: they stand nearer to the result."""
-    position_ids: str | None = None
-    """`renumber` (0, 1, 2, ... after each stage, that in the encoder included, on all axes that a
-    position has) or `keep` (each token keeps its own); None is the model family's."""
-    similarity_threshold: float = BuiltInNumber(0.8)
-    """Cosine from which the suppression calls two tokens the same."""
-    fill_up: str = BuiltIn("mixed")
-    """What makes up the number where the suppression leaves fewer tokens than are to be kept:
-    `reference` (all by saliency: the published code) or `mixed` (a quarter of the open slots by
-    saliency, the rest by farthest-point sampling over feature cosine plus a Gaussian of image
-    distance)."""
+    proxy_positions: Annotated[str, one_of(PROXY_POSITIONS)] = BuiltIn("reference")
+    """Positions whose loss gives the saliency, of a sequence of n tokens: reference n-5..n-2,
+    with_last n-4..n-1, last n-1 (default: the checkpoint's, else reference)."""
+    proxy_layer: Annotated[str, one_of(PROXY_LAYERS)] = BuiltIn("next")
+    """Layer whose loss gives the saliency: next (the one that would run next) or previous (the one
+    that has just run, as in the published code for Qwen2.5-VL; rules out a stage at layer 0 and
+    allows one behind the last layer) (default: the checkpoint's, else next)."""
+    proxy_head: Annotated[str, one_of(PROXY_HEADS)] = BuiltIn("output")
+    """What makes the logits of that loss: output (the model's head) or input_embedding (the matrix
+    of token embeddings, as in the published code for Qwen2.5-VL) (default: the checkpoint's, else
+    output)."""
+    position_ids: Annotated[str | None, one_of(POSITION_IDS)] = None
+    """Positions of the tokens that stay: renumber (0, 1, 2, ... on every axis after each stage,
+    that in the encoder included) or keep (default: the checkpoint's, else the model family's)."""
+    similarity_threshold: Annotated[float, COSINE] = BuiltInNumber(0.8)
+    """Cosine from which the NMS of method trio calls two tokens the same (default: the
+    checkpoint's, else 0.8)."""
+    fill_up: Annotated[str, one_of(FILL_UPS)] = BuiltIn("mixed")
+    """What method trio adds where the NMS leaves fewer tokens than are to be kept: mixed (a quarter
+    by saliency, the others by farthest-point sampling over features and places in the image) or
+    reference (all by saliency, as published) (default: the checkpoint's, else mixed)."""
     seed: int = 0
-    """Of method `random`."""
-    schedule_shape: ScheduleShape | str | None = None
-    """How `retention` is spread over the layers: `family` (the model family's: the paper's),
-    `start` (the same with its first stage at layer 0), or stages and the depth that they are for,
-    `"0:0.16,10:0.09@32"`, of whose shares only the ratios matter."""
-    encoder: str = "none"
-    """What reduces the tokens in the vision encoder already: `visionzip`, `scan`,
-    `scope`, `prunesid` or `none`. Of a
-    retention it takes what `schedule_shape` has at layer 0, four times the layer average unless
-    told otherwise, and the decoder's stages do the rest; with method `none` it does all. A schedule
-    says with a stage at layer 0 how many it keeps."""
+    """Seed of method random."""
+    schedule_shape: Spread | None = None
+    """How a retention is spread over the layers: family (the model family's: the paper's, scaled),
+    start (the same with its first stage at layer 0) or layer:share,...@layers, as in
+    0:0.2,5:0.12@16, where only the ratios of the shares matter (default: the checkpoint's, else
+    family)."""
+    encoder: Annotated[str, one_of(ENCODERS)] = "none"
+    """What reduces visual tokens in the vision encoder already. Of a retention it takes what
+    `schedule_shape` has at layer 0, four times the layer average unless told otherwise, and the
+    decoder's stages do the rest; with method none it does all. A schedule says with a stage at
+    layer 0 how many it keeps."""
     method_options: Mapping[str, Any] | tuple[tuple[str, Any], ...] = ()
     """Settings of the method's own, as `{"beta": 2.0}`; each method's class has them with their
     meaning."""
 
     def __post_init__(self) -> None:
         if self.retention is not None and self.schedule is not None:
-            raise UserError("pruning: give retention or schedule, not both")
+            raise UserError("retention and schedule exclude each other: give one of them, not both")
         if self.retention is not None:
             check_retention(self.retention)
         if isinstance(self.schedule, str):

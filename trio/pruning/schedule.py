@@ -15,6 +15,7 @@ from pathlib import Path
 import yaml
 
 from trio.errors import UserError
+from trio.values import text as as_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -300,6 +301,21 @@ class Schedule:
                     f"schedule {self}: stage at layer {stage.layer}, but the decoder has "
                     f"{num_layers} layers; the last possible stage is at {last}"
                 )
+
+
+SCHEDULE_FILES = (".yaml", ".yml")
+
+
+def read_schedule(value: object) -> Schedule:
+    """Of text such as `1:92,10:54`, or of the name of a file that `calibrate` has written."""
+    text = as_text(value)
+    return Schedule.load(text) if text.endswith(SCHEDULE_FILES) else Schedule.parse(text)
+
+
+def read_shape(value: object) -> ScheduleShape | str:
+    """Of text: a name of `SHAPES`, or as of `ScheduleShape.parse`."""
+    text = as_text(value)
+    return text if text in SHAPES else ScheduleShape.parse(text)
 
 
 def shape_of(given: ScheduleShape | str | None, usual: ScheduleShape) -> ScheduleShape:

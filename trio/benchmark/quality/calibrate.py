@@ -32,14 +32,13 @@ from trio.engine.preprocess import Preparer
 from trio.engine.request import Prepared
 from trio.errors import UserError
 from trio.families.registry import adapt, register_named
-from trio.pipeline.config import DEMO, JobConfig
+from trio.job.settings import DEMO, Settings
 from trio.pipeline.fingerprint import model_directory
 from trio.pipeline.job import DEFAULT_RETENTION, check_model
-from trio.pipeline.parse import SCHEDULE_FILES
 from trio.pruning.method_registry import chooses_before_decoder
 from trio.pruning.options import Pruning
 from trio.pruning.pruning_config import FILE as PRUNING_FILE
-from trio.pruning.schedule import Schedule, ScheduleShape, tokens_per_layer
+from trio.pruning.schedule import SCHEDULE_FILES, Schedule, ScheduleShape, tokens_per_layer
 from trio.tables import aligned
 from trio.version import VERSION
 
@@ -48,21 +47,21 @@ RESAMPLES = 4000
 """Of the bootstrap."""
 
 
-def resolved(config: JobConfig) -> JobConfig:
+def resolved(config: Settings) -> Settings:
     """Settings with their defaults filled in.
 
     Raises:
         UserError: with these there is nothing to search for.
     """
-    check_model(config.model)
-    if config.schedule is not None:
+    check_model(config.model.model)
+    if config.pruning.schedule is not None:
         raise UserError("calibrate searches for a schedule: give --retention instead of one")
-    changes: dict[str, Any] = {"retention": config.retention or DEFAULT_RETENTION}
-    config = config.replace(**changes)
-    if chooses_before_decoder(config.method) or not config.pruning_asked:
-        what = "--retention 1" if config.retention == 1.0 else f"--method {config.method}"
+    config = config.replace(retention=config.pruning.retention or DEFAULT_RETENTION)
+    method, retention = config.pruning.method, config.pruning.retention
+    if chooses_before_decoder(method) or not config.pruning_asked:
+        what = "--retention 1" if retention == 1.0 else f"--method {method}"
         raise UserError(f"{what}: its schedule has no shape that could be searched for")
-    if config.method == "none":
+    if method == "none":
         raise UserError("--method none chooses in the encoder alone: there is nothing to search")
     return config
 
@@ -87,14 +86,14 @@ class Plan:
     model, at most.
     """
 
-    config: JobConfig
+    config: Settings
     rows: int
     layers: int
     pruning: Pruning
     default: Schedule
 
     @classmethod
-    def of(cls, config: JobConfig, rows: int) -> Plan:
+    def of(cls, config: Settings, rows: int) -> Plan:
         """Weights are not loaded.
 
         Raises:
@@ -102,12 +101,12 @@ class Plan:
         """
         if rows < LEAST_ROWS:
             raise UserError(f"--rows {rows}: at least {LEAST_ROWS}, half of which are held out")
-        for named in config.adapters:
+        for named in config.model.adapters:
             register_named(*named.split("=", 1))
-        model, _ = load_outline(_place(config), revision=config.revision)
+        model, _ = load_outline(_place(config), revision=config.model.revision)
         adapter = adapt(model)
         layers = adapter.shape().num_layers
-        settled = adapter.settle(config.pruning())
+        settled = adapter.settle(config.pruning)
         default = default_schedule(settled, layers)
         return cls(config=config, rows=rows, layers=layers, pruning=settled, default=default)
 
@@ -117,12 +116,12 @@ class Plan:
         return most_answers(searched) + 2 * (self.rows - searched)
 
     def __str__(self) -> str:
-        config = self.config
+        config, pruning = self.config, self.config.pruning
         return (
-            f"model {config.model}, {self.layers} layers; method {config.method}, encoder "
-            f"{config.encoder}, retention {config.retention:.4g}\n"
+            f"model {config.model.model}, {self.layers} layers; method {pruning.method}, encoder "
+            f"{pruning.encoder}, retention {pruning.retention:.4g}\n"
             f"default schedule {self.default}\n"
-            f"{self.rows} rows of {' '.join(config.input)}, seed {config.seed}: "
+            f"{self.rows} rows of {' '.join(config.input.input)}, seed {config.seed}: "
             f"{self.rows // 2} to search on, {self.rows - self.rows // 2} held out; one unpruned "
             f"answer to each and at most {self.answers} pruned ones"
         )
@@ -136,8 +135,8 @@ def default_schedule(settled: Pruning, layers: int) -> Schedule:
     return Schedule.of_shares(settled.retention, layers, shape.at_depth(layers))
 
 
-def _place(config: JobConfig) -> str:
-    return model_directory(config.model) or config.model
+def _place(config: Settings) -> str:
+    return model_directory(config.model.model) or config.model.model
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -186,19 +185,19 @@ class Calibration:
         model, processor = load(
             _place(config),
             device=None,
-            dtype=None if config.dtype == "auto" else config.dtype,
-            revision=config.revision,
-            min_pixels=config.min_pixels,
-            max_pixels=config.max_pixels,
+            dtype=None if config.model.dtype == "auto" else config.model.dtype,
+            revision=config.model.revision,
+            min_pixels=config.model.min_pixels,
+            max_pixels=config.model.max_pixels,
         )
         self.model = model
-        self._answers = Answers(model, processor, max_new_tokens=config.max_new_tokens)
+        self._answers = Answers(model, processor, max_new_tokens=config.sampling.max_new_tokens)
         if off := self._answers.rules_off:
             names = ", ".join(off)
             tell(f"{DECODING_FILE}: {names} off here: calibration follows raw greedy answers")
         self.adapter = self._answers.adapter
-        self.pruning = self.adapter.settle(config.pruning())
-        prepare = Preparer(processor, type(self.adapter), config.system_prompt)
+        self.pruning = self.adapter.settle(config.pruning)
+        prepare = Preparer(processor, type(self.adapter), config.input.system_prompt)
         self.prompts, self.unpruned = self._ask(list(_prompts(config, plan.rows, prepare, tell)))
         self.searched = len(self.prompts) // 2
 
@@ -222,10 +221,10 @@ class Calibration:
     def search(self) -> Search:
         """The search on the first half of the rows."""
         plan = self.plan
-        assert plan.config.retention is not None
+        assert plan.config.pruning.retention is not None
         space = Space(
             default=plan.default,
-            retention=plan.config.retention,
+            retention=plan.config.pruning.retention,
             num_layers=plan.layers,
             allowed=self.allowed,
             first=None if self.pruning.encoder == "none" else 0,
@@ -299,10 +298,10 @@ class Calibration:
 
 
 def _prompts(
-    config: JobConfig, rows: int, prepare: Preparer, tell: Callable[[str], None]
+    config: Settings, rows: int, prepare: Preparer, tell: Callable[[str], None]
 ) -> Iterator[Prepared]:
     """Rows of the input, prepared; says which cannot be."""
-    paths = [str(SHARD.parent) if path == DEMO else path for path in config.input]
+    paths = [str(SHARD.parent) if path == DEMO else path for path in config.input.input]
     requests, errors = sample(config, paths, rows)
     for error in errors:
         tell(f"a row is left out: {error}")
@@ -361,9 +360,9 @@ def report(
         "schedule": _ratios(chosen),
         "layers": plan.layers,
         "chosen": "searched" if comparison.better else "default",
-        "retention": config.retention,
-        "model": config.model,
-        "revision": config.revision,
+        "retention": config.pruning.retention,
+        "model": config.model.model,
+        "revision": config.model.revision,
         "method": pruning.method,
         "encoder": pruning.encoder,
         "proxy_positions": pruning.proxy_positions,
@@ -372,8 +371,8 @@ def report(
         "fill_up": pruning.fill_up,
         "position_ids": pruning.position_ids,
         "similarity_threshold": pruning.similarity_threshold,
-        "max_new_tokens": config.max_new_tokens,
-        "input": list(config.input),
+        "max_new_tokens": config.sampling.max_new_tokens,
+        "input": list(config.input.input),
         "seed": config.seed,
         "search_rows": calibration.searched,
         "held_out_rows": len(comparison.default),

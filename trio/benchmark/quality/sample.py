@@ -8,8 +8,8 @@ import numpy as np
 
 from trio.engine.request import Request, Sampling
 from trio.errors import UserError
+from trio.job.settings import Settings
 from trio.pipeline.columns import parse_mapping, resolve
-from trio.pipeline.config import JobConfig
 from trio.pipeline.image_process import ImageProcess
 from trio.pipeline.manifest import Manifest, inspect
 from trio.pipeline.plan import Unit
@@ -23,7 +23,7 @@ PLACES = 8
 
 
 def sample(
-    config: JobConfig, paths: Sequence[str], rows: int
+    config: Settings, paths: Sequence[str], rows: int
 ) -> tuple[list[Request], list[RowError]]:
     """Rows of the input, drawn with the settings' seed and in an order drawn with it.
 
@@ -39,18 +39,18 @@ def sample(
         UserError: the input is none, or cannot be read.
     """
     manifest, schemas = inspect(paths)
-    mapping = parse_mapping(config.columns or "")
+    mapping = parse_mapping(config.input.columns or "")
     mapping.pop("answers", None)
     columns = resolve(
         schemas,
         [shard.path for shard in manifest.shards],
         mapping,
-        prompt_given=config.prompt is not None,
+        prompt_given=config.input.prompt is not None,
         scored=False,
     )
     settings = RowSettings(
-        prompt=config.prompt,
-        sampling=Sampling(max_new_tokens=config.max_new_tokens),
+        prompt=config.input.prompt,
+        sampling=Sampling(max_new_tokens=config.sampling.max_new_tokens),
         policy=config.image_policy(),
         seed=config.seed,
         save_kept=False,

@@ -21,7 +21,7 @@ from transformers.models.llava_next.image_processing_pil_llava_next import (
     LlavaNextImageProcessorPil,
 )
 
-from trio.demo.training.build import CHAT_TEMPLATE
+from trio.demo.language import CHAT_TEMPLATE
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

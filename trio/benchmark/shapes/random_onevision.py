@@ -16,7 +16,7 @@ from transformers.models.llava_onevision.image_processing_pil_llava_onevision im
     LlavaOnevisionImageProcessorPil,
 )
 
-from trio.demo.training.build import CHAT_TEMPLATE
+from trio.demo.language import CHAT_TEMPLATE
 from trio.families.llava_onevision import ImageProcessor
 
 

@@ -22,7 +22,7 @@ from transformers.models.qwen3_vl.configuration_qwen3_vl import (
     Qwen3VLVisionConfig,
 )
 
-from trio.demo.training.build import CHAT_TEMPLATE
+from trio.demo.language import CHAT_TEMPLATE
 from trio.families.qwen2_5_vl import ImageProcessor as Qwen25Processor
 from trio.families.qwen3_vl import ImageProcessor as Qwen3Processor
 

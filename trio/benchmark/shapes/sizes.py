@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from trio.benchmark.shapes.random_llava import LLAVA_7B, LLAVA_NEXT_7B, LlavaShape
 from trio.benchmark.shapes.random_onevision import ONEVISION_7B
 from trio.benchmark.shapes.random_qwen import QWEN2_5_7B, QWEN3_8B
-from trio.demo.training.build import tokenizer
+from trio.demo.language import tokenizer
 from trio.errors import UserError
 
 

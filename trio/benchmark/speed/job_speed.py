@@ -43,7 +43,7 @@ from trio.demo.scenes import make_scene
 from trio.demo.shard import write_shard
 from trio.engine.engine import Engine
 from trio.engine.request import Prepared, Request
-from trio.errors import UserError
+from trio.job.settings import Settings, made_of
 from trio.pipeline import cluster, runner
 from trio.pipeline.actor import (
     EngineFactory,
@@ -52,7 +52,6 @@ from trio.pipeline.actor import (
     engine_threads,
 )
 from trio.pipeline.cluster import Resources
-from trio.pipeline.config import JobConfig
 from trio.pipeline.cpus import usable
 from trio.pipeline.images import load_images
 from trio.pipeline.job import check_model
@@ -107,8 +106,6 @@ def surroundings() -> dict[str, Any]:
 def check(workload: Workload) -> None:
     """Raise UserError, before anything starts, where no job could run."""
     check_model(workload.model)
-    if workload.seed < 0:
-        raise UserError(f"--seed is {workload.seed}; it must be at least 0")
     job_config(workload, Path("scenes.parquet"))
 
 
@@ -146,9 +143,9 @@ def _rounds(
         yield runs
 
 
-def job_config(workload: Workload, path: Path) -> JobConfig:
+def job_config(workload: Workload, path: Path) -> Settings:
     """The job's settings, as `caption.py` would choose them, for one engine."""
-    return JobConfig(
+    return made_of(
         input=(str(path),),
         model=workload.model,
         retention=workload.retention,
@@ -177,9 +174,9 @@ def write_small(path: Path, rows: int, size: int, seed: int) -> None:
 
 
 def _job(
-    config: JobConfig, output: Path, resources: Resources, factory: EngineFactory, label: str
+    config: Settings, output: Path, resources: Resources, factory: EngineFactory, label: str
 ) -> Run:
-    plan = runner.plan(config.replace(output=str(output)), config.input)
+    plan = runner.plan(config.replace(output=str(output)), config.input.input)
     summary = runner.execute(plan, resources, factory=factory, label=label)
     assert not summary["errors"], summary["error_kinds"]
     work_s = summary["work_s"]

@@ -35,8 +35,9 @@ from transformers import (
 )
 
 from trio.demo import CAPTION_PROMPT, MODEL
+from trio.demo.language import MARKS, vocabulary, word_level
 from trio.demo.scenes import COLOURS, Scene, Split, listed, make_scene, patch_items
-from trio.demo.training.build import MARKS, PATCH, vocabulary, word_level
+from trio.demo.training.build import PATCH
 
 WIDTH = 64
 """Width of the text tower and of the space that it shares with the image."""

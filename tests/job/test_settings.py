@@ -1,0 +1,138 @@
+"""Settings beside what the recorded command lines show: run.yaml, help, what decides the rows."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import caption
+import pytest
+import yaml
+
+from trio.engine.request import Sampling
+from trio.errors import UserError
+from trio.job import cli, run_yaml
+from trio.job.settings import FIELDS, Settings, made_of
+from trio.pipeline import job
+from trio.pipeline.policy import ImagePolicy
+from trio.pruning.options import Pruning
+from trio.pruning.pruning_config import PruningDefaults
+
+
+def from_flags(*flags: str) -> Settings:
+    settings, dry_run = cli.read_call(flags, prog="caption.py", description="")
+    assert not dry_run
+    return settings
+
+
+ALL = """--input a b --prompt "it's: a #1" --system-prompt s --columns image=jpg --limit 9
+--allow-remote-images --remote-images-from https://a.org s3://b --image-roots photos
+--max-image-pixels 1000 --model org/name --revision main --dtype bfloat16 --min-pixels 9
+--max-pixels 99 --text-tower org/clip --text-tower-revision main --adapters my_vl=my_module:Mine
+--schedule 0:9 --method eadp --encoder none --proxy-positions last --proxy-layer previous
+--proxy-head input_embedding --similarity-threshold 0.7 --fill-up reference --position-ids keep
+--schedule-shape 0:0.2,5:0.12@16 --max-new-tokens 20 --temperature 0.7 --top-p 0.9 --top-k 50
+--min-p 0.1 --repetition-penalty 1.05 --no-repeat-ngram-size 3 --seed 3 --output out
+--rows-per-file 7 --save-kept --score exact --compare-unpruned --address auto --actors 3
+--gpus-per-actor 0.5 --cpus-per-actor 2 --wait-for-nodes 300 --threads 4 --batch-tokens 4096
+--max-running 32 --max-error-rate 0.1 --row-timeout 2.5 --stall-timeout 30 --grace-period 1
+--log-interval 0.5"""
+"""A value that is not the default for every setting, but for the retention."""
+GROUPS = ["input", "model", "pruning", "sampling", "output", "cluster", "limits"]
+DECIDE_ROWS = json.loads(Path(__file__).with_name("recorded").joinpath("caption.json").read_text())[
+    "decide_rows"
+]
+
+
+def test_every_flag_reaches_its_setting_and_run_yaml_gives_it_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given, usual = from_flags(*shlex.split(ALL)), Settings()
+    changed = {name for name in FIELDS if given.get(name) != usual.get(name)}
+    assert changed == FIELDS.keys() - {"retention", "encoder"}
+    text = run_yaml.dump(given, "a comment")
+    (tmp_path / "run.yaml").write_text(text)
+    monkeypatch.chdir("/")
+    assert from_flags("--config", str(tmp_path / "run.yaml")) == given
+    assert text.startswith("# a comment\n") and yaml.safe_load(text).keys() == FIELDS.keys()
+    assert json.loads(json.dumps(given.results())) == given.results()
+    assert sorted(given.results()) == sorted(DECIDE_ROWS)
+    assert given.input.image_roots == (str(tmp_path / "photos"),)
+    assert given.pruning == Pruning(
+        schedule="0:9",
+        method="eadp",
+        proxy_positions="last",
+        proxy_layer="previous",
+        proxy_head="input_embedding",
+        similarity_threshold=0.7,
+        fill_up="reference",
+        position_ids="keep",
+        schedule_shape="0:0.2,5:0.12@16",
+        seed=3,
+    )
+    assert given.image_policy() == ImagePolicy(
+        max_pixels=1000,
+        allow_remote=True,
+        remote_from=("https://a.org", "s3://b"),
+        roots=given.input.image_roots,
+        row_timeout=2.5,
+    )
+
+
+def test_what_is_not_given_is_the_engines_own_default() -> None:
+    usual = Settings()
+    assert (usual.pruning, usual.sampling) == (Pruning(), Sampling())
+    assert usual.image_policy() == ImagePolicy()
+    filled = usual.with_pruning_defaults(PruningDefaults(choices={"fill_up": "reference"}))
+    assert (filled.pruning.fill_up, filled.flat()["proxy_head"]) == ("reference", "output")
+    assert filled.flat()["schedule_shape"] == "family" and usual.flat()["proxy_head"] is None
+
+
+def test_the_help_tells_every_flag_with_its_unit_and_default(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        from_flags("--help")
+    text = capsys.readouterr().out
+    assert "\x1b" not in text
+    words = re.sub("[│|]", " ", text).split()
+    assert {setting.flag for setting in FIELDS.values()} <= {word.rstrip(",") for word in words}
+    told = " ".join(words)
+    assert "--row-timeout SECONDS For fetching and decoding" in told and "(default: 60.0)" in told
+    assert "--method {trio,none," in told and "(default: trio)" in told
+    titles = re.findall(r"^\W+(\w+) options ", text, re.MULTILINE)
+    assert titles == [*GROUPS, "research"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "close"), [(["--retenshun", "0.5"], "--retention"), (["--config", "x"], "retention")]
+)
+def test_a_name_that_is_nearly_right(
+    flags: list[str], close: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x").write_text("retenshun: 0.5")
+    with pytest.raises(UserError, match=rf"did you mean '{close}'\?"):
+        from_flags(*flags)
+
+
+@pytest.mark.parametrize(
+    ("flags", "score"),
+    [
+        ([], "objects"),
+        (["--score", "none"], "none"),
+        (["--columns", "prompt=none", "--prompt", "Is there a 7?"], "none"),
+        (["--input", "mine.parquet"], "none"),
+        (["--input", "mine.parquet", "--score", "exact"], "exact"),
+    ],
+)
+def test_only_the_bundled_shard_is_scored_unasked(flags: list[str], score: str) -> None:
+    settled = job.resolve(caption.JOB, from_flags(*flags))
+    assert settled.output.score == score == settled.results()["score"]
+
+
+def test_nothing_is_pruned_where_nothing_is_asked() -> None:
+    assert not made_of(method="none", retention=0.5).pruning.active
+    assert not made_of(retention=1.0).pruning.active
+    assert made_of(retention=0.5).pruning.active

@@ -1,0 +1,1 @@
+"""An inference job: its settings, from flags and run.yaml."""

@@ -1,0 +1,314 @@
+"""Settings of an inference job, in groups: one declaration for flags, help, run.yaml and code.
+
+A flag `--max-new-tokens` is the field `max_new_tokens` of its group here and that key of run.yaml.
+`pruning` and `sampling` are the engine's own settings. No torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+from trio import bundled
+from trio.engine.request import Sampling
+from trio.errors import UserError
+from trio.pipeline.columns import parse_mapping
+from trio.pipeline.policy import MAX_PIXELS, ROW_TIMEOUT_S, ImagePolicy, parse_origin, redact
+from trio.pipeline.storage import check_no_secret, is_local, local_path
+from trio.pruning.options import BuiltIn, BuiltInNumber, Pruning
+from trio.pruning.pruning_config import PruningDefaults
+from trio.values import (
+    Pixels,
+    Rows,
+    Seed,
+    Share,
+    Switch,
+    Text,
+    Tokens,
+    Value,
+    number,
+    one_of,
+    plain,
+    replaced,
+    settings_of,
+    several,
+    text,
+    whole,
+)
+
+DEMO = bundled.NAME
+"""Stands for the bundled shard and the bundled model, wherever the package is installed."""
+AUTO, LOCAL = "auto", "local"
+"""Of --address: the Ray of this machine, and one of the job's own."""
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+SCORED = ("exact", "objects")
+
+
+def _origin(value: Any) -> str:
+    parse_origin(text(value))
+    return str(value)
+
+
+def _directory(value: Any) -> str:
+    """A local directory, made absolute: workers have other working ones."""
+    if not is_local(text(value)):
+        raise UserError(f"expected a local directory, got {redact(value)!r}")
+    try:
+        return os.path.normpath(local_path(value))
+    except OSError as error:
+        raise UserError(str(error)) from error
+
+
+def _adapter(value: Any) -> str:
+    if not re.fullmatch(r"[\w.-]+=\w+(\.\w+)*:\w+", text(value)):
+        raise UserError(f"expected TYPE=MODULE:CLASS, as in my_vl=my_module:MyAdapter: {value!r}")
+    return str(value)
+
+
+def read_address(value: Any) -> str:
+    """Of a Ray: auto, local or host:port."""
+    read = text(value)
+    host_and_port = r"(\[[\da-fA-F:.]+\]|[\w.-]+):\d{1,5}"
+    if read not in (AUTO, LOCAL) and not re.fullmatch(host_and_port, read):
+        raise UserError(f"expected auto, local or host:port, got {read!r}")
+    return read
+
+
+Count = Annotated[int, Value(read=whole(1), unit="N")]
+Seconds = Annotated[float, Value(read=number(least=0), unit="SECONDS")]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Input:
+    """Which rows are read, and which images they may bring."""
+
+    input: Annotated[
+        tuple[str, ...], Value(read=several(text, least=1), unit="PATH", several=True)
+    ] = (DEMO,)
+    """Parquet file, directory or quoted pattern, s3://, gs:// or hf://datasets/ URI; several may be
+    given; demo is the bundled shard."""
+    prompt: Text | None = None
+    """Prompt for rows that bring none."""
+    system_prompt: Text | None = None
+    """System message of all rows, if the model's chat template has a place for one (default: the
+    template's own)."""
+    columns: Annotated[str | None, Value(read=text, unit="ROLE=COLUMN,...")] = None
+    """Names of input columns, as in image=jpg,prompt=caption_prompt; the roles are image, prompt,
+    id and answers; id=none leaves an id column out."""
+    limit: Rows | None = None
+    """Stop after the first rows of the input (default: all)."""
+    allow_remote_images: Switch = False
+    """Fetch http and https URIs found in the image column, from hosts with public addresses, and
+    what --remote-images-from names."""
+    remote_images_from: Annotated[
+        tuple[str, ...], Value(read=several(_origin), unit="ORIGIN", several=True)
+    ] = ()
+    """With --allow-remote-images: only from these schemes and hosts, as in
+    https://images.example.org, https://*.cdn.net or s3://bucket. A host named in full may have a
+    private address; proxies are not used; objects of stores (s3, gs, hf and others) are read with
+    the nodes' credentials, and only from buckets named here (default: any public web server)."""
+    image_roots: Annotated[
+        tuple[str, ...], Value(read=several(_directory), unit="DIR", several=True)
+    ] = ()
+    """Directories that paths in the image column may lead into, links followed, besides the
+    directory of the row's shard (default: none)."""
+    max_image_pixels: Pixels = MAX_PIXELS
+    """Larger images are not decoded: their rows end in error (--max-pixels reduces images)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Model:
+    """What answers."""
+
+    model: Annotated[str, Value(read=text, unit="MODEL")] = DEMO
+    """Hub id or directory; demo is the bundled one."""
+    revision: Annotated[str | None, Value(read=text, unit="REVISION")] = None
+    """Commit, tag or branch of a hub id; run.yaml names the commit, which a resumed run keeps to
+    (default: the newest of the main branch)."""
+    dtype: Annotated[str, one_of(DTYPES)] = "auto"
+    """Of the model's weights; auto: as saved on a GPU, float32 on a CPU."""
+    min_pixels: Pixels | None = None
+    """Smaller images are enlarged to this width times height before the model sees them; for models
+    that take images at many sizes, as Qwen's (default: the processor's)."""
+    max_pixels: Pixels | None = None
+    """Larger images are reduced to this width times height before the model sees them, which bounds
+    their visual tokens; for the same models (default: the processor's)."""
+    text_tower: Annotated[str | None, Value(read=text, unit="MODEL")] = None
+    """For --method eadp: the CLIP that the model's vision encoder comes from, hub id or directory,
+    as openai/clip-vit-large-patch14-336 for LLaVA-1.5 (default: the demo model's own for it)."""
+    text_tower_revision: Annotated[str | None, Value(read=text, unit="REVISION")] = None
+    """Commit, tag or branch of a hub id given as --text-tower, as --revision."""
+    adapters: Annotated[
+        tuple[str, ...], Value(read=several(_adapter), unit="TYPE=MODULE:CLASS", several=True)
+    ] = ()
+    """Families of models that this package does not have, as in my_vl=my_module:MyAdapter; the
+    module must be importable where engines run (default: none)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Output:
+    """What is written, and where."""
+
+    output: Annotated[str | None, Value(read=text, unit="DIR")] = None
+    """Directory or URI for rows/, stats/ and the rest; a run that stopped there goes on, a finished
+    one is left alone (default: a new directory below trio-output/)."""
+    rows_per_file: Rows | None = None
+    """Rows of one work unit and output file: what is redone after a crash (default: by size)."""
+    save_kept: Switch = False
+    """Write the kept visual tokens of each stage."""
+    score: Annotated[str | None, one_of((*SCORED, "none"))] = None
+    """Compare responses with the column answers: exact (right is what equals one of the row's
+    answers, both in lower case, without articles and punctuation; this is not VQA's accuracy),
+    objects (that, and for answers such as "a red 7 and a blue 3" the share of objects named
+    rightly) or none (default: objects for the bundled shard with its own columns, else none)."""
+    compare_unpruned: Switch | None = None
+    """Run the same rows without pruning as well, into DIR/unpruned, and put both side by side
+    (default: only for the bundled shard)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cluster:
+    """Where it runs, and how much at once."""
+
+    address: Annotated[str | None, Value(read=read_address, unit="RAY")] = None
+    """Ray to run on: local starts one for this job, auto joins the one of this machine, host:port
+    joins a cluster (default: RAY_ADDRESS; without it local); for "ray job submit" leave it out."""
+    actors: Count | None = None
+    """Engines (default: one per GPU; without GPUs 1)."""
+    gpus_per_actor: Annotated[float | None, Value(read=number(least=0), unit="GPUS")] = None
+    """GPUs of one engine (default: 1 where there are GPUs, else 0)."""
+    cpus_per_actor: Annotated[float, Value(read=number(least=0), unit="CPUS")] = 1.0
+    """Logical CPUs that Ray sets aside for one engine."""
+    wait_for_nodes: Seconds = 0.0
+    """Above 0: nodes may join after the start (autoscaling, spot); the job begins with what there
+    is, and fails if after this time there is no engine at all."""
+    threads: Count | None = None
+    """Threads that decode and prepare images beside one engine (default: by the node's CPUs)."""
+    batch_tokens: Tokens | None = None
+    """Most prompt tokens in one prefill (default: the engine's)."""
+    max_running: Annotated[int | None, Value(read=whole(1), unit="REQUESTS")] = None
+    """Most requests decoded together (default: the engine's)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Limits:
+    """When to give up, and how often to say how far it is."""
+
+    max_error_rate: Share = 0.5
+    """Share of rows in error above which the exit code is 3."""
+    row_timeout: Annotated[float, Value(read=number(least=0.1, most=86_400), unit="SECONDS")] = (
+        ROW_TIMEOUT_S
+    )
+    """For fetching and decoding the images of one row."""
+    stall_timeout: Annotated[float, Value(read=number(least=1), unit="SECONDS")] = 600.0
+    """An engine in which nothing moves for so long is started anew."""
+    grace_period: Seconds = 60.0
+    """For rows under way when the job is told to stop (SIGTERM)."""
+    log_interval: Annotated[float, Value(read=number(least=0.1), unit="SECONDS")] = 10.0
+    """Between two progress lines where output is no terminal."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """All of a job; None where the job decides for itself."""
+
+    input: Input = field(default_factory=Input)
+    model: Model = field(default_factory=Model)
+    pruning: Pruning = field(default_factory=Pruning)
+    sampling: Sampling = field(default_factory=Sampling)
+    seed: Seed = 0
+    """Of sampling and of --method random."""
+    output: Output = field(default_factory=Output)
+    cluster: Cluster = field(default_factory=Cluster)
+    limits: Limits = field(default_factory=Limits)
+
+    def __post_init__(self) -> None:
+        model, rows = self.model, self.input
+        if model.min_pixels and model.max_pixels and model.min_pixels > model.max_pixels:
+            raise UserError(
+                f"--min-pixels {model.min_pixels} is above --max-pixels {model.max_pixels}"
+            )
+        if rows.remote_images_from and not rows.allow_remote_images:
+            raise UserError("--remote-images-from needs --allow-remote-images: give both or none")
+        if model.text_tower is not None and self.pruning.method != "eadp":
+            raise UserError(
+                "--text-tower goes with --method eadp only, and the method is "
+                f"{self.pruning.method}"
+            )
+        for flag, uris in (
+            ("--input", rows.input),
+            ("--output", (self.output.output,)),
+            ("--model", (model.model,)),
+            ("--text-tower", (model.text_tower,)),
+        ):
+            _check_no_secret(flag, uris)
+        parse_mapping(rows.columns or "")
+        seeded = dataclasses.replace(self.pruning, seed=self.seed)
+        object.__setattr__(self, "pruning", seeded)
+
+    @property
+    def pruning_asked(self) -> bool:
+        """Whether these settings ask for any pruning (a default retention counts)."""
+        pruning = self.pruning
+        return (pruning.method, pruning.encoder) != ("none", "none") and pruning.retention != 1.0
+
+    def with_pruning_defaults(self, defaults: PruningDefaults) -> Settings:
+        """The settings with a checkpoint's pruning defaults, and the built-in ones, written out."""
+        return dataclasses.replace(self, pruning=defaults.fill(self.pruning))
+
+    def image_policy(self) -> ImagePolicy:
+        """What the images of rows may be and where they may come from."""
+        return ImagePolicy(
+            max_pixels=self.input.max_image_pixels,
+            allow_remote=self.input.allow_remote_images,
+            remote_from=self.input.remote_images_from,
+            roots=self.input.image_roots,
+            row_timeout=self.limits.row_timeout,
+        )
+
+    def replace(self, **changes: Any) -> Settings:
+        """Other values by name, whatever their group; None stands for what is built in."""
+        made: Settings = replaced(self, FIELDS, changes)
+        return made
+
+    def flat(self) -> dict[str, Any]:
+        """Every setting by name, as YAML and JSON would give it back."""
+        return {name: plain(_given(self.get(name))) for name in FIELDS}
+
+    def results(self) -> dict[str, Any]:
+        """Of `flat`, the settings whose values decide what the rows are."""
+        return {name: value for name, value in self.flat().items() if name not in _NOT_RESULTS}
+
+    def get(self, name: str) -> Any:
+        """A setting by its name, whatever its group."""
+        group = FIELDS[name].group
+        return getattr(getattr(self, group) if group else self, name)
+
+
+def _check_no_secret(flag: str, uris: Iterable[str | None]) -> None:
+    try:
+        for uri in uris:
+            check_no_secret(uri or "")
+    except UserError as error:
+        raise UserError(f"{flag}: {error}") from None
+
+
+FIELDS = settings_of(Settings())
+"""Every setting by name, that of its flag and of run.yaml."""
+_NOT_RESULTS = {"output", "compare_unpruned"} | {
+    name for name, setting in FIELDS.items() if setting.group in ("cluster", "limits")
+}
+
+
+def _given(value: Any) -> Any:
+    """None for what nobody gave, so that a checkpoint may say it."""
+    return None if isinstance(value, BuiltIn | BuiltInNumber) else value
+
+
+def made_of(**values: Any) -> Settings:
+    """Settings of some values by name, checked; the others as built in."""
+    return Settings().replace(**values)
