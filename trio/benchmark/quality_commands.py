@@ -15,7 +15,7 @@ from trio.errors import UserError, first_line
 from trio.job import cli
 from trio.job.flags import Group
 from trio.job.settings import DEMO, Settings
-from trio.pruning.method_registry import names
+from trio.pruning.method_registry import asks_for_text_tower, names
 from trio.pruning.options import (
     ENCODERS,
     FILL_UPS,
@@ -63,7 +63,7 @@ class Quality(Measurement):
     model: Model = DEMO
     """Hub id, directory, or demo, the bundled one."""
     text_tower: Model | None = None
-    """For method eadp: the CLIP of the model's vision encoder."""
+    """For methods eadp and cdpruner: the CLIP of the model's vision encoder."""
     methods: Annotated[tuple[str, ...], METHODS] = field(default_factory=names)
     """How tokens are chosen, several with commas (default: all)."""
     encoders: Annotated[tuple[str, ...], _words(ENCODERS)] = ("none",)
@@ -176,8 +176,8 @@ class Quality(Measurement):
         asked = ask(self.scenes, list(self.seed), every=self.every_scene)
         model, processor = load(self.model, device=None, dtype=self.dtype)
         text_tower = None
-        if any(row.pruning.method == "eadp" for row in rows):
-            assert self._text_tower is not None, "without one, `in_reach` leaves eadp out"
+        if any(asks_for_text_tower(row.pruning) for row in rows):
+            assert self._text_tower is not None, "without one, `in_reach` leaves these out"
             text_tower = load_text_tower(model, self._text_tower)
         conditions |= {"settings": len(rows), **machine(model.device)}
         print(describe(model, len(asked), conditions), flush=True)

@@ -22,6 +22,7 @@ from trio.benchmark.commands import (
 )
 from trio.errors import UserError
 from trio.job.settings import DEMO
+from trio.pruning.method_registry import asks_for_text_tower
 from trio.pruning.options import Pruning
 from trio.values import (
     Fraction,
@@ -191,8 +192,10 @@ class Cost(Measurement):
         from trio.engine.loading import load_outline
 
         pruning = one_ninth(self.pruning)
-        if pruning.method == "eadp":
-            raise UserError("--method eadp is not counted: its text tower is no part of the model")
+        if asks_for_text_tower(pruning):
+            raise UserError(
+                f"--method {pruning.method} is not counted: its text tower is no part of the model"
+            )
         conditions = {
             "image": str(self.image),
             "prompt_tokens": self.prompt_tokens,

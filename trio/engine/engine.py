@@ -52,7 +52,7 @@ class Engine:
     `memory_share`: of a GPU's memory, where several engines share one; for `kv_bytes` None.
     `encode_images`: called in place of the adapter's own, with the same arguments; for engines
         that read the same images one after the other.
-    `text_tower`: of the model's vision encoder, which method `eadp` needs.
+    `text_tower`: of the model's vision encoder, for methods that need it.
 
     `memory_plan` says how many requests the memory holds at once, `decoding` which rules the
     checkpoint's `generation_config.json` has; what it asks for and is not followed is logged. One
@@ -147,8 +147,8 @@ class Engine:
             min_pixels, max_pixels: width times height to which an image is enlarged or reduced
                 before the model sees it, for models that take images at many sizes (Qwen-VL);
                 None leaves the processor's own limit.
-            text_tower: for method `eadp`: directory or hub id of the CLIP checkpoint that the
-                model's vision encoder was taken from.
+            text_tower: for methods `eadp` and `cdpruner`: directory or hub id of the CLIP
+                checkpoint that the model's vision encoder was taken from.
             text_tower_revision: as `revision`, of a hub id given there.
             options: as for `Engine`.
 

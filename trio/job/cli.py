@@ -11,6 +11,8 @@ from trio.errors import UserError
 from trio.job.flags import Group, parse
 from trio.job.run_yaml import checked, load
 from trio.job.settings import FIELDS, Settings, made_of
+from trio.pruning.method_registry import asks_for_text_tower
+from trio.pruning.options import Pruning
 from trio.pruning.pruning_config import CHOICES, SHAPE
 from trio.values import Setting, Switch, Value, settings_of, text
 
@@ -85,7 +87,7 @@ def settings_from(given: dict[str, Any], config: str | None) -> Settings:
     for name, other in (("retention", "schedule"), ("schedule", "retention")):
         if name in given:
             written.pop(other, None)
-    if given.get("method", "eadp") != "eadp":
+    if "method" in given and not asks_for_text_tower(Pruning(method=given["method"])):
         written.pop("text_tower", None)
         written.pop("text_tower_revision", None)
     return made_of(**written | given)

@@ -19,6 +19,7 @@ from trio.errors import UserError
 from trio.pipeline.columns import parse_mapping
 from trio.pipeline.policy import MAX_PIXELS, ROW_TIMEOUT_S, ImagePolicy, parse_origin, redact
 from trio.pipeline.storage import check_no_secret, is_local, local_path
+from trio.pruning.method_registry import asks_for_text_tower
 from trio.pruning.options import BuiltIn, BuiltInNumber, Pruning
 from trio.pruning.pruning_config import PruningDefaults
 from trio.values import (
@@ -138,8 +139,9 @@ class Model:
     """Larger images are reduced to this width times height before the model sees them, which bounds
     their visual tokens; for the same models (default: the processor's)."""
     text_tower: Annotated[str | None, Value(read=text, unit="MODEL")] = None
-    """For --method eadp: the CLIP that the model's vision encoder comes from, hub id or directory,
-    as openai/clip-vit-large-patch14-336 for LLaVA-1.5 (default: the demo model's own for it)."""
+    """For methods eadp and cdpruner: the CLIP that the model's vision encoder comes from, hub id or
+    directory, as openai/clip-vit-large-patch14-336 for LLaVA-1.5 (default: the demo model's own for
+    it)."""
     text_tower_revision: Annotated[str | None, Value(read=text, unit="REVISION")] = None
     """Commit, tag or branch of a hub id given as --text-tower, as --revision."""
     adapters: Annotated[
@@ -234,11 +236,8 @@ class Settings:
             )
         if rows.remote_images_from and not rows.allow_remote_images:
             raise UserError("--remote-images-from needs --allow-remote-images: give both or none")
-        if model.text_tower is not None and self.pruning.method != "eadp":
-            raise UserError(
-                "--text-tower goes with --method eadp only, and the method is "
-                f"{self.pruning.method}"
-            )
+        if model.text_tower is not None and not asks_for_text_tower(self.pruning):
+            raise UserError(f"--text-tower: method {self.pruning.method} does not use it")
         for flag, uris in (
             ("--input", rows.input),
             ("--output", (self.output.output,)),

@@ -13,7 +13,7 @@ import importlib.util
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -97,24 +97,27 @@ def take(config: Settings) -> Fingerprint:
         model_files={
             **({} if directory is None else model_files(directory)),
             **_text_tower_files(text_tower),
-            **adapter_files(config.model.adapters),
+            **module_files(config),
         },
         version=VERSION,
         libraries={name: _installed(name) for name in LIBRARIES},
     )
 
 
-def adapter_files(adapters: Iterable[str]) -> dict[str, str]:
-    """Digest of each module of `--adapters`, by its name; empty where this process has none."""
+def module_files(config: Settings) -> dict[str, str]:
+    """Digest of each module that --adapters and --method name; empty where it is not here."""
+    adapters = {own.partition("=")[2]: "--adapters" for own in config.model.adapters}
+    methods = {config.pruning.method: "--method"} if ":" in config.pruning.method else {}
     out = {}
-    for module in (adapter.partition("=")[2].partition(":")[0] for adapter in adapters):
+    for name, flag in (adapters | methods).items():
+        module = name.partition(":")[0]
         try:
             spec = importlib.util.find_spec(module)
         except Exception:  # its package may be broken, which engines will say
             spec = None
         origin = Path(spec.origin if spec and spec.origin else "")
         digest = hashlib.sha256(origin.read_bytes()).hexdigest() if origin.is_file() else ""
-        out[f"{module} (of --adapters)"] = digest
+        out[f"{module} (of {flag})"] = digest
     return out
 
 

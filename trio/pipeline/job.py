@@ -28,6 +28,7 @@ from trio.pipeline.manifest import tell
 from trio.pipeline.outdir import UNPRUNED
 from trio.pipeline.storage import Location, is_local, locate
 from trio.pipeline.summary import share, table
+from trio.pruning.method_registry import asks_for_text_tower
 from trio.tables import counted
 
 DEFAULT_RETENTION = 1 / 9
@@ -76,7 +77,8 @@ def resolve(job: Job, config: Settings) -> Settings:
     pruning, model = config.pruning, config.model
     if pruning.retention is None and pruning.schedule is None and config.pruning_asked:
         changes["retention"] = DEFAULT_RETENTION
-    if model.model == DEMO and pruning.method == "eadp" and model.text_tower is None:
+    comparing = asks_for_text_tower(pruning)
+    if model.model == DEMO and comparing and model.text_tower is None:
         changes["text_tower"] = DEMO
     if config.output.compare_unpruned is None:
         changes["compare_unpruned"] = config.input.input == (DEMO,) and config.pruning_asked
@@ -88,10 +90,10 @@ def resolve(job: Job, config: Settings) -> Settings:
     check_model(model.model)
     if model.text_tower is not None:
         check_model(model.text_tower, "--text-tower")
-    elif pruning.method == "eadp" and model.model != DEMO and config.pruning_asked:
+    elif comparing and model.model != DEMO and config.pruning_asked:
         raise UserError(
-            "--method eadp compares images with prompts by CLIP: give as --text-tower the CLIP that"
-            f" the model's vision encoder comes from, {HUB_IDS['--text-tower']} for LLaVA-1.5"
+            f"--method {pruning.method} compares images with prompts by CLIP: give as --text-tower"
+            f" the CLIP that the model's vision encoder comes from, {HUB_IDS['--text-tower']} for LLaVA-1.5"
         )
     config = config.replace(**changes)
     # Of a hub id it is known when its commit is.

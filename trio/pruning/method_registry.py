@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 GROUP = "trio_vlm.methods"
 """Entry points by which installed packages add methods: `name = "module:MethodClass"`."""
+USUAL = "trio"
+"""The method that is meant where none is named."""
 NONE = "none"
 """The name that stands for no method."""
 _registered: dict[str, type[Method]] = {}
@@ -65,7 +67,7 @@ def replaced(method: type[Method]) -> Iterator[None]:
 
 def names() -> tuple[str, ...]:
     """All methods: `trio`, `none`, those built in, those that packages add, those registered."""
-    return tuple(dict.fromkeys(["trio", NONE, *_built_in(), *_entries(), *_registered]))
+    return tuple(dict.fromkeys([USUAL, NONE, *_built_in(), *_entries(), *_registered]))
 
 
 def check_name(name: object) -> None:
@@ -103,6 +105,11 @@ def needs_of(pruning: Pruning) -> frozenset[str]:
     return create(pruning).needs if pruning.chooses else frozenset()
 
 
+def asks_for_text_tower(pruning: Pruning) -> bool:
+    """Whether a method needs it; the default one does not, which its class need not tell."""
+    return pruning.method not in (USUAL, NONE) and "text_tower" in create(pruning).needs
+
+
 def create(pruning: Pruning) -> Method:
     """The method of some settings, with those of its own settings that `pruning` has.
 
@@ -118,7 +125,8 @@ def create(pruning: Pruning) -> Method:
 def _own_options(method: type[Method], fields: set[str], pruning: Pruning) -> dict[str, Any]:
     hints = typing.get_type_hints(method)
     options = {}
-    for name, value in dict(pruning.method_options).items():
+    given = str(pruning.method_options or "")
+    for name, _, value in (own.partition("=") for own in given.split(",") if given):
         if name not in fields:
             known = f"it has {', '.join(sorted(fields))}" if fields else "it has none"
             raise UserError(f"method {pruning.method} has no option {name!r}: {known}")

@@ -40,9 +40,19 @@ def _method_names() -> str:
     return "{" + ",".join(method_registry.names()) + "}"
 
 
+def read_options(value: object) -> str | None:
+    """Settings of a method's own, from a mapping or text, as text; None where there are none."""
+    if isinstance(value, Mapping):
+        value = ",".join(f"{name}={own}" for name, own in value.items())
+    if not isinstance(value, str) or not all("=" in own for own in value.split(",") if value):
+        raise UserError(f"method_options must be like beta=2.0,alpha=0.5, got {value!r}")
+    return value or None
+
+
 Stages = Annotated[Schedule | str, Value(read=read_schedule, unit="LAYER:KEEP,...")]
 Spread = Annotated[ScheduleShape | str, Value(read=read_shape, unit="SHAPE")]
 COSINE = Value(read=number(above=-1, most=1), unit="COSINE")
+MethodOptions = Annotated[str | Mapping[str, Any], Value(read=read_options, unit="NAME=VALUE,...")]
 Method = Annotated[str, Value(read=read_method, unit=_method_names)]
 
 
@@ -111,9 +121,9 @@ class Pruning:
     `schedule_shape` has at layer 0, four times the layer average unless told otherwise, and the
     decoder's stages do the rest; with method none it does all. A schedule says with a stage at
     layer 0 how many it keeps."""
-    method_options: Mapping[str, Any] | tuple[tuple[str, Any], ...] = ()
-    """Settings of the method's own, as `{"beta": 2.0}`; each method's class has them with their
-    meaning."""
+    method_options: MethodOptions | None = None
+    """Settings of the method's own, as beta=2.0,alpha=0.5, in Python also `{"beta": 2.0}`; the
+    method's class in pruning/methods/ has them with their meaning."""
 
     def __post_init__(self) -> None:
         if self.retention is not None and self.schedule is not None:
@@ -135,7 +145,8 @@ class Pruning:
                 f"got {self.schedule_shape!r:.100}"
             )
         method_registry.check_name(self.method)
-        object.__setattr__(self, "method_options", tuple(dict(self.method_options).items()))
+        if self.method_options is not None:
+            object.__setattr__(self, "method_options", read_options(self.method_options))
         _one_of("encoder", self.encoder, ENCODERS)
         _one_of("proxy_positions", self.proxy_positions, PROXY_POSITIONS)
         _one_of("proxy_layer", self.proxy_layer, PROXY_LAYERS)

@@ -259,7 +259,7 @@ def measure(
     Args:
         rows: all within reach of the model, the first one being that to which the others are held.
         seed: of the bootstrap.
-        text_tower: for method `eadp`.
+        text_tower: for methods that need it.
 
     Yields:
         One object per setting; `number` is its place among `rows`.
