@@ -22,8 +22,9 @@ from trio.bundled import MODEL, PROMPTS, SHARD, write_images
 from trio.engine.engine import Engine
 from trio.engine.request import Request
 from trio.job import cli
-from trio.pruning.method_registry import names
-from trio.pruning.options import Pruning
+from trio.pruning import method_registry
+from trio.pruning.method_registry import method_names
+from trio.pruning.options import ENCODERS, Pruning
 from trio.pruning.pruning_config import FILE
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -45,6 +46,7 @@ CAPTIONS = [
 ]
 SAYS = {
     "README.md": [CAPTIONS, ["a red 5 and a green 7\n"]],
+    "trio/pruning/README.md": [["[118, 69, 28] "]],
     "trio/job/README.md": [["5 images in photos.parquet"]],
 }
 """What each Python sample of a page must print, in their order."""
@@ -76,6 +78,7 @@ def test_python_samples_run_as_printed(
         folder = "photos/trip" if place % 2 else "photos"
         Image.new("RGB", (8, 8)).save(tmp_path / folder / f"{place}.{suffix}")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(method_registry, "_registered", {})
     exec(compile(samples(page)[number], page, "exec"), {"__name__": "__main__"})
     printed = capfd.readouterr()
     missing = [line for line in SAYS[page][number] if line not in printed.out]
@@ -156,7 +159,8 @@ def anchors(text: str) -> set[str]:
 
 def test_the_first_page_is_short_and_names_every_method() -> None:
     assert len(PAGES["README.md"].splitlines()) <= 220
-    assert set(names()) <= set(re.findall(r"^\| `(\w+)` \|", PAGES["README.md"], re.MULTILINE))
+    told = re.findall(r"^\| `(\w+)` \|", PAGES["README.md"], re.MULTILINE)
+    assert {*method_names(), *ENCODERS} <= set(told)
 
 
 def test_the_pruning_config_shown_is_the_bundled_models() -> None:

@@ -16,34 +16,46 @@ if TYPE_CHECKING:
     from trio.families.adapter import Adapter, Features
     from trio.families.registry import register
     from trio.patching import patch, unpatch
+    from trio.pruning.method import Choice, Method, Stage
+    from trio.pruning.method_registry import method_names, register_method
     from trio.pruning.options import Pruning
     from trio.pruning.schedule import Schedule
 
 __all__ = [
     "Adapter",
+    "Choice",
     "Engine",
     "Features",
+    "Method",
     "Pruning",
     "Request",
     "Result",
     "Sampling",
     "Schedule",
+    "Stage",
+    "method_names",
     "patch",
     "register",
+    "register_method",
     "unpatch",
 ]
 
 _HOME = {
     "Adapter": "trio.families.adapter",
+    "Choice": "trio.pruning.method",
     "Engine": "trio.engine.engine",
     "Features": "trio.families.adapter",
+    "Method": "trio.pruning.method",
     "Pruning": "trio.pruning.options",
     "Request": "trio.engine.request",
     "Result": "trio.engine.request",
     "Sampling": "trio.engine.request",
     "Schedule": "trio.pruning.schedule",
+    "Stage": "trio.pruning.method",
+    "method_names": "trio.pruning.method_registry",
     "patch": "trio.patching",
     "register": "trio.families.registry",
+    "register_method": "trio.pruning.method_registry",
     "unpatch": "trio.patching",
 }
 

@@ -28,7 +28,7 @@ from trio.benchmark.quality.search import COARSE, FINE, Search, Space, most_answ
 from trio.engine.decoding.teacher_forcing import Answer, Answers
 from trio.engine.engine import Engine
 from trio.engine.loading import load
-from trio.engine.preprocess import Preparer
+from trio.engine.preprocess import Preprocessor
 from trio.engine.request import Prepared, Sampling
 from trio.errors import UserError
 from trio.families.registry import adapt
@@ -176,7 +176,7 @@ def test_answers_are_the_engines_and_can_be_led_along(tiny: tuple[Any, Any]) -> 
     of a prefill of both where nothing is pruned."""
     requests = mixed_requests(9, seed=2, max_new_tokens=8)
     answers = Answers(*tiny, max_new_tokens=8, max_running=4)
-    prepare = Preparer(tiny[1], type(answers.adapter))
+    prepare = Preprocessor(tiny[1], type(answers.adapter))
     prompts = [each for request in requests if isinstance(each := prepare(request), Prepared)]
     for pruning in (Pruning(), SETTINGS):
         engine = Engine(*tiny, pruning=pruning, sampling=Sampling(max_new_tokens=8))

@@ -10,7 +10,7 @@ from tests.engine.support import lively_llava, mixed_requests
 from tests.tiny.llava import tiny_processor
 from trio.benchmark.speed.encoding_speed import EncodedOnce
 from trio.engine.engine import Engine
-from trio.engine.preprocess import Preparer
+from trio.engine.preprocess import Preprocessor
 from trio.engine.request import Prepared, Result, Sampling
 from trio.families.adapter import Features, Inputs
 from trio.families.registry import adapt
@@ -22,7 +22,7 @@ PROCESSOR = tiny_processor()
 
 def prepared() -> list[Prepared]:
     """Requests in pairs about the same images."""
-    prepare = Preparer(PROCESSOR, type(adapt(MODEL)))
+    prepare = Preprocessor(PROCESSOR, type(adapt(MODEL)))
     requests = [prepare(request) for request in mixed_requests(8)]
     ready = [request for request in requests if isinstance(request, Prepared)]
     again = [replace(one, id=one.id + 100) for one in ready]

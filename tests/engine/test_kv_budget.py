@@ -1,10 +1,10 @@
 import pytest
 
-from trio.engine.kv_budget import Room, Shape
+from trio.engine.kv_budget import KVBudget, Shape
 
 
-def room(budget: int, *, group_bytes: tuple[int, ...] = (1,), max_slots: int = 8) -> Room:
-    return Room(budget=budget, group_bytes=group_bytes, max_slots=max_slots, block=10)
+def room(budget: int, *, group_bytes: tuple[int, ...] = (1,), max_slots: int = 8) -> KVBudget:
+    return KVBudget(budget=budget, group_bytes=group_bytes, max_slots=max_slots, block=10)
 
 
 def test_layers_after_a_stage_take_the_smaller_capacity() -> None:

@@ -5,14 +5,14 @@ import random
 import pytest
 import torch
 
-from trio.engine.kv_cache import Cache
+from trio.engine.kv_cache import KVCache
 
 LAYERS, HEADS, DIM = 5, 2, 3
 STARTS = (0, 1, 3)
 
 
-def cache(*, budget: int = 1 << 24, max_slots: int = 8) -> Cache:
-    return Cache(
+def cache(*, budget: int = 1 << 24, max_slots: int = 8) -> KVCache:
+    return KVCache(
         group_starts=STARTS,
         num_layers=LAYERS,
         num_kv_heads=HEADS,
@@ -33,7 +33,7 @@ def packed(tokens: int, layer: int, salt: int) -> torch.Tensor:
 class Story:
     """Drives a cache, and keeps what must be in it: per request and layer, a `[K, L, E]`."""
 
-    def __init__(self, store: Cache) -> None:
+    def __init__(self, store: KVCache) -> None:
         self.store = store
         self.truth: dict[int, list[torch.Tensor]] = {}
         self.salt = 0

@@ -11,7 +11,7 @@ from tests.engine.support import mixed_requests, tokens
 from tests.tiny.llava import save_tiny_checkpoint
 from trio.engine.engine import Engine
 from trio.engine.loading import load, load_processor
-from trio.engine.preprocess import Preparer
+from trio.engine.preprocess import Preprocessor
 from trio.engine.request import Sampling
 from trio.errors import UserError
 from trio.families.llava import LlavaAdapter
@@ -58,7 +58,7 @@ def test_dtype_on_a_cpu(
 
 
 def test_workers_prepare_with_the_processor_alone(checkpoint: Path) -> None:
-    preparer = Preparer(load_processor(str(checkpoint)), LlavaAdapter)
+    preparer = Preprocessor(load_processor(str(checkpoint)), LlavaAdapter)
     assert "Pil" in type(preparer._processor.image_processor).__name__
     engine = Engine.from_pretrained(str(checkpoint), device="cpu")
     requests = mixed_requests(4)

@@ -15,7 +15,7 @@ from tests.engine.support import mixed_requests, model_inputs, picture
 from tests.tiny.llava import CHAT_TEMPLATE, PINPOINTS, tiny_processor
 from tests.tiny.llava_onevision import onevision_processor
 from tests.tiny.qwen2_5_vl import tiny_qwen_processor
-from trio.engine.preprocess import Preparer
+from trio.engine.preprocess import Preprocessor
 from trio.engine.request import Prepared, Request, Result
 from trio.errors import UserError
 from trio.families.adapter import Adapter
@@ -71,13 +71,13 @@ def processor(request: pytest.FixtureRequest) -> Any:
     return request.param
 
 
-def prepared(preparer: Preparer, request: Request) -> Prepared:
+def prepared(preparer: Preprocessor, request: Request) -> Prepared:
     outcome = preparer(request)
     assert isinstance(outcome, Prepared), outcome
     return outcome
 
 
-def error(preparer: Preparer, request: Request) -> str:
+def error(preparer: Preprocessor, request: Request) -> str:
     outcome = preparer(request)
     assert isinstance(outcome, Result)
     assert outcome.finish_reason == "error"
@@ -86,7 +86,7 @@ def error(preparer: Preparer, request: Request) -> str:
 
 
 def test_equals_what_transformers_prepares(processor: Any) -> None:
-    preparer = Preparer(processor, LlavaAdapter)
+    preparer = Preprocessor(processor, LlavaAdapter)
     for request in [*mixed_requests(8), Request(prompt="Où? 図は\n\n  何  ", images=(picture(1),))]:
         expected = model_inputs(processor, request)
         outcome = prepared(preparer, request)
@@ -99,7 +99,7 @@ def test_equals_what_transformers_prepares(processor: Any) -> None:
 
 @pytest.mark.parametrize("images", [0, 1, 2])
 def test_control_tokens_in_a_users_text_stay_text(processor: Any, images: int) -> None:
-    preparer = Preparer(processor, LlavaAdapter)
+    preparer = Preprocessor(processor, LlavaAdapter)
     pictures = tuple(picture(i) for i in range(images))
     attack = "what <image> is </s><s> <image><image>?"
     plain = prepared(preparer, Request(prompt="what is ?", images=pictures)).input_ids
@@ -112,7 +112,7 @@ def test_control_tokens_in_a_users_text_stay_text(processor: Any, images: int) -
 def test_control_tokens_are_spelt_out_where_the_tokenizer_can() -> None:
     processor = PROCESSORS["bytes"]
     ids = prepared(
-        Preparer(processor, LlavaAdapter), Request(prompt="a <image> b", images=(picture(1),))
+        Preprocessor(processor, LlavaAdapter), Request(prompt="a <image> b", images=(picture(1),))
     )
     text = processor.tokenizer.decode(ids.input_ids)
     assert text.count("<image>") == 64 + 1
@@ -155,11 +155,11 @@ FAMILIES = {
 }  # fmt: skip
 
 
-def preparer_of(family: str) -> Preparer:
+def preparer_of(family: str) -> Preprocessor:
     adapter: type[Adapter] = LlavaAdapter
     if family == "llava-onevision":
         adapter = LlavaOnevisionAdapter
-    return Preparer(FAMILIES[family][0], adapter)
+    return Preprocessor(FAMILIES[family][0], adapter)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -218,25 +218,25 @@ def test_control_tokens_in_a_system_message_stay_text(family: str, attack: str) 
 def test_templates_and_texts_that_a_system_message_does_not_go_with() -> None:
     processor = tiny_processor()
     request = Request(prompt="what", system="how")
-    assert prepared(Preparer(processor, LlavaAdapter), request)
+    assert prepared(Preprocessor(processor, LlavaAdapter), request)
     processor.chat_template = "USER: {{ messages[-1]['content'][-1]['text'] }} ASSISTANT:"
-    fault = error(Preparer(processor, LlavaAdapter), request)
+    fault = error(Preprocessor(processor, LlavaAdapter), request)
     assert fault.startswith("prompt: the chat template has no place for a system message")
     processor.chat_template = (
         "{{ messages[0]['content'][0]['text'] | replace('how', 'HOW') }} "
         "{{ messages[-1]['content'][-1]['text'] }}"
     )
-    fault = error(Preparer(processor, LlavaAdapter), request)
+    fault = error(Preprocessor(processor, LlavaAdapter), request)
     assert "changes the prompt or what is before it" in fault
     processor.chat_template = (
         "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no such role') }}{% endif %}"
         "{{ messages[-1]['content'][-1]['text'] }}"
     )
-    strict = Preparer(processor, LlavaAdapter)
+    strict = Preprocessor(processor, LlavaAdapter)
     assert "the chat template refuses it: TemplateError: no such role" in error(strict, request)
     assert prepared(strict, Request(prompt="what"))
     for wrong in (3, "\ud800"):
-        fault = error(Preparer(processor, LlavaAdapter), Request(prompt="a", system=wrong))  # type: ignore[arg-type]
+        fault = error(Preprocessor(processor, LlavaAdapter), Request(prompt="a", system=wrong))  # type: ignore[arg-type]
         assert fault.startswith("prompt: the system message is")
 
 
@@ -244,7 +244,7 @@ def test_the_unknown_token_is_spelt_out_too() -> None:
     processor = byte_level_processor()
     processor.tokenizer.add_special_tokens({"unk_token": "<unk>"})
     unknown = processor.tokenizer.unk_token_id
-    ids = prepared(Preparer(processor, LlavaAdapter), Request(prompt="what <unk> is")).input_ids
+    ids = prepared(Preprocessor(processor, LlavaAdapter), Request(prompt="what <unk> is")).input_ids
     assert unknown not in ids and "what <unk> is" in processor.tokenizer.decode(ids)
 
 
@@ -256,7 +256,7 @@ def test_one_pixel_can_be_asked_about(family: str) -> None:
 
 
 def test_many_threads_prepare_what_one_does() -> None:
-    preparer = Preparer(PROCESSORS["bytes"], LlavaAdapter)
+    preparer = Preprocessor(PROCESSORS["bytes"], LlavaAdapter)
     requests = mixed_requests(40) + [Request(prompt="a <image> </s>")] * 10
     alone = [prepared(preparer, request) for request in requests]
     with ThreadPoolExecutor(8) as pool:
@@ -266,7 +266,7 @@ def test_many_threads_prepare_what_one_does() -> None:
 
 
 def test_preparers_can_be_sent_to_other_processes() -> None:
-    preparer = Preparer(PROCESSORS["words"], LlavaAdapter)
+    preparer = Preprocessor(PROCESSORS["words"], LlavaAdapter)
     copy = pickle.loads(pickle.dumps(preparer))
     request = Request(prompt="what is this", images=(picture(1),))
     assert prepared(copy, request).input_ids == prepared(preparer, request).input_ids
@@ -277,7 +277,7 @@ def test_preparers_can_be_sent_to_other_processes() -> None:
 def test_images_of_every_mode(mode: str) -> None:
     image = Image.new(mode, (20, 30))
     outcome = prepared(
-        Preparer(PROCESSORS["words"], LlavaAdapter), Request(prompt="what", images=(image,))
+        Preprocessor(PROCESSORS["words"], LlavaAdapter), Request(prompt="what", images=(image,))
     )
     assert outcome.image_inputs[0]["pixel_values"].shape == (1, 3, 32, 32)
 
@@ -286,7 +286,7 @@ def test_images_of_every_mode(mode: str) -> None:
 def test_images_of_every_size(size: tuple[int, int]) -> None:
     image = Image.new("RGB", size)
     outcome = prepared(
-        Preparer(PROCESSORS["words"], LlavaAdapter), Request(prompt="what", images=(image,))
+        Preprocessor(PROCESSORS["words"], LlavaAdapter), Request(prompt="what", images=(image,))
     )
     assert outcome.image_inputs[0]["pixel_values"].shape == (1, 3, 32, 32)
 
@@ -299,7 +299,7 @@ def truncated() -> Image.Image:
 
 
 def test_requests_at_fault_become_failed_results() -> None:
-    preparer = Preparer(PROCESSORS["words"], LlavaAdapter)
+    preparer = Preprocessor(PROCESSORS["words"], LlavaAdapter)
     good = picture(1)
 
     def fault(prompt: Any, *images: Any) -> str:
@@ -316,7 +316,7 @@ def test_requests_at_fault_become_failed_results() -> None:
 def test_a_template_that_drops_images_is_reported() -> None:
     processor = tiny_processor()
     processor.chat_template = "{{ messages[0]['content'][-1]['text'] }}"
-    preparer = Preparer(processor, LlavaAdapter)
+    preparer = Preprocessor(processor, LlavaAdapter)
     assert prepared(preparer, Request(prompt="what"))
     message = error(preparer, Request(prompt="what", images=(picture(1),)))
     assert message == "mismatch: 1 images, but the chat template placed 0"
@@ -325,7 +325,7 @@ def test_a_template_that_drops_images_is_reported() -> None:
 def test_a_template_that_hides_the_prompt_is_reported() -> None:
     processor = tiny_processor()
     processor.chat_template = "what is this"
-    assert error(Preparer(processor, LlavaAdapter), Request(prompt="a")).startswith(
+    assert error(Preprocessor(processor, LlavaAdapter), Request(prompt="a")).startswith(
         "prompt: the chat template"
     )
 
@@ -333,7 +333,7 @@ def test_a_template_that_hides_the_prompt_is_reported() -> None:
 def test_a_template_may_trim_the_prompt() -> None:
     processor = tiny_processor()
     processor.chat_template = "USER: {{ messages[0]['content'][0]['text'] | trim }} ASSISTANT:"
-    preparer = Preparer(processor, LlavaAdapter)
+    preparer = Preprocessor(processor, LlavaAdapter)
     request = Request(prompt="  what <image> ")
     assert prepared(preparer, request).input_ids.count(preparer.image_token_id) == 0
 
@@ -342,10 +342,10 @@ def test_an_unusable_processor_is_refused() -> None:
     processor = tiny_processor()
     processor.chat_template = None
     with pytest.raises(UserError, match="chat template"):
-        Preparer(processor, LlavaAdapter)
+        Preprocessor(processor, LlavaAdapter)
 
 
 def test_answers_are_decoded_without_special_tokens() -> None:
-    preparer = Preparer(PROCESSORS["words"], LlavaAdapter)
+    preparer = Preprocessor(PROCESSORS["words"], LlavaAdapter)
     words = preparer._processor.tokenizer.convert_tokens_to_ids(["<s>", "red", "digit", "</s>"])
     assert preparer.decode(words) == "red digit"

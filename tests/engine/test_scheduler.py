@@ -1,7 +1,7 @@
 import random
 from dataclasses import dataclass
 
-from trio.engine.kv_budget import Room
+from trio.engine.kv_budget import KVBudget
 from trio.engine.scheduler import Scheduler
 
 
@@ -18,8 +18,8 @@ class Job:
 
 def scheduler(
     *, batch_tokens: int = 1000, budget: int = 10_000, max_running: int = 8
-) -> tuple[Scheduler[Job], Room]:
-    room = Room(budget=budget, group_bytes=(1,), max_slots=max_running, block=1)
+) -> tuple[Scheduler[Job], KVBudget]:
+    room = KVBudget(budget=budget, group_bytes=(1,), max_slots=max_running, block=1)
     return Scheduler(room, batch_tokens=batch_tokens), room
 
 

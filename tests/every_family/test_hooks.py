@@ -21,7 +21,7 @@ from tests.every_family.family import LAYERS, Family, requests_with
 from tests.patching.prompts import run
 from trio.decoder.attention import NAME, ragged_attention
 from trio.decoder.cache_argument import cache_of
-from trio.engine.preprocess import Preparer
+from trio.engine.preprocess import Preprocessor
 from trio.engine.request import Prepared, Request
 from trio.families.adapter import Adapter
 from trio.families.registry import adapt, adapter_class
@@ -98,7 +98,7 @@ def test_the_attention_function_is_looked_up_at_every_call(any_family: Family) -
 
 def test_the_encoder_gives_pooled_features_for_each_image(family: Family) -> None:
     adapter = adapt(family.model)
-    prepare = Preparer(family.processor, type(adapter))
+    prepare = Preprocessor(family.processor, type(adapter))
     for images in ((picture(1, (40, 40)),), (picture(1, (40, 40)), picture(2, (90, 20)))):
         request = prepare(Request(prompt="what", images=images))
         assert isinstance(request, Prepared)
@@ -125,7 +125,7 @@ def test_generate_makes_of_a_prompt_what_patch_takes_for_one(family: Family) -> 
 
     (request,) = requests_with([1])
     adapter = adapt(model)
-    prepared = Preparer(family.processor, type(adapter))(request)
+    prepared = Preprocessor(family.processor, type(adapter))(request)
     assert isinstance(prepared, Prepared)
     inputs = dict(model_inputs(family.processor, request))
     hook = model.register_forward_pre_hook(note, with_kwargs=True)

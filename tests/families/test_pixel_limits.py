@@ -14,7 +14,7 @@ from tests.tiny.qwen2_5_vl import LARGEST, PATCH, save_tiny_qwen, tiny_qwen_proc
 from trio.engine.engine import Engine
 from trio.engine.kv_budget import TEXT_TOKENS
 from trio.engine.loading import load_processor
-from trio.engine.preprocess import Preparer
+from trio.engine.preprocess import Preprocessor
 from trio.engine.request import Prepared, Request, Sampling
 from trio.errors import UserError
 from trio.families.pixel_limits import limit_images, most_visual_tokens
@@ -30,7 +30,7 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(save_tiny_qwen(tmp_path_factory.mktemp("qwen")))
 
 
-def visual_tokens(prepare: Preparer, size: tuple[int, int]) -> int:
+def visual_tokens(prepare: Preprocessor, size: tuple[int, int]) -> int:
     made = prepare(Request(prompt="what", images=(picture(0, size),)))
     assert isinstance(made, Prepared)
     (count,) = made.image_tokens
@@ -38,11 +38,11 @@ def visual_tokens(prepare: Preparer, size: tuple[int, int]) -> int:
 
 
 def test_images_are_resized_to_between_the_limits(qwen: str) -> None:
-    assert visual_tokens(Preparer(load_processor(qwen), Qwen25VLAdapter), SMALL) == 4
+    assert visual_tokens(Preprocessor(load_processor(qwen), Qwen25VLAdapter), SMALL) == 4
     limits: Any = {"min_pixels": 20 * TOKEN, "max_pixels": 30 * TOKEN}
     engine = Engine.from_pretrained(qwen, device="cpu", kv_bytes=1 << 26, **limits)
-    preparer = pickle.loads(pickle.dumps(Preparer(load_processor(qwen, **limits), Qwen25VLAdapter)))
-    for prepare in (engine.prepare, preparer):
+    own = Preprocessor(load_processor(qwen, **limits), Qwen25VLAdapter)
+    for prepare in (engine.prepare, pickle.loads(pickle.dumps(own))):
         assert visual_tokens(prepare, SMALL) == 25
         assert visual_tokens(prepare, LARGE) == 30
     results = list(engine.generate([Request(prompt="what", images=(picture(0, LARGE),))]))
@@ -56,7 +56,7 @@ def test_images_are_resized_to_between_the_limits(qwen: str) -> None:
 def test_the_other_limit_stays(
     qwen: str, limits: Any, size: tuple[int, int], expected: int
 ) -> None:
-    preparer = Preparer(load_processor(qwen, **limits), Qwen25VLAdapter)
+    preparer = Preprocessor(load_processor(qwen, **limits), Qwen25VLAdapter)
     assert visual_tokens(preparer, size) == expected
 
 

@@ -14,13 +14,16 @@ from trio.benchmark import commands
 from trio.benchmark.quality_commands import OF_JOB, Calibrate
 from trio.errors import UserError
 from trio.job import cli
-from trio.pruning.method_registry import names
+from trio.pruning.method_registry import method_names
 from trio.values import plain, settings_of
 
 RECORDED = Path(__file__).parent / "recorded"
 CAPTION, BENCHMARK = (
     json.loads((RECORDED / name).read_text()) for name in ("caption.json", "benchmark.json")
 )
+
+SINCE: dict[str, Any] = {"method_options": None}
+"""Settings that came later."""
 
 
 def caption(flags: list[str]) -> dict[str, Any]:
@@ -60,7 +63,7 @@ def _in_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("case", CAPTION["cases"], ids=lambda case: case["flags"])
 def test_caption(case: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
-    check(case, outcome(caption, case["flags"]), CAPTION["defaults"])
+    check(case, outcome(caption, case["flags"]), CAPTION["defaults"] | SINCE)
     assert capsys.readouterr().err.strip() == case.get("told", "")
 
 
@@ -68,7 +71,7 @@ def test_caption(case: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> No
 def test_benchmark(case: dict[str, Any]) -> None:
     defaults = BENCHMARK["defaults"][case.get("values", {}).get("command", "quality")]
     if "methods" in defaults:  # they come and go
-        defaults = defaults | {"methods": list(names())}
+        defaults = defaults | {"methods": list(method_names())}
     check(case, outcome(benchmark, case["flags"]), defaults)
 
 

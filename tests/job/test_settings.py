@@ -29,7 +29,8 @@ ALL = """--input a b --prompt "it's: a #1" --system-prompt s --columns image=jpg
 --allow-remote-images --remote-images-from https://a.org s3://b --image-roots photos
 --max-image-pixels 1000 --model org/name --revision main --dtype bfloat16 --min-pixels 9
 --max-pixels 99 --text-tower org/clip --text-tower-revision main --adapters my_vl=my_module:Mine
---schedule 0:9 --method eadp --encoder none --proxy-positions last --proxy-layer previous
+--schedule 0:9 --method eadp --method-options beta=2.0 --encoder none --proxy-positions last
+--proxy-layer previous
 --proxy-head input_embedding --similarity-threshold 0.7 --fill-up reference --position-ids keep
 --schedule-shape 0:0.2,5:0.12@16 --max-new-tokens 20 --temperature 0.7 --top-p 0.9 --top-k 50
 --min-p 0.1 --repetition-penalty 1.05 --no-repeat-ngram-size 3 --seed 3 --output out
@@ -57,7 +58,7 @@ def test_every_flag_reaches_its_setting_and_run_yaml_gives_it_back(
     assert from_flags("--config", str(tmp_path / "run.yaml")) == given
     assert text.startswith("# a comment\n") and yaml.safe_load(text).keys() == FIELDS.keys()
     assert json.loads(json.dumps(given.results())) == given.results()
-    assert sorted(given.results()) == sorted(DECIDE_ROWS)
+    assert sorted(given.results()) == sorted([*DECIDE_ROWS, "method_options"])
     assert given.input.image_roots == (str(tmp_path / "photos"),)
     assert given.pruning == Pruning(
         schedule="0:9",
@@ -70,6 +71,7 @@ def test_every_flag_reaches_its_setting_and_run_yaml_gives_it_back(
         position_ids="keep",
         schedule_shape="0:0.2,5:0.12@16",
         seed=3,
+        method_options="beta=2.0",
     )
     assert given.image_policy() == ImagePolicy(
         max_pixels=1000,

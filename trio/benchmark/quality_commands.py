@@ -15,7 +15,7 @@ from trio.errors import UserError, first_line
 from trio.job import cli
 from trio.job.flags import Group
 from trio.job.settings import DEMO, Settings
-from trio.pruning.method_registry import asks_for_text_tower, names
+from trio.pruning.method_registry import asks_for_text_tower, method_names
 from trio.pruning.options import (
     ENCODERS,
     FILL_UPS,
@@ -50,7 +50,7 @@ def _words(known: Sequence[str]) -> Value:
     return Value(read=listed(one_of(known).read), unit=",".join(known))
 
 
-METHODS = Value(read=listed(read_method), unit=lambda: ",".join(names()))
+METHODS = Value(read=listed(read_method), unit=lambda: ",".join(method_names()))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,7 +64,7 @@ class Quality(Measurement):
     """Hub id, directory, or demo, the bundled one."""
     text_tower: Model | None = None
     """For methods eadp and cdpruner: the CLIP of the model's vision encoder."""
-    methods: Annotated[tuple[str, ...], METHODS] = field(default_factory=names)
+    methods: Annotated[tuple[str, ...], METHODS] = field(default_factory=method_names)
     """How tokens are chosen, several with commas (default: all)."""
     encoders: Annotated[tuple[str, ...], _words(ENCODERS)] = ("none",)
     """What reduces them in the encoder, several with commas."""

@@ -8,7 +8,7 @@ import time
 from trio.engine.decoding.generation_rules import Rules
 from trio.engine.decoding.logits_rules import follow
 from trio.engine.decoding.sampler import stream
-from trio.engine.model_runner import Runner
+from trio.engine.model_runner import ModelRunner
 from trio.engine.request import Prepared, Result, Sampling, failed
 from trio.engine.sequence import SequenceState
 from trio.errors import UserError
@@ -23,7 +23,7 @@ class Admission:
 
     def __init__(
         self,
-        runner: Runner,
+        runner: ModelRunner,
         *,
         sampling: Sampling,
         eos: frozenset[int],

@@ -24,8 +24,8 @@ from trio.engine.decoding.sampler import Chosen, choose, stream
 from trio.engine.kv_budget import TEXT_TOKENS, MemoryPlan
 from trio.engine.loading import default_kv_bytes, load, load_text_tower
 from trio.engine.metrics import Counters, report
-from trio.engine.model_runner import EncodeImages, Runner
-from trio.engine.preprocess import Preparer
+from trio.engine.model_runner import EncodeImages, ModelRunner
+from trio.engine.preprocess import Preprocessor
 from trio.engine.request import Prepared, Request, Result, Sampling, failed
 from trio.engine.scheduler import Limit, Scheduler
 from trio.engine.sequence import SequenceState
@@ -84,11 +84,11 @@ class Engine:
             raise UserError("the model is on the meta device, without weights; load them first")
         if adapter.decoder.device.type == "cpu":
             waiting.warn(torch.get_num_threads())
-        self.prepare = Preparer(processor, type(adapter), system)
+        self.prepare = Preprocessor(processor, type(adapter), system)
         sample = _check_fit(self.prepare, adapter)
         if kv_bytes is None:
             kv_bytes = default_kv_bytes(adapter.decoder.device, memory_share)
-        self._runner = Runner(
+        self._runner = ModelRunner(
             adapter,
             pruning or Pruning(),
             kv_bytes=kv_bytes,
@@ -519,7 +519,7 @@ def _no_memory(sequence: SequenceState, message: str) -> Result:
     return failed(sequence.prepared.id, "no_room", f"the device ran out of memory: {message}")
 
 
-def _check_fit(prepare: Preparer, adapter: Adapter) -> Prepared:
+def _check_fit(prepare: Preprocessor, adapter: Adapter) -> Prepared:
     """Serve the encoder one image: a processor of another model would spoil every request.
 
     Returns the prompt that it stands in.

@@ -1,8 +1,8 @@
 """The KV cache's memory: which shape holds which requests, and how many. Loads no torch.
 
 The cache keeps, for each group of layers between two pruning stages, one left-aligned rectangle
-of `slots × capacity` tokens per layer. `Room` decides the shape of these rectangles under a budget
-in bytes; a group after a stage holds fewer tokens and therefore gets the smaller capacity.
+of `slots × capacity` tokens per layer. `KVBudget` decides the shape of these rectangles under a
+budget in bytes; a group after a stage holds fewer tokens and therefore gets the smaller capacity.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Shape:
         return self.slots >= other.slots and wide_enough
 
 
-class Room:
+class KVBudget:
     """Keeps account of who holds which part of the cache.
 
     `group_bytes`: bytes that one token takes in all layers of each group.

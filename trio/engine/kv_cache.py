@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trio.engine.kv_budget import Need, Room, Shape
+from trio.engine.kv_budget import KVBudget, Need, Shape
 
 
-class Cache:
+class KVCache:
     """Key/value store indexed by layer and request.
 
     `group_starts`: first layer of each group, rising, the first one 0.
@@ -49,7 +49,7 @@ class Cache:
         self._group_of = [bisect_right(group_starts, layer) - 1 for layer in range(num_layers)]
         self._lengths: list[list[int]] = [[] for _ in self.spans]
         token_bytes = 2 * num_kv_heads * head_dim * dtype.itemsize
-        self.room = Room(
+        self.room = KVBudget(
             budget=budget,
             group_bytes=[(stop - start) * token_bytes for start, stop in self.spans],
             max_slots=max_slots,
@@ -174,7 +174,7 @@ class Cache:
 class PrefillWriter:
     """The cache as a prefill sees it: stores packed keys and values, hands them on unchanged."""
 
-    def __init__(self, cache: Cache, slots: list[int]) -> None:
+    def __init__(self, cache: KVCache, slots: list[int]) -> None:
         self._cache = cache
         self._slots = slots
         self._place: tuple[Tensor, Tensor] | None = None
@@ -208,7 +208,7 @@ class DecodeWriter:
     `widths`: per group, how many places of each row are read; what a row does not fill is masked.
     """
 
-    def __init__(self, cache: Cache, rows: int, widths: list[int]) -> None:
+    def __init__(self, cache: KVCache, rows: int, widths: list[int]) -> None:
         self._cache = cache
         self._widths = widths
         self._rows_B = torch.arange(rows, device=cache._device)

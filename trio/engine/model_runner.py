@@ -19,7 +19,7 @@ from trio.decoder.stopwatch import Stopwatch
 from trio.engine.contexts import Contexts
 from trio.engine.cuda_graphs import StepGraphs, rounded_up
 from trio.engine.kv_budget import Need
-from trio.engine.kv_cache import Cache
+from trio.engine.kv_cache import KVCache
 from trio.engine.metrics import beside_decoder
 from trio.engine.packing import Entry, coordinates, entered
 from trio.engine.request import Prepared
@@ -37,7 +37,7 @@ EncodeImages = Callable[[Sequence[Inputs], str, Sequence[int], Join | None], Seq
 """As `Adapter.encode_images`."""
 
 
-class Runner:
+class ModelRunner:
     """Model, pruning and cache, one step at a time.
 
     encode_images: stands in for the adapter's, if given.
@@ -68,7 +68,7 @@ class Runner:
         # Stages lie at the same layers for images of any size, and a retention in reach for the
         # largest is in reach for all.
         stages = self.pruning.stages(adapter.max_visual_tokens, self.num_layers)
-        self.cache = Cache(
+        self.cache = KVCache(
             # A stage behind the last layer leaves keys and values as they are.
             group_starts=sorted({0, *(layer for layer, _ in stages if layer < self.num_layers)}),
             num_layers=self.num_layers,

@@ -37,7 +37,7 @@ class _Unservable(Exception):
         self.kind = kind
 
 
-class Preparer:
+class Preprocessor:
     """Turns requests into what the model takes.
 
     `processor`: a transformers processor with a chat template and a fast tokenizer.

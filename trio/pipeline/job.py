@@ -93,7 +93,8 @@ def resolve(job: Job, config: Settings) -> Settings:
     elif comparing and model.model != DEMO and config.pruning_asked:
         raise UserError(
             f"--method {pruning.method} compares images with prompts by CLIP: give as --text-tower"
-            f" the CLIP that the model's vision encoder comes from, {HUB_IDS['--text-tower']} for LLaVA-1.5"
+            " the CLIP that the model's vision encoder comes from,"
+            f" {HUB_IDS['--text-tower']} for LLaVA-1.5"
         )
     config = config.replace(**changes)
     # Of a hub id it is known when its commit is.

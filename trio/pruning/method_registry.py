@@ -45,7 +45,7 @@ def register_method(method: type[Method]) -> type[Method]:
     """
     name = getattr(method, "name", "")
     _check(method, repr(name or method))
-    if name == NONE or (name in names() and _registered.get(name) is not method):
+    if name == NONE or (name in method_names() and _registered.get(name) is not method):
         raise UserError(f"method {name!r} is there already: give yours another name")
     _registered[name] = method
     return method
@@ -65,16 +65,16 @@ def replaced(method: type[Method]) -> Iterator[None]:
             _registered[method.name] = before
 
 
-def names() -> tuple[str, ...]:
+def method_names() -> tuple[str, ...]:
     """All methods: `trio`, `none`, those built in, those that packages add, those registered."""
     return tuple(dict.fromkeys([USUAL, NONE, *_built_in(), *_entries(), *_registered]))
 
 
 def check_name(name: object) -> None:
     """Raise UserError unless a method may have this name; loads nothing."""
-    if not isinstance(name, str) or (name not in names() and ":" not in name):
+    if not isinstance(name, str) or (name not in method_names() and ":" not in name):
         raise UserError(
-            f"method must be one of {', '.join(names())}, or module:Class, got {name!r}"
+            f"method must be one of {', '.join(method_names())}, or module:Class, got {name!r}"
         )
 
 
@@ -82,7 +82,7 @@ def method_class(name: str) -> type[Method]:
     """The class of a method, not of `none`.
 
     Args:
-        name: one of `names()`, or `module:Class`.
+        name: one of `method_names()`, or `module:Class`.
 
     Raises:
         UserError: there is none of this name, or it cannot be loaded.

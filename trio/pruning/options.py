@@ -37,7 +37,7 @@ def read_method(value: object) -> str:
 
 
 def _method_names() -> str:
-    return "{" + ",".join(method_registry.names()) + "}"
+    return "{" + ",".join(method_registry.method_names()) + "}"
 
 
 def read_options(value: object) -> str | None:

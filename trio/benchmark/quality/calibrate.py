@@ -28,7 +28,7 @@ from trio.engine.decoding.generation_rules import FILE as DECODING_FILE
 from trio.engine.decoding.teacher_forcing import Answer, Answers
 from trio.engine.loading import load, load_outline
 from trio.engine.metrics import choosing_flops
-from trio.engine.preprocess import Preparer
+from trio.engine.preprocess import Preprocessor
 from trio.engine.request import Prepared
 from trio.errors import UserError
 from trio.families.registry import adapt, register_named
@@ -197,7 +197,7 @@ class Calibration:
             tell(f"{DECODING_FILE}: {names} off here: calibration follows raw greedy answers")
         self.adapter = self._answers.adapter
         self.pruning = self.adapter.settle(config.pruning)
-        prepare = Preparer(processor, type(self.adapter), config.input.system_prompt)
+        prepare = Preprocessor(processor, type(self.adapter), config.input.system_prompt)
         self.prompts, self.unpruned = self._ask(list(_prompts(config, plan.rows, prepare, tell)))
         self.searched = len(self.prompts) // 2
 
@@ -298,7 +298,7 @@ class Calibration:
 
 
 def _prompts(
-    config: Settings, rows: int, prepare: Preparer, tell: Callable[[str], None]
+    config: Settings, rows: int, prepare: Preprocessor, tell: Callable[[str], None]
 ) -> Iterator[Prepared]:
     """Rows of the input, prepared; says which cannot be."""
     paths = [str(SHARD.parent) if path == DEMO else path for path in config.input.input]

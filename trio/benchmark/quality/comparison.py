@@ -32,7 +32,7 @@ from trio.demo.scenes import KINDS, make_scene
 from trio.demo.shard import asked_of, rotation
 from trio.engine.engine import Engine
 from trio.engine.metrics import choosing_flops, encoder_flops
-from trio.engine.preprocess import Preparer
+from trio.engine.preprocess import Preprocessor
 from trio.engine.request import Prepared, Request, Result, Sampling
 from trio.errors import UserError
 from trio.families.adapter import Adapter
@@ -298,7 +298,7 @@ class _Trial:
         text_tower: TextTower | None,
     ) -> None:
         self.adapter = adapt(model)
-        self.requests = _prepared(Preparer(processor, type(self.adapter)), asked)
+        self.requests = _prepared(Preprocessor(processor, type(self.adapter)), asked)
         self._model, self._processor, self._text_tower = model, processor, text_tower
         self._images = {id(one.image_inputs[0]): one for one in self.requests}.values()
         self._encoded = EncodedOnce(self.adapter, text_tower.project if text_tower else None)
@@ -372,7 +372,7 @@ class _Trial:
         self._encoded_as = wanted
 
 
-def _prepared(prepare: Preparer, asked: Sequence[Asked]) -> list[Prepared]:
+def _prepared(prepare: Preprocessor, asked: Sequence[Asked]) -> list[Prepared]:
     """The requests; those about one scene share its image's inputs."""
     inputs: dict[int, Any] = {}
     requests = []

@@ -25,7 +25,7 @@ from trio.benchmark.speed.ceilings import measure as measure_ceilings
 from trio.benchmark.speed.neighbours import neighbours as busy
 from trio.engine.engine import Engine
 from trio.engine.metrics import choosing_flops
-from trio.engine.preprocess import Preparer
+from trio.engine.preprocess import Preprocessor
 from trio.engine.request import Prepared, Request, Result, Sampling
 from trio.errors import UserError
 from trio.families.registry import adapt
@@ -248,7 +248,7 @@ def requests_for(model: Any, processor: Any, workload: Workload) -> list[Prepare
     adapter = adapt(model)
     config, (width, height) = model.config, adapter.largest_image
     image_token = config.image_token_id
-    prepare = Preparer(processor, type(adapter))
+    prepare = Preprocessor(processor, type(adapter))
     requests = []
     for number, length in enumerate(workload.lengths):
         words = torch.randint(

@@ -18,7 +18,7 @@ from trio.engine.admission import Admission
 from trio.engine.decoding.generation_rules import Rules
 from trio.engine.engine import end_of_sequence, not_finite
 from trio.engine.loading import default_kv_bytes
-from trio.engine.model_runner import Runner
+from trio.engine.model_runner import ModelRunner
 from trio.engine.request import Prepared, Result, Sampling, failed
 from trio.engine.scheduler import Scheduler
 from trio.engine.sequence import SequenceState
@@ -88,7 +88,7 @@ class Answers:
         Raises:
             UserError: the pruning cannot be met by this model.
         """
-        runner = Runner(
+        runner = ModelRunner(
             self.adapter, pruning, kv_bytes=self._kv_bytes, max_running=self._max_running
         )
         runner.replay = None  # recording a step pays where it is run for long
@@ -109,7 +109,7 @@ class Answers:
 
     def _together(
         self,
-        runner: Runner,
+        runner: ModelRunner,
         scheduler: Scheduler[SequenceState],
         sequences: list[SequenceState],
         given: Mapping[Any, Sequence[int]] | None,
@@ -141,7 +141,9 @@ class Answers:
             fed = torch.tensor([sequence.token_ids[-1] for sequence in sequences])
             runner.cache.rows.token_B[: len(sequences)] = fed.to(logits_BV.device)
 
-    def _encode(self, runner: Runner, sequences: Sequence[SequenceState]) -> list[list[Features]]:
+    def _encode(
+        self, runner: ModelRunner, sequences: Sequence[SequenceState]
+    ) -> list[list[Features]]:
         if runner.pruning.encoder != "none":
             return runner.encode(sequences)
         fresh = [sequence for sequence in sequences if sequence.prepared.id not in self._features]
