@@ -15,7 +15,8 @@ from typing import Literal
 
 import numpy as np
 from PIL import Image
-from sklearn.datasets import load_digits
+
+from trio.errors import UserError
 
 CELL = 64
 """Side of a grid cell in pixels."""
@@ -82,6 +83,13 @@ class Question:
 @cache
 def handwriting(split: Split) -> tuple[np.ndarray, np.ndarray]:
     """Strokes [N, 8, 8] in 0…1 and their digits [N]; every fifth sample is held out."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise UserError(
+            "scenes are made of the digits that come with scikit-learn: "
+            "pip install 'trio-vlm[scenes]', or in a clone pip install -e '.[scenes]'"
+        ) from None
     data = load_digits()
     held_out = np.arange(len(data.target)) % 5 == 0
     chosen = held_out if split == "heldout" else ~held_out
