@@ -1,4 +1,4 @@
-"""How the threads of a CPU wait for each other: PyTorch's parallel regions run on OpenMP.
+"""Passive waiting of OpenMP threads, on which PyTorch's parallel regions run.
 
 By default a thread that is through spins until the last one is, which is quick on an idle machine.
 Beside other processes the spinning takes the CPU from the very thread that is waited for, and a

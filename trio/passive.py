@@ -1,4 +1,4 @@
-"""For programs, as their first import: threads then wait as `waiting` describes."""
+"""First import of programs: sets passive waiting (`trio.openmp`) before torch loads."""
 
 from trio.openmp import passively
 

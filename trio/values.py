@@ -1,4 +1,4 @@
-"""Kinds of settings: how text or a YAML value becomes a checked one, and its unit. No torch.
+"""Types of settings: readers of flags and YAML values, with units. No torch.
 
 A setting is a field of a dataclass whose annotation holds a `Value`, as in `limit: Rows | None`.
 Flags, run.yaml and their help are made from such fields (`trio.job.flags`).

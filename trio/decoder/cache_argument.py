@@ -1,4 +1,4 @@
-"""How transformers calls the cache, `past_key_values`, from 5.24 on `cache`, and that it uses it.
+"""The KV cache's argument name: `past_key_values`, from transformers 5.24 on `cache`.
 
 Layers take what they do not know and say nothing. So a name that a version no longer knows would
 give wrong answers, unless somebody counts.

@@ -1,4 +1,4 @@
-"""Whether a decoder's layers are such as `Proxy` works out by hand.
+"""Checks that a decoder's layers are those whose gradient `LayerGradient` derives by hand.
 
 It computes keys, values and their gradients from the weights of norms and projections, past the
 modules that hold them. Of a layer that does more than that it would give wrong scores in silence.

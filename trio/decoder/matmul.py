@@ -1,4 +1,4 @@
-"""Products of few rows with large weights, and of activations in a wider precision than weights.
+"""Matrix products: few rows with large weights, and activations wider than the weights.
 
 Shapes: N rows, I inputs, O outputs; leading dimensions may come before.
 """

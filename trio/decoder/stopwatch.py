@@ -1,4 +1,4 @@
-"""Time spent in parts of a device's work, without waiting for the device in between."""
+"""Times parts of a device's work without synchronising in between."""
 
 from __future__ import annotations
 

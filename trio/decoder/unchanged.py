@@ -1,4 +1,4 @@
-"""Whether a model is still the one that its adapter was made for.
+"""Checks that a model has not been changed since its adapter was made.
 
 Scores are worked out from weights of norms and projections, past the modules that hold them. What
 is put on a model later, an adapter or a quantisation, replaces these modules or wraps them, and the

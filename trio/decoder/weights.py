@@ -1,4 +1,4 @@
-"""Weights that can be read as they lie: floating-point numbers, all on one device."""
+"""Checks that weights are floating-point and on one device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What some layers of a CLIP-like tower do in a forward, seen from outside.
+"""Forward hooks on layers of a CLIP-like tower: hidden states, keys, the class token's attention.
 
 The attention of one query, the class token's, is all that a reduction asks for. So the tower keeps
 the fast attention that it was loaded with, which gives no weights, and the one row is done again.

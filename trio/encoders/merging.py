@@ -1,4 +1,4 @@
-"""What reductions in the vision encoder are made of: ranking, marking, and merging of tokens.
+"""Ranking, masking and merging of tokens, which reductions in the vision encoder share.
 
 Shapes: I images of one size, P patches of each, S tokens of the tower (the class token, then the
 patches), N tokens of an image, D hidden size, K tokens kept of an image, T tokens that are left of

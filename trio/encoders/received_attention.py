@@ -1,4 +1,4 @@
-"""Attention that the patches of a Qwen-VL tower receive, read while the tower runs as always.
+"""Recomputes, in forward hooks, the attention that each patch of a Qwen-VL tower receives.
 
 Shapes: P patches of all images, S patches of a piece, in which each attends to each (an image or a
 window of one), Q of them in a chunk of queries, H heads, E head dimension.

@@ -1,4 +1,4 @@
-"""What a reduction in a vision tower with a class token is: a class in a file of this folder.
+"""Base class and registry of reductions in a vision tower with a class token.
 
 Shapes: I images of one size, P patches of each, S tokens of the tower (the class token, then the
 patches), H heads of size E, D hidden size of the tower, T tokens that are left of all images.

@@ -1,4 +1,4 @@
-"""The door: which requests can be served at all, and as what they enter."""
+"""Admission control: rejects requests that can never be served, turns the rest into sequences."""
 
 from __future__ import annotations
 

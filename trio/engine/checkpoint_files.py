@@ -1,4 +1,4 @@
-"""The files of a checkpoint, and what is wrong with them, in one line that names the file."""
+"""Checks a checkpoint's files; a fault is one line that names the file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What encoder and prompts tell of images, for pruning methods that need it."""
+"""Text features and image features for pruning methods that compare both."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The engine: schedule, run, postprocess."""
+"""The engine's loop: schedule, run, postprocess."""
 
 from __future__ import annotations
 

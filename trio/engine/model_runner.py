@@ -1,4 +1,4 @@
-"""The one that touches the device: images and prompts in, logits out.
+"""Runs the model: images and prompts in, logits out.
 
 Shapes: T packed tokens, B requests, D hidden size, V vocabulary, N visual tokens of an image.
 """

@@ -1,4 +1,4 @@
-"""Prompts as they enter the decoder after the encoder has reduced their visual tokens."""
+"""Packs prompts whose visual tokens the encoder has reduced."""
 
 from __future__ import annotations
 

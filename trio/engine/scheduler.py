@@ -1,4 +1,4 @@
-"""Who waits, who runs, and who comes in next. Loads no torch.
+"""First-come-first-served scheduler, and limits that halve on out-of-memory. Loads no torch.
 
 First come, first served: a request that does not fit yet is not overtaken, so that none starves.
 Room for the whole answer is reserved on admission; nothing that runs is ever evicted.

@@ -1,4 +1,4 @@
-"""One request on its way through the engine. Loads no torch."""
+"""State of one request in the engine. Loads no torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What engine and patch need of a vision-language model, whatever its family.
+"""Base class of model families: what engine and patch need of a vision-language model.
 
 Shapes: N visual tokens of one image, D hidden size of the decoder, T packed tokens, A axes of its
 positions.

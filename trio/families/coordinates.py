@@ -1,4 +1,4 @@
-"""Where in its picture each visual token lies.
+"""Coordinates of visual tokens in their picture.
 
 Shapes: N visual tokens of one image, T packed tokens.
 """

@@ -1,4 +1,4 @@
-"""Where a loaded model's `pruning_config.json` lies; nothing is fetched here."""
+"""Finds `pruning_config.json` of a loaded model; fetches nothing."""
 
 from __future__ import annotations
 

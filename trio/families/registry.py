@@ -1,4 +1,4 @@
-"""From a model of transformers to the adapter of its family."""
+"""Registry of model families."""
 
 from __future__ import annotations
 

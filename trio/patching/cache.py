@@ -1,4 +1,4 @@
-"""The key and value cache of a patched model: every layer and every row has its own length.
+"""KV cache of a patched model: every layer and every row has its own length.
 
 Shapes: B rows, K key/value heads, C columns (capacity), E head dim, T tokens of all rows back to
 back.

@@ -1,4 +1,4 @@
-"""Whether `inputs_embeds` are those of text, or hold features of images that nobody can tell.
+"""Checks that `inputs_embeds` hold text only: image features in them could not be told apart.
 
 Shapes: B rows, S tokens, V vocabulary, N vectors, D hidden size.
 """

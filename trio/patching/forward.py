@@ -1,4 +1,4 @@
-"""What a patched model runs: pruned prefill, then decoding on caches of different lengths.
+"""Forward of a patched model: pruned prefill, then decoding on caches of different lengths.
 
 Shapes: B rows, S padded prompt, T real tokens of all rows back to back, A axes of positions,
 Q new tokens of a row, D hidden size.

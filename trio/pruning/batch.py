@@ -1,4 +1,4 @@
-"""Taking dropped visual tokens out of a packed batch.
+"""Packed batches: spans of visual tokens, and compaction.
 
 Shapes: T packed tokens, T' what is left of them, N images of all requests.
 """

@@ -1,4 +1,4 @@
-"""What a pruning method is, what it may look at in a stage, and what it says in the end.
+"""Base class of pruning methods, the stage that it sees, and the choice that it returns.
 
 Shapes: T packed tokens, A axes of positions, D hidden size; N images that lose tokens, V visual
 tokens of the widest of them, K tokens kept of one; of one image M patches, P size of the space that

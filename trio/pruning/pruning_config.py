@@ -1,4 +1,4 @@
-"""How a checkpoint wants to be pruned: `pruning_config.json` beside its weights.
+"""A checkpoint's own pruning defaults: `pruning_config.json` beside its weights.
 
 The file says how tokens are chosen, never how many: `generation_config.json` does the same for
 decoding. What somebody gives in `trio.Pruning` wins over it; what it leaves out is built in.

@@ -1,4 +1,4 @@
-"""How near a pruned model stays to its own unpruned answers, right or wrong.
+"""Agreement of pruned with unpruned answers, right or wrong.
 
 A pruned model may be as often right and yet answer differently. EffiVLM-Bench (arXiv 2506.00479)
 therefore measures loyalty to the uncompressed model beside accuracy; here as three figures, from

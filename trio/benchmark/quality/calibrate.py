@@ -1,4 +1,4 @@
-"""A schedule for one's own images: searched for under the default schedule's cost, held against it.
+"""Calibrates a schedule on your images, at no more cost than the default schedule.
 
 What counts is how far a pruned model's next tokens are from the unpruned model's: the mean over the
 tokens of the unpruned model's own greedy answer of KL(unpruned || pruned), in nats. The pruned

@@ -1,4 +1,4 @@
-"""How much of the unpruned model's answers each pruning setting keeps, and what it costs.
+"""Answers kept and cost, by pruning setting.
 
 Every setting answers the same requests: for each held-out scene its caption, and for every second
 one a question, the kinds in turn. A setting's accuracy is the share of exact answers, with a 95 %

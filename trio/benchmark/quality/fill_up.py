@@ -1,4 +1,4 @@
-"""How many of the tokens that method `trio` keeps its suppression left, and how many filled up."""
+"""Shares of kept tokens from the NMS and from the fill-up, for method `trio`."""
 
 from __future__ import annotations
 

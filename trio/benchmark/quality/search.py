@@ -1,4 +1,4 @@
-"""A search for the schedule with the least divergence, among those that cost no more.
+"""Searches the schedule of least divergence among those that cost no more.
 
 Candidates keep the same layer average as the default schedule. A coarse grid says where the first
 stage comes, how many there are, where the others lie and how steeply they fall; then two rounds

@@ -1,1 +1,1 @@
-"""How fast, and of what is possible how much."""
+"""Throughput and latency, and the share of the hardware's limit."""

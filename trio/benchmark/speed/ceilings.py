@@ -1,4 +1,4 @@
-"""What the hardware can do at most, measured in the same run as what it is held against."""
+"""The hardware's limits: FLOP/s and GB/s, measured in the same run."""
 
 from __future__ import annotations
 

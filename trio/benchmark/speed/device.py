@@ -1,4 +1,4 @@
-"""What a device makes of the engine, in parts: the cheapest and most decisive first.
+"""Speed and parity on a device, in parts: the cheapest and most decisive first.
 
 A part yields its figures one by one, so that whoever writes each at once loses nothing when the
 time on a lent device ends in the middle.

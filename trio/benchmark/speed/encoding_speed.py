@@ -1,4 +1,4 @@
-"""One pass of the vision encoder for all settings and questions that read the same image."""
+"""A cache of image features: one vision pass for all settings and questions on an image."""
 
 from __future__ import annotations
 

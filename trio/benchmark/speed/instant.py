@@ -1,4 +1,4 @@
-"""An engine that costs nothing, so that what is left of a job's time is the pipeline around it."""
+"""A no-op engine, with which a job's time is that of the pipeline around it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the Ray job costs around its engine.
+"""Overhead of the Ray job around its engine.
 
 Two figures. `job_vs_engine`: images per second of the whole job (reading Parquet, Ray, decoding,
 preparing, answering, writing rows) over those of the engine alone on the same rows and the same

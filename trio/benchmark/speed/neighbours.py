@@ -1,4 +1,4 @@
-"""Processes that want a CPU each while something else is measured."""
+"""Busy loops, one process each, as load beside a measurement."""
 
 from __future__ import annotations
 

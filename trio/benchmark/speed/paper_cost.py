@@ -1,4 +1,4 @@
-"""What a retention saves on paper: the arithmetic and the cache of one prompt, from shapes alone.
+"""FLOPs and KV bytes of one prompt by retention, computed from shapes alone.
 
 Counting follows `trio.pruning.flops`. No weights are needed: models live on the meta device.
 """

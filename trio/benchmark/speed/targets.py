@@ -1,4 +1,4 @@
-"""All speed figures that this project holds itself to, on the device at hand, in one go."""
+"""Every speed target of this project, measured on one device."""
 
 from __future__ import annotations
 

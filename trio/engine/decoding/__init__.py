@@ -1,1 +1,1 @@
-"""How answers are made of logits."""
+"""From logits to answers: rules, sampling, teacher forcing."""

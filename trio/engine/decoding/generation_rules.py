@@ -1,4 +1,4 @@
-"""What a checkpoint says about decoding, and what of it is followed. Loads no torch.
+"""Reads decoding rules from `generation_config.json`; says which are not followed. No torch.
 
 `generation_config.json` holds rules, which change the logits of every answer; cuts, which narrow
 what is drawn from; and what this engine does not do, which is named. A sampling's own setting wins

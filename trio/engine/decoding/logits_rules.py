@@ -1,4 +1,4 @@
-"""A checkpoint's decoding rules at work, by the logits processors of transformers.
+"""Applies decoding rules with the logits processors of transformers.
 
 Shapes: B rows (running requests), G rows whose rules are the same, V vocabulary, S tokens of a
 prompt and its answer so far.

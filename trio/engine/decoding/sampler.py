@@ -1,4 +1,4 @@
-"""From logits to the next tokens.
+"""Samples the next tokens.
 
 Shapes: B rows (running requests), V vocabulary.
 

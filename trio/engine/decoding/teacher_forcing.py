@@ -1,4 +1,4 @@
-"""Logits along answers: a model's own, or given ones that it is led along (teacher forcing).
+"""Teacher forcing: logits along given answers, or along the model's own.
 
 The prompt is prefilled and pruned as ever, and then one token after the other is decoded. A
 checkpoint's rules of decoding take no part: what is compared are the model's raw logits.

@@ -1,1 +1,1 @@
-"""What tokens are judged by."""
+"""Scores of visual tokens: saliency, attention, relevance."""

@@ -1,4 +1,4 @@
-"""The attention that each token gets from the last one of its prompt, in one decoder layer.
+"""Attention from a prompt's last token to all of its tokens, in one decoder layer.
 
 FastV (arXiv 2403.06764), method section, ranks visual tokens by it. The layer has run by then, but
 its keys are worked out once more from what entered it: a prefill need not have a cache, and one

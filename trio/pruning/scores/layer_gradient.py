@@ -1,4 +1,4 @@
-"""The stand-in for the decoder's result at one layer, and the gradient through it, the short way.
+"""Forward and backward of the loss proxy through one decoder layer, exact and cheap.
 
 TRIO (arXiv 2602.04657), method section. The loss is read at a few rows. Only these need queries,
 output projection, MLP, norm and head; every other token reaches them through its key and value in

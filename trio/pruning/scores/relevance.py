@@ -1,4 +1,4 @@
-"""EADP: the visual tokens that cover what matters of an image, before the decoder sees any.
+"""EADP: importance of visual tokens for a prompt, and budgets by tile.
 
 EADP (arXiv 2607.02484), method section; where the paper is silent, as its public code does. A
 token matters by how it compares with a text, in one of three spaces: the encoder's joint space of

@@ -1,5 +1,4 @@
-"""Keys of all tokens at one decoder layer, for the queries of a few rows: in float32, whatever the
-model's dtype, and never all at once.
+"""Attention of a few query rows to all tokens of one layer, tile by tile, in float32.
 
 Tokens are gone through in *tiles*, and keys are worked out where they are needed: nothing of the
 size tokens x hidden is ever held. What looks at a layer in this way is the gradient saliency

@@ -1,1 +1,1 @@
-"""Which tokens stay, by what they are judged by."""
+"""Selection by scores and features: NMS, farthest-point sampling, facility location."""

@@ -1,4 +1,4 @@
-"""Greedy facility location: tokens that together resemble all others best.
+"""Greedy facility location.
 
 EADP (arXiv 2607.02484, method section) weights what is covered by its importance; SCOPE (arXiv
 2510.24214, section 3) weights the candidate by its saliency. Both are the same loop, computed here

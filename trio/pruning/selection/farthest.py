@@ -1,4 +1,4 @@
-"""Fills up what a suppression leaves short of the number to keep.
+"""Fill-up: what is missing after the NMS, by saliency and by farthest-point sampling.
 
 TRIO's published code takes the most salient of the suppressed tokens. A budget larger than the
 number of different things in an image then goes to more of the same few. `mixed` fills up a quarter
