@@ -35,35 +35,33 @@ class PrefillCache(LayerCache, Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PackedPrompts:
-    """What enters the decoder.
-
-    embeds_TD: text embeddings and visual features of all requests, in order.
-    lengths: tokens of each request.
-    images: for each request the visual spans `(start, stop)` in its own coordinates; one span is
-        one image, or one run of a video's tokens, with its own budget.
-    positions_T: positions `[T]`, or `[A, T]` where they differ by axis; None is 0, 1, 2, ... in
-        each request. A request goes on behind the largest of its own.
-    coordinates_T2: where in its picture each visual token lies, as of
-        `trio.families.coordinates`. None is unknown.
-    injected: for each of the first layers what is added to the hidden states of visual tokens that
-        leave it, `[V, D]`, where V counts those of all requests in order.
-    given: for each request the visual tokens that the encoder gave of each image before it reduced
-        them, for the schedule; empty where it did not.
-    salts: for method `random`, a number per request that depends on that request alone
-        (`trio.pruning.methods.random.salt_of(token_ids)`); empty means 0 for all.
-    contexts: for methods that need `text_tower` or `instruction`, what encoder and prompt tell of
-        each request's images.
-    """
+    """What enters the decoder."""
 
     embeds_TD: Tensor
+    """Text embeddings and visual features of all requests, in order."""
     lengths: tuple[int, ...]
+    """Tokens of each request."""
     images: Sequence[Sequence[tuple[int, int]]]
+    """For each request the visual spans `(start, stop)` in its own coordinates; one span is one
+    image, or one run of a video's tokens, with its own budget."""
     positions_T: Tensor | None = None
+    """Positions `[T]`, or `[A, T]` where they differ by axis; None is 0, 1, 2, ... in each request.
+    A request goes on behind the largest of its own."""
     coordinates_T2: Tensor | None = None
+    """Where in its picture each visual token lies, as of `trio.families.coordinates`. None is
+    unknown."""
     injected: Sequence[Tensor] = ()
+    """For each of the first layers what is added to the hidden states of visual tokens that leave
+    it, `[V, D]`, where V counts those of all requests in order."""
     given: Sequence[Sequence[int]] = ()
+    """For each request the visual tokens that the encoder gave of each image before it reduced
+    them, for the schedule; empty where it did not."""
     salts: tuple[int, ...] = ()
+    """For method `random`, a number per request that depends on that request alone
+    (`trio.pruning.methods.random.salt_of(token_ids)`); empty means 0 for all."""
     contexts: Sequence[Sequence[Context]] = ()
+    """For methods that need `text_tower` or `instruction`, what encoder and prompt tell of each
+    request's images."""
 
     def __post_init__(self) -> None:
         assert sum(self.lengths) == self.embeds_TD.shape[0]
@@ -80,27 +78,25 @@ class PackedPrompts:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prefilled:
-    """What the prefill gives back.
-
-    hidden_BD: last position of each request, before the final norm.
-    logits_BV: logits there, for the first new token.
-    cache_lengths: `[layer][request]`, keys that the layer holds.
-    next_positions: `[layer][request]`, position of the next token in that layer.
-    kept: `[request][stage]`, visual tokens left, numbered as they entered.
-    visual_tokens_stages: `[request][stage]`, how many those are.
-    prune_seconds: time in scoring, choosing and compacting, all requests together.
-    finite_B: whether all that a request's tokens were chosen by at its stages is finite; where not,
-        its hidden states and logits here are NaN.
-    """
+    """What the prefill gives back."""
 
     hidden_BD: Tensor
+    """Last position of each request, before the final norm."""
     logits_BV: Tensor
+    """Logits there, for the first new token."""
     cache_lengths: list[list[int]]
+    """`[layer][request]`, keys that the layer holds."""
     next_positions: list[list[int]]
+    """`[layer][request]`, position of the next token in that layer."""
     kept: list[list[list[int]]]
+    """`[request][stage]`, visual tokens left, numbered as they entered."""
     visual_tokens_stages: list[list[int]]
+    """`[request][stage]`, how many those are."""
     prune_seconds: float
+    """Time in scoring, choosing and compacting, all requests together."""
     finite_B: Tensor
+    """Whether all that a request's tokens were chosen by at its stages is finite; where not, its
+    hidden states and logits here are NaN."""
 
 
 @dataclass(slots=True)

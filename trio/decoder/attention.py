@@ -33,12 +33,10 @@ _log = logging.getLogger(__name__)
 
 @dataclass(slots=True, eq=False)
 class Packed:
-    """Whole sequences back to back; causal attention inside each.
-
-    lengths: tokens of each sequence, in order, every one >= 1.
-    """
+    """Whole sequences back to back; causal attention inside each."""
 
     lengths: tuple[int, ...]
+    """Tokens of each sequence, in order, every one >= 1."""
     _offsets: dict[torch.device, Tensor] = field(default_factory=dict, repr=False)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
@@ -55,12 +53,10 @@ class Packed:
 
 @dataclass(slots=True, eq=False)
 class Padded:
-    """Decoding: one query of each request against its own left-aligned keys.
-
-    key_lengths_B: valid keys of each request, an integer tensor on the queries' device.
-    """
+    """Decoding: one query of each request against its own left-aligned keys."""
 
     key_lengths_B: Tensor
+    """Valid keys of each request, an integer tensor on the queries' device."""
     _masks: dict[int, Tensor] = field(default_factory=dict, repr=False)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:

@@ -47,14 +47,12 @@ class VisionZip(Reduction):
 
 @dataclass(frozen=True, slots=True)
 class Contextual:
-    """Which patches VisionZip merges.
-
-    target_IC: patches to which others are added, rising; -1 fills up rows of fewer.
-    group_ICP: whether a patch is added to a target; a target itself is in no group.
-    """
+    """Which patches VisionZip merges."""
 
     target_IC: Tensor
+    """Patches to which others are added, rising; -1 fills up rows of fewer."""
     group_ICP: Tensor
+    """Whether a patch is added to a target; a target itself is in no group."""
 
 
 def zip_split(keep: int) -> tuple[int, int]:

@@ -114,17 +114,17 @@ class MemoryPlan:
     no bound, of a usual size, or of the processor's limit if that is less), `TEXT_TOKENS` of text
     and the longest answer asked for.
 
-    kv_budget_bytes: memory set aside for keys and values.
-    request_bytes: what such a request may come to take of it, pruned as set.
-    request_bytes_unpruned: the same without pruning.
     requests: how many run at once, by memory or by `max_running`, whichever is less.
     requests_unpruned: the same without pruning.
     """
 
     kv_budget_bytes: int
+    """Memory set aside for keys and values."""
     max_running: int
     request_bytes: int
+    """What such a request may come to take of it, pruned as set."""
     request_bytes_unpruned: int
+    """The same without pruning."""
 
     @property
     def requests(self) -> int:

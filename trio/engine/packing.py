@@ -16,17 +16,15 @@ from trio.families.coordinates import OUTSIDE
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """What is left of packed prompts.
-
-    lengths: tokens of each.
-    spans: where each image's tokens stand, in the prompt's own coordinates.
-    index_T: for each token that is left its place among all packed tokens; an image's follow its
-        `Features.sources`. The tower's class token stands where the image begins.
-    """
+    """What is left of packed prompts."""
 
     lengths: tuple[int, ...]
+    """Tokens of each."""
     spans: tuple[tuple[Span, ...], ...]
+    """Where each image's tokens stand, in the prompt's own coordinates."""
     index_T: Tensor
+    """For each token that is left its place among all packed tokens; an image's follow its
+    `Features.sources`. The tower's class token stands where the image begins."""
 
     @classmethod
     def of(

@@ -41,49 +41,43 @@ text tower, `[..., P]`."""
 
 @dataclass(frozen=True, slots=True)
 class Joint:
-    """What the encoder makes of one image, in the space that it shares with its text tower.
-
-    tokens: `[M, P]`, patches, tile after tile; after a reduction what is left of them.
-    grids: rows and columns of patches of each tile; None where the tokens stand in no grid.
-    places: `[N]`, on the CPU, for each visual token of the image its row of `tokens`; -1 for what
-        is no patch, as newlines.
-    """
+    """What the encoder makes of one image, in the space that it shares with its text tower."""
 
     tokens: Tensor
+    """`[M, P]`, patches, tile after tile; after a reduction what is left of them."""
     grids: tuple[tuple[int, int], ...] | None
+    """Rows and columns of patches of each tile; None where the tokens stand in no grid."""
     places: Tensor
+    """`[N]`, on the CPU, for each visual token of the image its row of `tokens`; -1 for what is no
+    patch, as newlines."""
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How the visual tokens of one image stand in its picture, without a reduction.
-
-    grids: rows and columns of its parts, as a view of the whole and one in tiles.
-    places: `[N]`, on the CPU, for each visual token its place, counted over the grids row by row;
-        -1 for what shows no place, as newlines.
-    """
+    """How the visual tokens of one image stand in its picture, without a reduction."""
 
     grids: tuple[tuple[int, int], ...]
+    """Rows and columns of its parts, as a view of the whole and one in tiles."""
     places: Tensor
+    """`[N]`, on the CPU, for each visual token its place, counted over the grids row by row; -1 for
+    what shows no place, as newlines."""
 
 
 @dataclass(frozen=True, slots=True)
 class Features:
-    """What the encoder makes of one image.
-
-    tokens: `[N, D]`, that stand in the decoder's input.
-    injected: `[N, D]` each; the i-th is added to the hidden states of these tokens that leave layer
-        i of the decoder (DeepStack, arXiv 2406.04334). All images of a model have as many.
-    sources: after a reduction in the encoder, for each token the one that it stands for, as an
-        index into all that the image has without it; None for the tower's class token. Empty where
-        nothing was reduced.
-    joint: the same image as texts see it, if that was asked for.
-    """
+    """What the encoder makes of one image."""
 
     tokens: Tensor
+    """`[N, D]`, that stand in the decoder's input."""
     injected: tuple[Tensor, ...] = ()
+    """`[N, D]` each; the i-th is added to the hidden states of these tokens that leave layer i of
+    the decoder (DeepStack, arXiv 2406.04334). All images of a model have as many."""
     sources: tuple[int | None, ...] = ()
+    """After a reduction in the encoder, for each token the one that it stands for, as an index into
+    all that the image has without it; None for the tower's class token. Empty where nothing was
+    reduced."""
     joint: Joint | None = None
+    """The same image as texts see it, if that was asked for."""
 
     def __len__(self) -> int:
         return len(self.tokens)

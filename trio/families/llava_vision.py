@@ -33,24 +33,23 @@ CLASS_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VisionShape:
-    """Sizes of a CLIP-like tower and a two-layer projector, for one picture that the tower takes.
-
-    layers_run: tower layers. tokens: patches and the class token, if there is one.
-    features: tokens that the projector gets.
-    pooled: whether the tower also sums a picture up in one vector, by a query with attention and
-        an FFN, though nobody uses it.
-    """
+    """Sizes of a CLIP-like tower and a two-layer projector, for one picture that it takes."""
 
     layers_run: int
+    """Tower layers."""
     hidden_size: int
     num_heads: int
     intermediate_size: int
     patches: int
     tokens: int
+    """Patches and the class token, if there is one."""
     features: int
+    """Tokens that the projector gets."""
     patch_inputs: int
     decoder_hidden_size: int
     pooled: bool = False
+    """Whether the tower also sums a picture up in one vector, by a query with attention and an FFN,
+    though nobody uses it."""
 
     @classmethod
     def of_llava_config(cls, config: Any) -> VisionShape:

@@ -43,22 +43,22 @@ _USUAL_SIDE = 1024
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GridVisionShape:
-    """Sizes of a Qwen-VL tower, which takes rows and columns of patches, and of its mergers.
-
-    blocks: of the tower. whole_blocks: those that attend to a whole image; others do within
-        windows. ffn_products: matrix products of a block's FFN.
-    mergers: one behind the last block, and one for each decoder layer that gets more of an image.
-    window: patches along a window's edge. merge: those along the edge of what becomes one token.
-    """
+    """Sizes of a Qwen-VL tower, which takes rows and columns of patches, and of its mergers."""
 
     blocks: int
+    """Of the tower."""
     whole_blocks: int
+    """Those that attend to a whole image; others do within windows."""
     ffn_products: int
+    """Matrix products of a block's FFN."""
     mergers: int
+    """One behind the last block, and one for each decoder layer that gets more of an image."""
     hidden_size: int
     intermediate_size: int
     window: int
+    """Patches along a window's edge."""
     merge: int
+    """Patches along the edge of what becomes one token."""
     patch_inputs: int
     decoder_hidden_size: int
 

@@ -46,23 +46,21 @@ prefill, the sizes do not come there."""
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prompts:
-    """Where the real tokens of a padded batch lie.
-
-    real_BS: True at tokens, False at padding.
-    lengths: real tokens of each row.
-    images: visual spans (start, stop) of each row, counted in its real tokens.
-    positions_T: positions [T], where they have one axis; None is 0, 1, 2, ... in each row.
-    coordinates_T2: where in its picture each token of an image lies [T, 2]; all alike in a video
-        and where it is unknown. None where the choice does not ask.
-    salts: a number of each row's tokens, for method `random`.
-    """
+    """Where the real tokens of a padded batch lie."""
 
     real_BS: Tensor
+    """True at tokens, False at padding."""
     lengths: tuple[int, ...]
+    """Real tokens of each row."""
     images: tuple[tuple[tuple[int, int], ...], ...]
+    """Visual spans (start, stop) of each row, counted in its real tokens."""
     positions_T: Tensor | None
+    """Positions [T], where they have one axis; None is 0, 1, 2, ... in each row."""
     coordinates_T2: Tensor | None
+    """Where in its picture each token of an image lies [T, 2]; all alike in a video and where it is
+    unknown. None where the choice does not ask."""
     salts: tuple[int, ...]
+    """A number of each row's tokens, for method `random`."""
 
 
 class PatchedForward(Override):

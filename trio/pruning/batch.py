@@ -15,15 +15,13 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """The visual tokens of one image that are still in a request's sequence, side by side.
-
-    start: index of the first one in the request.
-    tokens: which ones they are, rising, numbered over all visual tokens that the encoder gave for
-        this request.
-    """
+    """The visual tokens of one image that are still in a request's sequence, side by side."""
 
     start: int
+    """Index of the first one in the request."""
     tokens: tuple[int, ...]
+    """Which ones they are, rising, numbered over all visual tokens that the encoder gave for this
+    request."""
 
     @property
     def count(self) -> int:
@@ -36,16 +34,14 @@ class Image:
 
 @dataclass(frozen=True, slots=True)
 class Ragged:
-    """Lengths and images of a packed batch, on the host.
-
-    lengths: tokens of each request.
-    images: for each request its images in order.
-    given: visual tokens that the encoder gave for each request.
-    """
+    """Lengths and images of a packed batch, on the host."""
 
     lengths: tuple[int, ...]
+    """Tokens of each request."""
     images: tuple[tuple[Image, ...], ...]
+    """For each request its images in order."""
     given: tuple[int, ...]
+    """Visual tokens that the encoder gave for each request."""
 
     @classmethod
     def of_spans(cls, lengths: Sequence[int], spans: Sequence[Sequence[tuple[int, int]]]) -> Ragged:

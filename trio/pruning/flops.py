@@ -14,11 +14,7 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DecoderShape:
-    """Sizes of a decoder.
-
-    ffn_products: matrix products of the FFN, 3 if it is gated; published figures count 2.
-    normed_keys: whether each head's keys are divided by their root mean square.
-    """
+    """Sizes of a decoder."""
 
     num_layers: int
     hidden_size: int
@@ -28,7 +24,9 @@ class DecoderShape:
     head_dim: int
     vocab_size: int
     ffn_products: int = 3
+    """Matrix products of the FFN, 3 if it is gated; published figures count 2."""
     normed_keys: bool = False
+    """Whether each head's keys are divided by their root mean square."""
 
     @classmethod
     def of_config(cls, config: Any, *, normed_keys: bool = False) -> DecoderShape:

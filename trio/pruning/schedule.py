@@ -20,15 +20,13 @@ from trio.values import text as as_text
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """One pruning step.
-
-    layer: decoder layers that have run before it (0 prunes the embeddings).
-    keep: visual tokens kept of each image: a count (int), or a share of the tokens that the
-        encoder gave for that image (float in (0, 1]).
-    """
+    """One pruning step."""
 
     layer: int
+    """Decoder layers that have run before it (0 prunes the embeddings)."""
     keep: int | float
+    """Visual tokens kept of each image: a count (int), or a share of the tokens that the encoder
+    gave for that image (float in (0, 1])."""
 
     def __post_init__(self) -> None:
         if isinstance(self.layer, bool) or not isinstance(self.layer, int) or self.layer < 0:
@@ -57,15 +55,13 @@ class Stage:
 
 @dataclass(frozen=True, slots=True)
 class ScheduleShape:
-    """A schedule known to work, to be scaled to other depths, token counts and retentions.
-
-    layers: of the decoder that it is for.
-    stages: layers run before each stage, and the share of visual tokens that it keeps. Only the
-        ratios of the shares to each other matter.
-    """
+    """A schedule known to work, to be scaled to other depths, token counts and retentions."""
 
     layers: int
+    """Of the decoder that it is for."""
     stages: tuple[tuple[int, float], ...]
+    """Layers run before each stage, and the share of visual tokens that it keeps. Only the ratios
+    of the shares to each other matter."""
 
     def __str__(self) -> str:
         return ",".join(f"{layer}:{share!r}" for layer, share in self.stages) + f"@{self.layers}"
@@ -123,13 +119,11 @@ _LEAST_RATIO = 1e-6
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """Pruning stages with rising layers and falling counts; empty prunes nothing.
-
-    depth: decoder layers of the models that it is for; None: any that has the stages' layers.
-    """
+    """Pruning stages with rising layers and falling counts; empty prunes nothing."""
 
     stages: tuple[Stage, ...] = ()
     depth: int | None = None
+    """Decoder layers of the models that it is for; None: any that has the stages' layers."""
 
     def __post_init__(self) -> None:
         for before, after in pairwise(self.stages):

@@ -18,16 +18,14 @@ from trio.engine.request import Result
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Agreement:
-    """Of one setting with the unpruned model, over all requests.
-
-    exact: share of requests with equal answers.
-    overlap: mean of `overlap`, in [0, 1].
-    kl: mean of `divergence`, in nats.
-    """
+    """Of one setting with the unpruned model, over all requests."""
 
     exact: float
+    """Share of requests with equal answers."""
     overlap: float
+    """Mean of `overlap`, in [0, 1]."""
     kl: float
+    """Mean of `divergence`, in nats."""
 
     @classmethod
     def between(cls, unpruned: Sequence[Result], pruned: Sequence[Result]) -> Agreement:

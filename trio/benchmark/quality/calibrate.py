@@ -80,17 +80,16 @@ def check_file(path: Path | None) -> Path:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """What is to be done, told before it is.
-
-    layers: of the decoder. pruning: settled. default: the schedule to beat. answers: of the pruned
-    model, at most.
-    """
+    """What is to be done, told before it is."""
 
     config: Settings
     rows: int
     layers: int
+    """Of the decoder."""
     pruning: Pruning
+    """Settled."""
     default: Schedule
+    """The schedule to beat."""
 
     @classmethod
     def of(cls, config: Settings, rows: int) -> Plan:
@@ -141,13 +140,11 @@ def _place(config: Settings) -> str:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Comparison:
-    """Divergences [nats per token] on the rows that the search has not seen.
-
-    best: None where the search found nothing better than the default.
-    """
+    """Divergences [nats per token] on the rows that the search has not seen."""
 
     default: np.ndarray
     best: np.ndarray | None
+    """None where the search found nothing better than the default."""
     seed: int
 
     @property

@@ -34,20 +34,18 @@ Shares = list[tuple[int, float]]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Space:
-    """Where to search.
-
-    default: the schedule to beat; ratios.
-    retention: layer average of all candidates.
-    num_layers: of the decoder.
-    allowed: whether a candidate is one for the model and costs no more than the default.
-    first: where the first stage may lie; None: anywhere.
-    """
+    """Where to search."""
 
     default: Schedule
+    """The schedule to beat; ratios."""
     retention: float
+    """Layer average of all candidates."""
     num_layers: int
+    """Of the decoder."""
     allowed: Callable[[Schedule], bool]
+    """Whether a candidate is one for the model and costs no more than the default."""
     first: int | None = None
+    """Where the first stage may lie; None: anywhere."""
 
     def grid(self) -> list[Schedule]:
         """The coarse candidates, without the default."""
@@ -120,18 +118,16 @@ def _changed(shares: Shares, num_layers: int, step: float, factor: float) -> Ite
 
 @dataclass(slots=True)
 class Search:
-    """A search under way.
-
-    rows: to search on, at least 4.
-    divergence: measures.
-    scores: for each schedule its divergences on the first rows.
-    """
+    """A search under way."""
 
     space: Space
     rows: int
+    """To search on, at least 4."""
     divergence: Divergence
+    """Measures."""
     seed: int = 0
     scores: dict[Schedule, list[float]] = field(default_factory=dict)
+    """For each schedule its divergences on the first rows."""
 
     def best(self) -> Schedule:
         """The schedule with the least mean divergence on all rows; it may be the default."""

@@ -26,11 +26,7 @@ from trio.demo.language import CHAT_TEMPLATE
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LlavaShape:
-    """Sizes of a LLaVA: a CLIP tower with a class token, a projector and a LLaMA decoder.
-
-    pinpoints: heights and widths to which images are resized before they are cut into tiles; not
-        empty makes it a LLaVA-NeXT.
-    """
+    """Sizes of a LLaVA: a CLIP tower with a class token, a projector and a LLaMA decoder."""
 
     hidden: int
     intermediate: int
@@ -43,6 +39,8 @@ class LlavaShape:
     vision_layers: int
     vision_heads: int
     pinpoints: tuple[tuple[int, int], ...] = ()
+    """Heights and widths to which images are resized before they are cut into tiles; not empty
+    makes it a LLaVA-NeXT."""
 
     def model(self, words: PreTrainedTokenizerFast) -> Any:
         common: dict[str, Any] = {

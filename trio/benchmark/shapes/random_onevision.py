@@ -22,10 +22,7 @@ from trio.families.llava_onevision import ImageProcessor
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OnevisionShape:
-    """Sizes of a LLaVA-OneVision: a SigLIP tower, a projector and a Qwen2 decoder.
-
-    edge: tiles of the largest grid, a side; every grid up to it may be used.
-    """
+    """Sizes of a LLaVA-OneVision: a SigLIP tower, a projector and a Qwen2 decoder."""
 
     hidden: int
     intermediate: int
@@ -40,6 +37,7 @@ class OnevisionShape:
     vision_layers: int
     vision_heads: int
     edge: int
+    """Tiles of the largest grid, a side; every grid up to it may be used."""
 
     def model(self, words: PreTrainedTokenizerFast) -> Any:
         config = LlavaOnevisionConfig(

@@ -34,11 +34,7 @@ _MERGE = 2
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _QwenShape:
-    """What the sizes of both have in common.
-
-    sections: of half a head of the decoder, the pairs that turn with time, row and column.
-    max_pixels: larger images are scaled down to it.
-    """
+    """What the sizes of both have in common."""
 
     hidden: int
     intermediate: int
@@ -49,12 +45,14 @@ class _QwenShape:
     positions: int
     theta: float
     sections: tuple[int, int, int]
+    """Of half a head of the decoder, the pairs that turn with time, row and column."""
     patch: int
     vision_hidden: int
     vision_intermediate: int
     vision_layers: int
     vision_heads: int
     max_pixels: int
+    """Larger images are scaled down to it."""
     processor_class: ClassVar[Any]
 
     def processor(self, words: PreTrainedTokenizerFast) -> Any:
@@ -111,13 +109,12 @@ class _QwenShape:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Qwen25Shape(_QwenShape):
-    """Sizes of a Qwen2.5-VL.
-
-    window: edge of the tower's windows in pixels. whole: its blocks that attend to whole images.
-    """
+    """Sizes of a Qwen2.5-VL."""
 
     window: int
+    """Edge of the tower's windows in pixels."""
     whole: tuple[int, ...]
+    """Blocks of the tower that attend to whole images."""
     processor_class: ClassVar[Any] = Qwen25Processor
 
     def model(self, words: PreTrainedTokenizerFast) -> Any:
@@ -135,16 +132,14 @@ class Qwen25Shape(_QwenShape):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Qwen3Shape(_QwenShape):
-    """Sizes of a Qwen3-VL.
-
-    head: width of an attention head of the decoder.
-    positions_learnt: position embeddings of the tower, in a square.
-    deepstack: blocks of the tower whose features join those of early decoder layers.
-    """
+    """Sizes of a Qwen3-VL."""
 
     head: int
+    """Width of an attention head of the decoder."""
     positions_learnt: int
+    """Position embeddings of the tower, in a square."""
     deepstack: tuple[int, ...]
+    """Blocks of the tower whose features join those of early decoder layers."""
     processor_class: ClassVar[Any] = Qwen3Processor
 
     def model(self, words: PreTrainedTokenizerFast) -> Any:

@@ -58,20 +58,19 @@ class Workload:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Run:
-    """What one subject did in one round.
-
-    prefill_s: encoding, prefill and pruning. flops: of the decoder's prefill, by the field's
-    convention, one per multiply-add. decode_bytes: weights, keys and values that decoding read.
-    """
+    """What one subject did in one round."""
 
     total_s: float
     prefill_s: float
+    """Encoding, prefill and pruning."""
     prune_s: float | None
     decode_s: float
     output_tokens: int
     kv_bytes: int
     flops: float
+    """Of the decoder's prefill, by the field's convention, one per multiply-add."""
     decode_bytes: float | None
+    """Weights, keys and values that decoding read."""
     peak_bytes: int | None
 
 

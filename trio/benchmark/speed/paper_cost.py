@@ -26,19 +26,19 @@ _MOST_PIXELS = 100_000_000
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cost:
-    """One image and some text, unpruned over pruned.
-
-    decoder: FLOPs of the decoder's layers. chosen: with scoring and choosing. whole: with the
-        vision encoder, too. kv_cache: bytes.
-    """
+    """One image and some text, unpruned over pruned."""
 
     visual_tokens: int
     stages: Stages
     retention: float
     decoder: float
+    """FLOPs of the decoder's layers."""
     chosen: float
+    """With scoring and choosing."""
     whole: float
+    """With the vision encoder, too."""
     kv_cache: float
+    """Bytes."""
 
 
 def cost(

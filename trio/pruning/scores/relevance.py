@@ -79,38 +79,34 @@ FRAMES = Settings(beta=2.0, kept_texts=0.5, weights="patch")
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """One text against the patches of one tile, here N, or of all.
-
-    whole_N: negated cosines with the text as a whole.
-    dense_NL: with each of its tokens.
-    entropy_L: of each token's softmax over the patches, in nats.
-    kept_R: the tokens that count, by rising entropy.
-    dense_N: `dense_NL` of these, averaged.
-    both_N: `whole_N` and `dense_N` fused.
-    """
+    """One text against the patches of one tile, here N, or of all."""
 
     whole_N: Tensor
+    """Negated cosines with the text as a whole."""
     dense_NL: Tensor
+    """With each of its tokens."""
     entropy_L: Tensor
+    """Of each token's softmax over the patches, in nats."""
     kept_R: Tensor
+    """The tokens that count, by rising entropy."""
     dense_N: Tensor
+    """`dense_NL` of these, averaged."""
     both_N: Tensor
+    """`whole_N` and `dense_N` fused."""
 
 
 @dataclass(slots=True)
 class Trace:
-    """What `importance` went through, filled in if asked for.
-
-    matches: by tile, or of all tiles at once, the texts'.
-    text_N: their mean over the texts.
-    minmax_N: the same, between 0 and 1 over the image.
-    smoothed_N: the same, smoothed within each tile.
-    """
+    """What `importance` went through, filled in if asked for."""
 
     matches: list[list[Match]] = field(init=False)
+    """By tile, or of all tiles at once, the texts'."""
     text_N: Tensor = field(init=False)
+    """Their mean over the texts."""
     minmax_N: Tensor = field(init=False)
+    """The same, between 0 and 1 over the image."""
     smoothed_N: Tensor = field(init=False)
+    """The same, smoothed within each tile."""
 
 
 @torch.no_grad()

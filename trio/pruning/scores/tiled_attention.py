@@ -45,18 +45,18 @@ def tile_tokens(decoder: Decoder, batch_tokens: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Neighbouring sequences that are worked on together.
-
-    start: packed index of the first token. lengths: tokens of each. rows: of each.
-    first_row: packed index of the first row.
-    wanted: the tokens whose norms are wanted, in each sequence.
-    """
+    """Neighbouring sequences that are worked on together."""
 
     start: int
+    """Packed index of the first token."""
     lengths: tuple[int, ...]
+    """Tokens of each."""
     rows: tuple[tuple[int, ...], ...]
+    """Of each."""
     first_row: int
+    """Packed index of the first row."""
     wanted: Span
+    """The tokens whose norms are wanted, in each sequence."""
 
     @property
     def longest(self) -> int:
@@ -289,14 +289,12 @@ def inverse_root(x: Tensor, epsilon: float) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """Tokens `start … stop-1` of each sequence of a group.
-
-    unit: `[N, C, D]`, hidden states divided by their root mean square.
-    inverse: `[N, C, 1]`, one over that root.
-    """
+    """Tokens `start … stop-1` of each sequence of a group."""
 
     group: Group
     start: int
     stop: int
     unit: Tensor
+    """`[N, C, D]`, hidden states divided by their root mean square."""
     inverse: Tensor
+    """`[N, C, 1]`, one over that root."""
