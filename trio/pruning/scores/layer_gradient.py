@@ -88,7 +88,7 @@ class LayerGradient:
             keys = Keys(self._layer, hidden_TD, cos[0], sin[0], self.dtype, self._tile_tokens)
             groups = group_sequences(rows, lengths, wanted, self._tile_tokens)
             attention = _RowAttention(keys, self._layer.self_attn.v_proj, groups)
-            with self._decoder.ragged():
+            with self._decoder.ragged(), few_row_linears():
                 out = self._layer(
                     rows_RD[None],
                     attention_mask=None,
@@ -119,7 +119,7 @@ class LayerGradient:
 def _autograd() -> Iterator[None]:
     """Gradients of the rows, whatever mode the caller is in."""
     # Inference tensors cannot take part in autograd, a copy made outside of that mode can.
-    with torch.inference_mode(False), torch.enable_grad(), few_row_linears():
+    with torch.inference_mode(False), torch.enable_grad():
         yield
 
 
