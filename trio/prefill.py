@@ -190,17 +190,17 @@ class _Prefill:
     def result(self) -> Prefilled:
         lengths, positions = [], []
         start = 0
-        plan = self._plan()
-        method = create(self.pruning) if plan else None
+        keeps = self._keeps_by_layer()
+        method = create(self.pruning) if keeps else None
         looks_back = method is not None and "attention" in method.needs
-        for stop in sorted({*plan, self.decoder.num_layers}):
-            self._run(start, stop, stop - 1 if looks_back and stop in plan else None)
+        for stop in sorted({*keeps, self.decoder.num_layers}):
+            self._run(start, stop, stop - 1 if looks_back and stop in keeps else None)
             if stop == 0 and looks_back:
                 self.entered_TD = self.hidden_TD
             lengths += [list(self.ragged.lengths)] * (stop - start)
             positions += [list(self.next_positions)] * (stop - start)
-            if method is not None and stop in plan:
-                self._prune(method, stop, plan[stop])
+            if method is not None and stop in keeps:
+                self._prune(method, stop, keeps[stop])
             start = stop
         last = torch.tensor([end - 1 for end in accumulate(self.ragged.lengths)])
         hidden_BD = self.hidden_TD[last.to(self.hidden_TD.device)]
@@ -219,16 +219,16 @@ class _Prefill:
             finite_B=self.finite_B,
         )
 
-    def _plan(self) -> dict[int, list[list[int] | None]]:
+    def _keeps_by_layer(self) -> dict[int, list[list[int] | None]]:
         """`{layer: [request] -> tokens to keep of each image}`; None has no stage there."""
-        plan: dict[int, list[list[int] | None]] = {}
+        keeps: dict[int, list[list[int] | None]] = {}
         requests = len(self.ragged.lengths)
         for request, counts in enumerate(self.given):
             for count in counts:
                 for layer, keep in self.pruning.stages(count, self.decoder.num_layers):
-                    row = plan.setdefault(layer, [None] * requests)
+                    row = keeps.setdefault(layer, [None] * requests)
                     row[request] = [*(row[request] or []), keep]
-        return plan
+        return keeps
 
     def _run(self, start: int, stop: int, looked_at: int | None) -> None:
         """Layers `start … stop-1`; holds on to what enters the one that will be looked at."""
