@@ -281,6 +281,27 @@ def test_a_users_adapter_and_a_system_message(
     assert "system_prompt" in capsys.readouterr().err
 
 
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_local")
+def test_a_users_method_with_its_own_settings(tmp_path: Path, model: str) -> None:
+    rows = [{"id": str(n), "image": cell(png_of(n)), "prompt": PROMPT} for n in range(4)]
+    shard = write_shard(tmp_path / "in.parquet", rows, SCHEMA)
+    method = {"method": "tests.pruning.longest:Longest", "method_options": "end=short,power=1"}
+    flags = ["--input", str(shard), "--model", model, "--retention", "0.4", "--max-new-tokens", "6"]
+    flags += ["--method", method["method"], "--method-options", method["method_options"]]
+    assert run(*flags, "--output", str(tmp_path / "out")) == 0
+    expected = said(
+        model,
+        rows,
+        pruning=Pruning(retention=0.4, **method),  # type: ignore[arg-type]
+        sampling=Sampling(max_new_tokens=6),
+    )
+    assert {key: row["response"] for key, row in answers(tmp_path / "out").items()} == {
+        key: result.response for key, result in expected.items()
+    }
+
+
 def summary_of(output: Path) -> dict[str, Any]:
     loaded: dict[str, Any] = json.loads((output / "summary.json").read_text())
     return loaded

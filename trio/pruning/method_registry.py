@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
+import inspect
 import pkgutil
 import typing
 from collections.abc import Iterator
@@ -184,6 +185,6 @@ def _check(found: Any, what: str) -> type[Method]:
     lacking = set(found.__abstractmethods__) | (set() if getattr(found, "name", "") else {"name"})
     if lacking:
         raise UserError(f"method {what} is not complete: it lacks {', '.join(sorted(lacking))}")
-    if not dataclasses.is_dataclass(found):
+    if inspect.get_annotations(found) and "__dataclass_fields__" not in vars(found):
         raise UserError(f"method {what} is no dataclass: its fields are its settings")
     return found
