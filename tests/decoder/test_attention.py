@@ -46,8 +46,9 @@ def dense(query: Tensor, key: Tensor, value: Tensor, seen: Tensor) -> Tensor:
     return (scores.masked_fill(~seen, -torch.inf).softmax(-1) @ value).transpose(0, 1)
 
 
-@pytest.mark.parametrize("kv_heads", [4, 2, 1])
-@pytest.mark.parametrize("lengths", [(5,), (3, 3, 3), (1, 6, 6, 2), (4, 1, 1, 4)])
+@pytest.mark.parametrize(
+    ("kv_heads", "lengths"), [(4, (5,)), (2, (3, 3, 3)), (1, (1, 6, 6, 2)), (2, (4, 1, 1, 4))]
+)
 def test_packed(kv_heads: int, lengths: tuple[int, ...]) -> None:
     query, key, value = make(kv_heads, sum(lengths))
     out, weights = ragged_attention(nn.Module(), query, key, value, None, layout=Packed(lengths))
