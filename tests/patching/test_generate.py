@@ -8,7 +8,7 @@ from transformers.cache_utils import DynamicCache
 
 import trio
 from tests.patching import oracle
-from tests.patching.prompts import Batch, pad, rows, run
+from tests.patching.prompts import Batch, follow_up, pad, rows, run
 from tests.tiny.llava import IMAGE_TOKEN_ID, tiny_llava
 from trio.errors import UserError
 from trio.families.coordinates import packed
@@ -246,15 +246,6 @@ def test_follow_ups_of_different_lengths(model: Any, side: str) -> None:
     together = run(model, both, cache=cache)
     for index, wanted in enumerate(alone):
         assert_same(row_of(together, index), wanted)
-
-
-def follow_up(batch: Batch, new: Tensor, ids: Tensor, mask: Tensor | None = None) -> Batch:
-    mask = torch.ones_like(ids) if mask is None else mask
-    masks = [batch["attention_mask"], torch.ones_like(new), mask]
-    return {
-        "input_ids": torch.cat([batch["input_ids"], new, ids], dim=1),
-        "attention_mask": torch.cat(masks, dim=1),
-    }
 
 
 def test_a_second_patch_replaces_the_first(model: Any) -> None:
