@@ -158,15 +158,6 @@ def test_pruning_changes_answers_with_images_and_no_others(model: Any) -> None:
     assert sum(pruned[r.id] != whole[r.id] for r in requests if r.images) > 5
 
 
-def test_retention_of_one_is_no_pruning(model: Any) -> None:
-    requests = mixed_requests(5, seed=0)
-    results = by_id(engine(model, Pruning(retention=1)).generate(requests))
-    assert {k: r.token_ids for k, r in results.items()} == expected_tokens(
-        model, PROCESSOR, requests
-    )
-    assert {r.retention for r in results.values()} == {1.0, None}
-
-
 def test_sampled_answers_do_not_depend_on_neighbours(model: Any) -> None:
     own: list[dict[str, Any]] = [
         {"temperature": 1.0},
@@ -273,19 +264,6 @@ def test_an_answer_left_halfway_leaves_nothing_behind(model: Any) -> None:
     assert worker._cache.used_bytes == worker._cache.room.holders == 0
     requests = mixed_requests(4)
     assert tokens(worker.generate(requests)) == expected_tokens(model, PROCESSOR, requests)
-
-
-def test_submit_and_step_serve_the_same(model: Any) -> None:
-    requests = mixed_requests(12, seed=9)
-    worker = engine(model, TRIO, max_running=6)
-    results, coming = [], list(requests)
-    while coming or worker.has_work:
-        for request in coming[:2]:
-            worker.submit(worker.prepare(request))
-        del coming[:2]
-        results += worker.step()
-    assert tokens(results) == tokens(engine(model, TRIO).generate(requests))
-    assert worker.step() == []
 
 
 def test_only_one_generate_at_a_time(model: Any) -> None:

@@ -7,7 +7,6 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 import trio
-from tests.patching import oracle
 from tests.patching.prompts import Batch, follow_up, pad, rows, run
 from tests.tiny.llava import IMAGE_TOKEN_ID, tiny_llava
 from trio.errors import UserError
@@ -15,6 +14,7 @@ from trio.families.coordinates import packed
 from trio.families.registry import adapt
 from trio.patching.forward import repeats_by_prompt
 from trio.prefill import PackedPrompts, prefill
+from trio.pruning import reference
 
 LAYERS = 6
 close = functools.partial(torch.testing.assert_close, atol=2e-5, rtol=1e-4)
@@ -71,6 +71,28 @@ def present(model: Any, batch: Batch, pruning: trio.Pruning) -> tuple[Tensor, li
     return embeds, layers
 
 
+@torch.no_grad()
+def recomputed(
+    model: Any, prompt_SD: Tensor, layers: list[list[int]], new_ids: list[int], renumber: bool
+) -> Tensor:
+    """Logits [V] after the prompt and some new tokens, in float64 and without a cache.
+
+    layers: for each the prompt tokens that are in it, rising.
+    renumber: positions count the tokens present in the layer; else those of the whole prompt.
+    """
+    text, head = reference.text_parts(model, torch.float64)
+    new_ND = text.embed_tokens(torch.tensor(new_ids, dtype=torch.long))
+    states = dict(enumerate(torch.cat([prompt_SD.double(), new_ND])))
+    new = range(len(prompt_SD), len(states))
+    for layer, tokens in enumerate(layers):
+        order = [*tokens, *new]
+        positions = torch.arange(len(order)) if renumber else torch.tensor(order)
+        hidden = torch.stack([states[token] for token in order])
+        out = reference.run_layer(text, layer, hidden, positions)
+        states = dict(zip(order, out, strict=True))
+    return head(text.norm(states[max(states)]))
+
+
 def assert_oracle(
     model: Any, batch: Batch, pruning: trio.Pruning, new: Tensor, got: Tensor
 ) -> None:
@@ -78,7 +100,7 @@ def assert_oracle(
     embeds, layers = present(model, batch, pruning)
     renumber = pruning.position_ids != "keep"
     for step, logits in enumerate(got):
-        want = oracle.logits(model, embeds, layers, new[:step].tolist(), renumber=renumber)
+        want = recomputed(model, embeds, layers, new[:step].tolist(), renumber)
         close(logits.double(), want)
 
 
@@ -174,7 +196,7 @@ def test_a_beam_is_scored_by_the_tokens_it_holds(model: Any) -> None:
     for tokens, score in zip(new.tolist(), out.sequences_scores, strict=True):
         total = torch.zeros((), dtype=torch.float64)
         for step, token in enumerate(tokens):
-            logits = oracle.logits(model, embeds, layers, tokens[:step], renumber=True)
+            logits = recomputed(model, embeds, layers, tokens[:step], True)
             total = total + logits.log_softmax(dim=-1)[token]
         torch.testing.assert_close(score.double(), total, atol=1e-4, rtol=1e-4)
 
@@ -226,7 +248,7 @@ def test_a_conversation_goes_on_from_its_cache(model: Any) -> None:
     embeds, layers = present(model, single, SETTINGS[0])
     for step, got in enumerate(logits[0]):
         so_far = path[: new.shape[1] + 4 + step].tolist()
-        want = oracle.logits(model, embeds, layers, so_far, renumber=True)
+        want = recomputed(model, embeds, layers, so_far, True)
         close(got.double(), want)
 
 
