@@ -130,29 +130,14 @@ def test_torch_kernel_call_with_and_without_grouped_heads(monkeypatch: pytest.Mo
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        cu_seq_q: Tensor,
-        cu_seq_k: Tensor,
-        max_q: int,
-        max_k: int,
-        *,
-        scale: float | None = None,
-        window_size: tuple[int, int] = (-1, -1),
+        *rest: Any,
         enable_gqa: bool = False,
+        **options: Any,
     ) -> Tensor:
         assert enable_gqa
         group = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
-        return old(
-            query,
-            key,
-            value,
-            cu_seq_q,
-            cu_seq_k,
-            max_q,
-            max_k,
-            scale=scale,
-            window_size=window_size,
-        )
+        return old(query, key, value, *rest, **options)
 
     for stand_in in (old, new):
         monkeypatch.setattr(varlen, "varlen_attn", stand_in)

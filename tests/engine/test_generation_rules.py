@@ -100,7 +100,8 @@ def test_rules_of_a_checkpoint_act_as_in_generate(
         assert expected != plain
     late = engine(model, max_running=5, batch_tokens=150)
     assert tokens(late.generate(requests)) == expected
-    assert tokens(as_on_a_gpu(engine(model)).generate(requests)) == expected
+    if len(rules) > 1:
+        assert tokens(as_on_a_gpu(engine(model)).generate(requests)) == expected
 
 
 def test_makers_stand_in_the_order_of_generate(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,6 @@ PROCESSOR = tiny_processor()
 PRUNINGS = {
     "unpruned": None,
     "trio": Pruning(retention=0.4),
-    "trio-from-embeddings": Pruning(schedule="0:30,3:9"),
     "divprune": Pruning(schedule="0:6", method="divprune"),
     "visionzip": Pruning(retention=0.3, encoder="visionzip"),
     "scan": Pruning(retention=0.3, encoder="scan"),

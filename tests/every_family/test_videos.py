@@ -103,7 +103,7 @@ def test_each_layer_holds_what_the_schedule_leaves_of_each_run(model: Any, rows:
             assert held.lengths_B[index] == length - gone
 
 
-@pytest.mark.parametrize("index", [0, 2, 3, 5])
+@pytest.mark.parametrize("index", [3, 5])
 def test_a_prompt_gives_what_the_textbook_does(model: Any, rows: list[Row], index: int) -> None:
     """Of embeddings, positions and what is injected as transformers hands them to the decoder."""
     row, adapter, calls = rows[index], adapt(model), []
