@@ -1,5 +1,8 @@
 """Errors that end a job with one line and no traceback, and how others are put into one line."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
 
 class UserError(ValueError):
     """A mistake in arguments, configuration or input.
@@ -16,3 +19,29 @@ class JobFailed(RuntimeError):
 def first_line(error: BaseException, most: int | None = 200) -> str:
     """What an error says, for a message of one line: cut to ``most`` characters, never empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:most]
+
+
+@contextmanager
+def explaining(
+    what: str, *, cure: str = "", look: Callable[[], object] | None = None
+) -> Iterator[None]:
+    """Turn whatever a library raises over broken files into one line.
+
+    Args:
+        what: is read, as the message begins.
+        cure: how it ends, with what parts it from the rest.
+        look: at the files one by one; raises a UserError that names the broken one.
+
+    Raises:
+        UserError: instead of anything else, which no library documents.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if look is not None:
+            look()
+        raise UserError(
+            f"{what} cannot be loaded: {type(error).__name__}: {first_line(error, None)}{cure}"
+        ) from error

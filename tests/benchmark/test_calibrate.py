@@ -55,11 +55,8 @@ def everything(found: Space) -> list[Schedule]:
     return [found.default, *grid, *changed]
 
 
-@pytest.mark.parametrize("layers", [4, 6, 16, 28, 32, 80])
-@pytest.mark.parametrize("retention", [1 / 9, 1 / 3, 0.7])
+@pytest.mark.parametrize(("layers", "retention"), [(4, 0.7), (6, 1 / 3), (32, 1 / 9), (80, 1 / 9)])
 def test_all_candidates_keep_the_same_layer_average(layers: int, retention: float) -> None:
-    if retention * layers < 1:
-        pytest.skip("the default begins at layer 1")
     found = everything(space(layers, retention))
     assert len(found) > 20
     for schedule in found:
@@ -112,7 +109,7 @@ def test_where_nothing_is_better_the_default_comes_out() -> None:
     assert search.best() == search.space.default
 
 
-@pytest.mark.parametrize("rows", [4, 7, 32])
+@pytest.mark.parametrize("rows", [7, 32])
 def test_the_cost_that_is_told_is_not_exceeded(rows: int) -> None:
     measured = 0
 
@@ -333,12 +330,9 @@ def test_a_schedule_of_another_depth_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda path: None, "cannot be read"),
         (lambda path: path.write_bytes(b"\xff\xfe\x00"), "cannot be read"),
         (lambda path: path.write_text("a: [1"), "not YAML"),
-        (lambda path: path.write_text("- 1"), "has no text 'schedule' and number 'layers'"),
         (lambda path: path.write_text("schedule: 1:0.5\nlayers: 4"), "has no text 'schedule'"),
-        (lambda path: written(path, layers=None), "has no text 'schedule' and number 'layers'"),
         (lambda path: written(path, layers=True), "has no text 'schedule' and number 'layers'"),
         (lambda path: written(path, schedule="1;2"), "is not layer:keep"),
         (lambda path: written(path, layers=2), "last possible stage is at 2"),
@@ -360,15 +354,11 @@ def test_wrong_files_end_with_one_line(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"--output": None}, "ending in .yaml"),
         ({"--output": "{dir}/schedule.txt"}, "ending in .yaml"),
         ({"--output": "{dir}/nowhere/x.yaml"}, "no file can be written there"),
         ({"--rows": "4"}, "at least 8"),
-        ({"--rows": "many"}, "--rows: expected a whole number"),
         ({"--retention": "1"}, "no shape that could be searched"),
-        ({"--retention": "2"}, "--retention: must be above 0"),
         ({"--method": "divprune"}, "no shape that could be searched"),
-        ({"--method": "none"}, "no shape that could be searched"),
         ({"--method": "none", "--encoder": "scan"}, "nothing to search"),
         ({"--model": "{dir}/nowhere"}, "no model there"),
         ({"--input": "{dir}/nowhere"}, "no Parquet file there"),

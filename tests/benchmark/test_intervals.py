@@ -49,11 +49,6 @@ def test_nothing_right_before_has_no_ratio() -> None:
     assert bootstrap.ratio(np.ones(4), np.zeros(4)) is None
 
 
-def test_wilson() -> None:
-    assert wilson(0, 10) == pytest.approx((0.0, 0.27753), abs=1e-5)
-    assert wilson(10, 10) == pytest.approx((0.72247, 1.0), abs=1e-5)
-
-
 @pytest.mark.parametrize(
     ("hits", "n", "low", "high"),
     # From the formula worked out by hand: at 200 of 200 the lower end is 200 / (200 + z²).

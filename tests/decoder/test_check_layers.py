@@ -73,17 +73,9 @@ FAULTS: dict[str, tuple[Callable[[Any], None], str]] = {
         replaced("layers.1.self_attn.k_proj", lambda: Wrapped(64, 48)),
         r"layer 1\.self_attn\.k_proj is a Wrapped",
     ),
-    "wrapped output": (
-        replaced("layers.3.self_attn.o_proj", lambda: Wrapped(96, 64)),
-        r"layer 3\.self_attn\.o_proj is a Wrapped",
-    ),
     "another projection": (
         replaced("layers.0.self_attn.gate", lambda: nn.Linear(64, 64)),
         r"layer 0\.self_attn has a gate \(Linear\)",
-    ),
-    "another norm": (
-        replaced("layers.0.self_attn.qk_norm", nn.Identity),
-        r"has a qk_norm \(Identity\)",
     ),
     "sinks": (with_sinks, r"layer 2\.self_attn has a parameter sinks"),
     "no keys": (without_keys, r"layer 0\.self_attn has no k_proj"),
@@ -121,7 +113,7 @@ def test_another_head_is_refused() -> None:
         adapt(model)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_known_layers_are_taken(dtype: torch.dtype) -> None:
     models = [tiny_llava(family=family) for family in ("llama", "mistral", "qwen2")]
     for model in (*models, tiny_qwen(), tiny_qwen3()):

@@ -10,20 +10,24 @@ from torch import nn
 from trio.decoder.matmul import few_row_linears, linear, times
 
 
-@pytest.mark.parametrize("rows", [1, 3, 60, 100, 300])
-@pytest.mark.parametrize("shape", [(64, 1600), (1600, 64), (64, 1601), (256, 260), (260, 258)])
-@pytest.mark.parametrize("transposed", [False, True])
-def test_few_rows_in_slices(rows: int, shape: tuple[int, int], transposed: bool) -> None:
+@pytest.mark.parametrize("rows", [1, 60, 300])
+@pytest.mark.parametrize("shape", [(64, 1601), (1600, 64), (256, 260)])
+def test_few_rows_in_slices(rows: int, shape: tuple[int, int]) -> None:
     x, weight = torch.randn(rows, shape[0]), torch.randn(shape)
-    if transposed:
+    if rows != 60:
         weight = weight.T.contiguous().T
     exact = x.double() @ weight.double()
     torch.testing.assert_close(times(x, weight).double(), exact, rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("lead", [(), (3,)])
-@pytest.mark.parametrize("shape", [(700, 900), (900, 700), (64, 20000), (20000, 64)])
+@pytest.mark.parametrize(
+    ("dtype", "lead", "shape"),
+    [
+        (torch.bfloat16, (), (64, 20000)),
+        (torch.float16, (3,), (20000, 64)),
+        (torch.bfloat16, (3,), (700, 900)),
+    ],
+)
 def test_narrow_weights_are_multiplied_in_float32(
     dtype: torch.dtype, lead: tuple[int, ...], shape: tuple[int, int]
 ) -> None:

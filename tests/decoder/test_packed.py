@@ -44,9 +44,15 @@ def decoder_of(model: Any) -> Decoder:
     return Decoder(model.model.language_model, model.lm_head)
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
-@pytest.mark.parametrize("kv_heads", [4, 2, 1])
-@pytest.mark.parametrize("lengths", [(7, 31, 12), (9, 9, 9), (1, 5, 5, 1, 40)])
+@pytest.mark.parametrize(
+    ("family", "kv_heads", "lengths"),
+    [
+        ("llama", 4, (7, 31, 12)),
+        ("mistral", 2, (9, 9, 9)),
+        ("qwen2", 1, (1, 5, 5, 1, 40)),
+        ("qwen3", 2, (7, 31, 12)),
+    ],
+)
 def test_packed_equals_separate(family: Family, kv_heads: int, lengths: tuple[int, ...]) -> None:
     model = tiny_llava(family=family, kv_heads=kv_heads, layers=3)
     text = model.model.language_model

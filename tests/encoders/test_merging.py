@@ -118,11 +118,9 @@ def assert_equal(got: Reduced, expected: list[tuple[list[int], Tensor]]) -> None
     torch.testing.assert_close(got.tokens_TD, tokens, atol=2e-6, rtol=2e-6)
 
 
-GRIDS = [(12, 12), (7, 7), (5, 8), (1, 3), (13, 4)]
-
-
-@pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize(
+    ("grid", "padded"), [((12, 12), False), ((7, 7), True), ((1, 3), False), ((13, 4), True)]
+)
 def test_as_loops_over_tokens_for_any_number_of_tokens(grid: tuple[int, int], padded: bool) -> None:
     rows, columns = grid
     tower = Tower.of(5, rows * columns, seed=rows, padded=padded)

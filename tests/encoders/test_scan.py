@@ -119,7 +119,7 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, Tensor]]:
     return found
 
 
-@pytest.mark.parametrize("chunk", [1 << 24, 1000, 1])
+@pytest.mark.parametrize("chunk", [1 << 24, 1000])
 def test_attention_is_that_of_the_tower_image_by_image_and_in_one_pass(
     kind: Kind, read: list[tuple[Tensor, Tensor]], monkeypatch: pytest.MonkeyPatch, chunk: int
 ) -> None:
@@ -218,7 +218,7 @@ def assert_reduced(whole: Features, got: Features, keep: int) -> None:
         torch.testing.assert_close(mine, wanted, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("share", [0.0, 0.2, 0.5, 0.99])
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.99])
 def test_dropped_tokens_are_averaged_into_the_nearest_kept_one(kind: Kind, share: float) -> None:
     keeps = [max(1, int(share * count)) for count in kind.counts]
     whole = kind.adapter.encode_images(kind.singles)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from trio.encoders.scan import scanned, windows
 
-GRIDS = [(4, 4), (1, 1), (1, 50), (9, 3), (10, 13), (8, 12), (3, 17)]
+quick = settings(max_examples=60, deadline=None)
 
 
 def by_score(scores: Sequence[float], tokens: Sequence[int]) -> list[int]:
@@ -19,10 +20,10 @@ def by_score(scores: Sequence[float], tokens: Sequence[int]) -> list[int]:
 def looped(scores: Sequence[float], members: list[list[int]], keep: int) -> list[int]:
     """By the definition: an equal quota, and what is left over to the best tokens left."""
 
-    def given(quota: int) -> int:
+    def filled(quota: int) -> int:
         return sum(min(quota, len(own)) for own in members)
 
-    quota = max(q for q in range(len(scores) + 1) if given(q) <= keep)
+    quota = max(q for q in range(len(scores) + 1) if filled(q) <= keep)
     ranked = [by_score(scores, own) for own in members]
     taken = [token for own in ranked for token in own[:quota]]
     left = by_score(scores, [own[quota] for own in ranked if len(own) > quota])
@@ -41,29 +42,27 @@ def members_of(rows: int, columns: int, edge: int) -> list[list[int]]:
     ]
 
 
-@pytest.mark.parametrize(("rows", "columns"), GRIDS)
-@pytest.mark.parametrize("edge", [1, 4, 6])
+@quick
+@given(st.integers(1, 14), st.integers(1, 20), st.integers(1, 6))
 def test_windows_are_those_of_a_loop(rows: int, columns: int, edge: int) -> None:
     window = windows(rows * columns, columns, edge)
     found = [(window == number).nonzero().flatten().tolist() for number in window.unique()]
     assert found == members_of(rows, columns, edge)
 
 
-@pytest.mark.parametrize(("rows", "columns"), GRIDS)
-@pytest.mark.parametrize("edge", [4, 6])
-@pytest.mark.parametrize("ties", [False, True])
-def test_choice_equals_a_loop(rows: int, columns: int, edge: int, ties: bool) -> None:
-    generator = torch.Generator().manual_seed(rows * columns)
-    shallow, deep = torch.rand(2, rows * columns, generator=generator)
+@quick
+@given(st.integers(1, 14), st.integers(1, 20), st.integers(1, 6), st.floats(0, 1), st.booleans())
+def test_choice_equals_a_loop(rows: int, columns: int, edge: int, share: float, ties: bool) -> None:
+    count = rows * columns
+    keep = round(share * count)
+    shallow, deep = torch.rand(2, count, generator=torch.Generator().manual_seed(count))
     if ties:
         shallow, deep = (shallow * 3).floor(), (deep * 3).floor()
-    members = members_of(rows, columns, edge)
-    for keep in range(rows * columns + 1):
-        local = looped(shallow.tolist(), members, keep // 2)
-        left = [token for token in range(rows * columns) if token not in local]
-        wanted = sorted([*local, *by_score(deep.tolist(), left)[: keep - len(local)]])
-        kept = scanned(shallow[None], deep[None], [keep], columns, edge)
-        assert kept[0].nonzero().flatten().tolist() == wanted
+    local = looped(shallow.tolist(), members_of(rows, columns, edge), keep // 2)
+    left = [token for token in range(count) if token not in local]
+    wanted = sorted([*local, *by_score(deep.tolist(), left)[: keep - len(local)]])
+    kept = scanned(shallow[None], deep[None], [keep], columns, edge)
+    assert kept[0].nonzero().flatten().tolist() == wanted
 
 
 def test_a_window_with_all_of_the_attention_does_not_take_all() -> None:

@@ -34,7 +34,6 @@ from trio.pruning.options import Pruning
 PROCESSOR = tiny_processor()
 DECODERS: dict[str, dict[str, Any]] = {
     "llama": {"kv_heads": 4},
-    "llama-grouped": {"kv_heads": 2},
     "llama-one-kv-head": {"kv_heads": 1, "seed": 3},
     "mistral": {"family": "mistral", "sliding_window": None},
     "qwen2": {"family": "qwen2"},
@@ -79,12 +78,6 @@ def test_unpruned_equals_generate_in_a_batch_that_others_join_late(options: Any)
     assert tokens(engine(model).generate(requests)) == expected
 
 
-def test_unpruned_singles_equal_generate(model: Any) -> None:
-    requests = mixed_requests(5, seed=1, max_new_tokens=9)
-    served = {key: r.token_ids for key, r in singles(engine(model), requests).items()}
-    assert served == expected_tokens(model, PROCESSOR, requests)
-
-
 def test_logprobs_are_those_of_generate(model: Any) -> None:
     requests = mixed_requests(4, seed=2, max_new_tokens=8)
     results = by_id(engine(model).generate(requests))
@@ -114,12 +107,11 @@ def test_pruned_equals_patch_and_generate_alone_and_in_batches(
     assert_lively(expected)
     alone = singles(engine(model, pruning), requests)
     assert {key: result.token_ids for key, result in alone.items()} == expected
-    for options in ({}, {"max_running": 5, "batch_tokens": 150}):
-        together = by_id(engine(model, pruning, **options).generate(requests))
-        for key, result in together.items():
-            assert result.token_ids == alone[key].token_ids
-            assert result.kept_tokens == alone[key].kept_tokens
-            assert result.visual_tokens_stages == alone[key].visual_tokens_stages
+    late = engine(model, pruning, max_running=5, batch_tokens=150)
+    for key, result in by_id(late.generate(requests)).items():
+        assert result.token_ids == alone[key].token_ids
+        assert result.kept_tokens == alone[key].kept_tokens
+        assert result.visual_tokens_stages == alone[key].visual_tokens_stages
 
 
 def as_on_a_gpu(engine: Engine) -> Engine:
@@ -132,8 +124,8 @@ def as_on_a_gpu(engine: Engine) -> Engine:
 
 @pytest.mark.parametrize(
     ("pruning", "sampling"),
-    [(None, {}), (None, {"ignore_eos": True}), (TRIO, {"temperature": 0.8}), (TRIO, {})],
-    ids=["unpruned", "unpruned-ignoring", "trio-drawn", "trio"],
+    [(None, {"ignore_eos": True}), (TRIO, {"temperature": 0.8})],
+    ids=["unpruned-ignoring", "trio-drawn"],
 )
 def test_the_way_a_gpu_goes_leads_to_the_same_answers(
     model: Any, pruning: Pruning | None, sampling: dict[str, Any]
@@ -166,23 +158,15 @@ def test_pruning_changes_answers_with_images_and_no_others(model: Any) -> None:
     assert sum(pruned[r.id] != whole[r.id] for r in requests if r.images) > 5
 
 
-def test_retention_of_one_is_no_pruning(model: Any) -> None:
-    requests = mixed_requests(5, seed=0)
-    results = by_id(engine(model, Pruning(retention=1)).generate(requests))
-    assert {k: r.token_ids for k, r in results.items()} == expected_tokens(
-        model, PROCESSOR, requests
-    )
-    assert {r.retention for r in results.values()} == {1.0, None}
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [{"temperature": 1.0}, {"temperature": 0.7, "top_k": 10}, {"temperature": 1.5, "top_p": 0.8}],
-)
-def test_sampled_answers_do_not_depend_on_neighbours(model: Any, settings: Any) -> None:
+def test_sampled_answers_do_not_depend_on_neighbours(model: Any) -> None:
+    own: list[dict[str, Any]] = [
+        {"temperature": 1.0},
+        {"temperature": 0.7, "top_k": 10},
+        {"temperature": 1.5, "top_p": 0.8},
+    ]
     requests = [
-        replace(r, sampling=Sampling(max_new_tokens=8, seed=r.id, **settings))
-        for r in mixed_requests(7, seed=6)
+        replace(r, sampling=Sampling(max_new_tokens=8, seed=r.id, **own[r.id % 3]))
+        for r in mixed_requests(9, seed=6)
     ]
     alone = singles(engine(model), requests)
     together = tokens(engine(model, max_running=5).generate(reversed(requests)))
@@ -244,7 +228,7 @@ def test_results_come_as_they_finish_and_requests_are_pulled_lazily(model: Any) 
     pulled = []
 
     def requests() -> Any:
-        for number in range(120):
+        for number in range(60):
             pulled.append(number)
             length = 40 if number == 0 else 3
             sampling = Sampling(max_new_tokens=length, ignore_eos=True)
@@ -254,8 +238,8 @@ def test_results_come_as_they_finish_and_requests_are_pulled_lazily(model: Any) 
     for result in engine(model, max_running=4).generate(requests()):
         order.append(result.id)
         assert len(pulled) <= len(order) + 12
-    assert sorted(order) == list(range(120))
-    assert 10 < order.index(0) < 100
+    assert sorted(order) == list(range(60))
+    assert 10 < order.index(0) < 50
 
 
 def test_failed_results_come_before_the_rest_is_pulled(model: Any) -> None:
@@ -280,19 +264,6 @@ def test_an_answer_left_halfway_leaves_nothing_behind(model: Any) -> None:
     assert worker._cache.used_bytes == worker._cache.room.holders == 0
     requests = mixed_requests(4)
     assert tokens(worker.generate(requests)) == expected_tokens(model, PROCESSOR, requests)
-
-
-def test_submit_and_step_serve_the_same(model: Any) -> None:
-    requests = mixed_requests(12, seed=9)
-    worker = engine(model, TRIO, max_running=6)
-    results, coming = [], list(requests)
-    while coming or worker.has_work:
-        for request in coming[:2]:
-            worker.submit(worker.prepare(request))
-        del coming[:2]
-        results += worker.step()
-    assert tokens(results) == tokens(engine(model, TRIO).generate(requests))
-    assert worker.step() == []
 
 
 def test_only_one_generate_at_a_time(model: Any) -> None:
@@ -556,11 +527,11 @@ def test_a_processor_of_another_model_is_refused_at_the_start(
 
 def test_many_mixed_requests_leave_the_cache_empty(model: Any) -> None:
     worker = Engine(model, PROCESSOR, pruning=TRIO, kv_bytes=700_000, batch_tokens=300)
-    results = by_id(worker.generate(mixed_requests(60, seed=11)))
-    assert sorted(results) == list(range(60))
+    results = by_id(worker.generate(mixed_requests(30, seed=11)))
+    assert sorted(results) == list(range(30))
     assert all(result.error is None for result in results.values())
     stats = worker.stats()
-    assert stats["requests"] == 60
+    assert stats["requests"] == 30
     assert 0 < stats["kv_used_bytes_peak"] <= 700_000
     assert worker._cache.allocated_bytes <= 700_000
     assert worker._cache.used_bytes == worker._cache.room.holders == 0

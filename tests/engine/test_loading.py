@@ -5,14 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from tests.engine.support import mixed_requests, tokens
 from tests.tiny.llava import save_tiny_checkpoint
 from trio.engine.engine import Engine
 from trio.engine.loading import load, load_processor
 from trio.engine.preprocess import Preprocessor
-from trio.engine.request import Sampling
 from trio.errors import UserError
 from trio.families.llava import LlavaAdapter
 from trio.pruning.options import Pruning
@@ -23,29 +21,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_checkpoint(tmp_path_factory.mktemp("model"), spread=0.4)
 
 
-def test_an_engine_comes_from_a_directory(checkpoint: Path) -> None:
-    engine = Engine.from_pretrained(
-        str(checkpoint),
-        device="cpu",
-        pruning=Pruning(retention=0.5),
-        sampling=Sampling(max_new_tokens=6),
-        max_running=3,
-    )
-    requests = mixed_requests(5)
-    by_hand = Engine(*load(str(checkpoint)), pruning=Pruning(retention=0.5))
-    assert tokens(engine.generate(requests)) == tokens(by_hand.generate(requests))
-
-
 @pytest.mark.parametrize(
     ("dtype", "expected"),
     [
         (None, torch.float32),
         ("auto", torch.float32),
-        ("float32", torch.float32),
         ("bfloat16", torch.bfloat16),
-        ("float16", torch.float16),
-        (torch.bfloat16, torch.bfloat16),
-        (torch.float16, torch.float16),
         (torch.float64, torch.float64),
     ],
 )
@@ -105,15 +86,7 @@ def test_wrong_directories_are_named(checkpoint: Path, tmp_path: Path) -> None:
     assert "safetensors" in message(tmp_path)
 
 
-def test_a_directory_without_a_processor_is_incomplete(checkpoint: Path, tmp_path: Path) -> None:
-    for name in ("config.json", "model.safetensors"):
-        (tmp_path / name).write_bytes((checkpoint / name).read_bytes())
-    assert "incomplete" in message(tmp_path)
-
-
-@pytest.mark.parametrize(
-    "config", [{"model_type": "llama"}, {"model_type": "qwen2_vl"}, {"model_type": "unheard-of"}]
-)
+@pytest.mark.parametrize("config", [{"model_type": "qwen2_vl"}, {"model_type": "unheard-of"}])
 def test_other_architectures_are_refused_before_their_weights_are_read(
     checkpoint: Path, tmp_path: Path, config: dict[str, str]
 ) -> None:
@@ -132,16 +105,7 @@ def test_code_of_a_repository_is_never_run(checkpoint: Path, tmp_path: Path) -> 
     assert "custom code" in message(tmp_path)
 
 
-def test_the_checkpoint_is_what_is_served(checkpoint: Path) -> None:
-    model, _ = load(str(checkpoint), device="cpu")
-    stored = load_file(checkpoint / "model.safetensors")
-    name = next(name for name in stored if name.endswith("lm_head.weight"))
-    assert torch.equal(model.lm_head.weight, stored[name].float())
-
-
-@pytest.mark.parametrize(
-    "dtype", ["bf16", "torch.float16", "float8_e4m3fn", "", torch.int8, torch.float8_e4m3fn]
-)
+@pytest.mark.parametrize("dtype", ["bf16", "", torch.int8])
 def test_a_wrong_dtype_is_told_the_right_ones(checkpoint: Path, dtype: str | torch.dtype) -> None:
     with pytest.raises(UserError) as caught:
         load(str(checkpoint), device="cpu", dtype=dtype)
@@ -154,8 +118,6 @@ def test_a_wrong_dtype_is_told_the_right_ones(checkpoint: Path, dtype: str | tor
     ("device", "said"),
     [
         ("gpu", "'gpu' is no device; give cpu, cuda or cuda:0"),
-        ("", "'' is no device"),
-        ("cuda:x", "'cuda:x' is no device"),
         ("meta", "device meta has no weights"),
         ("xpu:7", "no device xpu:7 here"),
     ],

@@ -80,18 +80,6 @@ def test_figures_of_a_pruned_request(model: Any) -> None:
     assert result.logprob_mean == pytest.approx(sum(result.logprobs) / 5)
 
 
-def test_each_image_has_a_budget_of_its_own(model: Any) -> None:
-    pictures = tuple(picture(seed) for seed in range(3))
-    request = Request(prompt="what", images=pictures, sampling=Sampling(max_new_tokens=1))
-    (result,) = Engine(model, PROCESSOR, pruning=Pruning(schedule="1:10")).generate([request])
-    assert result.visual_tokens == 3 * 64
-    assert result.visual_tokens_stages == [30]
-    assert result.kept_tokens is not None
-    own = [range(64 * number, 64 * number + 64) for number in range(3)]
-    assert [sum(i in image for i in result.kept_tokens[0]) for image in own] == [10, 10, 10]
-    assert result.retention == pytest.approx((1 + 5 * 10 / 64) / 6)
-
-
 def test_a_request_without_images(model: Any) -> None:
     request = Request(prompt="what is this", sampling=Sampling(max_new_tokens=2, ignore_eos=True))
     (result,) = Engine(model, PROCESSOR, pruning=Pruning(retention=0.5)).generate([request])

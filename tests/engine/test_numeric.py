@@ -26,14 +26,10 @@ PROCESSOR = tiny_processor()
 PRUNINGS = {
     "unpruned": None,
     "trio": Pruning(retention=0.4),
-    "trio-from-embeddings": Pruning(schedule="0:30,3:9"),
-    "random": Pruning(schedule="0:6", method="random"),
     "divprune": Pruning(schedule="0:6", method="divprune"),
-    "fastv": Pruning(schedule="2:6", method="fastv"),
     "visionzip": Pruning(retention=0.3, encoder="visionzip"),
     "scan": Pruning(retention=0.3, encoder="scan"),
 }
-SLOW = ("random", "fastv")
 
 
 @pytest.fixture(scope="module")
@@ -91,10 +87,7 @@ def check(worker: Engine, expected: dict[Any, Result], asked: list[Request], whe
         assert tensor.isfinite().all()
 
 
-@pytest.mark.parametrize(
-    "pruning",
-    [pytest.param(PRUNINGS[n], marks=[pytest.mark.slow] * (n in SLOW), id=n) for n in PRUNINGS],
-)
+@pytest.mark.parametrize("pruning", PRUNINGS.values(), ids=PRUNINGS)
 def test_features_of_one_image(model: Any, pruning: Pruning | None) -> None:
     few: dict[str, Any] = {"gpu_way": True, "max_running": 4, "batch_tokens": 200}
     for wrong, temperature, options in ((math.nan, 0.0, dict[str, Any]()), (math.inf, 1.0, few)):
@@ -168,7 +161,7 @@ def test_a_patched_model_says_which_row(model: Any) -> None:
     broken = copy.deepcopy(model)
     project: Callable[..., torch.Tensor] = broken.model.multi_modal_projector.forward
     broken.model.multi_modal_projector.forward = lambda x: project(x) * math.nan
-    patched = patch(broken, PRUNINGS["random"] or Pruning())
+    patched = patch(broken, Pruning(schedule="0:6", method="random"))
     inputs = model_inputs(PROCESSOR, Request(prompt="what", images=(picture(1),)))
     with pytest.raises(UserError, match=r"row 0 of the batch .* not finite"):
         patched.generate(**inputs, max_new_tokens=2, do_sample=False)

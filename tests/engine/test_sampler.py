@@ -4,6 +4,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import (
     MinPLogitsWarper,
     TemperatureLogitsWarper,
@@ -28,10 +30,13 @@ def test_greedy_takes_the_likeliest_and_reports_its_probability() -> None:
     assert chosen.logprobs == pytest.approx(expected, abs=1e-6)
 
 
-@pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
-@pytest.mark.parametrize("top_k", [None, 1, 7, 500])
-@pytest.mark.parametrize("top_p", [1e-6, 0.4, 0.9, 1.0])
-@pytest.mark.parametrize("min_p", [None, 0.0, 0.05, 1.0])
+@settings(max_examples=60, deadline=None)
+@given(
+    st.floats(0.2, 3.0),
+    st.sampled_from([None, 1, 7, 500]),
+    st.sampled_from([1e-6, 0.4, 0.9, 1.0]),
+    st.sampled_from([None, 0.0, 0.05, 1.0]),
+)
 def test_distribution_equals_the_warpers_of_transformers(
     temperature: float, top_k: int | None, top_p: float, min_p: float | None
 ) -> None:
@@ -49,14 +54,14 @@ def test_distribution_equals_the_warpers_of_transformers(
 
 def test_settings_of_one_row_leave_the_others_alone() -> None:
     table = logits(4)
-    settings = [
+    samplings = [
         Sampling(temperature=0.5),
         Sampling(temperature=1.5, top_k=3),
         Sampling(temperature=1.0, top_p=0.3),
         Sampling(temperature=2.0, min_p=0.2),
     ]
-    together = distribution(table, settings)
-    for row, sampling in enumerate(settings):
+    together = distribution(table, samplings)
+    for row, sampling in enumerate(samplings):
         alone = distribution(table[row : row + 1], [sampling])
         torch.testing.assert_close(together[row], alone[0])
 
@@ -93,18 +98,23 @@ def test_the_ends_of_the_unit_interval_never_draw_an_impossible_token() -> None:
         assert choose(table, [sampling], [Fixed(value)]).token_ids == [token]
 
 
-@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("wrong", "temperature", "dtype"),
+    [
+        (math.nan, 0.0, torch.float32),
+        (math.inf, 1.0, torch.float16),
+        (-math.inf, 1.0, torch.bfloat16),
+    ],
+)
 def test_a_row_that_is_not_finite_is_told_and_leaves_the_others_alone(
     wrong: float, temperature: float, dtype: torch.dtype
 ) -> None:
     table = logits(5).to(dtype)
-    settings = [Sampling(temperature=temperature, top_k=9, top_p=0.9, seed=s) for s in range(5)]
-    expected = choose(table, settings, list(map(stream, settings)))
+    samplings = [Sampling(temperature=temperature, top_k=9, top_p=0.9, seed=s) for s in range(5)]
+    expected = choose(table, samplings, list(map(stream, samplings)))
     table[1, 30] = wrong
     table[3] = wrong
-    got = choose(table, settings, list(map(stream, settings)))
+    got = choose(table, samplings, list(map(stream, samplings)))
     assert [math.isnan(own) for own in got.logprobs] == [False, True, False, True, False]
     for row in (0, 2, 4):
         assert got.token_ids[row] == expected.token_ids[row]

@@ -5,6 +5,7 @@ A new minor version of it that changes one of these fails here, by name, and not
 
 from __future__ import annotations
 
+import functools
 import inspect
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,6 +29,7 @@ from trio.families.registry import adapt, adapter_class
 from trio.patching.cache import RaggedLayer
 
 TOKENS = 7
+close = functools.partial(torch.testing.assert_close, atol=1e-5, rtol=1e-5)
 
 
 @dataclass
@@ -97,6 +99,7 @@ def test_the_attention_function_is_looked_up_at_every_call(any_family: Family) -
 
 
 def test_the_encoder_gives_pooled_features_for_each_image(family: Family) -> None:
+    """As many as placeholders, and the same whatever is encoded beside it."""
     adapter = adapt(family.model)
     prepare = Preprocessor(family.processor, type(adapter))
     for images in ((picture(1, (40, 40)),), (picture(1, (40, 40)), picture(2, (90, 20)))):
@@ -110,6 +113,10 @@ def test_the_encoder_gives_pooled_features_for_each_image(family: Family) -> Non
         assert len(layers) == 1
         for image in features:
             assert all(layer.shape == image.tokens.shape for layer in image.injected)
+        for image, inputs in zip(features, request.image_inputs, strict=True):
+            (alone,) = adapter.encode_images([inputs])
+            close(image.tokens, alone.tokens)
+            close(image.injected, alone.injected)
 
 
 def test_generate_makes_of_a_prompt_what_patch_takes_for_one(family: Family) -> None:

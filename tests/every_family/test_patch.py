@@ -12,7 +12,7 @@ import torch
 import trio
 from tests.engine.support import batch_inputs
 from tests.every_family.family import ARCHITECTURES, Family, covering, requests_with
-from tests.patching.prompts import run
+from tests.patching.prompts import assert_keeps_its_answers, run
 from trio.decoder.cache_argument import cache_of
 from trio.engine.request import Request
 from trio.errors import UserError
@@ -178,24 +178,5 @@ def test_unpatching_gives_the_model_back(family: Family, model: Any) -> None:
 
 
 def test_one_that_keeps_all_answers_as_unpatched_and_goes_on(family: Family, model: Any) -> None:
-    """Positions, and what is added in the first layers, are then all that could differ: in the
-    prompt, in the answer and in a follow-up."""
     rows = requests_with(IMAGES)
-
-    def follow_up(answer: Any, inputs: dict[str, Any], cache: Any) -> Any:
-        ids = torch.cat([inputs["input_ids"], answer, torch.full((len(answer), 3), 20)], dim=1)
-        mask = torch.cat([inputs["attention_mask"], torch.ones(len(answer), 9).long()], dim=1)
-        return run(model, {"input_ids": ids, "attention_mask": mask}, cache=cache)
-
-    # Unpatched, a right-padded row's first token is predicted from its padding.
-    inputs = batch(family, rows, "left")
-    wanted = run(model, inputs)
-    book = follow_up(wanted[0], inputs, wanted[2])
-    trio.patch(model, trio.Pruning(schedule="0:500,2:500"))
-    for side in ("left", "right"):
-        inputs = batch(family, rows, side)
-        got = run(model, inputs)
-        second = follow_up(got[0], inputs, got[2])
-        for own, other in ((got, wanted), (second, book)):
-            assert torch.equal(own[0], other[0])
-            torch.testing.assert_close(own[1], other[1], atol=1e-3, rtol=1e-3)
+    assert_keeps_its_answers(model, lambda side: batch(family, rows, side))

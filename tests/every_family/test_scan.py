@@ -1,26 +1,24 @@
-"""The engine with a reduction in the towers of the Qwen-VL families."""
+"""What enters the decoder behind a reduction in the towers of the Qwen-VL families."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from tests.engine.support import assert_lively, by_id, tokens
+from tests.engine.support import by_id
 from tests.every_family.family import (
     FAMILIES,
     LAYERS,
     Family,
-    requests_of_many_sizes,
     requests_with,
 )
+from tests.every_family.test_engine import engine
 from trio.engine import model_runner as runner
-from trio.engine.engine import Engine
-from trio.engine.request import Prepared, Request, Result
+from trio.engine.request import Prepared
 from trio.families.adapter import Features
 from trio.prefill import PackedPrompts, Prefilled
 from trio.pruning.options import Pruning
@@ -31,79 +29,6 @@ SCAN = Pruning(retention=1 / 4, encoder="scan")
 @pytest.fixture(scope="module", params=["qwen2_5_vl", "qwen3_vl"])
 def family(request: Any) -> Family:
     return FAMILIES[request.param]()
-
-
-def engine(family: Family, pruning: Pruning | None, **options: Any) -> Engine:
-    return Engine(family.model, family.processor, pruning=pruning, kv_bytes=1 << 26, **options)
-
-
-def one_by_one(worker: Engine, requests: Sequence[Request]) -> dict[Any, Result]:
-    return by_id(itertools.chain.from_iterable(worker.generate([r]) for r in requests))
-
-
-@pytest.mark.parametrize(
-    ("method", "position_ids"),
-    [
-        ("trio", "keep"),
-        pytest.param("trio", "renumber", marks=pytest.mark.slow),
-        pytest.param("none", "renumber", marks=pytest.mark.slow),
-        pytest.param("random", "keep", marks=pytest.mark.slow),
-    ],
-)
-def test_a_batch_equals_singles_and_counts_are_as_asked(
-    family: Family, method: str, position_ids: str
-) -> None:
-    pruning = replace(SCAN, method=method, position_ids=position_ids)
-    requests = requests_of_many_sizes(7, seed=2, max_new_tokens=8)
-    assert {len(request.images) for request in requests} >= {0, 1, 2, 9}
-    worker = engine(family, pruning)
-    alone = one_by_one(worker, requests)
-    late = engine(family, pruning, max_running=5, batch_tokens=250)
-    together = by_id(late.generate(requests))
-    assert_lively({key: result.token_ids for key, result in alone.items()})
-    for request in requests:
-        result, single = together[request.id], alone[request.id]
-        assert result.token_ids == single.token_ids
-        assert result.kept_tokens == single.kept_tokens
-        prepared = worker.prepare(request)
-        assert isinstance(prepared, Prepared)
-        counts = prepared.image_tokens
-        entered = [worker._runner.pruning.encoded(count, LAYERS) for count in counts]
-        stages = [worker._runner.pruning.stages(count, LAYERS) for count in counts]
-        assert result.visual_tokens == sum(counts)
-        assert result.visual_tokens_encoder == sum(entered)
-        assert result.visual_tokens_stages == [
-            sum(keep for _, keep in stage) for stage in zip(*stages, strict=True)
-        ]
-        starts = itertools.accumulate(counts, initial=0)
-        kept: list[list[int | None]] = list(result.kept_tokens or [])
-        for start, count, own, later in zip(starts, counts, entered, stages, strict=False):
-            for keep, indices in zip((own, *(keep for _, keep in later)), kept, strict=True):
-                image = range(start, start + count)
-                assert sum(index in image for index in indices) == keep
-        for before, after in itertools.pairwise(kept):
-            assert set(after) <= set(before)
-
-
-def test_what_keeps_all_answers_as_unpruned(family: Family) -> None:
-    requests = requests_of_many_sizes(5, seed=5, max_new_tokens=8)
-    whole = tokens(engine(family, None).generate(requests))
-    assert_lively(whole)
-    for pruning in (
-        Pruning(schedule="0:1000", encoder="scan", method="none"),
-        Pruning(retention=1, encoder="scan"),
-    ):
-        results = by_id(engine(family, pruning).generate(requests))
-        assert {key: result.token_ids for key, result in results.items()} == whole
-        assert all(r.visual_tokens_encoder == r.visual_tokens for r in results.values())
-
-
-def test_what_is_left_out_changes_answers(family: Family) -> None:
-    """Guards the equalities above."""
-    requests = [r for r in requests_of_many_sizes(3, seed=5, max_new_tokens=4) if r.images]
-    whole = tokens(engine(family, None).generate(requests))
-    pruning = replace(SCAN, method="none")
-    assert tokens(engine(family, pruning).generate(requests)) != whole
 
 
 class Entered:

@@ -13,7 +13,6 @@ from PIL import Image
 from tests.engine.support import MANY_SIZES, picture
 from tests.tiny.llava import (
     HUB_PINPOINTS,
-    IMAGE_TOKEN_ID,
     LLAVA_NEXT,
     PINPOINTS,
     tiny_llava,
@@ -96,20 +95,6 @@ def test_features_are_the_models_own_in_one_pass_without_padding(adapter: TiledA
     assert len(set(counts)) > 5 and max(counts) == adapter.max_visual_tokens == 88
 
 
-def test_placeholders_are_as_many_as_features(adapter: TiledAdapter) -> None:
-    texts = ["<image>"] * len(PICTURES)
-    ids = PROCESSOR(images=PICTURES, text=texts, padding=True, return_tensors="pt")["input_ids"]
-    features = adapter.encode_images(singles())
-    assert (ids == IMAGE_TOKEN_ID).sum(dim=1).tolist() == list(map(len, features))
-
-
-def test_features_do_not_depend_on_the_batch(adapter: TiledAdapter) -> None:
-    inputs = singles()
-    for image, together in zip(inputs, adapter.encode_images(inputs), strict=True):
-        (alone,) = adapter.encode_images([image])
-        torch.testing.assert_close(together.tokens, alone.tokens, atol=1e-5, rtol=1e-5)
-
-
 def test_inputs_of_another_processor_are_refused(adapter: TiledAdapter) -> None:
     good = singles()[0]
     adapter.check_inputs(good)
@@ -125,11 +110,3 @@ def test_inputs_of_another_processor_are_refused(adapter: TiledAdapter) -> None:
     assert "[1, 3, 32, 32], and the model takes [1, 5, 3, 32, 32]" in fault(whole)
     padded = {**good, "pixel_values": good["pixel_values"].repeat(1, 2, 1, 1, 1)}
     assert "[1, 10, 3, 32, 32], and the model takes [1, 5," in fault(padded)
-
-
-def test_vision_cost_counts_tiles(adapter: TiledAdapter) -> None:
-    of: dict[int, int] = {}
-    for image in singles():
-        (tiles,) = adapter.tiles(image)
-        of[tiles] = adapter.vision_flops(image)
-    assert 3 * of[5] == 5 * of[3] > 0

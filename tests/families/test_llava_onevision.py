@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import pickle
 import random
@@ -20,7 +19,7 @@ from transformers import (
 )
 
 import trio
-from tests.engine.support import MANY_SIZES, expected_tokens, model_inputs, picture, tokens
+from tests.engine.support import MANY_SIZES, model_inputs, picture
 from tests.patching.prompts import run
 from tests.tiny.llava_onevision import (
     ASPECT_RATIO,
@@ -32,8 +31,7 @@ from tests.tiny.llava_onevision import (
     tiny_onevision,
 )
 from trio.benchmark.shapes.sizes import blueprint
-from trio.engine.engine import Engine
-from trio.engine.request import Request, Sampling
+from trio.engine.request import Request
 from trio.errors import UserError
 from trio.families.adapter import Inputs
 from trio.families.llava_onevision import LlavaOnevisionAdapter
@@ -119,16 +117,15 @@ def test_counts_of_a_7b_shape() -> None:
 
 
 @pytest.mark.parametrize(
-    "grids",
+    ("most", "grids"),
     [
-        pinpoints(SIDE, 2),
-        [[SIDE * rows, SIDE * columns] for rows, columns in ((1, 2), (2, 1), (2, 2), (3, 1))],
-        [[SIDE * rows, SIDE * columns] for rows, columns in ((5, 1), (1, 7), (4, 4), (5, 3))],
-        [[SIDE, SIDE]],
+        (1, pinpoints(SIDE, 2)),
+        (4, [[SIDE * rows, SIDE * columns] for rows, columns in ((1, 2), (2, 1), (2, 2), (3, 1))]),
+        (9, [[SIDE * rows, SIDE * columns] for rows, columns in ((5, 1), (1, 7), (4, 4), (5, 3))]),
+        (4, [[SIDE, SIDE]]),
     ],
     ids=["up-to-2", "next", "gaps", "one"],
 )
-@pytest.mark.parametrize("most", [1, 4, 9])
 def test_no_image_passes_the_bound_and_one_comes_near(grids: list[list[int]], most: int) -> None:
     model = tiny_onevision(layers=1)
     model.config.image_grid_pinpoints = grids
@@ -163,14 +160,6 @@ def test_features_are_the_models_own_in_one_pass(adapter: LlavaOnevisionAdapter)
     assert adapter.visual_tokens(together) == found and adapter.tiles(together) == tiles
     assert [found[index] for index in (1, 2, 4, 5, 6)] == [TILE_TOKENS + 1] * 5
     assert len(set(found)) == 5
-
-
-def test_features_do_not_depend_on_the_batch(adapter: LlavaOnevisionAdapter) -> None:
-    """An image of a prompt with several, too, is the same without the others."""
-    inputs = [image for images in reversed(prompts()) for image in images]
-    for image, together in zip(inputs, adapter.encode_images(inputs), strict=True):
-        (alone,) = adapter.encode_images([image])
-        torch.testing.assert_close(together.tokens, alone.tokens, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 8])
@@ -227,12 +216,12 @@ def test_patch_takes_several_images_in_tiles_if_the_call_has_them(said: bool) ->
     run(model, inputs)
 
 
-@pytest.mark.parametrize("ratio", ["anyres_max_1", "anyres_max_9"])
-def test_patch_counts_as_generate_was_told_to(ratio: str) -> None:
+def test_patch_counts_as_generate_was_told_to() -> None:
     """`generate` passes a `vision_aspect_ratio` on, whatever the config says."""
     model = tiny_onevision(layers=2, spread=0.4)
     if "mm_encoder_outputs" not in inspect.signature(model.forward).parameters:
         pytest.skip("this transformers takes it from the config alone")
+    ratio = "anyres_max_9"
     processor = onevision_processor(aspect_ratio=ratio)
     image = Image.new("RGB", (3 * SIDE, 3 * SIDE))
     inputs = dict(processor(images=[image], text=["<image> what"], return_tensors="pt"))
@@ -243,25 +232,6 @@ def test_patch_counts_as_generate_was_told_to(ratio: str) -> None:
     kept, same, _ = run(model, inputs)
     assert torch.equal(kept, new)
     torch.testing.assert_close(same, logits, atol=1e-3, rtol=1e-3)
-
-
-def test_frames_of_a_video_are_so_many_images() -> None:
-    model = tiny_onevision(spread=0.4)
-    frames = tuple(picture(number, (60, 40)) for number in range(8))
-    sampling = Sampling(max_new_tokens=5)
-    requests = [
-        Request(prompt="what is this", images=frames, id=0, sampling=sampling),
-        Request(prompt="what is this", images=frames[:1], id=1, sampling=sampling),
-    ]
-    engine = Engine(model, PROCESSOR, kv_bytes=1 << 26)
-    results = {result.id: result for result in engine.generate(requests)}
-    assert tokens(results.values()) == expected_tokens(model, PROCESSOR, requests)
-    assert results[0].visual_tokens == 8 * (TILE_TOKENS + 1)
-    assert (results[1].visual_tokens or 0) > TILE_TOKENS + 1
-    pruning = Pruning(retention=0.4)
-    pruned = Engine(model, PROCESSOR, pruning=pruning, kv_bytes=1 << 26).generate(requests)
-    patched = trio.patch(copy.deepcopy(model), pruning)
-    assert tokens(pruned) == expected_tokens(patched, PROCESSOR, requests)
 
 
 def test_inputs_of_another_processor_are_refused(adapter: LlavaOnevisionAdapter) -> None:
@@ -289,9 +259,7 @@ def test_inputs_of_another_processor_are_refused(adapter: LlavaOnevisionAdapter)
     )
 
 
-@pytest.mark.parametrize(
-    "ratio", ["", "anyres", "pad", "anyres_max_0", "anyres_max_-9", "anyres_max_9.5"]
-)
+@pytest.mark.parametrize("ratio", ["anyres", "anyres_max_0", "anyres_max_9.5"])
 def test_an_aspect_ratio_that_cannot_be_counted_with_is_refused(ratio: str) -> None:
     model = tiny_onevision(layers=1)
     model.config.vision_aspect_ratio = ratio
@@ -306,7 +274,7 @@ def test_a_tower_whose_features_cannot_be_laid_out_is_refused() -> None:
         adapt(model)
 
 
-@pytest.mark.parametrize("grids", [[], [[SIDE, SIDE], [SIDE, 100]], [[0, SIDE]]])
+@pytest.mark.parametrize("grids", [[], [[SIDE, SIDE], [SIDE, 100]]])
 def test_grids_that_are_not_of_whole_tiles_are_refused(grids: list[list[int]]) -> None:
     model = tiny_onevision(layers=1)
     model.config.image_grid_pinpoints = grids
@@ -322,10 +290,3 @@ def test_another_decoder_is_refused() -> None:
         model = LlavaOnevisionForConditionalGeneration(config)
     with pytest.raises(UserError, match="'llama' text decoder is not supported; supported are qw"):
         adapt(model)
-
-
-def test_vision_cost_counts_tiles(adapter: LlavaOnevisionAdapter) -> None:
-    (alone,) = prompt(PICTURES[0])
-    beside = prompt(PICTURES[0], PICTURES[1])[0]
-    assert adapter.tiles(alone) == [5] and adapter.tiles(beside) == [1]
-    assert adapter.vision_flops(alone) == 5 * adapter.vision_flops(beside) > 0

@@ -49,15 +49,14 @@ def test_images_are_resized_to_between_the_limits(qwen: str) -> None:
     assert [(result.error, result.visual_tokens) for result in results] == [(None, 30)]
 
 
-@pytest.mark.parametrize(
-    ("limits", "size", "expected"),
-    [({"max_pixels": 30 * TOKEN}, SMALL, 4), ({"min_pixels": 20 * TOKEN}, LARGE, 72)],
-)
-def test_the_other_limit_stays(
-    qwen: str, limits: Any, size: tuple[int, int], expected: int
-) -> None:
-    preparer = Preprocessor(load_processor(qwen, **limits), Qwen25VLAdapter)
-    assert visual_tokens(preparer, size) == expected
+def test_the_other_limit_stays(qwen: str) -> None:
+    others: list[tuple[dict[str, Any], tuple[int, int], int]] = [
+        ({"max_pixels": 30 * TOKEN}, SMALL, 4),
+        ({"min_pixels": 20 * TOKEN}, LARGE, 72),
+    ]
+    for limits, size, expected in others:
+        preparer = Preprocessor(load_processor(qwen, **limits), Qwen25VLAdapter)
+        assert visual_tokens(preparer, size) == expected
 
 
 def test_the_memory_plan_follows(qwen: str) -> None:
@@ -74,10 +73,8 @@ def test_the_memory_plan_follows(qwen: str) -> None:
     ("limits", "said"),
     [
         ({"min_pixels": 0}, "min_pixels must be a whole number of pixels, at least 1, got 0"),
-        ({"max_pixels": -5}, "max_pixels must be a whole number of pixels, at least 1, got -5"),
         ({"max_pixels": 1e6}, "max_pixels must be a whole number of pixels"),
         ({"max_pixels": True}, "max_pixels must be a whole number of pixels"),
-        ({"max_pixels": "9999"}, "max_pixels must be a whole number of pixels"),
         ({"min_pixels": 900, "max_pixels": 800}, "min_pixels 900 is above max_pixels 800;"),
         (
             {"min_pixels": 6000},

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-import trio
 from tests.engine.support import batch_inputs
 from tests.every_family.family import requests_with
 from tests.tiny.qwen3_vl import (
@@ -20,9 +18,7 @@ from tests.tiny.qwen3_vl import (
     tiny_qwen3_processor,
 )
 from trio.benchmark.shapes.sizes import blueprint
-from trio.families.adapter import Features, joined
 from trio.families.registry import adapt
-from trio.prefill import PackedPrompts, Prefilled, prefill
 
 PROCESSOR: Any = tiny_qwen3_processor()
 
@@ -30,12 +26,6 @@ PROCESSOR: Any = tiny_qwen3_processor()
 @pytest.fixture(scope="module")
 def model() -> Any:
     return tiny_qwen3(layers=6)
-
-
-def batch(images: tuple[int, ...]) -> dict[str, Any]:
-    """Rows with so many images each."""
-    requests = requests_with((*images, *[0] * (8 - len(images))))[: len(images)]
-    return dict(batch_inputs(PROCESSOR, requests))
 
 
 def test_counts_of_an_8b_shape() -> None:
@@ -68,75 +58,10 @@ def test_rotation_takes_the_axes_in_turn(model: Any) -> None:
     torch.testing.assert_close(sin[0], angles.sin().float().repeat(1, 2), atol=2e-5, rtol=0)
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_the_head_may_be_the_input_embedding(tied: bool) -> None:
-    model = tiny_qwen3(layers=2, tied=tied)
-    decoder = adapt(model).decoder
-    assert (decoder.lm_head.weight is decoder.model.embed_tokens.weight) == tied
-    hidden = torch.randn(3, 64)
-    with torch.no_grad():
-        wanted = model.lm_head(decoder.model.norm(hidden))
-        torch.testing.assert_close(decoder.head(hidden), wanted)
-
-
-def result(model: Any, features: list[Features], inputs: dict[str, Any]) -> Prefilled:
-    """Of a prefill of a batch with stages before, between and behind the layers that inject."""
-    adapter = adapt(model)
-    real = inputs["attention_mask"].bool()
-    tokens = [ids[own] for ids, own in zip(inputs["input_ids"], real, strict=True)]
-    counts = iter(features)
-    spans = []
-    for row in tokens:
-        needed = int((row == adapter.image_token_id).sum())
-        own: list[int] = []
-        while sum(own) < needed:
-            own.append(len(next(counts)))
-        spans.append(adapter.spans(row, own))
-    lengths = tuple(map(len, tokens))
-    packed = PackedPrompts(
-        embeds_TD=adapter.embed(torch.cat(tokens), features),
-        lengths=lengths,
-        images=spans,
-        positions_T=adapter.positions(lengths, spans, [inputs]),
-        injected=joined(features),
-    )
-    pruning = trio.Pruning(schedule="0:0.8,1:0.6,2:0.5,3:0.3", method="random", position_ids="keep")
-    return prefill(adapter.decoder, packed, pruning, None)
-
-
-def features_of(model: Any, inputs: dict[str, Any]) -> list[Features]:
-    grids, pixels = inputs["image_grid_thw"], inputs["pixel_values"]
-    own = pixels.split(grids.prod(dim=1).tolist())
-    return adapt(model).encode_images(
-        [
-            {"pixel_values": image, "image_grid_thw": grid[None]}
-            for image, grid in zip(own, grids, strict=True)
-        ]
-    )
-
-
-@pytest.mark.parametrize("layer", range(INJECTED))
-def test_each_injected_row_belongs_to_its_token(model: Any, layer: int) -> None:
-    """The same tokens are kept whatever is injected; rows that change places change the result, and
-    that of prompts with images alone."""
-    inputs = batch((1, 0, 2))
-    features = features_of(model, inputs)
-    wanted = result(model, features, inputs)
-    turned = []
-    for image in features:
-        layers = list(image.injected)
-        layers[layer] = layers[layer].roll(1, dims=0)
-        turned.append(replace(image, injected=tuple(layers)))
-    got = result(model, turned, inputs)
-    assert got.kept == wanted.kept
-    off = (got.logits_BV - wanted.logits_BV).abs().amax(dim=1)
-    assert off[1] == 0 and min(off[0], off[2]) > 0.05
-
-
 def test_what_is_injected_is_as_large_as_what_it_is_added_to(model: Any) -> None:
     """So that a model that forgot it would answer otherwise."""
-    inputs = batch((1,))
-    (image,) = features_of(model, inputs)
+    inputs = dict(batch_inputs(PROCESSOR, requests_with((1, 0))[:1]))
+    (image,) = adapt(model).encode_images([inputs])
     assert len(image.injected) == INJECTED
     hidden: list[torch.Tensor] = []
     layers = model.model.language_model.layers[:INJECTED]

@@ -120,11 +120,6 @@ def test_long_texts_are_cut(clip: Any, saved: str) -> None:
         assert torch.allclose(whole.pooled_CP[number], part.pooled_CP[0], atol=1e-5)
 
 
-def test_of_a_text_that_fits_exactly_nothing_is_cut(clip: Any, saved: str) -> None:
-    (own,) = load(saved, clip.vision_model).embed(["a b c d e f"])
-    assert own.mask_CL.sum(dim=1).tolist() == [6]
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_rounded_weights_belong_to_the_same_tower(
     clip: Any, saved: str, dtype: torch.dtype
@@ -136,28 +131,18 @@ def test_rounded_weights_belong_to_the_same_tower(
     assert tower.project(torch.zeros(3, 24)).dtype == dtype
 
 
-@pytest.mark.parametrize(
-    ("size", "value"), [("hidden_size", 32), ("num_hidden_layers", 2), ("image_size", 40)]
-)
-def test_a_tower_of_other_sizes(saved: str, size: str, value: int) -> None:
-    text = refusal(saved, clip_of(**{size: value}).vision_model)
-    assert f"{size} {VISION[size]} instead of {value}" in text
+def test_a_tower_of_other_sizes(saved: str) -> None:
+    text = refusal(saved, clip_of(hidden_size=32, image_size=40).vision_model)
+    assert "hidden_size 24 instead of 32, image_size 32 instead of 40" in text
     assert "give the CLIP checkpoint that the vision tower was taken from" in text
 
 
-def test_a_tower_of_other_weights(saved: str) -> None:
-    text = refusal(saved, clip_of(seed=1).vision_model)
-    assert "another vision tower" in text and "embeddings.patch_embedding.weight" in text
-
-
-def test_a_tower_that_was_trained_on(clip: Any, saved: str) -> None:
+def test_a_tower_of_other_weights(clip: Any, saved: str) -> None:
+    assert "embeddings.patch_embedding.weight" in refusal(saved, clip_of(seed=1).vision_model)
     clip.vision_model.encoder.layers[1].mlp.fc1.weight.data.mul_(1.05)
     text = refusal(saved, clip.vision_model)
     assert "encoder.layers.1.mlp.fc1.weight differs by 0.050" in text and "more than 0.01" in text
     load(saved, clip.vision_model, tolerance=0.1)
-
-
-def test_a_tower_that_has_no_numbers(clip: Any, saved: str) -> None:
     clip.vision_model.embeddings.patch_embedding.weight.data[:] = torch.nan
     assert "differs by nan" in refusal(saved, clip.vision_model)
 

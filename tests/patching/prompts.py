@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+import trio
 from tests.tiny.llava import IMAGE_TOKEN_ID, SPECIAL
 from trio.decoder.cache_argument import CACHE, cache_of
 
@@ -66,6 +67,37 @@ def run(
     out = model.generate(**batch, **settings, return_dict_in_generate=True, output_logits=True)
     new = out.sequences[:, batch["input_ids"].shape[1] :]
     return new, torch.stack(out.logits, dim=1), cache_of(out)
+
+
+def follow_up(batch: Batch, new: Tensor, ids: Tensor, mask: Tensor | None = None) -> Batch:
+    """A conversation that goes on behind an answer."""
+    mask = torch.ones_like(ids) if mask is None else mask
+    masks = [batch["attention_mask"], torch.ones_like(new), mask]
+    return {
+        "input_ids": torch.cat([batch["input_ids"], new, ids], dim=1),
+        "attention_mask": torch.cat(masks, dim=1),
+    }
+
+
+def assert_keeps_its_answers(model: Any, batch_of: Callable[[str], Batch]) -> None:
+    """Patched to keep all tokens it answers as unpatched, and so it goes on: positions, and what is
+    added in the first layers, are then all that could differ.
+
+    batch_of: the same rows, padded on this side.
+    """
+
+    def both(side: str) -> list[tuple[Tensor, Tensor, Any]]:
+        batch = batch_of(side)
+        first = run(model, batch)
+        question = torch.full((len(first[0]), 3), 20)
+        return [first, run(model, follow_up(batch, first[0], question), cache=first[2])]
+
+    wanted = both("left")  # unpatched, a right-padded row's first token is predicted from padding
+    trio.patch(model, trio.Pruning(schedule="0:500,2:500"))
+    for got in (both("left"), both("right")):
+        for own, other in zip(got, wanted, strict=True):
+            assert torch.equal(own[0], other[0])
+            torch.testing.assert_close(own[1], other[1], atol=1e-3, rtol=1e-3)
 
 
 def _words(model: Any, count: int, generator: torch.Generator) -> list[int]:

@@ -26,8 +26,7 @@ def orders(features: list[Tensor], keeps: tuple[int, ...]) -> list[list[int]]:
     return [own[:keep] for own, keep in zip(order_NK.tolist(), keeps, strict=True)]
 
 
-@pytest.mark.parametrize("group", [1, 400, 1 << 20])
-@pytest.mark.parametrize("tile", [1, 16, 128])
+@pytest.mark.parametrize(("group", "tile"), [(1, 16), (400, 1), (1 << 20, 128)])
 def test_far_apart_equals_the_loop(group: int, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(divprune._GROUP, "cpu", group)
     monkeypatch.setattr(divprune, "_TILE", tile)
@@ -112,9 +111,10 @@ def test_eadp_chooses_by_what_matters(monkeypatch: pytest.MonkeyPatch) -> None:
     assert three_images("eadp", contexts=[[], own]).kept[1][0] == [0, 2, 4]
 
 
-@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
 @pytest.mark.parametrize("method", ["fastv", "divprune", "eadp", "eadp-tiles"])
-@pytest.mark.parametrize("spoilt", [[7], list(range(6, 11))], ids=["one", "all"])
+@pytest.mark.parametrize(
+    ("wrong", "spoilt"), [(float("nan"), [7]), (float("inf"), list(range(6, 11)))]
+)
 def test_an_image_of_no_numbers_is_told_and_leaves_the_others_alone(
     method: str, wrong: float, spoilt: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from trio.pruning import reference
@@ -58,32 +60,33 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("fill_up", FILL_UPS)
-@pytest.mark.parametrize("seed", range(6))
-@pytest.mark.parametrize("keep", [1, 7, 40, 100, 199, 200])
-def test_equals_the_sequential_walk(seed: int, keep: int, fill_up: str) -> None:
-    # 200 tokens are more than three rounds; with 30 clusters large budgets need the fill-up.
-    features = clustered(200, 30, 0.35, seed)
-    order = torch.randperm(200, generator=torch.Generator().manual_seed(seed + 99)).tolist()
-    coordinates = torch.rand(200, 2, generator=torch.Generator().manual_seed(seed))
-    (got,) = suppress(features, [0], [200], [order], [keep], 0.8, fill_up, coordinates)
-    assert got == reference.walk(features, order, keep, 0.8, fill_up, coordinates)
-    assert len(got) == keep
-
-
-@pytest.mark.usefixtures("way")
-@pytest.mark.parametrize("fill_up", FILL_UPS)
-def test_several_images_of_different_sizes_at_once(fill_up: str) -> None:
-    counts, keeps, starts = [150, 9, 70, 64], [60, 9, 5, 20], [3, 160, 180, 260]
-    features = torch.randn(330, 16, generator=torch.Generator().manual_seed(0))
-    coordinates = torch.rand(330, 2, generator=torch.Generator().manual_seed(1))
-    orders = []
-    for number, (start, count) in enumerate(zip(starts, counts, strict=True)):
-        features[start : start + count] = clustered(count, 12, 0.4, number)
-        orders.append(torch.randperm(count).tolist())
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    st.integers(0, 2**32),
+    st.lists(st.integers(1, 200), min_size=1, max_size=4),
+    st.floats(0, 1),
+    st.integers(2, 40),
+)
+def test_equals_the_sequential_walk(
+    fill_up: str, seed: int, counts: list[int], share: float, clusters: int
+) -> None:
+    """Several images at once; 200 tokens are more than three rounds, and with few clusters large
+    budgets need the fill-up."""
+    generator = torch.Generator().manual_seed(seed)
+    keeps = [max(1, round(share * count)) for count in counts]
+    starts = [3 + sum(counts[:index]) + index for index in range(len(counts))]
+    features = torch.randn(starts[-1] + counts[-1], 16, generator=generator)
+    coordinates = torch.rand(len(features), 2, generator=generator)
+    orders = [torch.randperm(count, generator=generator).tolist() for count in counts]
+    for start, count in zip(starts, counts, strict=True):
+        features[start : start + count] = clustered(count, clusters, 0.35, seed)
     got = suppress(features, starts, counts, orders, keeps, 0.8, fill_up, coordinates)
     for start, count, order, keep, own in zip(starts, counts, orders, keeps, got, strict=True):
         features_VD, places = (all_T[start : start + count] for all_T in (features, coordinates))
         assert own == reference.walk(features_VD, order, keep, 0.8, fill_up, places)
+        assert len(own) == keep
 
 
 def test_fill_up_takes_the_same_order_again() -> None:

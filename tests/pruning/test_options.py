@@ -7,6 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from trio.errors import UserError
 from trio.pruning.options import Pruning
@@ -98,12 +100,15 @@ def test_before_the_decoder_there_is_one_stage(method: str) -> None:
     assert (behind.encoded(576, 32), behind.stages(576, 32)) == (256, [(0, 64)])
 
 
-@pytest.mark.parametrize("encoder", ["none", "visionzip"])
-@pytest.mark.parametrize("method", ["trio", "divprune", "none"])
-@pytest.mark.parametrize("retention", [1 / 3, 2 / 9, 1 / 9, 1 / 18, 0.8])
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from(["trio", "divprune", "none"]),
+    st.sampled_from(["none", "visionzip"]),
+    st.floats(1 / 16, 0.95),
+)
 def test_layer_average_is_the_retention(method: str, encoder: str, retention: float) -> None:
     pruning = Pruning(retention=retention, method=method, encoder=encoder)
-    if pruning.active and not (encoder == "none" and retention < 1 / 16 and method == "trio"):
+    if pruning.active:
         layers = tokens_per_layer(pruning.encoded(576, 16), pruning.stages(576, 16), 16)
         assert sum(layers) / 16 == pytest.approx(576 * retention, abs=1)
 
@@ -113,12 +118,12 @@ def test_what_is_not_given_is_known_apart_from_the_same_value_given() -> None:
     defaults = PruningDefaults(choices={"proxy_positions": "last", "similarity_threshold": 0.5})
     assert defaults.fill(Pruning()).proxy_positions == "last"
     assert defaults.fill(replace(Pruning(), seed=1)).similarity_threshold == 0.5
-    for given in (
+    for chosen in (
         Pruning(proxy_positions="reference", similarity_threshold=0.8),
         replace(Pruning(), proxy_positions="reference", similarity_threshold=0.8),
         PruningDefaults().fill(Pruning()),
     ):
-        found = defaults.fill(pickle.loads(pickle.dumps(given)))
+        found = defaults.fill(pickle.loads(pickle.dumps(chosen)))
         assert (found.proxy_positions, found.similarity_threshold) == ("reference", 0.8)
     left_open = defaults.fill(pickle.loads(pickle.dumps(Pruning())))
     assert left_open.proxy_positions == "last" and type(left_open.proxy_head) is str

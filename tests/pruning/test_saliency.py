@@ -57,9 +57,15 @@ def hidden_for(lengths: tuple[int, ...], seed: int = 3) -> Tensor:
     return torch.randn(sum(lengths), 32, generator=generator)
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
-@pytest.mark.parametrize("kv_heads", [4, 2])
-@pytest.mark.parametrize("rows", ["reference", "with_last", "last"])
+@pytest.mark.parametrize(
+    ("family", "kv_heads", "rows"),
+    [
+        ("llama", 4, "reference"),
+        ("mistral", 2, "with_last"),
+        ("qwen2", 1, "last"),
+        ("qwen3", 2, "reference"),
+    ],
+)
 def test_equals_the_textbook_gradient_of_each_prompt(
     family: Family, kv_heads: int, rows: str
 ) -> None:
@@ -87,11 +93,10 @@ def test_the_input_embedding_as_head_equals_the_textbook(dtype: torch.dtype) -> 
     assert not torch.isclose(got.loss_B, other, rtol=1e-2).any()
 
 
-@pytest.mark.parametrize("length", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize("rows", ["reference", "with_last", "last"])
-def test_short_prompts_have_fewer_rows(length: int, rows: str) -> None:
+def test_short_prompts_have_fewer_rows(rows: str) -> None:
     model = tiny_llava(layers=4)
-    lengths = (length, 12)
+    lengths = (1, 2, 3, 4, 5, 12)
     hidden = hidden_for(lengths)
     got = score(model, hidden, lengths, rows)
     expected, _ = by_the_book(model, hidden, lengths, rows)
@@ -99,9 +104,15 @@ def test_short_prompts_have_fewer_rows(length: int, rows: str) -> None:
         torch.testing.assert_close(mine.double(), book, rtol=2e-5, atol=1e-9)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
-@pytest.mark.parametrize("tile_tokens", [1, 7, 16, 64, 1000])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("family", "tile_tokens", "dtype"),
+    [
+        ("llama", 1, torch.float32),
+        ("qwen3", 7, torch.bfloat16),
+        ("llama", 64, torch.bfloat16),
+        ("qwen3", 1000, torch.float32),
+    ],
+)
 def test_tiles_of_any_size_give_the_same(
     family: Family, tile_tokens: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -116,8 +127,7 @@ def test_tiles_of_any_size_give_the_same(
         torch.testing.assert_close(mine.double(), book, rtol=5e-5, atol=1e-8)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
-@pytest.mark.parametrize("tile_tokens", [5, 1000])
+@pytest.mark.parametrize(("family", "tile_tokens"), [("llama", 5), ("qwen3", 1000)])
 def test_only_what_is_wanted_is_scored(
     family: Family, tile_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -154,8 +164,7 @@ def test_a_neighbour_changes_nothing_and_no_loss_is_averaged() -> None:
         start += length
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("family", "dtype"), [("llama", torch.bfloat16), ("qwen3", torch.float16)])
 def test_half_precision_models_are_scored_in_float32(family: Family, dtype: torch.dtype) -> None:
     lengths = (60, 33)
     model = tiny_llava(family=family, layers=4, dtype=dtype)
@@ -169,7 +178,7 @@ def test_half_precision_models_are_scored_in_float32(family: Family, dtype: torc
     assert model.lm_head.weight.dtype == dtype
 
 
-@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("seed", [1, 2])
 def test_a_saturated_loss_still_ranks(seed: int) -> None:
     lengths = (48, 31)
     model = tiny_llava(layers=4, seed=seed)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +32,6 @@ _WOULD_BE_MISSED = re.compile(
 )
 """Tensors without which a model answers otherwise. Others are left over from older versions."""
 _LFS = b"version https://git-lfs"
-_BROKEN_FILES = (OSError, ValueError, LookupError, AttributeError, TypeError, SafetensorError)
-"""What broken files make transformers raise; not what a device does."""
 _SHOWN = 3
 """Tensors that a message names."""
 
@@ -85,64 +82,12 @@ def check_tensors(model: str, info: Mapping[str, Any]) -> None:
         )
 
 
-@contextmanager
-def explaining_weights(
-    model: str, revision: str | None, build: Callable[[], object]
-) -> Iterator[None]:
-    """Turn the errors that broken weight files raise into a UserError.
+def check_files(model: str, revision: str | None) -> None:
+    """Look at the files one by one, after something could not be loaded.
 
-    build: makes the model without weights, to tell whether its config is at fault.
+    Raises:
+        UserError: one is missing or cannot be read, by name.
     """
-    try:
-        yield
-    except UserError:
-        raise
-    except _BROKEN_FILES as error:
-        _check_weight_files(model, revision)
-        _check_config(model, build)
-        raise UserError(
-            f"{model!r} is incomplete or damaged: {type(error).__name__}: {first_line(error, None)}"
-        ) from error
-
-
-@contextmanager
-def explaining_processor(model: str, revision: str | None) -> Iterator[None]:
-    """Turn what loading a processor raises into a UserError."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:  # what transformers raises over broken files is not documented
-        _check_processor_files(model, revision)
-        raise UserError(
-            f"the processor of {model!r} cannot be loaded: {type(error).__name__}: "
-            f"{first_line(error, None)}"
-        ) from error
-
-
-def _check_config(model: str, build: Callable[[], object]) -> None:
-    try:
-        build()
-    except Exception as error:  # what transformers raises over odd settings is not documented
-        raise UserError(
-            f"no model can be built by config.json of {model!r}: {type(error).__name__}: "
-            f"{first_line(error)}"
-        ) from error
-
-
-def _check_weight_files(model: str, revision: str | None) -> None:
-    folder = _folder(model, revision)
-    for path in sorted(folder.glob("*.safetensors")) if folder else ():
-        try:
-            with safe_open(path, framework="pt"):
-                pass
-        except (OSError, SafetensorError) as error:
-            raise UserError(
-                f"{path}: no readable safetensors file: {_cure(path, error)}"
-            ) from error
-
-
-def _check_processor_files(model: str, revision: str | None) -> None:
     folder = _folder(model, revision)
     if folder is None:
         return
@@ -152,13 +97,14 @@ def _check_processor_files(model: str, revision: str | None) -> None:
             f"{model!r} is incomplete: it has no tokenizer.json; save its tokenizer as a fast one "
             "there"
         )
-    if not any(
-        (folder / f"{name}_config.json").is_file() for name in ("processor", "preprocessor")
-    ):
-        raise UserError(
-            f"{model!r} is incomplete: it has neither processor_config.json nor "
-            "preprocessor_config.json; save its processor there"
-        )
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"{path}: no readable safetensors file: {_cure(path, error)}"
+            ) from error
 
 
 def _check_json(folder: Path) -> None:

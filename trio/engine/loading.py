@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,8 @@ from transformers.utils import cached_file
 
 from trio import bundled, cgroups
 from trio.decoder.weights import DTYPES, check_unquantised
-from trio.engine.checkpoint_files import (
-    check_directory,
-    check_tensors,
-    explaining_processor,
-    explaining_weights,
-)
-from trio.errors import UserError, first_line
+from trio.engine.checkpoint_files import check_directory, check_files, check_tensors
+from trio.errors import UserError, explaining, first_line
 from trio.families.pixel_limits import limit_images
 from trio.families.registry import adapt, adapter_class
 from trio.families.text_tower import TextTower
@@ -45,7 +41,7 @@ def load(
     config = _config(model, revision)
     processor = _processor(model, config, revision)
     limit_images(processor, min_pixels=min_pixels, max_pixels=max_pixels)
-    with explaining_weights(model, revision, partial(_outline, config)):
+    with _explaining("config.json or the weights", model, revision):
         found: Any = AutoModelForImageTextToText.from_pretrained(
             model,
             config=config,
@@ -171,12 +167,16 @@ def _config(model: str, revision: str | None) -> Any:
 
 def _processor(model: str, config: Any, revision: str | None) -> Any:
     kind = adapter_class(config).processor_class
-    with explaining_processor(model, revision):
+    with _explaining("the processor", model, revision):
         processor = kind.from_pretrained(
             model, backend="pil", trust_remote_code=False, **_which(revision)
         )
     _fill_in(processor, config)
     return processor
+
+
+def _explaining(what: str, model: str, revision: str | None) -> AbstractContextManager[None]:
+    return explaining(f"{what} of {model!r}", look=partial(check_files, model, revision))
 
 
 def _fill_in(processor: Any, config: Any) -> None:

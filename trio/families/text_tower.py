@@ -14,8 +14,8 @@ text, L tokens the text tower takes at most.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, CLIPModel
 
 from trio.decoder.weights import check_unquantised
-from trio.errors import UserError, first_line
+from trio.errors import UserError, explaining
 from trio.pruning.method import Text
 
 _SIZES = (
@@ -152,18 +152,8 @@ class TextTower:
         return [[tokenizer.bos_token_id, *own, tokenizer.eos_token_id] for own in pieces]
 
 
-@contextmanager
-def _explaining(what: str, source: str) -> Iterator[None]:
-    """Turn what loading raises into a UserError."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:  # what transformers raises over broken files is not documented
-        raise UserError(
-            f"{what} of the text tower {source!r} cannot be loaded: {type(error).__name__}: "
-            f"{first_line(error, None)}; {_CURE}"
-        ) from error
+def _explaining(what: str, source: str) -> AbstractContextManager[None]:
+    return explaining(f"{what} of the text tower {source!r}", cure=f"; {_CURE}")
 
 
 def _config(source: str, revision: str) -> Any:
