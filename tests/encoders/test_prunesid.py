@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.tiny.tensors import random
 from trio.encoders.prunesid import (
     Selection,
     by_class_token,
@@ -21,10 +22,6 @@ from trio.encoders.prunesid import (
 )
 
 quick = settings(max_examples=80, deadline=None)
-
-
-def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 @st.composite

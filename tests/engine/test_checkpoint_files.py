@@ -229,15 +229,17 @@ def test_damaged_files_in_the_cache_of_the_hub_are_named(
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    (llava / "model.safetensors").write_bytes(b"")
     repo = tmp_path / "cache" / "models--org--name"
-    shutil.copytree(llava, repo / "snapshots" / ("a" * 40))
+    snapshot = shutil.copytree(llava, repo / "snapshots" / ("a" * 40))
     (repo / "refs").mkdir()
     (repo / "refs" / "main").write_text("a" * 40)
-    with pytest.raises(
-        UserError, match=r"snapshots/a+/model\.safetensors: no readable safetensors"
+    for name, said in (
+        ("model.safetensors", "no readable safetensors file"),
+        ("processor_config.json", "cannot be read as JSON"),
     ):
-        load("org/name", device="cpu")
+        (snapshot / name).write_bytes(b"")
+        with pytest.raises(UserError, match=f"snapshots/a+/{name}: {said}"):
+            load("org/name", device="cpu")
 
 
 def in_two_files(directory: Path) -> Path:

@@ -230,7 +230,7 @@ def test_results_come_as_they_finish_and_requests_are_pulled_lazily(model: Any) 
     def requests() -> Any:
         for number in range(60):
             pulled.append(number)
-            length = 40 if number == 0 else 3
+            length = 20 if number == 0 else 3
             sampling = Sampling(max_new_tokens=length, ignore_eos=True)
             yield Request(prompt="what is this", id=number, sampling=sampling)
 

@@ -34,7 +34,7 @@ def test_greedy_takes_the_likeliest_and_reports_its_probability() -> None:
 @given(
     st.floats(0.2, 3.0),
     st.sampled_from([None, 1, 7, 500]),
-    st.sampled_from([1e-6, 0.4, 0.9, 1.0]),
+    st.sampled_from([1e-60, 1e-6, 0.4, 0.9, 1.0]),
     st.sampled_from([None, 0.0, 0.05, 1.0]),
 )
 def test_distribution_equals_the_warpers_of_transformers(

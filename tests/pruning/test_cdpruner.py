@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.tiny.tensors import random
 from trio.pruning.methods.cdpruner import (
     cosines,
     determinantal,
@@ -17,10 +18,6 @@ from trio.pruning.methods.cdpruner import (
 )
 
 quick = settings(max_examples=80, deadline=None)
-
-
-def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 @st.composite

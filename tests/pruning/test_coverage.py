@@ -8,15 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.tiny.tensors import random
 from trio.encoders.scope import saliency, scope
 from trio.pruning.selection import coverage
 from trio.pruning.selection.coverage import Combined, Coverage, cover, similarity
 
 quick = settings(max_examples=60, deadline=None)
-
-
-def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 @st.composite

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.tiny.tensors import random
 from trio.pruning.scores import relevance
 from trio.pruning.scores.relevance import (
     FRAMES,
@@ -24,10 +25,6 @@ from trio.pruning.scores.relevance import (
 from trio.pruning.selection.coverage import cover
 
 quick = settings(max_examples=60, deadline=None)
-
-
-def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def weights(*shape: int, seed: int = 1) -> Tensor:
