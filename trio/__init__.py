@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from trio.families.adapter import Adapter, Features
     from trio.families.registry import register
     from trio.patching import patch, unpatch
-    from trio.pruning.method import Choice, Method, Stage
+    from trio.pruning.method import Choice, Context, Method, OneByOne, Stage
     from trio.pruning.method_registry import method_names, register_method
     from trio.pruning.options import Pruning
     from trio.pruning.schedule import Schedule
@@ -24,9 +24,11 @@ if TYPE_CHECKING:
 __all__ = [
     "Adapter",
     "Choice",
+    "Context",
     "Engine",
     "Features",
     "Method",
+    "OneByOne",
     "Pruning",
     "Request",
     "Result",
@@ -43,9 +45,11 @@ __all__ = [
 _HOME = {
     "Adapter": "trio.families.adapter",
     "Choice": "trio.pruning.method",
+    "Context": "trio.pruning.method",
     "Engine": "trio.engine.engine",
     "Features": "trio.families.adapter",
     "Method": "trio.pruning.method",
+    "OneByOne": "trio.pruning.method",
     "Pruning": "trio.pruning.options",
     "Request": "trio.engine.request",
     "Result": "trio.engine.request",

@@ -57,7 +57,7 @@ class PackedPrompts:
     """For each request the visual tokens that the encoder gave of each image before it reduced
     them, for the schedule; empty where it did not."""
     salts: tuple[int, ...] = ()
-    """For method `random`, a number per request that depends on that request alone
+    """A number per request that depends on that request alone, to seed randomness
     (`trio.pruning.methods.random.salt_of(token_ids)`); empty means 0 for all."""
     contexts: Sequence[Sequence[Context]] = ()
     """For methods that need `text_tower` or `instruction`, what encoder and prompt tell of each

@@ -21,11 +21,13 @@ class Longest(trio.Method):
 
     power: float = 2.0
     end: Literal["long", "short"] = "long"
+    flipped: bool = False
 
     def __call__(self, stage: trio.Stage) -> trio.Choice:
         hidden_TD, *_ = stage.packed
         scores_T = torch.linalg.vector_norm(hidden_TD.float(), ord=self.power, dim=-1)
-        order_NV = stage.rank(scores_T if self.end == "long" else -scores_T)
+        falls = (self.end == "long") != self.flipped
+        order_NV = stage.rank(scores_T if falls else -scores_T)
         return stage.choice(order_NV[:, : stage.most_kept], order_NV, scores_T)
 
     def flops(self, shape: DecoderShape, tokens: int, images: Sequence[tuple[int, int]]) -> int:

@@ -73,6 +73,8 @@ def test_a_method_gets_its_own_settings_and_the_common_ones() -> None:
     assert kept() == [2, 4]
     assert kept(method_options={"end": "short", "power": 1}) == [1, 3]
     assert kept(method_options="end=short,power=1") == [1, 3]
+    assert kept(method_options={"flipped": True}) == [1, 3]
+    assert kept(method_options={"flipped": False}) == kept(method_options="flipped=false") == [2, 4]
     own = create(Pruning(similarity_threshold=0.7, fill_up="reference"))
     assert isinstance(own, Trio) and (own.similarity_threshold, own.fill_up) == (0.7, "reference")
     assert own.needs == {"gradient"}
@@ -81,10 +83,15 @@ def test_a_method_gets_its_own_settings_and_the_common_ones() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": NAMED, "method_options": {"pwer": 1}}, "no option 'pwer': it has end, power"),
+        (
+            {"method": NAMED, "method_options": {"pwer": 1}},
+            "no option 'pwer': it has end, ",
+        ),
         ({"method": NAMED, "method_options": "power=x"}, "power must be a float, got 'x'"),
         ({"method": NAMED, "method_options": "end=both"}, "one of long, short, got 'both'"),
         ({"method": "random", "method_options": "seed=3"}, "no option 'seed': it has none"),
+        ({"method": NAMED, "method_options": "flipped=maybe"}, "must be true or false"),
+        ({"method": f"{__name__}:Needy"}, "needs atention, which nobody has"),
         ({"method": "nowhere:Longest"}, "nowhere:Longest cannot be loaded: ModuleNotFound"),
         ({"method": "tests.pruning.longest:torch"}, "is no subclass of trio.Method"),
         ({"method": f"{__name__}:Unnamed"}, "is not complete: it lacks __call__, flops, name"),
@@ -110,6 +117,13 @@ def test_a_name_is_given_once() -> None:
 @dataclass(frozen=True, kw_only=True)
 class Unnamed(trio.Method):
     pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Needy(Longest):
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"atention"})
 
 
 class Plain(Longest):

@@ -35,12 +35,14 @@ class Contexts:
         self._with_instruction = "instruction" in method.needs
         self.text_tower: TextTower | None = None
         """None where the method does not need it."""
+        if {"instruction", "text_tower"} <= method.needs:
+            raise UserError(f"method {method.name} needs two spaces of text: one is to be had")
         if "text_tower" in method.needs:
             self.text_tower = _checked(method, adapter, text_tower)
 
     @property
     def join(self) -> Join | None:
-        """What the encoder is to do with its patches."""
+        """Projects patches into the space of the text tower; None if that is not needed."""
         return None if self.text_tower is None else self.text_tower.project
 
     @property
@@ -104,7 +106,8 @@ def _checked(method: Method, adapter: Adapter, text_tower: TextTower | None) -> 
     if adapter.clip_tower is None:
         raise UserError(
             f"method {method.name} needs a CLIP vision encoder, which this "
-            f"{type(adapter.model).__name__} does not have; use another method, as eadp_llm"
+            f"{type(adapter.model).__name__} does not have; use eadp_llm, or cdpruner "
+            "with --method-options space=language"
         )
     if text_tower is None:
         raise UserError(

@@ -181,7 +181,6 @@ class ModelRunner:
             lengths, spans, ids_T = entry.lengths, entry.spans, ids_T[entry.index_T]
             positions_T = self._after_reduction(positions_T, whole_lengths, entry.index_T)
         own = list(chain.from_iterable(features))
-        salted = self.pruning.method == "random"
         located = None
         if "coordinates" in self._needs:
             located = self._coordinates(images, own, lengths, spans)
@@ -193,7 +192,7 @@ class ModelRunner:
             coordinates_T2=located,
             injected=joined(own),
             given=[sequence.prepared.image_tokens for sequence in sequences],
-            salts=tuple(salt_of(t.prepared.input_ids) for t in sequences) if salted else (),
+            salts=tuple(salt_of(sequence.prepared.input_ids) for sequence in sequences),
         )
 
     def _coordinates(

@@ -104,7 +104,7 @@ class Stage:
     goals: dict[Place, int]
     """Tokens to keep of each image that loses some, in the order of requests and images."""
     salts: Sequence[int]
-    """A number of each request that depends on nothing else."""
+    """Of each request a number made of its tokens, to seed randomness: no batch changes it."""
     entered_TD: Tensor | None = None
     """Hidden states that entered the layer that has just run, or at layer 0 enter the first; for
     methods that need `attention`."""

@@ -24,6 +24,8 @@ GROUP = "trio_vlm.methods"
 """Entry points by which installed packages add methods: `name = "module:MethodClass"`."""
 USUAL = "trio"
 """The method that is meant where none is named."""
+NEEDS = frozenset({"gradient", "attention", "coordinates", "text_tower", "instruction"})
+"""What `Method.needs` may name."""
 NONE = "none"
 """The name that stands for no method."""
 _registered: dict[str, type[Method]] = {}
@@ -97,8 +99,9 @@ def method_class(name: str) -> type[Method]:
 
 
 def chooses_before_decoder(name: str) -> bool:
-    """Whether a method chooses once, before the decoder's first layer."""
-    return name != NONE and method_class(name).before_decoder
+    """Whether a method chooses once, before the decoder's first layer; the usual one does not, and
+    is not loaded for it."""
+    return name not in (USUAL, NONE) and method_class(name).before_decoder
 
 
 def needs_of(pruning: Pruning) -> frozenset[str]:
@@ -107,7 +110,7 @@ def needs_of(pruning: Pruning) -> frozenset[str]:
 
 
 def asks_for_text_tower(pruning: Pruning) -> bool:
-    """Whether a method needs it; the default one does not, which its class need not tell."""
+    """Whether a method needs it; the usual one does not, and is not loaded for it."""
     return pruning.method not in (USUAL, NONE) and "text_tower" in create(pruning).needs
 
 
@@ -120,7 +123,10 @@ def create(pruning: Pruning) -> Method:
     method = method_class(pruning.method)
     fields = {field.name for field in dataclasses.fields(method)}
     common = {name: getattr(pruning, name) for name in fields if hasattr(pruning, name)}
-    return method(**common, **_own_options(method, fields - set(common), pruning))
+    made = method(**common, **_own_options(method, fields - set(common), pruning))
+    if unknown := made.needs - NEEDS:
+        raise UserError(f"method {made.name} needs {', '.join(sorted(unknown))}, which nobody has")
+    return made
 
 
 def _own_options(method: type[Method], fields: set[str], pruning: Pruning) -> dict[str, Any]:
@@ -142,10 +148,16 @@ def _converted(value: Any, kind: Any, what: str) -> Any:
             known = ", ".join(map(str, typing.get_args(kind)))
             raise UserError(f"{what} must be one of {known}, got {value!r}")
         return value
+    if kind is bool:
+        words = {"true": True, "false": False}
+        if str(value).lower() not in words:
+            raise UserError(f"{what} must be true or false, got {value!r}")
+        return words[str(value).lower()]
     try:
         return kind(value)
     except (TypeError, ValueError):
-        raise UserError(f"{what} must be a {kind.__name__}, got {value!r}") from None
+        name = getattr(kind, "__name__", kind)
+        raise UserError(f"{what} must be a {name}, got {value!r}") from None
 
 
 @functools.cache
@@ -161,10 +173,8 @@ def _entries() -> dict[str, EntryPoint]:
 def _own_class(name: str) -> type[Method]:
     """The class with this name in the module of this name."""
     module = importlib.import_module(f"{methods.__name__}.{name}")
-    found: type[Method] = next(
-        value for value in vars(module).values() if getattr(value, "name", None) == name
-    )
-    return found
+    found = [value for value in vars(module).values() if getattr(value, "name", None) == name]
+    return _check(found[0] if found else None, f"{module.__name__}:{name}")
 
 
 def _load(entry: EntryPoint) -> type[Method]:
