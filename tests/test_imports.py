@@ -20,7 +20,6 @@ LIGHT = [
     "trio.pruning.flops",
     "trio.pruning.method_registry",
     "trio.engine.metrics",
-    "trio.engine.kv_budget",
     "trio.engine.request",
     "trio.engine.kv_budget",
     "trio.engine.scheduler",

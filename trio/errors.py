@@ -23,14 +23,19 @@ def first_line(error: BaseException, most: int | None = 200) -> str:
 
 @contextmanager
 def explaining(
-    what: str, *, cure: str = "", look: Callable[[], object] | None = None
+    what: str,
+    *,
+    cure: str = "",
+    look: Callable[[], object] | None = None,
+    most: int | None = None,
 ) -> Iterator[None]:
-    """Turn whatever a library raises over broken files into one line.
+    """Turn whatever a library raises over broken files, or a user's own module, into one line.
 
     Args:
         what: is read, as the message begins.
         cure: how it ends, with what parts it from the rest.
         look: at the files one by one; raises a UserError that names the broken one.
+        most: characters of what was raised.
 
     Raises:
         UserError: instead of anything else, which no library documents.
@@ -43,5 +48,5 @@ def explaining(
         if look is not None:
             look()
         raise UserError(
-            f"{what} cannot be loaded: {type(error).__name__}: {first_line(error, None)}{cure}"
+            f"{what} cannot be loaded: {type(error).__name__}: {first_line(error, most)}{cure}"
         ) from error

@@ -56,7 +56,7 @@ class PackedPrompts:
     given: Sequence[Sequence[int]] = ()
     """For each request the visual tokens that the encoder gave of each image before it reduced
     them, for the schedule; empty where it did not."""
-    salts: tuple[int, ...] = ()
+    salts: Sequence[int] = ()
     """A number per request that depends on that request alone, to seed randomness
     (`trio.pruning.methods.random.salt_of(token_ids)`); empty means 0 for all."""
     contexts: Sequence[Sequence[Context]] = ()

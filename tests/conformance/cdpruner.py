@@ -10,7 +10,6 @@ from torch import Tensor
 
 from tests.conformance.checks import Checks
 from tests.conformance.files import Case, Tensors
-from trio.errors import UserError
 from trio.pruning.methods.cdpruner import (
     cosines,
     determinantal,
@@ -26,13 +25,10 @@ def replay(case: Case, recorded: Tensors) -> Checks:
     Raises:
         UserError: the case's files or facts cannot be used.
     """
-    replays = {"llava": _llava, "qwen": _qwen}
-    variant = case.fact("variant")
-    if variant not in replays:
-        raise UserError(f"case {case.name}: variant {variant!r} is none of {', '.join(replays)}")
+    own = case.one_of("variant", {"llava": _llava, "qwen": _qwen})
     checks = Checks()
     checks.equal("epsilon_numerator", 1e-6, case.fact("epsilon_numerator"))
-    replays[variant](case, recorded, checks)
+    own(case, recorded, checks)
     return checks
 
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from trio.errors import UserError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +37,13 @@ class Case:
             UserError: it is not there.
         """
         return self.of(self.facts, key)
+
+    def one_of(self, key: str, known: Mapping[str, T]) -> T:
+        """What an entry of the index stands for; raises like `fact`, and where nothing is known."""
+        value = self.fact(key)
+        if value not in known:
+            raise UserError(f"case {self.name}: {key} {value!r} is none of {', '.join(known)}")
+        return known[value]
 
     def of(self, facts: Any, key: str) -> Any:
         """An entry of a part of this case, such as a stage; raises like `fact`."""

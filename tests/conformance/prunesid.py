@@ -24,7 +24,6 @@ from trio.encoders.prunesid import (
     cosines,
     merged_budget,
 )
-from trio.errors import UserError
 
 _SORTED_ABOVE = 150
 """Tokens from which the reference's form for merged features puts them in the image's order."""
@@ -38,12 +37,9 @@ def replay(case: Case, recorded: Tensors) -> Checks:
     Raises:
         UserError: the case's files or facts cannot be used.
     """
-    replays = {"llava": _llava, "qwen": _qwen}
-    variant = case.fact("variant")
-    if variant not in replays:
-        raise UserError(f"case {case.name}: variant {variant!r} is none of {', '.join(replays)}")
+    own = case.one_of("variant", {"llava": _llava, "qwen": _qwen})
     checks = Checks()
-    replays[variant](case, recorded, checks)
+    own(case, recorded, checks)
     return checks
 
 

@@ -6,7 +6,6 @@ patches), H heads of size E, D hidden size of the tower, T tokens that are left 
 
 from __future__ import annotations
 
-import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,16 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trio.encoders.clip_hooks import Watched
+from trio.pruning.method_registry import class_named
 
 CLASS_TOKEN = -1
 """Stands for the class token among indices of patches."""
-_CLASSES = {
-    "visionzip": "visionzip:VisionZip",
-    "scan": "scan:Scan",
-    "scope": "scope:Scope",
-    "prunesid": "prunesid:PruneSID",
-}
-"""By the names that `trio.Pruning.encoder` knows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +125,7 @@ def chosen_one_by_one(states: TowerStates, keeps: Sequence[int], choose: Choose)
 
 
 def reduction(name: str) -> Reduction:
-    """The reduction of a name."""
-    module, _, found = _CLASSES[name].partition(":")
-    own: type[Reduction] = getattr(importlib.import_module(f"trio.encoders.{module}"), found)
+    """The reduction of a name in `trio.pruning.options.ENCODERS`, from the file of that name."""
+    own: type[Reduction]
+    own, _ = class_named("trio.encoders", name)
     return own()

@@ -61,16 +61,7 @@ class Contexts:
         prompts = [sequence.prepared.prompt for sequence in sequences]
         texts = self._embedded([p for p, own in zip(prompts, features, strict=True) if own])
         return [
-            [
-                Context(
-                    places_V=image.joint.places,
-                    grids=image.joint.grids,
-                    joint_MP=image.joint.tokens,
-                    text=texts[prompt],
-                )
-                for image in own
-                if image.joint is not None
-            ]
+            [_by_text(image, texts[prompt]) for image in own]
             for prompt, own in zip(prompts, features, strict=True)
         ]
 
@@ -100,6 +91,12 @@ class Contexts:
         while len(self._texts) > _TEXTS:
             self._texts.popitem(last=False)
         return texts
+
+
+def _by_text(image: Features, text: Text) -> Context:
+    joint = image.joint
+    assert joint is not None, "features without what `join` makes of them"
+    return Context(places_V=joint.places, grids=joint.grids, joint_MP=joint.tokens, text=text)
 
 
 def _checked(method: Method, adapter: Adapter, text_tower: TextTower | None) -> TextTower:

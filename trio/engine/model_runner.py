@@ -30,7 +30,7 @@ from trio.families.text_tower import TextTower
 from trio.prefill import PackedPrompts, prefill
 from trio.pruning.batch import contiguous_positions
 from trio.pruning.method_registry import create
-from trio.pruning.methods.random import salt_of
+from trio.pruning.methods.random import Salts
 from trio.pruning.options import Pruning
 
 EncodeImages = Callable[[Sequence[Inputs], str, Sequence[int], Join | None], Sequence[Features]]
@@ -192,7 +192,7 @@ class ModelRunner:
             coordinates_T2=located,
             injected=joined(own),
             given=[sequence.prepared.image_tokens for sequence in sequences],
-            salts=tuple(salt_of(sequence.prepared.input_ids) for sequence in sequences),
+            salts=Salts([sequence.prepared.input_ids for sequence in sequences]),
         )
 
     def _coordinates(

@@ -21,6 +21,7 @@ from trio.encoders.merging import shared
 from trio.encoders.reduction import CLASS_TOKEN, Reduced, TowerStates, reduction
 from trio.families.adapter import Features, Inputs, Join, Joint
 from trio.families.llava_vision import CLASS_TOKENS, TiledAdapter, VisionShape, patches_per_edge
+from trio.pruning.options import ENCODERS
 
 
 class ClassTokenAdapter(TiledAdapter):
@@ -41,7 +42,7 @@ class ClassTokenAdapter(TiledAdapter):
         self._feature_layers = _feature_layers(model.config)
         tower = model.config.vision_config.model_type
         if CLASS_TOKENS[tower] > 0 and min(self._feature_layers) >= 0:
-            self.encoders = ("visionzip", "scan", "scope", "prunesid")
+            self.encoders = tuple(name for name in ENCODERS if name != "none")
         # A text tower's joint space is made for the width of one layer.
         if tower == "clip_vision_model" and self.encoders and len(self._feature_layers) == 1:
             self.clip_tower = model.model.vision_tower

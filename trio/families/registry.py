@@ -8,7 +8,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from trio.decoder.weights import check_weights
-from trio.errors import UserError, first_line
+from trio.errors import UserError, explaining
 from trio.families.adapter import Adapter
 
 GROUP = "trio_vlm.adapters"
@@ -89,13 +89,8 @@ def _entries() -> dict[str, EntryPoint]:
 
 
 def _load(entry: EntryPoint) -> type[Adapter]:
-    try:
+    with explaining(f"the adapter for {entry.name!r}, {entry.value},", most=200):
         found = entry.load()
-    except Exception as error:  # the module is not ours
-        raise UserError(
-            f"the adapter for {entry.name!r}, {entry.value}, cannot be loaded: "
-            f"{type(error).__name__}: {first_line(error)}"
-        ) from error
     return _checked(entry.name, found, entry.value)
 
 

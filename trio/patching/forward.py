@@ -31,7 +31,7 @@ from trio.patching.embeds import check_embeds
 from trio.patching.override import Override
 from trio.prefill import PackedPrompts, prefill
 from trio.pruning.method_registry import needs_of
-from trio.pruning.methods.random import salt_of
+from trio.pruning.methods.random import Salts
 from trio.pruning.options import Pruning
 
 UNPATCH = "or call trio.unpatch(model) first"
@@ -59,7 +59,7 @@ class Prompts:
     coordinates_T2: Tensor | None
     """Where in its picture each token of an image lies [T, 2]; all alike in a video and where it is
     unknown. None where the choice does not ask."""
-    salts: tuple[int, ...]
+    salts: Sequence[int]
     """A number of each row's tokens, for method `random`."""
 
 
@@ -151,7 +151,7 @@ class PatchedForward(Override):
             images=images,
             positions_T=self._positions(call, real_BS, lengths, images),
             coordinates_T2=located,
-            salts=tuple(salt_of(row) for row in tokens),
+            salts=Salts(tokens),
         )
 
     def _positions(

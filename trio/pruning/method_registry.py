@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any
 
-from trio.errors import UserError, first_line
+from trio.errors import UserError, explaining
 from trio.pruning import methods
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def method_class(name: str) -> type[Method]:
     if name in _registered:
         return _registered[name]
     if name in _built_in():
-        return _own_class(name)
+        return _check(*class_named(methods.__name__, name))
     return _load(_entries().get(name) or EntryPoint(name, name, GROUP))
 
 
@@ -130,10 +130,11 @@ def create(pruning: Pruning) -> Method:
 
 
 def _own_options(method: type[Method], fields: set[str], pruning: Pruning) -> dict[str, Any]:
+    if not pruning.method_options:
+        return {}  # of most calls; hints cost more than all the rest
     hints = typing.get_type_hints(method)
     options = {}
-    given = str(pruning.method_options or "")
-    for name, _, value in (own.partition("=") for own in given.split(",") if given):
+    for name, _, value in (own.partition("=") for own in str(pruning.method_options).split(",")):
         if name not in fields:
             known = f"it has {', '.join(sorted(fields))}" if fields else "it has none"
             raise UserError(f"method {pruning.method} has no option {name!r}: {known}")
@@ -170,20 +171,17 @@ def _entries() -> dict[str, EntryPoint]:
     return {entry.name: entry for entry in entry_points(group=GROUP)}
 
 
-def _own_class(name: str) -> type[Method]:
-    """The class with this name in the module of this name."""
-    module = importlib.import_module(f"{methods.__name__}.{name}")
-    found = [value for value in vars(module).values() if getattr(value, "name", None) == name]
-    return _check(found[0] if found else None, f"{module.__name__}:{name}")
+def class_named(package: str, name: str) -> tuple[Any, str]:
+    """The class with this `name` in a package's module of this name, or None, and where it was
+    looked for."""
+    module = importlib.import_module(f"{package}.{name}")
+    found = (value for value in vars(module).values() if getattr(value, "name", None) == name)
+    return next(found, None), f"{module.__name__}:{name}"
 
 
 def _load(entry: EntryPoint) -> type[Method]:
-    try:
+    with explaining(f"method {entry.value}", most=200):
         found = entry.load()
-    except Exception as error:  # the module is not ours
-        raise UserError(
-            f"method {entry.value} cannot be loaded: {type(error).__name__}: {first_line(error)}"
-        ) from error
     return _check(found, entry.value)
 
 

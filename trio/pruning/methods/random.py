@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -32,6 +33,19 @@ class Random(Method):
 
     def flops(self, shape: DecoderShape, tokens: int, images: Sequence[tuple[int, int]]) -> int:
         return 0
+
+
+class Salts(Sequence[int]):
+    """`salt_of` the tokens of each request, computed when it is asked for."""
+
+    def __init__(self, token_ids: Sequence[Sequence[int]]) -> None:
+        self._token_ids = token_ids
+
+    def __len__(self) -> int:
+        return len(self._token_ids)
+
+    def __getitem__(self, request: Any) -> Any:
+        return salt_of(self._token_ids[request])
 
 
 def salt_of(token_ids: Sequence[int]) -> int:
