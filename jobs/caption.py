@@ -16,7 +16,7 @@ import _bootstrap
 
 ROOT = _bootstrap.ROOT
 
-from trio.pipeline.job import Job, main  # noqa: E402
+from trio.job.command import Job, main  # noqa: E402
 
 JOB = Job(name="caption", description=__doc__, package=str(ROOT / "trio"))
 

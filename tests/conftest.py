@@ -20,7 +20,7 @@ def ray_local() -> Iterator[None]:
     """A Ray of our own in this session, with more logical CPUs than the machine may have."""
     import ray
 
-    from trio.pipeline.environment import export_path
+    from trio.job.environment import export_path
 
     export_path()
     ray.init(address="local", num_cpus=6, include_dashboard=False, log_to_driver=False)

@@ -21,12 +21,12 @@ from PIL import Image
 
 from tests.engine.support import MANY_SIZES
 from tests.every_family.family import ARCHITECTURES, FAMILIES
-from tests.pipeline.fakes import encoded, write_shard
+from tests.job.fakes import encoded, write_shard
 from tests.tiny.llava import save_tiny_checkpoint
 from trio.bundled import SHARD
 from trio.engine.engine import Engine
 from trio.engine.request import Request, Result, Sampling
-from trio.pipeline.job import main
+from trio.job.command import main
 from trio.pruning.options import Pruning
 
 ROOT = Path(__file__).resolve().parents[1]

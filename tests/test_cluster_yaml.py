@@ -7,7 +7,7 @@ import pytest
 import ray
 import yaml
 
-from trio.pipeline.placement import Node, place
+from trio.job.placement import Node, place
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -19,7 +19,7 @@ import yaml
 from torch import Tensor
 
 from tests.engine.support import by_id, lively_llava, mixed_requests
-from tests.pipeline.fakes import encoded, write_shard
+from tests.job.fakes import encoded, write_shard
 from tests.test_caption_job import picture
 from tests.tiny.llava import save_tiny_checkpoint, tiny_processor
 from trio.benchmark.quality.calibrate import Calibration, Comparison, Plan, divergence
@@ -33,9 +33,9 @@ from trio.engine.request import Prepared, Sampling
 from trio.errors import UserError
 from trio.families.registry import adapt
 from trio.job import cli, run_yaml
+from trio.job.command import main
+from trio.job.input.manifest import Manifest, Shard
 from trio.job.settings import made_of
-from trio.pipeline.job import main
-from trio.pipeline.manifest import Manifest, Shard
 from trio.pruning.options import Pruning
 from trio.pruning.pruning_config import FILE
 from trio.pruning.schedule import LLAVA, Schedule, tokens_per_layer

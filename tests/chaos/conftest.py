@@ -17,7 +17,7 @@ import pytest
 pytest.register_assert_rewrite("tests.chaos.harness")
 
 from tests.chaos.harness import MARK, ROOT, Trial, write_input  # noqa: E402
-from tests.pipeline.store import CREDENTIALS, Store, bucket_of, serving  # noqa: E402
+from tests.job.store import CREDENTIALS, Store, bucket_of, serving  # noqa: E402
 
 NODES, NODE_CPUS = 3, 2
 NOTICED_S = 60

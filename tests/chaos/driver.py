@@ -10,11 +10,11 @@ from functools import partial
 import _bootstrap
 
 from tests.chaos.engine import Options, build
-from trio.pipeline import job, runner
+from trio.job import command, runner
 
-JOB = job.Job(name="chaos", description="", package=str(_bootstrap.ROOT / "trio"))
+JOB = command.Job(name="chaos", description="", package=str(_bootstrap.ROOT / "trio"))
 
 if __name__ == "__main__":
     factory = partial(build, Options(**json.loads(sys.argv[1])))
     runner.execute = partial(runner.execute, factory=factory)
-    raise SystemExit(job.main(JOB, sys.argv[2:]))
+    raise SystemExit(command.main(JOB, sys.argv[2:]))

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import ray
 
-from tests.pipeline.fakes import FakeEngine
+from tests.job.fakes import FakeEngine
 from trio.engine.request import Result
 from trio.errors import UserError
-from trio.pipeline.actor import EngineSettings
+from trio.job.actor import EngineSettings
 
 POISON = "poison"
 # a prompt that begins so kills the process that answers it, each time

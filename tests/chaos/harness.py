@@ -22,9 +22,9 @@ import pyarrow.parquet as pq
 from pyarrow import fs as pafs
 
 from tests.chaos.engine import ANSWERS, ENGINES, Options
-from tests.pipeline.fakes import png, write_shard
-from trio.pipeline.plan import Unit
-from trio.pipeline.storage import locate
+from tests.job.fakes import png, write_shard
+from trio.job.input.units import Unit
+from trio.job.storage import locate
 
 ROOT = Path(__file__).resolve().parents[2]
 MARK = "TRIO_CHAOS"

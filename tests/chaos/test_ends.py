@@ -9,7 +9,7 @@ import pytest
 
 from tests.chaos.conftest import Arena
 from tests.chaos.harness import Trial, report, seeds
-from tests.pipeline.store import Store
+from tests.job.store import Store
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(900)]
 

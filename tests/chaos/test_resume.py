@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from tests.chaos.harness import Trial, report, seeds, write_input
-from tests.pipeline.store import Store
+from tests.job.store import Store
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(900)]
 SHARDS, ROWS, UNITS = 20, 12, 3

@@ -26,7 +26,7 @@ from trio.engine.request import Prepared, Request, Sampling
 from trio.errors import UserError
 from trio.families.hub_defaults import _tell_unknown
 from trio.families.registry import adapt
-from trio.pipeline.job import main
+from trio.job.command import main
 from trio.pruning.options import Pruning
 from trio.pruning.pruning_config import FILE, read
 from trio.pruning.schedule import ScheduleShape

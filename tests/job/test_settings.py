@@ -11,10 +11,9 @@ import yaml
 
 from trio.engine.request import Sampling
 from trio.errors import UserError
-from trio.job import cli, run_yaml
+from trio.job import cli, command, run_yaml
+from trio.job.images.policy import ImagePolicy
 from trio.job.settings import FIELDS, Settings, made_of
-from trio.pipeline import job
-from trio.pipeline.policy import ImagePolicy
 from trio.pruning.options import Pruning
 from trio.pruning.pruning_config import PruningDefaults
 
@@ -130,7 +129,7 @@ def test_a_name_that_is_nearly_right(
     ],
 )
 def test_only_the_bundled_shard_is_scored_unasked(flags: list[str], score: str) -> None:
-    settled = job.resolve(caption.JOB, from_flags(*flags))
+    settled = command.resolve(caption.JOB, from_flags(*flags))
     assert settled.output.score == score == settled.results()["score"]
 
 

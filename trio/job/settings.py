@@ -16,9 +16,9 @@ from typing import Annotated, Any
 from trio import bundled
 from trio.engine.request import Sampling
 from trio.errors import UserError
-from trio.pipeline.columns import parse_mapping
-from trio.pipeline.policy import MAX_PIXELS, ROW_TIMEOUT_S, ImagePolicy, parse_origin, redact
-from trio.pipeline.storage import check_no_secret, is_local, local_path
+from trio.job.images.policy import MAX_PIXELS, ROW_TIMEOUT_S, ImagePolicy, parse_origin, redact
+from trio.job.input.columns import parse_mapping
+from trio.job.storage import check_no_secret, is_local, local_path
 from trio.pruning.method_registry import asks_for_text_tower
 from trio.pruning.options import BuiltIn, BuiltInNumber, Pruning
 from trio.pruning.pruning_config import PruningDefaults

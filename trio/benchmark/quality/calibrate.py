@@ -32,9 +32,9 @@ from trio.engine.preprocess import Preprocessor
 from trio.engine.request import Prepared
 from trio.errors import UserError
 from trio.families.registry import adapt, register_named
+from trio.job.command import DEFAULT_RETENTION, check_model
+from trio.job.resume.fingerprint import model_directory
 from trio.job.settings import DEMO, Settings
-from trio.pipeline.fingerprint import model_directory
-from trio.pipeline.job import DEFAULT_RETENTION, check_model
 from trio.pruning.method_registry import chooses_before_decoder
 from trio.pruning.options import Pruning
 from trio.pruning.pruning_config import FILE as PRUNING_FILE

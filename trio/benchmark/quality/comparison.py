@@ -38,7 +38,7 @@ from trio.errors import UserError
 from trio.families.adapter import Adapter
 from trio.families.registry import adapt
 from trio.families.text_tower import TextTower
-from trio.pipeline.scoring import exact_match, object_share
+from trio.job.output.scoring import exact_match, object_share
 from trio.pruning.method_registry import chooses_before_decoder, needs_of
 from trio.pruning.options import Pruning
 from trio.pruning.schedule import PUBLISHED_AFTER_ENCODER, shape_of

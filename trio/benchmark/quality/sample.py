@@ -8,15 +8,15 @@ import numpy as np
 
 from trio.engine.request import Request, Sampling
 from trio.errors import UserError
+from trio.job.image_process import ImageProcess
+from trio.job.images.policy import RowError
+from trio.job.input.columns import parse_mapping, resolve
+from trio.job.input.manifest import Manifest, inspect
+from trio.job.input.reader import ShardUnreadable, UnitReader
+from trio.job.input.units import Unit
+from trio.job.output.output_rows import RowSettings, request_of, sources
 from trio.job.settings import Settings
-from trio.pipeline.columns import parse_mapping, resolve
-from trio.pipeline.image_process import ImageProcess
-from trio.pipeline.manifest import Manifest, inspect
-from trio.pipeline.plan import Unit
-from trio.pipeline.policy import RowError
-from trio.pipeline.reader import ShardUnreadable, UnitReader
-from trio.pipeline.rows import RowSettings, request_of, sources
-from trio.pipeline.storage import parent
+from trio.job.storage import parent
 
 PLACES = 8
 """Row groups that rows come from, where there are so many."""

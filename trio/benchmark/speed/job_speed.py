@@ -43,19 +43,19 @@ from trio.demo.scenes import make_scene
 from trio.demo.shard import write_shard
 from trio.engine.engine import Engine
 from trio.engine.request import Prepared, Request
-from trio.job.settings import Settings, made_of
-from trio.pipeline import cluster, runner
-from trio.pipeline.actor import (
+from trio.job import cluster, runner
+from trio.job.actor import (
     EngineFactory,
     EngineSettings,
     build_engine,
     engine_threads,
 )
-from trio.pipeline.cluster import Resources
-from trio.pipeline.cpus import usable
-from trio.pipeline.images import load_images
-from trio.pipeline.job import check_model
-from trio.pipeline.policy import ImagePolicy
+from trio.job.cluster import Resources
+from trio.job.command import check_model
+from trio.job.cpus import usable
+from trio.job.images.image_files import load_images
+from trio.job.images.policy import ImagePolicy
+from trio.job.settings import Settings, made_of
 from trio.tables import aligned
 
 SCENES = 64

@@ -1,0 +1,117 @@
+"""The progress line."""
+
+import io
+import threading
+
+from trio.job.output.progress import Progress
+from trio.job.output.summary import duration
+from trio.job.output.totals import Totals
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+class Clock:
+    """A clock that stands until it is set."""
+
+    now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+UNIT = Totals(
+    rows=10, errors=1, images=9, output_tokens=90, retention_sum=0.9, retention_rows=9
+)  # fmt: skip
+
+
+def test_a_log_gets_whole_lines() -> None:
+    stream, clock = io.StringIO(), Clock()
+    with Progress(40, Totals(), log_interval_s=99, stream=stream, clock=clock) as progress:
+        clock.now += 7
+        progress.answering()
+        clock.now += 2
+        progress.add(UNIT)
+        clock.now += 1
+        progress.add(UNIT)
+        assert progress.work_s == 3
+    first, last = stream.getvalue().splitlines()
+    assert first == "0/40 rows (0 %), starting, 0:00"
+    assert last == (
+        "20/40 rows (50 %), 6.0 images/s, 60 tokens/s, retention 0.100, 2 in error, ETA 0:03"
+    )
+
+
+def test_rows_under_way_are_being_answered() -> None:
+    clock = Clock()
+    progress = Progress(40, Totals(), log_interval_s=9, stream=io.StringIO(), clock=clock)
+    clock.now += 5
+    assert progress.line() == "0/40 rows (0 %), starting, 0:05"
+    progress.answering()
+    clock.now += 4
+    assert progress.line() == "0/40 rows (0 %), answering, 0:09"
+
+
+def test_what_is_said_gets_a_line_of_its_own() -> None:
+    stream = Terminal()
+    with Progress(10, Totals(), log_interval_s=99, label="trio", stream=stream) as progress:
+        progress.say("7 requests at once")
+        progress.add(UNIT)
+    said = stream.getvalue().split("\n")[0].split("\r")[-1]
+    assert said.rstrip() == "trio: 7 requests at once"
+
+
+class Slow(io.StringIO):
+    """A stream in which another thread finds every gap between two writes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside = threading.Semaphore(1)
+        self.mixed = False
+
+    def write(self, text: str) -> int:
+        self.mixed |= not self.inside.acquire(blocking=False)
+        threading.Event().wait(0.002)
+        self.inside.release()
+        return super().write(text)
+
+
+def test_lines_of_two_threads_do_not_mix() -> None:
+    stream = Slow()
+    with Progress(10, Totals(), log_interval_s=0.001, stream=stream) as progress:
+        for _ in range(50):
+            progress.say("said")
+    assert not stream.mixed
+    lines = stream.getvalue().splitlines()
+    assert lines.count("said") == 50 and {line.split()[0] for line in lines} == {"said", "0/10"}
+
+
+def test_a_terminal_is_rewritten_in_place() -> None:
+    stream = Terminal()
+    with Progress(10, Totals(), log_interval_s=99, label="trio", stream=stream) as progress:
+        progress.add(UNIT)
+    text = stream.getvalue()
+    assert text.count("\n") == 1 and text.count("\r") == 2
+    assert "trio: 10/10 rows (100 %)" in text and text.rstrip().endswith("done")
+
+
+def test_rows_of_an_earlier_attempt_count_as_done_but_not_as_speed() -> None:
+    before, clock = Totals(rows=900, images=900), Clock()
+    progress = Progress(1000, before, log_interval_s=9, stream=io.StringIO(), clock=clock)
+    progress.answering()
+    clock.now += 10
+    progress.add(Totals(rows=50, images=50))
+    line = progress.line()
+    assert line.startswith("950/1000 rows (95 %), 5.0 images/s")
+    assert line.endswith("ETA 0:10")
+
+
+def test_durations() -> None:
+    assert [duration(s) for s in (0.4, 61, 3600, 86399.6)] == [
+        "0:00",
+        "1:01",
+        "1:00:00",
+        "24:00:00",
+    ]

@@ -1,0 +1,146 @@
+"""Columns and checks of the output files."""
+
+import datetime
+import json
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from trio.job.output.schema import (
+    UNITS_KEY,
+    build_table,
+    check_keys,
+    row_key,
+    rows_schema,
+    split_key,
+    stats_schema,
+)
+
+ROWS = [
+    "row",
+    "id",
+    "prompt",
+    "response",
+    "finish_reason",
+    "error",
+    "note",
+    "num_images",
+    "image_width",
+    "image_height",
+    "visual_tokens",
+    "visual_tokens_encoder",
+    "visual_tokens_stages",
+    "retention",
+    "prompt_tokens",
+    "output_tokens",
+    "prefill_flops",
+    "prefill_flops_unpruned",
+    "kv_bytes",
+    "kv_bytes_unpruned",
+    "prefill_s",
+    "decode_s",
+    "latency_s",
+    "logprob_mean",
+    "actor",
+    "node",
+    "finished_at",
+]
+STATS = [
+    "actor",
+    "node",
+    "start",
+    "end",
+    "images",
+    "prompt_tokens",
+    "output_tokens",
+    "preprocess_wait_s",
+    "encode_s",
+    "prefill_s",
+    "prune_s",
+    "decode_s",
+    "idle_s",
+    "running_mean",
+    "kv_used_bytes_peak",
+    "device_bytes_peak",
+    "out_of_memory",
+    "max_running",
+    "batch_tokens",
+    "kv_budget_bytes",
+    "cuda_graphs",
+]
+
+
+def answer(**changes: Any) -> dict[str, Any]:
+    row = {
+        "row": 5,
+        "response": "a cat",
+        "finish_reason": "stop",
+        "actor": "a",
+        "node": "n",
+        "finished_at": datetime.datetime(2026, 1, 2, tzinfo=datetime.UTC),
+    }
+    return row | changes
+
+
+def test_columns_are_those_users_rely_on() -> None:
+    assert rows_schema(pa.int64(), run_id="r").names == ROWS
+    assert rows_schema(pa.int64(), run_id="r", save_kept=True).names == [*ROWS, "kept_tokens"]
+    assert stats_schema(run_id="r").names == STATS
+
+
+def test_id_keeps_the_users_type() -> None:
+    assert rows_schema(pa.uint16(), run_id="r").field("id").type == pa.uint16()
+
+
+def test_metadata_carries_run_and_units() -> None:
+    schema = rows_schema(pa.string(), run_id="abc")
+    assert schema.metadata[b"trio.run"] == b"abc"
+    units = json.loads(schema.metadata[UNITS_KEY])
+    assert units["prefill_s"] == "seconds" and units["kv_bytes"] == "bytes"
+    assert schema.field("latency_s").metadata[b"unit"] == b"seconds"
+
+
+def test_row_key_splits_back_and_sorts_by_shard_then_row() -> None:
+    for shard, row in [(0, 0), (3, 7), (2**31 - 1, 2**32 - 1)]:
+        assert split_key(row_key(shard, row)) == (shard, row)
+    assert row_key(1, 0) > row_key(0, 2**32 - 1)
+    assert row_key(2**31 - 1, 2**32 - 1) == 2**63 - 1
+
+
+@pytest.mark.parametrize(("shard", "row"), [(-1, 0), (2**31, 0), (0, 2**32), (0, -1)])
+def test_row_key_refuses_numbers_that_do_not_fit(shard: int, row: int) -> None:
+    with pytest.raises(ValueError, match="64-bit"):
+        row_key(shard, row)
+
+
+def test_absent_values_become_null() -> None:
+    schema = rows_schema(pa.string(), run_id="r")
+    table = build_table([answer(), answer(row=6, visual_tokens_stages=[3, 2])], schema)
+    assert table.schema.equals(schema)
+    assert table.column("retention").null_count == 2
+    assert table.column("visual_tokens_stages").to_pylist() == [None, [3, 2]]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"surprise": 1},
+        {"actor": None},
+        {"error": "x: y"},
+        {"finish_reason": "error"},
+        {"finish_reason": "error", "error": "x: y"},
+        {"finish_reason": "stop", "response": None},
+        {"finish_reason": "done"},
+    ],
+)
+def test_rows_that_break_the_contract_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(AssertionError):
+        build_table([answer(**wrong)], rows_schema(pa.string(), run_id="r"))
+
+
+@pytest.mark.parametrize("keys", [[4, 5], [4, 6, 5], [4, 5, 5], [4, 5, 6, 7]])
+def test_a_unit_has_each_row_once_and_in_order(keys: list[int]) -> None:
+    check_keys([{"row": key} for key in (4, 5, 6)], 0, 4, 7)
+    with pytest.raises(AssertionError):
+        check_keys([{"row": key} for key in keys], 0, 4, 7)

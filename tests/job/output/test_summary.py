@@ -1,0 +1,71 @@
+"""The summary and its table."""
+
+import json
+
+from trio.job.output.summary import summarise, table
+from trio.job.output.totals import Totals
+
+TOTALS = Totals(
+    rows=20, errors=2, error_kinds={"image_empty": 2}, images=18, output_tokens=90, scored=20,
+    right=15, captions=4, object_share_sum=3.0, retention_sum=2.0, retention_rows=18,
+    prefill_flops=10, prefill_flops_unpruned=66, reading_flops=20,
+    reading_flops_unpruned=50, kv_bytes=10, kv_bytes_unpruned=51,
+)  # fmt: skip
+
+
+def made(
+    totals: Totals = TOTALS, before: Totals | None = None, score: str = "objects"
+) -> dict[str, object]:
+    return summarise(
+        totals,
+        score=score,
+        run_id="r",
+        wall_s=75.0,
+        done_before=before or Totals(),
+        work_s=9.0,
+        resources="1 node",
+    )
+
+
+def test_totals_rates_and_ratios() -> None:
+    summary = made()
+    assert summary["images_per_s"] == 2.0 and summary["output_tokens_per_s"] == 10.0
+    assert summary["flops_ratio"] == 6.6 and summary["kv_ratio"] == 5.1
+    assert summary["accuracy"] == 0.75 and summary["error_rate"] == 0.1
+    assert json.loads(json.dumps(summary)) == summary
+
+
+def test_an_earlier_attempts_rows_are_not_todays_speed() -> None:
+    summary = made(before=Totals(rows=10, images=9, output_tokens=45))
+    assert summary["images_per_s"] == 1.0 and summary["rows"] == 20 and summary["rows_before"] == 10
+
+
+def test_two_runs_stand_side_by_side() -> None:
+    text = table([("trio", made()), ("unpruned", made(Totals(rows=20, scored=20, right=18)))])
+    lines = {line[:30].strip(): line.split() for line in text.splitlines()}
+    assert text.splitlines()[0].split() == ["trio", "unpruned"]
+    assert "15/20 = 75.0 %" in text and "18/20 = 90.0 %" in text
+    assert "6.60 x fewer" in text and "2.50 x fewer" in text
+    assert list(lines).index("wall time") == list(lines).index("images/s") + 1
+    assert lines["wall time"][-2:] == ["1:15", "1:15"]
+    assert len({len(line) for line in text.splitlines()}) == 1
+
+
+def test_objects_are_told_of_only_where_asked() -> None:
+    text = table([("trio", made()), ("exact", made(score="exact"))])
+    lines = {line[:30].strip(): line.split() for line in text.splitlines()}
+    assert lines["objects named rightly"][-3:] == ["75.0", "%", "-"]
+    assert made(score="exact")["captions"] == 0
+    assert "objects" not in table([("exact", made(score="exact"))])
+
+
+def test_how_often_memory_ran_out_is_told() -> None:
+    text = table([(str(n), made(Totals(rows=3, out_of_memory=n))) for n in (0, 1, 2)])
+    (line,) = [line for line in text.splitlines() if line.startswith("out of memory")]
+    assert line.split()[-5:] == ["-", "1", "time", "2", "times"]
+
+
+def test_lines_that_say_nothing_are_left_out() -> None:
+    text = table([("none", made(Totals(rows=3)))])
+    assert "right" not in text and "FLOPs" not in text
+    assert [line.split() for line in text.splitlines()][2] == ["rows", "in", "error", "0"]

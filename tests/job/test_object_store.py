@@ -1,0 +1,331 @@
+"""Output and input on an object store: a real S3 server, reached as users reach theirs."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from pyarrow import fs as pafs
+
+from tests.job.fakes import ODD_NAMES, png
+from tests.job.store import Store, bucket_of, serving
+from tests.job.test_committed import commit, totals
+from trio.engine.request import Sampling
+from trio.errors import UserError
+from trio.job.images.image_files import load_images
+from trio.job.images.policy import ImagePolicy
+from trio.job.input import ids
+from trio.job.input.columns import resolve
+from trio.job.input.manifest import expand, inspect
+from trio.job.input.reader import UnitReader
+from trio.job.input.units import Unit, units
+from trio.job.output import output_directory
+from trio.job.output.output_rows import RowSettings, request_of, sources
+from trio.job.output.sink import serialise
+from trio.job.resume import committed, fingerprint, lease
+from trio.job.settings import made_of
+from trio.job.storage import (
+    Location,
+    exists,
+    list_files,
+    locate,
+    parent,
+    read_bytes,
+    write_atomic,
+)
+
+SHARDS, ROWS, UNIT_ROWS = 10, 8, 4
+PROMPT = RowSettings(
+    prompt="what is this?",
+    sampling=Sampling(max_new_tokens=1),
+    policy=ImagePolicy(),
+    seed=0,
+    save_kept=False,
+)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, Path]]:
+    with serving(tmp_path_factory.mktemp("s3")) as found:
+        yield found
+
+
+@pytest.fixture
+def store(server: tuple[int, Path]) -> Iterator[Store]:
+    made = bucket_of(server)
+    yield made
+    made.fail()
+
+
+def test_a_small_file_is_one_request_and_whole(store: Store) -> None:
+    write_atomic(store.at("x/a"), b"data")
+    assert [r.method for r in store.requests()] == ["PUT"]
+    assert read_bytes(store.at("x/a")) == b"data"
+
+
+@pytest.mark.parametrize("rule", ["PUT partNumber=1", "PUT partNumber=2", "POST uploadId", "PUT a"])
+def test_a_write_that_fails_shows_nothing(store: Store, rule: str) -> None:
+    for data in (os.urandom(12 << 20), b"small"):
+        store.fail(rule)
+        large = len(data) > 5
+        if large or rule == "PUT a":
+            with pytest.raises(OSError, match="ACCESS_DENIED"):
+                write_atomic(store.at(f"x/a{large}"), data)
+        store.fail()
+        assert not exists(store.at(f"x/a{large}"))
+
+
+def test_a_process_that_is_killed_while_it_writes_shows_nothing(store: Store) -> None:
+    code = (
+        "import sys\n"
+        "from trio.job.storage import locate, write_atomic\n"
+        "write_atomic(locate(sys.argv[1]), bytes(400 << 20))\n"
+    )
+    root = Path(__file__).resolve().parents[2]
+    process = subprocess.Popen([sys.executable, "-c", code, store.uri("x/big")], cwd=root)
+    try:
+        until = time.monotonic() + 30
+        while not any("partNumber=2" in r.path for r in store.requests()):
+            assert time.monotonic() < until and process.poll() is None
+            time.sleep(0.01)
+    finally:
+        process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert not exists(store.at("x/big"))
+
+
+def test_ctrl_c_while_writing_shows_the_whole(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from trio.job import storage
+
+    original = storage._put
+
+    def interrupted(location: Location, data: bytes) -> None:
+        import _thread
+
+        _thread.interrupt_main()
+        time.sleep(0.1)
+        original(location, data)
+
+    monkeypatch.setattr(storage, "_put", interrupted)
+    # A shell that starts the tests in the background has them ignore it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    with pytest.raises(KeyboardInterrupt):
+        write_atomic(store.at("x/a"), b"data")
+    until = time.monotonic() + 10
+    while not exists(store.at("x/a")) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert read_bytes(store.at("x/a")) == b"data"
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_names_are_taken_letter_for_letter(store: Store, name: str) -> None:
+    """Listed, planned, read, and resumed on; images beside the shard and an output there too."""
+    table = pa.table({"image": [f"images/{name}.png"]})
+    store.put(f"d/{name}/{name}.parquet", serialise(table))
+    store.put(f"d/{name}/images/{name}.png", png())
+    (location,) = [found for found, _ in expand([store.uri("d")])]
+    assert location.path.endswith(f"/d/{name}/{name}.parquet")
+    for uri in (store.uri("d"), store.uri(f"d/{name}"), location.uri):
+        manifest, schemas = inspect([uri])
+        (shard,) = manifest.shards
+        assert manifest.difference(expand([uri])) is None and locate(shard.path) == location
+    columns = resolve(schemas, [shard.path], {}, prompt_given=True)
+    unit = Unit(0, 0, 1)
+    (row,) = sources(UnitReader(columns).read(shard, unit), unit, shard.path)
+    assert request_of(row, parent(shard.path), PROMPT, load_images).images
+    assert row.id == f"{name}.parquet#0"
+    output = store.at(f"out/{name}")
+    commit(output.uri, unit)
+    assert committed.listed(locate(output.uri)) == {unit}
+
+
+def shards(store: Store) -> list[str]:
+    """Ten shards with images, so that their ids are a small part of them."""
+    for number in range(SHARDS):
+        rows = {
+            "id": [f"{number}-{row % 7}" for row in range(ROWS)],
+            "image": [png((number, row, 0), (60, 60)) for row in range(ROWS)],
+        }
+        write_atomic(store.at(f"in/{number:03d}.parquet"), serialise(pa.table(rows)))
+    return [store.uri("in")]
+
+
+def pin(store: Store, output: Location) -> tuple[output_directory.Pinned, list[Unit]]:
+    """A first plan, claimed."""
+    inputs = shards(store)
+    config = made_of(input=(store.uri("in"),), output=output.uri, rows_per_file=UNIT_ROWS)
+    manifest, schemas = inspect(inputs)
+    columns = resolve(schemas, [s.path for s in manifest.shards], {}, prompt_given=True)
+    assert columns.id is not None
+    run = output_directory.Pinned(
+        run_id="run1",
+        manifest=manifest,
+        columns=columns,
+        fingerprint=fingerprint.take(config),
+        ids=ids.scan(manifest, columns.id),
+        config=config,
+    )
+    output_directory.claim(output, run)
+    return run, list(units(manifest, UNIT_ROWS))
+
+
+def test_a_resume_reads_no_byte_of_any_shard_and_few_of_the_output(store: Store) -> None:
+    output = store.at("out")
+    run, plan = pin(store, output)
+    assert run.ids is not None and run.ids.duplicates == SHARDS
+    assert any(r.path.endswith("in/003.parquet") and r.bytes for r in store.requests())
+    for unit in plan[:18]:
+        commit(output.uri, unit)
+    committed.save(output, plan, set(plan[:16]), totals(*plan[:16]), "run1")
+    store.requests()
+
+    with lease.hold(output):
+        found = output_directory.earlier(output)
+        assert found is not None and found.manifest == run.manifest and found.ids == run.ids
+        now = fingerprint.take(found.config)
+        output_directory.check_same(found, now, expand([store.uri("in")], output), output.uri)
+        todo = list(units(found.manifest, UNIT_ROWS))
+        there = committed.read(output, todo, found.run_id)
+    assert there.units == set(plan[:18]) and there.totals == totals(*plan[:18])
+
+    asked = store.requests()
+    of_shards = [r for r in asked if "/in/" in r.path.partition("?")[0]]
+    assert [r.bytes for r in of_shards] == [0] * len(of_shards)  # a HEAD at the most
+    assert {r.method for r in of_shards} <= {"HEAD"}
+    read = [r for r in asked if "/rows/" in r.path and r.method == "GET"]
+    assert {r.path.rpartition("/")[2] for r in read} == {u.name for u in plan[16:18]}
+    assert len(read) == 2
+
+
+def test_a_run_from_claim_to_success(store: Store) -> None:
+    output = store.at("out")
+    with lease.hold(output) as held:
+        assert output_directory.earlier(output) is None and not output_directory.finished(output)
+        run, plan = pin(store, output)
+        for unit in plan:
+            commit(output.uri, unit)
+            held.check()
+        output_directory.close(output, {"rows": SHARDS * ROWS})
+        committed.drop(output)
+        committed.drop(output)
+    assert output_directory.finished(output)
+    assert committed.read(output, plan, run.run_id).units == set(plan)
+    selector = pafs.FileSelector(output.path, recursive=True)
+    files = [i.path for i in output.filesystem.get_file_info(selector) if i.is_file]
+    top = {path.removeprefix(output.path + "/").partition("/")[0] for path in files}
+    assert top == {"_SUCCESS", "summary.json", "run.yaml", "manifest.parquet", "rows", "stats"}
+
+
+def test_a_shard_that_changed_is_named(store: Store) -> None:
+    output = store.at("out")
+    run, _ = pin(store, output)
+    write_atomic(store.at("in/004.parquet"), b"longer or shorter")
+    with pytest.raises(UserError, match=r"the input: s3://.*004\.parquet.* has 17\. Give"):
+        output_directory.check_same(run, run.fingerprint, expand([store.uri("in")]), output.uri)
+
+
+def test_readers_see_only_whole_files(store: Store) -> None:
+    output = store.at("out")
+    plan = [Unit(0, start, start + 2) for start in range(0, 120, 2)]
+    done = threading.Event()
+    seen: list[int] = []
+    wrong: list[BaseException] = []
+
+    def look() -> None:
+        mine = store.at("out")
+        while not done.is_set():
+            try:
+                infos = list_files(mine.join("rows"))
+                for info in infos[-4:]:
+                    pq.read_table(info.path, filesystem=mine.filesystem)
+                seen.append(len(infos))
+            except BaseException as error:
+                wrong.append(error)
+                return
+
+    reader = threading.Thread(target=look)
+    reader.start()
+    try:
+        for unit in plan:
+            commit(output.uri, unit)
+            commit(output.uri, unit)  # done again: overwritten while it is read
+    finally:
+        done.set()
+        reader.join()
+    assert not wrong
+    assert len(set(seen)) > 3 and committed.listed(output) == set(plan)
+
+
+@pytest.mark.slow
+def test_the_lease_is_held_by_one(store: Store) -> None:
+    output = store.at("out")
+    with lease.hold(output, interval_s=1.0) as held:
+        with pytest.raises(UserError, match="in use by process"), lease.hold(output):
+            pass
+        held.check()
+    with lease.hold(output):
+        pass
+
+
+def test_a_silent_claim_elsewhere_expires_by_the_stores_clock(store: Store) -> None:
+    output = store.at("out")
+    owner = lease.process_identity() | {"host": "far", "machine": "another"}
+    write_atomic(output.join(".lease", "other.claim"), json.dumps(owner).encode())
+    began = time.monotonic()
+    said: list[str] = []
+    with lease.hold(output, interval_s=1.0, expiry_s=3.0, say=said.append) as held:
+        assert time.monotonic() - began > 1.5
+        held.check()
+    assert len(said) == 1 and "on far" in said[0]
+
+
+def test_a_claim_that_is_taken_away_is_noticed(store: Store) -> None:
+    output = store.at("out")
+    with lease.hold(output, interval_s=0.2, expiry_s=1.0) as held:
+        for info in output.filesystem.get_file_info(pafs.FileSelector(output.join(".lease").path)):
+            if info.base_name.endswith(".claim"):
+                output.filesystem.delete_file(info.path)
+        time.sleep(1.0)
+        with pytest.raises(lease.LeaseLost):
+            held.check()
+
+
+def test_of_many_that_start_together_one_holds_at_a_time(store: Store) -> None:
+    inside, most, lock = 0, 0, threading.Lock()
+    barrier = threading.Barrier(3)
+    won = [0] * 8
+
+    def rival() -> None:
+        nonlocal inside, most
+        for round_ in range(len(won)):
+            barrier.wait()
+            try:
+                with lease.hold(store.at(f"out{round_}"), interval_s=1.0):
+                    with lock:
+                        inside += 1
+                        won[round_] += 1
+                        most = max(most, inside)
+                    time.sleep(0.05)
+                    with lock:
+                        inside -= 1
+            except UserError as error:
+                refused.append(f"{round_} {error}")
+
+    refused: list[str] = []
+    rivals = [threading.Thread(target=rival) for _ in range(3)]
+    for thread in rivals:
+        thread.start()
+    for thread in rivals:
+        thread.join()
+    assert [line for line in refused if "is in use by" not in line] == []
+    assert most == 1 and all(won)

@@ -1,0 +1,290 @@
+"""Ray: attach or start, keep quiet, and check before anything starts that the job fits."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from trio import openmp as waiting
+from trio.errors import UserError
+from trio.job import cpus
+from trio.job.environment import (
+    cluster_runtime_env,
+    cluster_variables,
+    export_path,
+    submitted,
+)
+from trio.job.placement import Node, place
+from trio.job.settings import AUTO, LOCAL, Settings
+
+LOCAL_CPUS = 4
+# logical, also on a smaller machine
+ANSWER_S, HERE_S = 10.0, 1.0
+# for a head to take a connection: one that was asked for, and one that may be here
+QUIET = {
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_DEDUP_LOGS": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_BACKEND_LOG_LEVEL": "fatal",
+}
+
+
+LOGGING: dict[str, Any] = {"logging_level": logging.ERROR, "configure_logging": True}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Resources:
+    """What a cluster has, and what the job takes of it."""
+
+    cpus: float
+    # logical
+    gpus: float
+    nodes: int
+    actors: int
+    gpus_per_actor: float
+    cpus_per_actor: float
+    attached: bool
+    # False for a Ray of our own in this process
+    per_node: int = 1
+    # most engines on one of the nodes that are there
+    note: str = ""
+    # what is to be said about the fit
+
+    def describe(self) -> str:
+        where = f"cluster of {self.nodes} nodes" if self.nodes > 1 else "1 node"
+        where = where if self.attached else "local Ray"
+        engine = f"{self.gpus_per_actor:g} GPU" if self.gpus_per_actor else "CPU"
+        return (
+            f"{where} with {self.cpus:g} CPUs and {self.gpus:g} GPUs;"
+            f" {self.actors} engine{'s' if self.actors > 1 else ''} on {engine}"
+            + (f"; {self.note}" if self.note else "")
+        )
+
+
+def start(address: str | None = None) -> bool:
+    """Attach to the cluster that was asked for, else start Ray in here.
+
+    Returns whether it is somebody's cluster. A Ray that is already initialised stays as it is.
+
+    Args:
+        address: as ``--address``; None leaves it to RAY_ADDRESS.
+
+    Raises:
+        UserError: no cluster answers there.
+    """
+    _silence()
+    waiting.passively()
+    if ray.is_initialized():
+        return True
+    where, source = _asked(address)
+    if where is None:
+        _tell_of_another()
+    if where is None or where == LOCAL:
+        _start_here()
+        return False
+    _attach(_started_here(source) if where == AUTO and not submitted() else where, source)
+    return True
+
+
+def _asked(address: str | None) -> tuple[str | None, str]:
+    """Which Ray is wanted, and what says so: ``--address`` before RAY_ADDRESS; None: nothing does.
+
+    Raises:
+        UserError: another one than that to which this job was submitted, or none answers there.
+    """
+    named = os.environ.get("RAY_ADDRESS") or None
+    if address is None or (submitted() and address in (AUTO, named)):
+        return named, f"RAY_ADDRESS={named}"
+    if submitted():
+        raise UserError(
+            f"--address {address}: a job of 'ray job submit' runs on the cluster it was submitted"
+            " to; leave --address out, also of --config"
+        )
+    if address not in (AUTO, LOCAL) and not _answers(address, ANSWER_S):
+        raise UserError(f"--address {address}: no Ray cluster answers there; correct it")
+    # Ray takes the variable's word against 'auto'.
+    os.environ.pop("RAY_ADDRESS", None)
+    return address, f"--address {address}"
+
+
+def _started_here(source: str) -> str:
+    """The Ray that `ray start` began here; Ray itself would also take one of another job's own.
+
+    Raises:
+        UserError: there is none.
+    """
+    there = _cluster_here()
+    if there is None:
+        raise UserError(
+            f"{source}: no Ray of 'ray start' runs on this machine; name one as host:port, or leave"
+            " it out for a Ray of the job's own"
+        )
+    return there
+
+
+def _start_here() -> None:
+    export_path()
+    # By default workers yield to all other processes (nice 15): beside two that are busy an engine
+    # on two cores is left with a thirtieth of them.
+    os.environ.setdefault("RAY_worker_niceness", "0")
+    count = max(LOCAL_CPUS, cpus.usable())
+    with _hushed():
+        ray.init(
+            address=LOCAL, num_cpus=count, include_dashboard=False, log_to_driver=False, **LOGGING
+        )
+
+
+def _attach(where: str, source: str) -> None:
+    env = cluster_runtime_env()
+    variables = cluster_variables()
+    if variables:
+        env["env_vars"] = variables
+    try:
+        with _hushed():
+            ray.init(address=where, runtime_env=env or None, log_to_driver=False, **LOGGING)
+    except ConnectionError as error:
+        raise UserError(
+            f"{source}: no Ray cluster answers there; correct it, or set it to '{LOCAL}'"
+        ) from error
+
+
+def _tell_of_another() -> None:
+    """Where nobody has said which Ray: the one that `ray start` left here is not ours to take."""
+    there = _cluster_here()
+    if there:
+        print(
+            f"a Ray runs on this machine ({there}); this job starts one of its own:"
+            f" --address {AUTO} (or RAY_ADDRESS={AUTO}) joins the other, {LOCAL} ends this line",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+@contextmanager
+def _hushed() -> Iterator[None]:
+    """Keep what Ray's native code writes to standard error; show it only if starting fails."""
+    sys.stderr.flush()
+    shown = os.dup(2)
+    with tempfile.TemporaryFile() as kept:
+        os.dup2(kept.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            kept.seek(0)
+            os.write(shown, kept.read())
+            raise
+        finally:
+            os.dup2(shown, 2)
+            os.close(shown)
+
+
+def _cluster_here() -> str | None:
+    """Address of the cluster that ``ray start`` has left word of on this machine, if it lives."""
+    base = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
+    try:
+        address = Path(base, "ray", "ray_current_cluster").read_text().strip()
+    except (OSError, UnicodeDecodeError):
+        return None
+    return address if _answers(address, HERE_S) else None
+
+
+def _answers(address: str, seconds: float) -> bool:
+    """Whether anything takes a connection at host:port."""
+    host, _, port = address.rpartition(":")
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), seconds):
+            return True
+    except (OSError, ValueError, OverflowError):
+        return False
+
+
+def _silence() -> None:
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    logging.getLogger("ray").setLevel(logging.ERROR)
+
+
+def fit(config: Settings, *, attached: bool) -> Resources:
+    """What the job will take, checked against what there is.
+
+    Raises:
+        UserError: more asked for than the nodes hold and no more to come, with the numbers.
+    """
+    there = nodes()
+    placement = place(
+        there,
+        actors=config.cluster.actors,
+        gpus_per_actor=config.cluster.gpus_per_actor,
+        cpus_per_actor=config.cluster.cpus_per_actor,
+        wait_s=config.cluster.wait_for_nodes,
+    )
+    notes = [placement.note]
+    if placement.fit < placement.actors and autoscales() is False:
+        notes.append("this cluster adds no nodes by itself")
+    if attached:
+        notes.append(_held_by_others(there))
+    return Resources(
+        cpus=sum(node.cpus for node in there),
+        gpus=sum(node.gpus for node in there),
+        nodes=len(there),
+        actors=placement.actors,
+        gpus_per_actor=placement.need.gpus,
+        cpus_per_actor=placement.need.cpus,
+        attached=attached,
+        per_node=placement.per_node,
+        note="; ".join(note for note in notes if note),
+    )
+
+
+def nodes() -> list[Node]:
+    """The nodes that are alive, in a stable order."""
+    return sorted((node for _, node in named_nodes()), key=lambda node: (node.gpus, node.cpus))
+
+
+def named_nodes() -> list[tuple[str, Node]]:
+    """Ids of the nodes that are alive, and what they have."""
+    alive = [(node["NodeID"], node["Resources"]) for node in ray.nodes() if node["Alive"]]
+    return [(name, Node(cpus=has.get("CPU", 0.0), gpus=has.get("GPU", 0.0))) for name, has in alive]
+
+
+def _held_by_others(there: Sequence[Node]) -> str:
+    """What of the cluster is taken: before our first engine that is other people's work."""
+    free = ray.available_resources()
+    parts = []
+    for kind, total in (("CPU", sum(n.cpus for n in there)), ("GPU", sum(n.gpus for n in there))):
+        taken = total - free.get(kind, 0.0)
+        if taken > 0:
+            parts.append(f"{taken:g} {kind}s")
+    return f"{' and '.join(parts)} of it are in use by others now" if parts else ""
+
+
+def autoscales() -> bool | None:
+    """Whether the cluster adds nodes by itself; None where it does not tell.
+
+    Ray's monitor reports the type of each node. Without an autoscaler's settings it calls each type
+    after the one node it has. The newer autoscaler (KubeRay's) leaves no such report.
+    """
+    try:
+        client: Any = ray._private.worker.global_worker.gcs_client  # type: ignore[attr-defined]
+        report = json.loads(client.internal_kv_get(b"__autoscaling_status", None) or b"{}")
+        types = report["autoscaler_report"]["node_type_mapping"]
+        return any(kind != f"node_{node}" for node, kind in types.items()) if types else None
+    except Exception:  # private to Ray, and only for a message
+        return None
+
+
+def stop(attached: bool) -> None:
+    """End the Ray that ``start`` made; leave somebody's cluster alone."""
+    if not attached:
+        ray.shutdown()

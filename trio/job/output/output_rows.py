@@ -1,0 +1,215 @@
+"""One input row to the request it asks for, and one result back to an output row. No Ray, no torch.
+
+INPUT a unit's table under role names; OUTPUT per row a ``Source`` (what it says) and, once the
+engine has answered, the dict that ``schema.build_table`` takes.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.types as pt
+from PIL.Image import Image
+
+from trio.engine.request import Request, Result, Sampling
+from trio.job.images.image_files import note_of
+from trio.job.images.policy import ImagePolicy, RowError
+from trio.job.input.answers import texts
+from trio.job.input.units import Unit
+from trio.job.output.schema import row_key, split_key
+from trio.job.storage import Location, bare
+
+ImageLoader = Callable[[Any, Location | None, ImagePolicy], list[Image]]
+# images of a cell, given the directory of its shard; raises RowError
+FROM_RESULT = (
+    "visual_tokens",
+    "visual_tokens_encoder",
+    "visual_tokens_stages",
+    "retention",
+    "prompt_tokens",
+    "output_tokens",
+    "kv_bytes",
+    "kv_bytes_unpruned",
+    "prefill_s",
+    "decode_s",
+    "latency_s",
+    "logprob_mean",
+)
+FLOPS = ("prefill_flops", "prefill_flops_unpruned")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RowSettings:
+    """What turns a row into a request."""
+
+    prompt: str | None
+    # for rows without one
+    sampling: Sampling
+    policy: ImagePolicy
+    seed: int
+    save_kept: bool
+    shared_directory: str | None = None
+    # of the shards, to be left out of ids; None where file names alone tell them apart
+
+
+@dataclass(slots=True)
+class Source:
+    """What one input row says, as far as it could be read."""
+
+    key: int
+    table: pa.Table
+    index: int
+    path: str
+    id: Any = None
+    prompt: str | None = None
+    size: tuple[int, int] | None = None
+    # width and height in pixels of the first image
+    num_images: int | None = None
+    note: str | None = None
+    # what had to be mended in its images
+    reading_flops: tuple[int, int] = (0, 0)
+    # once answered: of the prompt with encoder and choice of tokens, pruned and unpruned
+
+    def cell(self, role: str) -> Any:
+        """The row's value in a column; None where the shard has no such column.
+
+        Raises:
+            RowError: text that is not UTF-8.
+        """
+        if role not in self.table.column_names:
+            return None
+        try:
+            return self.table.column(role)[self.index].as_py()
+        except UnicodeDecodeError as error:
+            raise RowError(f"{role}_invalid", "the text is not UTF-8") from error
+
+
+def sources(table: pa.Table, unit: Unit, path: str) -> list[Source]:
+    """Every row of a unit, in order."""
+    assert table.num_rows == unit.stop - unit.start, f"{table.num_rows} rows for {unit}"
+    return [
+        Source(key=row_key(unit.shard, unit.start + i), table=table, index=i, path=path)
+        for i in range(table.num_rows)
+    ]
+
+
+def request_of(
+    source: Source, base: Location | None, settings: RowSettings, load: ImageLoader
+) -> Request:
+    """The row's request, with its images as ``load`` has them; notes on the source what it reads.
+
+    Raises:
+        RowError: the row cannot be asked.
+    """
+    prompt = identify(source, settings)
+    answers_of(source)
+    images = load(source.cell("image"), base, settings.policy)
+    source.num_images = len(images)
+    source.size = images[0].size
+    source.note = note_of(images)
+    return Request(
+        prompt=prompt,
+        images=tuple(images),
+        id=source.key,
+        sampling=_sampling(settings, source.key),
+    )
+
+
+def identify(source: Source, settings: RowSettings) -> str:
+    """Note id and prompt on a source; returns the prompt.
+
+    Raises:
+        RowError: one of them cannot be read, or there is no prompt.
+    """
+    source.id = _identity(source, settings)
+    source.prompt = prompt = _prompt(source, settings.prompt)
+    return prompt
+
+
+def made_up_id(source: Source, settings: RowSettings) -> str:
+    """Of a row whose data set brings no ids: its file and the row in it."""
+    shared = settings.shared_directory
+    path = bare(source.path)
+    file = os.path.basename(path) if shared is None else path.removeprefix(shared)
+    return f"{file}#{split_key(source.key)[1]}"
+
+
+def _identity(source: Source, settings: RowSettings) -> Any:
+    if "id" not in source.table.column_names:
+        return made_up_id(source, settings)
+    column = source.table.column("id")
+    if isinstance(column.type, pa.BaseExtensionType):
+        stored = column[source.index].value
+        return None if stored is None else stored.as_py()
+    # Python's dates and times end at microseconds; Arrow takes these numbers back.
+    return column[source.index].value if pt.is_temporal(column.type) else source.cell("id")
+
+
+def _prompt(source: Source, default: str | None) -> str:
+    value = source.cell("prompt")
+    value = default if value is None else value
+    if value is None:
+        raise RowError("prompt_missing", "the row has no prompt, and --prompt gives none")
+    if not value.strip():
+        raise RowError("prompt_missing", "the row's prompt is empty")
+    return str(value)
+
+
+def _sampling(settings: RowSettings, key: int) -> Sampling:
+    """Each row draws from its own stream, so neither batching nor a retry changes its answer."""
+    base = settings.sampling
+    if base.temperature == 0:
+        return base
+    mixed = (settings.seed * 0x9E3779B97F4A7C15 + key * 0xBF58476D1CE4E5B9) % (1 << 62)
+    return replace(base, seed=mixed)
+
+
+def answers_of(source: Source) -> Sequence[str]:
+    """Right answers that the row brings for scoring; empty when it brings none.
+
+    Raises:
+        RowError: text that is not UTF-8.
+    """
+    if "answers" not in source.table.column_names:
+        return []
+    try:
+        return texts(source.table.column("answers")[source.index])
+    except UnicodeDecodeError as error:
+        raise RowError("answers_invalid", "the text is not UTF-8") from error
+
+
+def output_row(
+    source: Source, outcome: Result | RowError, *, actor: str, node: str, save_kept: bool
+) -> dict[str, Any]:
+    """The row of ``rows/`` for an answer or an error."""
+    row: dict[str, Any] = {
+        "row": source.key,
+        "id": source.id,
+        "prompt": source.prompt,
+        "note": source.note,
+        "num_images": source.num_images,
+        "image_width": source.size[0] if source.size else None,
+        "image_height": source.size[1] if source.size else None,
+        "actor": actor,
+        "node": node,
+        "finished_at": datetime.datetime.now(datetime.UTC),
+    }
+    if isinstance(outcome, RowError):
+        return row | {"finish_reason": "error", "error": str(outcome)}
+    row |= {name: getattr(outcome, name) for name in FROM_RESULT}
+    row |= {name: _whole(getattr(outcome, name)) for name in FLOPS}
+    row |= {"finish_reason": outcome.finish_reason, "error": outcome.error}
+    if outcome.finish_reason != "error":
+        row["response"] = outcome.response or ""
+    if save_kept:
+        row["kept_tokens"] = outcome.kept_tokens
+    return row
+
+
+def _whole(value: float | None) -> int | None:
+    return None if value is None else round(value)
