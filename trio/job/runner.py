@@ -1,144 +1,63 @@
-"""A run from checked settings to _SUCCESS: plan on the driver, units to actors, totals.
+"""A run from its plan to _SUCCESS: passes over what is open, totals, the end.
 
-INPUT a resolved ``Settings``; OUTPUT a finished output directory and its summary.
+INPUT a ``Plan``; OUTPUT a finished output directory and its summary.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from typing import Any
 
-from trio.engine.decoding.generation_rules import Rules
+import pyarrow as pa
+import ray
+from ray.exceptions import RayError
+
 from trio.engine.kv_budget import describe
 from trio.errors import JobFailed
-from trio.job import cluster
-from trio.job.actor import EngineFactory, EngineSettings, Receipt, build_engine
+from trio.job import stages
 from trio.job.cluster import Resources
-from trio.job.dispatch import LEAST_ROOM_S, ROOM_S, ActorOptions, Dispatcher, Limits, Stop
+from trio.job.engine_settings import (
+    EngineFactory,
+    EngineSettings,
+    PreprocessorFactory,
+    build_engine,
+    build_preprocessor,
+)
+from trio.job.images.policy import RowError
 from trio.job.input import ids
-from trio.job.input.columns import Columns, parse_mapping, resolve
-from trio.job.input.manifest import Manifest, expand, inspect, tell
-from trio.job.input.units import Unit, runs, unit_rows, units
+from trio.job.input.manifest import Manifest
+from trio.job.input.units import Unit, unit_rows, units
 from trio.job.output import output_directory
-from trio.job.output.output_rows import RowSettings
+from trio.job.output import totals as sums
+from trio.job.output.output_rows import RowSettings, Source, output_row
 from trio.job.output.progress import Progress
-from trio.job.output.sink import Sink
+from trio.job.output.schema import row_key
+from trio.job.output.sink import ROWS, Sink
 from trio.job.output.summary import summarise
 from trio.job.output.totals import Totals
-from trio.job.placement import Need
+from trio.job.passes import LEAST_ROOM_S, ROOM_S, STILL_S, Limits, Passes, Room, Stop
+from trio.job.plan import Plan
+from trio.job.quarantine import ROW_LOSSES, Attempts, Row
 from trio.job.resume import committed, decoding_rules, lease
-from trio.job.resume import fingerprint as prints
-from trio.job.resume.checkpoint_defaults import pruning_resolved
-from trio.job.resume.fingerprint import Fingerprint
-from trio.job.settings import SCORED, Settings
-from trio.job.storage import Location, locate
-from trio.job.work import WorkQueue
+from trio.job.settings import Settings
+from trio.job.stages import Receipt, Task
+from trio.job.storage import exists
 
 AHEAD = {False: 96, True: 256}
 # rows prepared or in the engine at a time, on a CPU and on a GPU, when --max-running is not given
 MAX_CALLS = 16
-# units that one actor answers at a time
-RUNS_PER_ACTOR = 4
+# units that one engine answers at a time
+PAUSES_S = (1.0, 5.0, 20.0, 60.0)
+# before the next try of what failed once, twice, ...
 SHARED_TRIES, SHARED_PAUSE_S = 5, 2.0
 # until a shared file system shows what another node has written
 ENOUGH_ROWS = 500
 # of this attempt, before a run may be ended for its errors
-SNAPSHOT_S = 60.0
-# between two snapshots of what is committed
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Plan:
-    """What is known before Ray starts."""
-
-    config: Settings
-    manifest: Manifest
-    columns: Columns
-    output: Location
-    fingerprint: Fingerprint
-    earlier: output_directory.Pinned | None
-    decoding: Rules | None = None
-    # of the model; None: they cannot be read here
-
-    @property
-    def rows(self) -> int:
-        limit = self.config.input.limit
-        return self.manifest.rows if limit is None else min(limit, self.manifest.rows)
-
-
-def plan(
-    config: Settings,
-    paths: Sequence[str],
-    *,
-    around: Location | None = None,
-    say: Callable[[str], None] = tell,
-) -> Plan:
-    """Check input and output.
-
-    Args:
-        config: the settings.
-        paths: where their inputs lie.
-        around: the directory around this run's, if another run keeps its output there: no input.
-        say: told of files that are left out.
-
-    Raises:
-        UserError: anything in them that keeps the run from making sense.
-    """
-    assert config.output.output is not None, "the job chooses an output"
-    output = locate(config.output.output)
-    ours = around or output
-    earlier = output_directory.earlier(output)
-    config = _settled(config, earlier)
-    now = prints.take(config)
-    if earlier is not None:
-        output_directory.check_same(earlier, now, expand(paths, ours, say), output.uri)
-        manifest, columns = earlier.manifest, earlier.columns
-    else:
-        manifest, schemas = inspect(paths, ours, say)
-        columns = resolve(
-            schemas,
-            [shard.path for shard in manifest.shards],
-            parse_mapping(config.input.columns or ""),
-            prompt_given=config.input.prompt is not None,
-            scored=config.output.score in SCORED,
-        )
-    return Plan(
-        config=config, manifest=manifest, columns=columns, output=output,
-        fingerprint=now, earlier=earlier, decoding=decoding_rules.read(config),
-    )  # fmt: skip
-
-
-def _settled(config: Settings, earlier: output_directory.Pinned | None) -> Settings:
-    """Settings in which what an earlier run decided for itself stays, where nothing else is asked
-    for, and a hub model is named by its commit."""
-    if earlier is None:
-        return pruning_resolved(prints.pin_revision(config))
-    if config.output.rows_per_file is None:
-        config = config.replace(rows_per_file=earlier.config.output.rows_per_file)
-    return pruning_resolved(prints.pin_revision(config, earlier.config))
-
-
-def check_finished(
-    config: Settings, output: Location, beside: tuple[Sequence[str], Location] | None = None
-) -> None:
-    """Nothing is left to do there, if it is what these settings would do.
-
-    beside: paths of the inputs and the outer directory, for a run with which another one that is
-    not done yet is to be compared: then the input must be the same still.
-
-    Raises:
-        UserError: the settings are others, or the model or such an input is.
-    """
-    earlier = output_directory.earlier(output)
-    if earlier is not None:
-        found = None if beside is None else expand(*beside)
-        output_directory.check_same(
-            earlier, prints.take(_settled(config, earlier)), found, output.uri
-        )
 
 
 def resolve_resources(config: Settings, manifest: Manifest, resources: Resources) -> Settings:
@@ -151,11 +70,20 @@ def resolve_resources(config: Settings, manifest: Manifest, resources: Resources
     )
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Makers:
+    """What workers make: an engine, and ahead of it the model's preprocessor."""
+
+    engine: EngineFactory = build_engine
+    preprocessor: PreprocessorFactory | None = build_preprocessor
+    """None: the engine takes decoded images as they are."""
+
+
 def execute(
     run: Plan,
     resources: Resources,
     *,
-    factory: EngineFactory = build_engine,
+    makers: Makers | None = None,
     label: str = "",
     stop: Stop | None = None,
     held: lease.Held | None = None,
@@ -164,8 +92,8 @@ def execute(
 
     Args:
         run: the plan.
-        resources: what the actors may take.
-        factory: makes an actor's engine.
+        resources: what the stages may take.
+        makers: of engine and preprocessor, if not the model's.
         label: put before each line of progress.
         stop: a request to stop, for a signal handler to set.
         held: the lease on the output; None: taken here.
@@ -177,40 +105,48 @@ def execute(
     """
     if held is None:
         with lease.hold(run.output) as held:
-            return execute(run, resources, factory=factory, label=label, stop=stop, held=held)
+            return execute(run, resources, makers=makers, label=label, stop=stop, held=held)
     began = time.time()
     config = resolve_resources(run.config, run.manifest, resources)
     pinned = _pinned(run, config)
     assert config.output.rows_per_file is not None
     wanted = list(units(run.manifest, config.output.rows_per_file, config.input.limit))
     committed.sweep(run.output)
-    there = committed.read(run.output, wanted, pinned.run_id)
-    done, before = there.units, there.totals
-    todo = [unit for unit in wanted if unit not in done]
-    memory_plan: dict[str, Any] | None = None
+    there = committed.listed(run.output).intersection(wanted)
+    before = committed.totals(run.output, there, pinned.run_id)
+    facts: dict[str, Any] = {}
     with Progress(
         run.rows, before, log_interval_s=config.limits.log_interval, label=label
     ) as progress:
+
+        def ready(said: Mapping[str, Any]) -> None:
+            if not facts:
+                facts.update(said)
+                progress.answering()
+                progress.say(describe(said["memory_plan"]))
+
+        task = stages_task(run, config, resources, pinned.run_id, makers or Makers())
+        passes = Passes(
+            task,
+            run.manifest,
+            room_of(config, resources, task),
+            limits=_limits(config),
+            name=f"captions {pinned.run_id[:8]}",
+            stop=stop or Stop(),
+            watch=held.check,
+            say=progress.say,
+            ready=ready,
+            alive=progress.alive,
+        )
         seen: set[str] = set()
-        snapshot = _Snapshot(run.output, wanted, done, pinned.run_id)
-        coming = _receipts(
-            run, config, resources, pinned.run_id, todo, factory,
-            stop=stop or Stop(), watch=held.check, say=progress.say,
-        )  # fmt: skip
-        # Both end at once on any failure: an exception that is kept would keep the actors.
-        with snapshot, closing(coming):
-            for item in coming:
-                if isinstance(item, Receipt):
-                    if item.node not in seen:
-                        _check_shared(run, item, pinned.run_id)
-                        seen.add(item.node)
-                    progress.add(item.totals)
-                    snapshot.add(item.unit, progress.done)
-                    _check_errors(config, before, progress.done)
-                elif memory_plan is None:
-                    memory_plan = item
-                    progress.answering()
-                    progress.say(describe(memory_plan))
+        # Ends at once on any failure: an exception that is kept would keep the actors.
+        with closing(_receipts(run, passes, task, wanted, there)) as coming:
+            for receipt in coming:
+                if receipt.node not in seen:
+                    _check_shared(run, receipt)
+                    seen.add(receipt.node)
+                progress.add(receipt.totals)
+                _check_errors(config, before, progress.done)
     _check_complete(run, wanted, progress.done)
     summary = summarise(
         progress.done,
@@ -219,16 +155,82 @@ def execute(
         done_before=before,
         work_s=progress.work_s,
         resources=resources.describe(),
-        memory_plan=memory_plan,
+        memory_plan=facts.get("memory_plan"),
         score=config.output.score,
     )
     if pinned.ids is not None:
         summary["duplicate_ids"] = pinned.ids.duplicates
     held.check()
     committed.sweep(run.output)
-    output_directory.close(run.output, summary)
-    committed.drop(run.output)
+    output_directory.close(run.output, summary, facts.get("images"))
     return summary
+
+
+def _receipts(
+    run: Plan, passes: Passes, task: Task, wanted: Sequence[Unit], there: AbstractSet[Unit]
+) -> Generator[Receipt]:
+    """Receipts of units as they are committed, in any order, each unit once."""
+    todo = [unit for unit in wanted if unit not in there]
+    attempts = Attempts(todo, many=passes.in_hand)
+    while plan := attempts.next():
+        coming = passes.run(plan)
+        node_lost = yield from _of_pass(coming, attempts, task)
+        yield from _without_receipt(run, attempts, task)
+        for row in attempts.ended(node_lost=node_lost):
+            attempts.answered(row, _given_up(row, passes, task))
+        for unit, rows in attempts.whole():
+            totals = _commit_rows(unit, rows, task)
+            attempts.committed(unit)
+            yield Receipt(unit, True, "", totals)
+
+
+def _of_pass(
+    coming: Generator[Receipt, None, bool], attempts: Attempts, task: Task
+) -> Generator[Receipt, None, bool]:
+    """A pass's receipts of units that are committed; those of single rows are kept."""
+    with closing(coming):
+        while True:
+            try:
+                receipt = next(coming)
+            except StopIteration as end:
+                return bool(end.value)
+            if receipt.rows is not None:
+                (row,) = receipt.rows
+                attempts.answered(receipt.unit, (row, receipt.totals))
+            elif receipt.done and receipt.unit in attempts.open:
+                attempts.committed(receipt.unit)
+                yield receipt
+
+
+def _without_receipt(run: Plan, attempts: Attempts, task: Task) -> Iterator[Receipt]:
+    """Units whose commit nobody lived to tell."""
+    found = committed.listed(run.output).intersection(attempts.open) if attempts.open else set()
+    for unit in sorted(found):
+        totals = committed.totals(run.output, {unit}, task.sink.run_id)
+        attempts.committed(unit)
+        yield Receipt(unit, True, "", totals)
+
+
+def _given_up(row: Unit, passes: Passes, task: Task) -> Row:
+    """The output row of one that killed its process each time it was alone."""
+    error = RowError("quarantined", f"the process died {ROW_LOSSES} times while on this row alone")
+    said: tuple[Any, str | None, list[str]] = (None, None, [])
+    with suppress(RayError):  # it may be the reader that it kills
+        remote: Any = ray.remote(num_cpus=0, max_retries=0)(stages.describe)
+        said = ray.get(remote.remote(passes.a_run([row]), task.columns, task.rows))
+    source = Source(key=row_key(row.shard, row.start), table=pa.table({}), index=0, path="")
+    source.id, source.prompt, answers = said
+    made = output_row(source, error, actor="driver", node="", save_kept=task.rows.save_kept)
+    return made, sums.of_row(made, answers)
+
+
+def _commit_rows(unit: Unit, rows: Sequence[Row], task: Task) -> Totals:
+    """Commit a unit whose rows were answered one by one."""
+    totals = sums.merge(part for _, part in rows)
+    times = [made["finished_at"] for made, _ in rows]
+    stats = {"actor": "driver", "node": "", "start": min(times), "end": max(times)}
+    task.sink.commit(unit, [made for made, _ in rows], stats, totals)
+    return totals
 
 
 def _pinned(run: Plan, config: Settings) -> output_directory.Pinned:
@@ -258,42 +260,10 @@ def _pinned(run: Plan, config: Settings) -> output_directory.Pinned:
     return pinned
 
 
-class _Snapshot:
-    """Saves now and then, and at the end, what is committed: a resume then reads few footers."""
-
-    def __init__(
-        self, output: Location, wanted: Sequence[Unit], done: set[Unit], run_id: str
-    ) -> None:
-        self._output, self._wanted, self._done, self._run_id = output, wanted, done, run_id
-        self._totals: Totals | None = None
-        self._saved_at = time.monotonic()
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        # Not on a second Ctrl-C, which may come between the two lines of `add`.
-        if kind and issubclass(kind, Exception) and not issubclass(kind, lease.LeaseLost):
-            self._save()
-
-    def add(self, unit: Unit, totals: Totals) -> None:
-        self._done.add(unit)
-        self._totals = totals
-        if time.monotonic() - self._saved_at > SNAPSHOT_S:
-            self._save()
-
-    def _save(self) -> None:
-        self._saved_at = time.monotonic()
-        # It only spares a resume some work: a storage that does not answer now ends no run.
-        with suppress(OSError):
-            if self._totals is not None:
-                committed.save(self._output, self._wanted, self._done, self._totals, self._run_id)
-
-
-def _check_shared(run: Plan, receipt: Receipt, run_id: str) -> None:
+def _check_shared(run: Plan, receipt: Receipt) -> None:
     """What a node writes must be seen here, else days of work would be missed at the end."""
     for _ in range(SHARED_TRIES):
-        if committed.receipt(run.output, receipt.unit, run_id) is not None:
+        if exists(run.output.join(ROWS, receipt.unit.name)):
             return
         time.sleep(SHARED_PAUSE_S)
     raise JobFailed(
@@ -326,21 +296,10 @@ def _check_complete(run: Plan, wanted: Sequence[Unit], totals: Totals) -> None:
         )
 
 
-def _receipts(
-    run: Plan,
-    config: Settings,
-    resources: Resources,
-    run_id: str,
-    todo: Sequence[Unit],
-    factory: EngineFactory,
-    *,
-    stop: Stop,
-    watch: Callable[[], None],
-    say: Callable[[str], None],
-) -> Generator[Receipt | dict[str, Any]]:
-    """Receipts of units as they are committed, in any order."""
-    assert config.output.rows_per_file is not None
-    wait_s = config.cluster.wait_for_nodes
+def stages_task(
+    run: Plan, config: Settings, resources: Resources, run_id: str, makers: Makers
+) -> Task:
+    """What the stages of a run are told."""
     engine = engine_settings(config, resources)
     rows = RowSettings(
         prompt=config.input.prompt,
@@ -356,42 +315,37 @@ def _receipts(
         id_type=run.columns.id_type,
         save_kept=config.output.save_kept,
     )
-    dispatcher = Dispatcher(
-        WorkQueue(runs(run.manifest, todo, parallel=RUNS_PER_ACTOR * resources.actors)),
-        {shard.number: shard for shard in run.manifest.shards},
-        ActorOptions(
-            actors=resources.actors,
-            num_cpus=resources.cpus_per_actor,
-            num_gpus=resources.gpus_per_actor,
-            calls=max(2, min(MAX_CALLS, 1 + -(-engine.ahead // config.output.rows_per_file))),
-        ),
-        (engine, rows, run.columns, sink, factory),
-        limits=Limits(
-            room_s=max(LEAST_ROOM_S, wait_s) if wait_s else ROOM_S,
-            stall_s=config.limits.stall_timeout,
-            grace_s=config.limits.grace_period,
-        ),
-        sharing=_sharing(resources),
-        stop=stop,
-        watch=watch,
-        committed=lambda unit: committed.receipt(run.output, unit, run_id),
-        say=say,
+    return Task(
+        engine=engine,
+        rows=rows,
+        columns=run.columns,
+        sink=sink,
+        factory=makers.engine,
+        preprocessor=makers.preprocessor,
+        stall_s=config.limits.stall_timeout,
+        pauses_s=PAUSES_S,
     )
-    return dispatcher.receipts()
 
 
-def _sharing(resources: Resources) -> Callable[[str], int]:
-    """How many engines are on a node, by its id: as planned, or as many as a new node holds."""
-    planned = {name for name, _ in cluster.named_nodes()}
-    need = Need(cpus=resources.cpus_per_actor, gpus=resources.gpus_per_actor)
+def room_of(config: Settings, resources: Resources, task: Task) -> Room:
+    assert config.output.rows_per_file is not None
+    return Room(
+        engines=resources.actors,
+        calls=max(2, min(MAX_CALLS, 1 + -(-task.engine.ahead // config.output.rows_per_file))),
+        engine_cpus=resources.cpus_per_actor,
+        engine_gpus=resources.gpus_per_actor,
+        prepare_tasks=resources.prepare_tasks,
+        prepare_cpus=resources.prepare_cpus,
+    )
 
-    def on(node: str) -> int:
-        if node in planned:
-            return resources.per_node
-        found = dict(cluster.named_nodes()).get(node)
-        return max(1, min(need.fits_on(found), resources.actors)) if found else 1
 
-    return on
+def _limits(config: Settings) -> Limits:
+    wait_s, limits = config.cluster.wait_for_nodes, config.limits
+    return Limits(
+        room_s=max(LEAST_ROOM_S, wait_s) if wait_s else ROOM_S,
+        still_s=STILL_S + limits.stall_timeout + limits.row_timeout,
+        grace_s=limits.grace_period,
+    )
 
 
 def engine_settings(config: Settings, resources: Resources) -> EngineSettings:
@@ -408,8 +362,7 @@ def engine_settings(config: Settings, resources: Resources) -> EngineSettings:
         batch_tokens=config.cluster.batch_tokens,
         max_running=config.cluster.max_running,
         gpu_share=min(1.0, resources.gpus_per_actor),
-        actors_per_node=resources.per_node,
-        threads=config.cluster.threads,
+        engines_per_node=resources.per_node,
         ahead=2 * config.cluster.max_running if config.cluster.max_running else AHEAD[gpu],
         revision=config.model.revision,
         min_pixels=config.model.min_pixels,

@@ -1,21 +1,20 @@
-"""Rows of work units from their shards, in an actor: each row group is read once for a run.
+"""Rows of work units from their shards: each row group is read once for a run.
 
-INPUT a shard as the manifest describes it and units of it; OUTPUT the units' rows as Arrow tables
+INPUT shards as the manifest describes them and units of them; OUTPUT the units' rows as Arrow tables
 under the names of the roles, image cells still encoded. Columns are streamed in pieces, so neither
 a large row group nor one of many gigabytes is ever held whole.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Collection, Generator
+from collections.abc import Callable, Collection, Generator, Mapping
+from dataclasses import dataclass
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pyarrow.types as pt
 
 from trio.errors import UserError, first_line
-from trio.job.input.columns import Columns
 from trio.job.input.listing import MAGIC
 from trio.job.input.manifest import Shard
 from trio.job.input.units import Unit, group_of
@@ -25,7 +24,8 @@ BATCH_ROWS, BATCH_BYTES = 128, 256 << 20
 # decoded at a time while a row group streams past, at the most; Arrow makes nothing of 2 GB nested
 BUFFER_BYTES = 4 << 20
 # without one, Arrow fetches a column of a row group whole
-OPEN_CURSORS = 2
+TRIES = 3
+# of a unit, before its rows become errors
 ARROW_SCHEMA = b"ARROW:schema"
 
 
@@ -48,78 +48,90 @@ class ShardChanged(ShardUnreadable, UserError):
     kind = "shard_changed"
 
 
-class UnitReader:
-    """Reads units; goes on where it was if the next unit follows in the same row group.
+@dataclass(frozen=True, slots=True)
+class Unread:
+    """Why the rows of a unit cannot be had."""
 
-    Calls may come from several threads; each brings its turn (0, 1, 2, ...), and reads happen in
-    that order, since threads that start in order need not arrive in it.
-    """
+    kind: str
+    message: str
 
-    def __init__(self, columns: Columns) -> None:
-        self._columns = columns
-        self._cursors: list[_Cursor] = []
-        self._turn = 0
-        self._changed = threading.Condition()
 
-    def read(self, shard: Shard, unit: Unit, turn: int | None = None) -> pa.Table:
-        """The unit's rows; without a turn, whenever nobody else reads.
+class RunReader:
+    """Reads units in the order of their rows; the next one goes on where the last one ended."""
 
-        Raises:
-            ShardUnreadable: no way to read it; another try may succeed.
-            ShardGone: it is not there; on a node that is new it may come.
-            ShardChanged: it is not the one that the manifest describes.
+    def __init__(
+        self,
+        shards: Mapping[int, Shard],
+        roles: Mapping[str, str],
+        again: Callable[[int, ShardUnreadable], None],
+    ) -> None:
+        """Prepare.
+
+        Args:
+            shards: by number.
+            roles: name of the column for each role.
+            again: called before a unit is tried again, with the number of tries so far and what
+                was wrong; what it raises ends the reading.
         """
-        with self._changed:
-            if turn is None:
-                return self._read(shard, unit)
-            self._changed.wait_for(lambda: self._turn == turn)
+        self._shards, self._roles, self._again = shards, roles, again
+        self._cursor: _Cursor | None = None
+        self._lost: set[int] = set()
+        # numbers of shards that are others now, or gone
+
+    def read(self, unit: Unit) -> pa.Table | Unread:
+        """The unit's rows, or why they cannot be had."""
+        tries = 1 if unit.shard in self._lost else TRIES
+        for tried in range(1, tries + 1):
             try:
-                return self._read(shard, unit)
-            finally:
-                self._turn += 1
-                self._changed.notify_all()
+                return self._cursor_at(unit).take(unit)
+            except Exception as error:
+                fault = _fault(error, self._shards[unit.shard])
+            self.close()
+            if tried < tries:
+                self._again(tried, fault)
+        if isinstance(fault, ShardGone | ShardChanged):
+            self._lost.add(unit.shard)
+        return Unread(fault.kind, str(fault))
 
-    def _read(self, shard: Shard, unit: Unit) -> pa.Table:
-        cursor = None
-        try:
-            cursor = self._cursor_at(shard, unit)
-            return cursor.take(unit)
-        except Exception as error:
-            if cursor is not None:
-                self._cursors.remove(cursor)
-                cursor.close()
-            if isinstance(error, FileNotFoundError):
-                said = f"{shard.path}: the shard is gone since the run was planned"
-                raise ShardGone(said) from error
-            if isinstance(error, OSError | pa.ArrowException):
-                raise ShardUnreadable(f"{shard.path}: {first_line(error)}") from error
-            raise
+    def close(self) -> None:
+        if self._cursor is not None:
+            self._cursor.close()
+            self._cursor = None
 
-    def _cursor_at(self, shard: Shard, unit: Unit) -> _Cursor:
-        group, first = group_of(shard.row_groups, unit.start)
-        for cursor in self._cursors:
-            if cursor.path == shard.path and max(first, cursor.row) == cursor.row <= unit.start:
-                self._cursors.remove(cursor)
-                break
-        else:
-            cursor = _Cursor(shard, self._columns, group, first)
-        self._cursors.append(cursor)
-        while len(self._cursors) > OPEN_CURSORS:
-            self._cursors.pop(0).close()
-        return cursor
+    def _cursor_at(self, unit: Unit) -> _Cursor:
+        if self._cursor is None or not self._cursor.leads_to(unit):
+            self.close()
+            shard = self._shards[unit.shard]
+            self._cursor = _Cursor(shard, self._roles, *group_of(shard.row_groups, unit.start))
+        return self._cursor
+
+
+def _fault(error: Exception, shard: Shard) -> ShardUnreadable:
+    if isinstance(error, ShardUnreadable):
+        return error
+    if isinstance(error, FileNotFoundError):
+        return ShardGone(f"{shard.path}: the shard is gone since the run was planned")
+    if isinstance(error, OSError | pa.ArrowException):
+        return ShardUnreadable(f"{shard.path}: {first_line(error)}")
+    raise error
 
 
 class _Cursor:
     """A place in a shard from which rows are taken going forward."""
 
-    def __init__(self, shard: Shard, columns: Columns, group: int, row: int) -> None:
-        self.path = shard.path
+    def __init__(self, shard: Shard, roles: Mapping[str, str], group: int, row: int) -> None:
+        self._shard = shard
         self.row = row
         # the next one to come
         location = open_location(shard.path)
         self._stream = location.filesystem.open_input_file(location.path)
-        self._batches = self._decoded(shard, columns, group)
+        self._batches = self._decoded(shard, roles, group)
         self._rest: pa.RecordBatch | None = None
+
+    def leads_to(self, unit: Unit) -> bool:
+        """Whether the unit comes next, or later in the row group that is open."""
+        first = group_of(self._shard.row_groups, unit.start)[1]
+        return unit.shard == self._shard.number and first <= self.row <= unit.start
 
     def take(self, unit: Unit) -> pa.Table:
         """Rows [start, stop); those before are passed over."""
@@ -139,13 +151,15 @@ class _Cursor:
         self._batches.close()
         self._stream.close()
 
-    def _decoded(self, shard: Shard, columns: Columns, group: int) -> Generator[pa.RecordBatch]:
-        file = _opened(self._stream, columns)
+    def _decoded(
+        self, shard: Shard, wanted: Mapping[str, str], group: int
+    ) -> Generator[pa.RecordBatch]:
+        file = _opened(self._stream, wanted)
         groups = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
         if self._stream.size() != shard.size or tuple(groups) != shard.row_groups:
             raise ShardChanged(f"{shard.path}: the shard has changed since the run was planned")
         there = file.schema_arrow.names
-        roles = {role: name for role, name in columns.roles.items() if name in there}
+        roles = {role: name for role, name in wanted.items() if name in there}
         names = sorted(set(roles.values()))
         for number in range(group, len(groups)):
             if groups[number]:
@@ -155,14 +169,14 @@ class _Cursor:
         raise ShardUnreadable(f"{shard.path}: holds fewer rows than its footer says")
 
 
-def _opened(stream: pa.NativeFile, columns: Columns) -> pq.ParquetFile:
+def _opened(stream: pa.NativeFile, roles: Mapping[str, str]) -> pq.ParquetFile:
     """A shard, whose dictionary columns are read as what they stand for.
 
     Arrow would make one dictionary of all values of a row group, and copy it into every batch. That
     a column was a dictionary says only the Arrow schema in the footer, so there it goes unread.
     """
     file = pq.ParquetFile(stream, buffer_size=BUFFER_BYTES, pre_buffer=False)
-    wanted = set(columns.roles.values())
+    wanted = set(roles.values())
     if not any(_has_dictionary(f.type) for f in file.schema_arrow if f.name in wanted):
         return file
     stream.seek(stream.size() - 8)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,10 +22,8 @@ from trio.job.images.policy import ImagePolicy, RowError
 from trio.job.input.answers import texts
 from trio.job.input.units import Unit
 from trio.job.output.schema import row_key, split_key
-from trio.job.storage import Location, bare
+from trio.job.storage import bare
 
-ImageLoader = Callable[[Any, Location | None, ImagePolicy], list[Image]]
-# images of a cell, given the directory of its shard; raises RowError
 FROM_RESULT = (
     "visual_tokens",
     "visual_tokens_encoder",
@@ -98,26 +96,23 @@ def sources(table: pa.Table, unit: Unit, path: str) -> list[Source]:
     ]
 
 
-def request_of(
-    source: Source, base: Location | None, settings: RowSettings, load: ImageLoader
-) -> Request:
-    """The row's request, with its images as ``load`` has them; notes on the source what it reads.
+def note_images(source: Source, images: Sequence[Image]) -> None:
+    """Note on a source what its images are."""
+    source.num_images = len(images)
+    source.size = images[0].size
+    source.note = note_of(images)
+
+
+def request_of(source: Source, images: Sequence[Any], settings: RowSettings) -> Request:
+    """The row's request, with its images; notes on the source what it reads.
 
     Raises:
         RowError: the row cannot be asked.
     """
     prompt = identify(source, settings)
     answers_of(source)
-    images = load(source.cell("image"), base, settings.policy)
-    source.num_images = len(images)
-    source.size = images[0].size
-    source.note = note_of(images)
-    return Request(
-        prompt=prompt,
-        images=tuple(images),
-        id=source.key,
-        sampling=_sampling(settings, source.key),
-    )
+    sampling = _sampling(settings, source.key)
+    return Request(prompt=prompt, images=tuple(images), id=source.key, sampling=sampling)
 
 
 def identify(source: Source, settings: RowSettings) -> str:

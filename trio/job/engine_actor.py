@@ -1,0 +1,214 @@
+"""An engine in a Ray actor: started, watched, asked, and its units committed.
+
+A process that is of no more use says why and ends itself; Ray starts it anew, and what it had in
+hand is done in a later pass.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import ray
+
+from trio.engine.request import Request, Result
+from trio.errors import UserError, first_line
+from trio.job.desk import Desk, Poll
+from trio.job.engine_thread import EngineDied, EngineThread, Outcome
+from trio.job.images.policy import RowError
+from trio.job.input.units import Unit
+from trio.job.output import totals as sums
+from trio.job.output.output_rows import Source, answers_of, output_row, request_of
+from trio.job.output.totals import Totals
+
+if TYPE_CHECKING:
+    from trio.job.stages import Task
+
+WATCH_S = 1.0
+# between two looks at an engine
+GPU_PAUSE_S = 5.0
+# before a process that was restarted takes a GPU: the dead one's memory may still be held
+WRITE_TRIES = 5
+SECONDS = ("preprocess_wait_s", "encode_s", "prefill_s", "prune_s", "decode_s", "idle_s")
+DECODING = ("decode_rows", "decode_steps")
+# sums over steps of the requests that ran together, and of the steps
+AS_THEY_ARE = (
+    "kv_used_bytes_peak",
+    "device_bytes_peak",
+    "max_running",
+    "batch_tokens",
+    "kv_budget_bytes",
+    "cuda_graphs",
+)
+# peaks, and what an engine's limits are at the time
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """The output rows of a unit, and what they add up to."""
+
+    rows: tuple[dict[str, Any], ...]
+    totals: Totals
+
+
+class Engine:
+    """What an actor's calls share; they come from several threads."""
+
+    def __init__(self, task: Task, desk: Desk) -> None:
+        context = ray.get_runtime_context()
+        self.name = context.get_actor_name() or context.get_actor_id() or f"process-{os.getpid()}"
+        self.node = context.get_node_id()
+        self._task, self._desk, self._poll = task, desk, Poll(desk)
+        again = desk.begin(self.name, self.node)
+        if again and task.engine.gpu:
+            time.sleep(GPU_PAUSE_S)
+        self._thread = self._started(again)
+        self._report = _Report(self._thread.counters)
+        desk.note("ready", self.name, self._facts())
+        threading.Thread(target=self._watch, name="watch", daemon=True).start()
+
+    def stopped(self) -> bool:
+        return self._poll.stopped()
+
+    def answer(
+        self, unit: Unit, found: Iterable[tuple[Source, Sequence[Any] | RowError]]
+    ) -> Answered:
+        """The unit's rows, each answered or in error; `found` are sources with their images."""
+        read = list(found)
+        requests = [self._request(source, images) for source, images in read]
+        try:
+            outcomes = self._thread.answer(requests)
+        except EngineDied as error:
+            self._end(str(error))
+        rows, parts = [], []
+        for (source, _), outcome in zip(read, outcomes, strict=True):
+            rows.append(self._row(source, outcome))
+            parts.append(_totals(rows[-1], source))
+        return Answered(tuple(rows), sums.merge(parts))
+
+    def commit(self, unit: Unit, answered: Answered, decoded: Mapping[str, Any]) -> Totals:
+        """Write a unit, its statistics with it; returns its totals with the seconds of the engine.
+
+        decoded: where and in which time its images were, as in the columns of stats/.
+        """
+        stats, totals = self._report.interval(answered.totals, decoded)
+        stats |= {"actor": self.name, "node": self.node} | decoded
+        for tried in range(1, WRITE_TRIES + 1):
+            try:
+                self._task.sink.commit(unit, answered.rows, stats, totals)
+                break
+            except OSError as error:
+                reason = f"rows/{unit.name} failed {tried} times: {_reason(error)}"
+                if tried == WRITE_TRIES:
+                    self._desk.note("write", reason)
+                    self._desk.wait_for_the_end()
+                self._desk.note("say", reason)
+                time.sleep(self._task.pause_s(tried))
+        return totals
+
+    def _started(self, again: int) -> EngineThread:
+        """The engine in its thread; where it does not start, the process ends after a pause."""
+        task = self._task
+        try:
+            return EngineThread(partial(task.factory, task.engine), ahead=task.engine.ahead)
+        except UserError as error:
+            self._desk.last_note("failed", self.name, str(error), True)
+        except Exception as error:
+            self._desk.last_note("failed", self.name, _reason(error), False)
+        time.sleep(task.pause_s(again + 1))
+        os._exit(1)
+
+    def _facts(self) -> dict[str, Any]:
+        prepare = getattr(self._thread.engine, "prepare", None)
+        return {
+            "memory_plan": self._thread.memory_plan.as_dict(),
+            "images": getattr(prepare, "why_not_cut", None),
+        }
+
+    def _request(self, source: Source, images: Sequence[Any] | RowError) -> Request | RowError:
+        if isinstance(images, RowError):
+            return images
+        try:
+            return request_of(source, images, self._task.rows)
+        except RowError as error:
+            return error
+
+    def _row(self, source: Source, outcome: Outcome) -> dict[str, Any]:
+        if isinstance(outcome, Result):
+            flops = outcome.reading_flops, outcome.reading_flops_unpruned
+            source.reading_flops = (round(flops[0] or 0), round(flops[1] or 0))
+        return output_row(
+            source, outcome, actor=self.name, node=self.node, save_kept=self._task.rows.save_kept
+        )
+
+    def _watch(self) -> None:
+        """Signs of life to the driver; the end of a process in which nothing moves."""
+        seen, settled, since = -1, 0, time.monotonic()
+        while True:
+            time.sleep(min(WATCH_S, self._task.stall_s / 3))
+            if self._thread.activity != seen or not self._thread.busy:
+                seen, since = self._thread.activity, time.monotonic()
+            elif time.monotonic() - since > self._task.stall_s:
+                self._end(f"nothing moved in it for {self._task.stall_s:.0f} s")
+            if self._thread.settled != settled:
+                settled = self._thread.settled
+                self._desk.note("alive", self.name, settled)
+
+    def _end(self, reason: str) -> None:
+        self._desk.last_note("died", self.name, reason)
+        os._exit(1)
+
+
+def _reason(error: BaseException) -> str:
+    return f"{type(error).__name__}: {first_line(error, 300)}"
+
+
+def _totals(row: Mapping[str, Any], source: Source) -> Totals:
+    with suppress(RowError):  # the row is in error for it
+        return sums.of_row(row, answers_of(source), source.reading_flops)
+    return sums.of_row(row, [], source.reading_flops)
+
+
+class _Report:
+    """Cuts an engine's growing counters into intervals that add up to them.
+
+    Counts of images and tokens are the unit's own; seconds are what the engine spent since its
+    previous report, on whichever units were under way.
+    """
+
+    def __init__(self, counters: Callable[[], Mapping[str, Any]]) -> None:
+        self._counters = counters
+        self._lock = threading.Lock()
+        self._since = datetime.datetime.now(datetime.UTC)
+        self._before: Mapping[str, Any] = {}
+
+    def interval(self, totals: Totals, decoded: Mapping[str, Any]) -> tuple[dict[str, Any], Totals]:
+        """The unit's row of stats/, as far as it comes from here, and its totals with the engine's
+        seconds."""
+        with self._lock:
+            now, counters = datetime.datetime.now(datetime.UTC), self._counters()
+            before, self._before = self._before, counters
+            start, self._since = self._since, now
+        growing = (*SECONDS, *DECODING, "out_of_memory")
+        spent = {n: counters[n] - before.get(n, 0) for n in growing if n in counters}
+        rows, steps = (spent.pop(name, 0) for name in DECODING)
+        graphs = counters.get("cuda_graphs")
+        totals += Totals(
+            prepare_s=decoded.get("prepare_s", 0.0),
+            cuda_graphs={graphs: 1} if graphs else {},
+            **spent,
+        )
+        stats = {
+            "start": start,
+            "end": now,
+            "running_mean": rows / steps if steps else None,
+            **{name: counters.get(name) for name in AS_THEY_ARE},
+        }
+        return stats, totals

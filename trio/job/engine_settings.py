@@ -1,0 +1,136 @@
+"""How an actor makes its engine, and how a task on a CPU makes the model's preprocessor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Protocol
+
+from trio import openmp
+from trio.engine.kv_budget import MemoryPlan
+from trio.engine.request import Prepared, Request, Result, Sampling
+from trio.job.cpus import usable
+from trio.pruning.options import Pruning
+
+if TYPE_CHECKING:
+    from trio.engine.preprocess import Preprocessor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineSettings:
+    """What a worker is told about its engine."""
+
+    model: str
+    """Hub id, directory, or "demo"."""
+    pruning: Pruning
+    text_tower: str | None
+    """Of the model's encoder: hub id, directory, or "demo"; None where no method needs it."""
+    text_tower_revision: str | None
+    """Commit of a hub id."""
+    sampling: Sampling
+    dtype: str | None
+    """None: the engine's default."""
+    batch_tokens: int | None
+    max_running: int | None
+    gpu_share: float
+    """Of one GPU, at most 1; 0: on the CPU."""
+    engines_per_node: int
+    """That share a node's CPUs."""
+    ahead: int
+    """Rows that are prepared or in the engine at a time."""
+    revision: str | None = None
+    """Commit of a hub id."""
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+    """Of an image after resizing; None: the processor's own limits."""
+    system: str | None = None
+    """Message of all requests; None: the chat template's own."""
+    adapters: tuple[str, ...] = ()
+    """Families to register, "model_type=module:Class"."""
+
+    @property
+    def gpu(self) -> bool:
+        return self.gpu_share > 0
+
+
+class EngineLike(Protocol):
+    """What the job needs of ``trio.Engine``."""
+
+    @property
+    def has_work(self) -> bool: ...
+    @property
+    def memory_plan(self) -> MemoryPlan: ...
+    def prepare(self, request: Request) -> Prepared | Result: ...
+    def submit(self, prepared: Prepared) -> None: ...
+    def step(self) -> list[Result]: ...
+    def stats(self) -> Mapping[str, Any]: ...
+
+
+EngineFactory = Callable[[EngineSettings], EngineLike]
+PreprocessorFactory = Callable[[EngineSettings], "Preprocessor"]
+
+
+def build_engine(settings: EngineSettings) -> EngineLike:
+    """The engine on this process's device."""
+    # A Ray that was started by other hands need not have it in its environment.
+    openmp.passively()
+    import torch
+
+    from trio.engine.engine import Engine
+
+    if not settings.gpu:
+        torch.set_num_threads(engine_threads(settings))
+    _register_families(settings)
+    optional = {"batch_tokens": settings.batch_tokens, "max_running": settings.max_running}
+    return Engine.from_pretrained(
+        settings.model,
+        text_tower=settings.text_tower,
+        text_tower_revision=settings.text_tower_revision,
+        pruning=settings.pruning,
+        device="cuda" if settings.gpu else "cpu",
+        dtype=getattr(torch, settings.dtype) if settings.dtype else None,
+        sampling=settings.sampling,
+        memory_share=settings.gpu_share,
+        revision=settings.revision,
+        min_pixels=settings.min_pixels,
+        max_pixels=settings.max_pixels,
+        system=settings.system,
+        **{name: value for name, value in optional.items() if value is not None},
+    )
+
+
+@lru_cache(maxsize=1)
+def build_preprocessor(settings: EngineSettings) -> Preprocessor:
+    """The model's preprocessor, without its weights; made once in a process."""
+    openmp.passively()
+    import torch
+
+    from trio.engine.loading import load_preprocessor
+
+    torch.set_num_threads(1)
+    _register_families(settings)
+    return load_preprocessor(
+        settings.model,
+        revision=settings.revision,
+        min_pixels=settings.min_pixels,
+        max_pixels=settings.max_pixels,
+        system=settings.system,
+    )
+
+
+def _register_families(settings: EngineSettings) -> None:
+    from trio.families.registry import register_named
+
+    for adapter in settings.adapters:
+        register_named(*adapter.split("=", 1))
+
+
+def engine_threads(settings: EngineSettings) -> int:
+    """Threads that compute where an engine is on a CPU.
+
+    Of many cores one is left to preparation and Ray, since a parallel region waits for its last
+    thread; of two that would be half of them for a twentieth of the work.
+    """
+    share = usable() // settings.engines_per_node
+    return max(1, share if share <= 2 else share - 1)

@@ -1,0 +1,436 @@
+"""Passes over the units that have no file yet: Ray Data in an actor, the driver beside it.
+
+A pass is one execution of a dataset: `stages.read`, `prepare`, `answer`. Ray retries nothing in it.
+When a process dies, what it had in hand is lost and all else goes on; when the dataset ends, what
+is missing goes into the next pass (`quarantine`). Each pass has an actor of its own, so that the
+driver stays free to look after lease, signals, room and engines once a second, and can end a pass
+at any time.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from trio.errors import JobFailed, UserError
+from trio.job import stages
+from trio.job.desk import Board, Desk, Note
+from trio.job.input.manifest import Manifest
+from trio.job.input.reader import ShardUnreadable
+from trio.job.input.units import Unit, runs
+from trio.job.quarantine import PassPlan
+from trio.job.stages import Receipt, Run, Task
+
+LOOK_S, SAY_EVERY_S = 1.0, 30.0
+START_TRIES = 3
+# failures of engines to start with none ready, before the job fails
+BARREN_DEATHS = 12
+# deaths of engines with nothing done in between, before the job fails
+ROOM_S, LEAST_ROOM_S = 180.0, 60.0
+# for Ray to find room for the first engine; and what a user may lower it to
+STILL_S = 300.0
+# beyond the limits of a row and of a step: nothing moves in the whole pass, which is ended
+ANSWER_S = 30.0
+# for the pass's actor to answer
+NOTICE_S = 16.0
+# in which Ray notices that a node is gone
+RUNS_PER_ENGINE = 4
+OTHERS = 3
+# shards by which a reader tells a file that is gone from a storage that is away
+
+
+class Stopped(JobFailed):
+    """The run was asked to stop, and did."""
+
+
+@dataclass(slots=True)
+class Stop:
+    """A request to stop, for a signal handler to set."""
+
+    asked_at: float | None = None
+    """On the monotonic clock [s]."""
+
+    def __call__(self) -> None:
+        if self.asked_at is None:
+            self.asked_at = time.monotonic()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Room:
+    """What the stages take of the cluster."""
+
+    engines: int
+    calls: int
+    """Units that an engine has in hand at a time, in a pass over long runs."""
+    engine_cpus: float
+    engine_gpus: float
+    prepare_tasks: int
+    prepare_cpus: float
+    """Of each task; 0 where the engines have taken all."""
+
+    def describe(self) -> str:
+        return f"{self.engine_cpus:g} CPUs and {self.engine_gpus:g} GPUs"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Limits:
+    """Seconds after which something is given up."""
+
+    room_s: float = ROOM_S
+    """Until Ray finds room for the first engine."""
+    still_s: float = STILL_S
+    """In which nothing moves at all: the pass is ended."""
+    start_s: float = 3600.0
+    """For the first engine to load its model."""
+    grace_s: float = 60.0
+    """For units in hand when asked to stop."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Work:
+    """What the actor of a pass is told."""
+
+    name: str
+    """Of the dataset in the dashboard, and the beginning of its engines' names."""
+    task: Task
+    runs: tuple[Run, ...]
+    room: Room
+    engines: int
+    calls: int
+    commits: bool
+
+
+class Pass(Board):
+    """The actor that owns a pass's dataset: it ends, and its engines with it, when it is killed."""
+
+    def run(self, work: Work) -> Iterator[list[Receipt]]:
+        """Receipts as units come through."""
+        import ray.data
+        from ray.data import ActorPoolStrategy
+
+        from trio.job.datasource import Units
+
+        _set_context()
+        desk, room = Desk(ray.get_runtime_context().current_actor), work.room
+        source = Units(work.runs, work.task.columns, desk)
+        data = ray.data.read_datasource(
+            source,
+            num_cpus=0,
+            concurrency=min(1 + 2 * work.engines, len(work.runs)),
+            override_num_blocks=len(work.runs),
+            ray_remote_args={"max_retries": 0},
+        )
+        data = data.map_batches(
+            stages.prepare,
+            fn_args=(work.task, desk),
+            batch_size=1,
+            batch_format="pyarrow",
+            num_cpus=room.prepare_cpus,
+            memory=1,  # else Ray would join it with the stage before where neither takes a CPU
+            concurrency=room.prepare_tasks,
+            max_retries=0,
+        )
+        numbers = itertools.count(1)
+        data = data.map_batches(
+            stages.answer,
+            fn_constructor_args=(work.task, desk, work.commits),
+            batch_size=1,
+            batch_format="pyarrow",
+            num_cpus=room.engine_cpus,
+            num_gpus=room.engine_gpus or None,
+            compute=ActorPoolStrategy(
+                size=work.engines,
+                max_tasks_in_flight_per_actor=work.calls,
+                max_concurrent_calls_per_actor=work.calls,
+                enable_true_multi_threading=work.calls > 1,
+            ),
+            ray_remote_args_fn=lambda: {"name": f"{work.name} engine {next(numbers)}"},
+            max_restarts=-1,
+            max_task_retries=0,
+            scheduling_strategy="SPREAD",
+        )
+        data.set_name(work.name)
+        for batch in data.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+            yield stages.receipts_of(batch)
+
+
+def _set_context() -> None:
+    context = ray.data.DataContext.get_current()
+    context.max_errored_blocks = -1
+    context.target_max_block_size = 1  # a block is a unit
+    context.execution_no_progress_timeout_s = -1
+    context.memory_usage_poll_interval_s = None
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+
+
+@dataclass(slots=True)
+class _Engines:
+    """What the engines of a pass have said."""
+
+    nodes: dict[str, str] = field(default_factory=dict)
+    """Of those that have begun."""
+    ready: set[str] = field(default_factory=set)
+    reasons: dict[str, str] = field(default_factory=dict)
+    """Why those that are about to end do so."""
+    settled: dict[str, int] = field(default_factory=dict)
+    """Rows that each has answered."""
+    failures: int = 0
+    """Of starts, with none ready since."""
+    deaths: int = 0
+    """With nothing done since."""
+
+
+class Passes:
+    """The driver's side: one pass after another, watched."""
+
+    def __init__(
+        self,
+        task: Task,
+        manifest: Manifest,
+        room: Room,
+        *,
+        limits: Limits,
+        name: str,
+        stop: Stop,
+        watch: Callable[[], None],
+        say: Callable[[str], None],
+        ready: Callable[[Mapping[str, Any]], None],
+        alive: Callable[[int], None],
+    ) -> None:
+        """Prepare.
+
+        Args:
+            task: of the stages.
+            manifest: the input.
+            room: what the stages take.
+            limits: when to give up.
+            name: of the datasets.
+            stop: looked at once a second.
+            watch: called once a second; what it raises ends the run.
+            say: takes one line for the user.
+            ready: told what an engine says of itself when it is ready.
+            alive: told once a second how many rows engines have answered in this pass.
+        """
+        self._task, self._manifest, self._room, self._limits = task, manifest, room, limits
+        self._shards = {shard.number: shard for shard in manifest.shards}
+        self._name, self._stop = name, stop
+        self._watch, self._say, self._ready, self._alive = watch, say, ready, alive
+        self._lost: set[int] = set()
+        # numbers of shards of which was said that they are others now, or gone
+
+    @property
+    def in_hand(self) -> int:
+        """Most units that a few dead processes may have had: more of them, and a node is gone."""
+        return 4 * self._room.engines * self._room.calls
+
+    def run(self, plan: PassPlan) -> Generator[Receipt, None, bool]:
+        """Receipts of a pass, in any order; returns whether a node was lost meanwhile.
+
+        Raises:
+            UserError: what an engine says when it starts, or of the input, that the user can mend.
+            JobFailed: no engine starts, or all keep dying, or the output cannot be written.
+            Stopped: on request, with nothing in hand or the time over.
+        """
+        if plan.why:
+            self._say(plan.why)
+        before = alive_nodes()
+        board = self._actor()
+        open_units = set(plan.units)
+        try:
+            for receipt in self._receipts(board, self._work(plan)):
+                open_units.discard(receipt.unit)
+                yield receipt
+        finally:
+            ray.kill(board)
+        if self._stop.asked_at is not None:
+            raise Stopped("stopped; the same command with the same --output goes on")
+        return bool(open_units) and _node_lost(before, patient=plan.kind == "rows")
+
+    def _actor(self) -> Any:
+        remote: Any = ray.remote  # Ray's types do not know what its wrappers add to a class
+        here = ray.get_runtime_context().get_node_id()
+        return (
+            remote(Pass)
+            .options(
+                num_cpus=0,
+                max_concurrency=64,
+                scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=False),
+            )
+            .remote()
+        )
+
+    def _work(self, plan: PassPlan) -> Work:
+        long = plan.kind == "long"
+        calls = self._room.calls if long else 1
+        engines = max(1, min(self._room.engines, -(-len(plan.units) // calls)))
+        cut = [(unit,) for unit in plan.units]
+        if long:
+            parallel = RUNS_PER_ENGINE * engines
+            cut = [tuple(run) for run in runs(self._manifest, plan.units, parallel)]
+        return Work(
+            name=f"{self._name} pass {plan.number}",
+            task=self._task,
+            runs=tuple(map(self.a_run, cut)),
+            room=self._room,
+            engines=engines,
+            calls=calls,
+            commits=plan.kind != "rows",
+        )
+
+    def a_run(self, units: Sequence[Unit]) -> Run:
+        numbers = sorted({unit.shard for unit in units})
+        around = [*range(numbers[0] - OTHERS, numbers[0]), *range(numbers[-1] + 1, numbers[-1] + 4)]
+        others = [self._shards[n].path for n in around if n in self._shards][-OTHERS:]
+        mine = {number: self._shards[number] for number in numbers}
+        return Run(units=tuple(units), shards=mine, others=tuple(others))
+
+    def _receipts(self, board: Any, work: Work) -> Iterator[Receipt]:
+        stream = board.run.options(num_returns="streaming").remote(work)
+        engines, began = _Engines(), time.monotonic()
+        moved = looked = said = began
+        asked = False
+        while True:
+            came, _ = ray.wait([stream], timeout=LOOK_S)
+            if came:
+                try:
+                    batch = ray.get(next(stream))
+                except StopIteration:
+                    return
+                except RayError as error:
+                    self._say(f"the pass ended early: {reason_of(error)}")
+                    return
+                moved, engines.deaths = time.monotonic(), 0
+                yield from batch
+            now = time.monotonic()
+            if now - looked < LOOK_S:
+                continue
+            looked = now
+            self._watch()
+            notes = self._notes(board)
+            moved = now if notes else moved
+            for note in notes:
+                self._hear(note, engines)
+            self._alive(sum(engines.settled.values()))
+            if not engines.nodes and now - said > SAY_EVERY_S:
+                said = now
+                self._say(self._no_room(now - began))
+            self._check_start(engines, now - began)
+            if engines.ready and now - moved > self._limits.still_s:
+                self._say(f"nothing moved for {now - moved:.0f} s: the pass is ended")
+                return
+            if self._stop.asked_at is not None:
+                if not asked:
+                    board.stop.remote()
+                    asked = True
+                if now > self._stop.asked_at + self._limits.grace_s:
+                    return
+
+    def _notes(self, board: Any) -> list[Note]:
+        with suppress(GetTimeoutError, RayError):  # its end is seen in the stream
+            notes: list[Note] = ray.get(board.take.remote(), timeout=ANSWER_S)
+            return notes
+        return []
+
+    def _hear(self, note: Note, engines: _Engines) -> None:
+        match note.kind, note.what:
+            case "begin", (name, node):
+                if name in engines.nodes:
+                    self._restarted(name, engines)
+                engines.nodes[name] = node
+            case "ready", (name, facts):
+                engines.ready.add(name)
+                engines.failures = 0
+                self._ready(facts)
+            case "failed", (name, reason, users):
+                if users and not engines.ready:
+                    raise UserError(reason)
+                self._failed(name, reason, engines)
+            case "died", (name, reason):
+                engines.reasons[name] = reason
+            case "alive", (name, rows):
+                engines.settled[name] = rows
+            case "unread", (unit, kind, message):
+                self._unread(unit, kind, message)
+            case "say", (line,):
+                self._say(line)
+            case "user", (line,):
+                raise UserError(line)
+            case "write", (line,):
+                raise JobFailed(line)
+
+    def _failed(self, name: str, reason: str, engines: _Engines) -> None:
+        """An engine could not be built; its process ends after a pause."""
+        engines.failures += 1
+        engines.reasons[name] = ""
+        if engines.failures >= START_TRIES and not engines.ready:
+            raise JobFailed(f"engines failed to start {engines.failures} times: {reason}")
+        self._say(f"an engine did not start ({reason}); it is tried again")
+
+    def _restarted(self, name: str, engines: _Engines) -> None:
+        """An engine begins again: its process has ended."""
+        reason = engines.reasons.pop(name, "its process died")
+        if name not in engines.ready:
+            if reason:
+                self._failed(name, reason, engines)
+            return
+        engines.ready.discard(name)
+        engines.deaths += 1
+        if engines.deaths >= BARREN_DEATHS:
+            raise JobFailed(f"engines died {engines.deaths} times with nothing done: {reason}")
+        self._say(f"an engine died ({reason}); what it had in hand is done again")
+
+    def _unread(self, unit: Unit, kind: str, message: str) -> None:
+        if kind == ShardUnreadable.kind:
+            self._say(f"{message}: rows {unit.start} to {unit.stop} become errors")
+        elif unit.shard not in self._lost:
+            self._lost.add(unit.shard)
+            self._say(f"{message}: its rows that are not answered yet become errors")
+
+    def _check_start(self, engines: _Engines, waited: float) -> None:
+        """Raise where no engine will come."""
+        if not engines.nodes and waited > self._limits.room_s:
+            raise JobFailed(f"{self._no_room(waited)}; --wait-for-nodes SECONDS waits longer")
+        if engines.nodes and not engines.ready and waited > self._limits.start_s:
+            raise JobFailed(f"no engine was ready after {waited:.0f} s")
+
+    def _no_room(self, waited: float) -> str:
+        have, free = ray.cluster_resources(), ray.available_resources()
+        return (
+            f"no room for an engine ({self._room.describe()}) for {waited:.0f} s: Ray has"
+            f" {have.get('CPU', 0):g} CPUs and {have.get('GPU', 0):g} GPUs, of which"
+            f" {free.get('CPU', 0):g} and {free.get('GPU', 0):g} are free"
+        )
+
+
+def alive_nodes() -> set[str]:
+    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+
+
+def _node_lost(before: set[str], *, patient: bool) -> bool:
+    """Whether one of the nodes is gone.
+
+    patient: wait as long as Ray may take to notice, as what was lost with a node is no row's fault.
+    """
+    deadline = time.monotonic() + (NOTICE_S if patient and len(before) > 1 else 0.0)
+    while not before - alive_nodes():
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(LOOK_S)
+    return True
+
+
+def reason_of(error: BaseException) -> str:
+    """The line of an exception that says most: the last one that names an error, else the first."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    named = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b.*: ", line)]
+    return (*reversed(named), *lines, type(error).__name__)[0][:300]

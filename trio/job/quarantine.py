@@ -1,0 +1,126 @@
+"""Which units go into the next pass, and which rows are given up. No Ray, no clock.
+
+A process that dies takes units along that are not at fault. So they are done again in ever smaller
+company: each alone, then each row alone. A row that is lost alone twice killed its process itself.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from trio.job.input.units import Unit
+from trio.job.output.totals import Totals
+from trio.tables import counted
+
+ROW_LOSSES = 2
+# of a row that was alone, from which on it is an error
+LONG_AGAIN = 3
+# most passes over long runs that follow each other
+Kind = Literal["long", "alone", "rows"]
+Row = tuple[dict[str, Any], Totals]
+# an output row, and what it adds up to
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PassPlan:
+    """What a pass is to do."""
+
+    number: int
+    kind: Kind
+    """`long`: consecutive units in one reader, several at a time in an engine; `alone`: each unit
+    by itself; `rows`: the same with units of a single row, which the driver commits."""
+    units: tuple[Unit, ...]
+    why: str
+    """In a line; empty for the first one."""
+
+
+class Attempts:
+    """What is open of a run, and what has been tried."""
+
+    def __init__(self, units: Iterable[Unit], *, many: int) -> None:
+        """Prepare.
+
+        Args:
+            units: to be done.
+            many: more open units than so many are not the ones that a few dead processes held.
+        """
+        self._open = dict.fromkeys(units)
+        self._many = many
+        self._kind: Kind = "long"
+        self._number = 0
+        self._repeated = 0
+        self._rows: dict[Unit, dict[Unit, Row]] = {}
+        # by unit, then by the unit of the single row
+        self._alone: Counter[Unit] = Counter()
+
+    @property
+    def open(self) -> Collection[Unit]:
+        """Units that are not committed, in the order of their rows."""
+        return self._open
+
+    def next(self) -> PassPlan | None:
+        """The next pass; None when nothing is open."""
+        if not self._open:
+            return None
+        units = tuple(self._open)
+        if self._kind == "rows":
+            units = tuple(self._missing_rows())
+        return PassPlan(number=self._number, kind=self._kind, units=units, why=self._why(units))
+
+    def committed(self, unit: Unit) -> None:
+        self._open.pop(unit, None)
+        self._rows.pop(unit, None)
+
+    def answered(self, row: Unit, said: Row) -> None:
+        """A single row has its answer or its error."""
+        for unit, rows in self._rows.items():
+            if unit.shard == row.shard and unit.start <= row.start < unit.stop:
+                rows[row] = said
+
+    def ended(self, *, node_lost: bool) -> list[Unit]:
+        """A pass is over; returns rows that are to be given up, as units of a single row.
+
+        node_lost: a node went meanwhile, so what was lost says nothing about the rows.
+        """
+        again = node_lost or (self._kind == "long" and len(self._open) > self._many)
+        self._repeated = self._repeated + 1 if again else 0
+        self._number += 1
+        if again and self._repeated < LONG_AGAIN:
+            return []
+        self._repeated = 0
+        if self._kind == "rows":
+            self._alone.update(self._missing_rows())
+            return [row for row in self._missing_rows() if self._alone[row] >= ROW_LOSSES]
+        self._kind = "alone" if self._kind == "long" else "rows"
+        if self._kind == "rows":
+            self._rows = {unit: {} for unit in self._open}
+        return []
+
+    def whole(self) -> list[tuple[Unit, list[Row]]]:
+        """Units whose rows are all known and in order, to be committed."""
+        return [
+            (unit, [rows[row] for row in sorted(rows)])
+            for unit, rows in self._rows.items()
+            if len(rows) == unit.stop - unit.start
+        ]
+
+    def _missing_rows(self) -> list[Unit]:
+        return [
+            row for unit, rows in self._rows.items() for row in single_rows(unit) if row not in rows
+        ]
+
+    def _why(self, units: Collection[Unit]) -> str:
+        if self._number == 0:
+            return ""
+        what = counted(len(units), "row" if self._kind == "rows" else "unit")
+        how = "" if self._kind == "long" else ", each alone"
+        lost = "was" if len(units) == 1 else "were"
+        return f"pass {self._number}: {what} that {lost} lost with a process{how}"
+
+
+def single_rows(unit: Unit) -> list[Unit]:
+    """A unit's rows, each as a unit."""
+    return [Unit(unit.shard, row, row + 1) for row in range(unit.start, unit.stop)]

@@ -1,0 +1,362 @@
+"""The three stages through which Ray Data moves a unit: read, prepare, answer.
+
+A dataset's row is one unit (rows [start, stop) of a shard), so it is never split or joined:
+
+    read     task, no CPU      Parquet            -> the unit's rows, images still encoded
+    prepare  task on any node  encoded images     -> uint8 pixels, as the model's processor makes them
+    answer   actor, one engine pixels and prompts -> rows/UNIT.parquet and a receipt
+
+Row errors are data: a row that cannot be read, decoded or answered goes on as an error. A process
+that dies loses the units in its hands, and no stage tries again: `passes` does.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import pickle
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import pyarrow as pa
+import ray
+from PIL import Image
+
+from trio.errors import UserError, first_line
+from trio.job.desk import Desk, Poll
+from trio.job.engine_actor import Engine
+from trio.job.engine_settings import EngineFactory, EngineSettings, PreprocessorFactory
+from trio.job.images import packing
+from trio.job.images.image_files import load_images
+from trio.job.images.policy import RowError
+from trio.job.input.columns import Columns
+from trio.job.input.manifest import Shard
+from trio.job.input.reader import RunReader, ShardGone, ShardUnreadable, Unread
+from trio.job.input.units import Unit
+from trio.job.output.output_rows import (
+    RowSettings,
+    Source,
+    answers_of,
+    identify,
+    note_images,
+    sources,
+)
+from trio.job.output.sink import Sink
+from trio.job.output.totals import Totals
+from trio.job.storage import exists, open_location, parent
+
+READ_PAUSES_S = (1.0, 5.0)
+# before a unit that could not be read is tried again
+ALIVE_S = 5.0
+# between two signs of life from a unit that is prepared
+EXIT_S = 5.0
+# beyond --row-timeout, after which a decoder that ignores the alarm ends with its process
+PREPARED = pa.struct(
+    [
+        ("num_images", pa.int32()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("note", pa.string()),
+        ("kind", pa.string()),
+        ("message", pa.string()),
+        ("header", pa.string()),
+    ]
+)
+# of a row: what is known of its images, its error, and where its pixels lie
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Task:
+    """What the stages of a run are told; travels to every worker."""
+
+    engine: EngineSettings
+    rows: RowSettings
+    columns: Columns
+    sink: Sink
+    factory: EngineFactory
+    preprocessor: PreprocessorFactory | None
+    """Of the model; None: engines take decoded images as they are."""
+    stall_s: float
+    """An engine with work in which nothing moves for so long is ended."""
+    pauses_s: tuple[float, ...]
+    """Before the next try of what failed once, twice, ..."""
+
+    def pause_s(self, failures: int) -> float:
+        return self.pauses_s[min(failures, len(self.pauses_s)) - 1]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Run:
+    """What one read task reads."""
+
+    units: tuple[Unit, ...]
+    shards: Mapping[int, Shard]
+    """Theirs, by number."""
+    others: tuple[str, ...]
+    """Paths of a few other shards: if these are gone too, the storage is away."""
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A unit between two stages: one row of the dataset."""
+
+    unit: Unit
+    path: str
+    table: pa.Table
+    """Columns by role; after `prepare` without images and with PREPARED."""
+    pixels: pa.Array | None = None
+    """One cell: the images of all rows."""
+    node: str = ""
+    """Where they were decoded."""
+    prepare_s: float = 0.0
+
+    def pack(self) -> pa.Table:
+        unit = self.unit
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, self.table.schema) as stream:
+            stream.write_table(self.table)
+        pixels = pa.nulls(1, pa.large_binary()) if self.pixels is None else self.pixels
+        return pa.table(
+            {
+                "unit": pa.array([unit.name]),
+                "path": pa.array([self.path]),
+                "node": pa.array([self.node]),
+                "prepare_s": pa.array([self.prepare_s]),
+                "table": _one_cell(sink.getvalue()),
+                "pixels": pixels,
+            }
+        )
+
+    @classmethod
+    def unpack(cls, row: pa.Table) -> Block:
+        said = row.select(["unit", "path", "node", "prepare_s"]).to_pylist()[0]
+        unit = Unit.of_name(said["unit"])
+        assert unit is not None and row.num_rows == 1, f"{row.num_rows} rows of {said['unit']}"
+        (cell,) = row.column("table").chunks
+        (pixels,) = row.column("pixels").chunks
+        table = pa.ipc.open_stream(packing.bytes_of(cell)).read_all()
+        return cls(unit, said["path"], table, pixels, said["node"], said["prepare_s"])
+
+
+def _one_cell(data: pa.Buffer) -> pa.Array:
+    offsets = pa.array([0, data.size], pa.int64()).buffers()[1]
+    return pa.LargeBinaryArray.from_buffers(pa.large_binary(), 1, [None, offsets, data])
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """What became of a unit that came through."""
+
+    unit: Unit
+    done: bool
+    """False: nobody looked at it, as the run is to stop."""
+    node: str
+    totals: Totals = field(default_factory=Totals)
+    rows: tuple[dict[str, Any], ...] | None = None
+    """The rows themselves; None where they are committed."""
+
+    def pack(self) -> pa.Table:
+        return pa.table({"receipt": pa.array([pickle.dumps(self)], pa.large_binary())})
+
+
+def receipts_of(batch: pa.Table) -> list[Receipt]:
+    return [pickle.loads(cell) for cell in batch.column("receipt").to_pylist()]
+
+
+# read
+
+
+def read(run: Run, columns: Columns, desk: Desk) -> Iterator[pa.Table]:
+    """The units of a run, one after the other, until the run is to stop."""
+    poll = Poll(desk)
+    reader = RunReader(run.shards, columns.roles, partial(_wait_and_look, run, desk))
+    for unit in run.units:
+        if poll.stopped():
+            break
+        path = run.shards[unit.shard].path
+        found = reader.read(unit)
+        if isinstance(found, Unread):
+            desk.note("unread", unit, found.kind, found.message)
+            found = _errors(unit, found)
+        yield Block(unit, path, found).pack()
+    reader.close()
+
+
+def _errors(unit: Unit, unread: Unread) -> pa.Table:
+    """As many rows as the unit has, each with the error."""
+    row = {"kind": unread.kind, "message": unread.message}
+    return pa.table({"prepared": pa.array([row] * (unit.stop - unit.start), PREPARED)})
+
+
+def _wait_and_look(run: Run, desk: Desk, tried: int, fault: ShardUnreadable) -> None:
+    """Before another try. A shard that is gone and not alone is no row's error: a mount or a node
+    is at fault, which will be mended, and the run goes on from here then."""
+    if isinstance(fault, ShardGone) and run.others and not any(map(_there, run.others)):
+        desk.note("user", str(fault))
+        desk.wait_for_the_end()
+    desk.note("say", f"{fault}; next try in {READ_PAUSES_S[tried - 1]:g} s")
+    time.sleep(READ_PAUSES_S[tried - 1])
+
+
+def _there(path: str) -> bool:
+    try:
+        return exists(open_location(path))
+    except OSError:
+        return False
+
+
+# prepare
+
+
+def prepare(row: pa.Table, task: Task, desk: Desk) -> pa.Table:
+    """A unit's images: fetched, decoded and processed; each row's errors are its own."""
+    began = time.perf_counter()
+    block = Block.unpack(row)
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+    Image.MAX_IMAGE_PIXELS = task.rows.policy.max_pixels
+    made: list[dict[str, Any]] = []
+    images: list[Sequence[Any]] = []
+    known = block.table.column("prepared") if "prepared" in block.table.column_names else None
+    base = parent(block.path)
+    said_at = began
+    for source in sources(block.table, block.unit, block.path):
+        if time.perf_counter() - said_at > ALIVE_S:
+            said_at = time.perf_counter()
+            desk.note("preparing")
+        said: dict[str, Any] = {} if known is None else known[source.index].as_py()
+        mine: Sequence[Any] = ()
+        if not said:
+            try:
+                with _limited(task.rows.policy.row_timeout):
+                    mine = _images(source, base, task)
+            except RowError as error:
+                said = {"kind": error.kind, "message": error.message}
+        width, height = source.size or (None, None)
+        images.append(mine)
+        made.append(
+            {"num_images": source.num_images, "width": width, "height": height}
+            | {"note": source.note} | said
+        )  # fmt: skip
+    pixels, headers = packing.pack(images)
+    rows = [row | {"header": header} for row, header in zip(made, headers, strict=True)]
+    names = [n for n in block.table.column_names if n not in ("image", "prepared")]
+    table = block.table.select(names).append_column("prepared", pa.array(rows, PREPARED))
+    node = ray.get_runtime_context().get_node_id()
+    took = time.perf_counter() - began
+    return Block(block.unit, block.path, table, pixels, node, took).pack()
+
+
+def _images(source: Source, base: Any, task: Task) -> Sequence[Any]:
+    """What the engine is given of a row's images.
+
+    Raises:
+        RowError: whatever a row does to a library is its own failure.
+    """
+    identify(source, task.rows)
+    try:
+        images = load_images(source.cell("image"), base, task.rows.policy)
+        note_images(source, images)
+        if task.preprocessor is None:
+            return images
+        preprocessor = task.preprocessor(task.engine)
+        return preprocessor.process(images) if preprocessor.cut else images
+    except RowError:
+        raise
+    except MemoryError as error:
+        raise RowError("image_oversized", "the images take more memory than there is") from error
+    except UserError as error:
+        raise RowError("image", str(error)) from error
+    except Exception as error:
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise RowError("image_unreadable", reason) from error
+
+
+@contextmanager
+def _limited(seconds: float) -> Iterator[None]:
+    """Raises RowError in the block when the time is over; ends the process if that does not help,
+    as in a decoder that never returns to Python."""
+
+    def late(*_: object) -> None:
+        reason = f"fetching and decoding took more than {seconds:g} s (--row-timeout)"
+        raise RowError("image_timeout", reason)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    faulthandler.dump_traceback_later(seconds + EXIT_S, exit=True)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        faulthandler.cancel_dump_traceback_later()
+        signal.signal(signal.SIGALRM, before)
+
+
+# answer
+
+
+class answer:
+    """An engine and the units it answers; a unit is committed here unless only its rows are
+    wanted."""
+
+    def __init__(self, task: Task, desk: Desk, commits: bool) -> None:
+        self._task, self._commits = task, commits
+        self._engine = Engine(task, desk)
+
+    def __call__(self, row: pa.Table) -> pa.Table:
+        block = Block.unpack(row)
+        if self._engine.stopped():
+            return Receipt(block.unit, False, self._engine.node).pack()
+        answered = self._engine.answer(block.unit, self._sources(block))
+        if not self._commits:
+            return Receipt(
+                block.unit, True, self._engine.node, answered.totals, answered.rows
+            ).pack()
+        decoded = {"decode_node": block.node, "prepare_s": block.prepare_s}
+        totals = self._engine.commit(block.unit, answered, decoded)
+        return Receipt(block.unit, True, self._engine.node, totals).pack()
+
+    def _sources(self, block: Block) -> Iterator[tuple[Source, Sequence[Any] | RowError]]:
+        """Rows with their images, or with their error."""
+        prepared = block.table.column("prepared").to_pylist()
+        for source, said in zip(
+            sources(block.table, block.unit, block.path), prepared, strict=True
+        ):
+            source.num_images, source.note = said["num_images"], said["note"]
+            if said["width"] is not None:
+                source.size = (said["width"], said["height"])
+            if said["kind"] is None:
+                yield source, packing.unpack(block.pixels, said["header"])
+            else:
+                with suppress(RowError):
+                    identify(source, self._task.rows)
+                yield source, RowError(said["kind"], said["message"])
+
+
+def describe(
+    run: Run, columns: Columns, settings: RowSettings
+) -> tuple[Any, str | None, list[str]]:
+    """Id, prompt and right answers of a single row, its images unread: of one that killed
+    processes."""
+    roles = {role: name for role, name in columns.roles.items() if role != "image"}
+    (unit,) = run.units
+    reader = RunReader(run.shards, roles, lambda tried, fault: None)
+    table = reader.read(unit) if roles else pa.table({"": pa.nulls(1)})
+    reader.close()
+    if isinstance(table, Unread):
+        return None, None, []
+    (source,) = sources(table, unit, run.shards[unit.shard].path)
+    right: Sequence[str] = []
+    with suppress(RowError):
+        right = answers_of(source)
+    with suppress(RowError):
+        identify(source, settings)
+    return source.id, source.prompt, list(right)
