@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import socket
 import sys
@@ -25,7 +26,7 @@ from trio.job.environment import (
     export_path,
     submitted,
 )
-from trio.job.placement import Node, place
+from trio.job.placement import Node, Placement, describe, place
 from trio.job.settings import AUTO, LOCAL, Settings
 
 LOCAL_CPUS = 4
@@ -37,6 +38,8 @@ QUIET = {
     "RAY_DEDUP_LOGS": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_BACKEND_LOG_LEVEL": "fatal",
+    # that a process died, the job says itself
+    "RAY_DEDUP_LOGS_SKIP_REGEX": "A worker died or was killed",
 }
 
 
@@ -58,6 +61,10 @@ class Resources:
     # False for a Ray of our own in this process
     per_node: int = 1
     # most engines on one of the nodes that are there
+    prepare_tasks: int = 1
+    # that decode and preprocess images at a time
+    prepare_cpus: float = 1.0
+    # of each; 0 where engines leave none
     note: str = ""
     # what is to be said about the fit
 
@@ -68,6 +75,7 @@ class Resources:
         return (
             f"{where} with {self.cpus:g} CPUs and {self.gpus:g} GPUs;"
             f" {self.actors} engine{'s' if self.actors > 1 else ''} on {engine}"
+            + f"; {self.prepare_tasks} task{'s' if self.prepare_tasks > 1 else ''} for images"
             + (f"; {self.note}" if self.note else "")
         )
 
@@ -230,6 +238,7 @@ def fit(config: Settings, *, attached: bool) -> Resources:
         wait_s=config.cluster.wait_for_nodes,
     )
     notes = [placement.note]
+    tasks, cpus_each = prepare_tasks(config, there, placement)
     if placement.fit < placement.actors and autoscales() is False:
         notes.append("this cluster adds no nodes by itself")
     if attached:
@@ -243,8 +252,38 @@ def fit(config: Settings, *, attached: bool) -> Resources:
         cpus_per_actor=placement.need.cpus,
         attached=attached,
         per_node=placement.per_node,
+        prepare_tasks=tasks,
+        prepare_cpus=cpus_each,
         note="; ".join(note for note in notes if note),
     )
+
+
+def prepare_tasks(
+    config: Settings, there: Sequence[Node], placement: Placement
+) -> tuple[int, float]:
+    """How many tasks prepare images at a time, and the CPUs that each reserves.
+
+    Engines that leave no CPU must not starve what feeds them: then none is reserved.
+
+    Raises:
+        UserError: more asked for than engines leave and no node to come.
+    """
+    asked, engines = config.cluster.prepare_cpus, placement.actors
+    if config.cluster.threads is not None:
+        asked = config.cluster.threads * engines
+    free = math.floor(
+        sum(node.cpus for node in there) - placement.fit * placement.need.cpus + 1e-6
+    )
+    if asked is None:
+        most = free if placement.need.gpus else min(free, 2 * engines)
+        return (most, 1.0) if most > 0 else (engines, 0.0)
+    if asked > free and not config.cluster.wait_for_nodes:
+        flag = "--prepare-cpus" if config.cluster.threads is None else "--threads"
+        raise UserError(
+            f"{flag}: {asked} CPUs for images, but the engines leave {max(free, 0)} of"
+            f" {describe(there)}; lower it, --actors or --cpus-per-actor (0 is allowed)"
+        )
+    return asked, 1.0
 
 
 def nodes() -> list[Node]:

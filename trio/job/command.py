@@ -24,6 +24,8 @@ from trio.job.input.manifest import tell
 from trio.job.output import ending, output_directory
 from trio.job.output.output_directory import UNPRUNED
 from trio.job.output.summary import share, table
+from trio.job.plan import Plan, check_finished
+from trio.job.plan import plan as plan_of
 from trio.job.resume import decoding_rules
 from trio.job.resume.checkpoint_defaults import pruning_resolved
 from trio.job.resume.fingerprint import model_directory
@@ -155,13 +157,13 @@ def runs(config: Settings) -> Iterator[tuple[str, Settings]]:
 def run(job: Job, config: Settings) -> int:
     """Do the run, and the comparison where asked; print the table."""
     from trio.job import cluster, runner
-    from trio.job.dispatch import Stop
+    from trio.job.passes import Stop
     from trio.job.resume import lease
 
     assert config.output.output is not None
     output = locate(config.output.output)
     plans = _plans(job, config, output)
-    to_do = [plan for _, plan in plans if isinstance(plan, runner.Plan)]
+    to_do = [plan for _, plan in plans if isinstance(plan, Plan)]
     if not to_do:
         print(
             f"{output.uri} is finished already: nothing to do. For a new run give another --output."
@@ -175,7 +177,7 @@ def run(job: Job, config: Settings) -> int:
             _announce(config, to_do[0], resources.describe())
             with _stopping_on_signals(stop):
                 for name, plan in plans:
-                    if isinstance(plan, runner.Plan):
+                    if isinstance(plan, Plan):
                         label = name if len(plans) > 1 else ""
                         plan = runner.execute(plan, resources, label=label, stop=stop, held=held)
                     done.append((name, plan))
@@ -198,19 +200,17 @@ def _show(config: Settings, output: Location) -> None:
 
 def _plans(job: Job, config: Settings, output: Location) -> list[tuple[str, Any]]:
     """(heading, plan) of each run, or its summary if it is finished; the main one first."""
-    from trio.job import runner
-
     wanted = [(name, each, locate(each.output.output or "")) for name, each in runs(config)]
     whole = all(output_directory.finished(place) for _, _, place in wanted)
     out: list[tuple[str, Any]] = []
     for name, each, place in wanted:
         paths = input_paths(job, each)
         if output_directory.finished(place):
-            runner.check_finished(each, place, None if whole else (paths, output))
+            check_finished(each, place, None if whole else (paths, output))
             out.append((name, output_directory.read_summary(place)))
         else:
             say = tell if each is config else _nothing
-            plan = runner.plan(each, paths, around=output, say=say)
+            plan = plan_of(each, paths, around=output, say=say)
             out.append((name, plan))
     return out
 
@@ -276,16 +276,14 @@ def _verdict(job: Job, config: Settings, summary: Mapping[str, Any]) -> int:
 
 def dry_run(job: Job, config: Settings) -> int:
     """Print what would be done: the settings as run.yaml, the input and what is left of it."""
-    from trio.job import runner
-
     output = locate(config.output.output or "")
     sys.stdout.write(run_yaml.dump(config))
     plans = _plans(job, config, output)
-    planned = [plan for _, plan in plans if isinstance(plan, runner.Plan)]
+    planned = [plan for _, plan in plans if isinstance(plan, Plan)]
     for line in decoding_rules.lines(config, planned[0].decoding) if planned else ():
         print(f"# {line}")
     for name, plan in plans:
-        if not isinstance(plan, runner.Plan):
+        if not isinstance(plan, Plan):
             print(f"# {name}: finished already")
             continue
         roles = ", ".join(f"{role} from {column}" for role, column in plan.columns.roles.items())

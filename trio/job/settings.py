@@ -188,8 +188,11 @@ class Cluster:
     wait_for_nodes: Seconds = 0.0
     """Above 0: nodes may join after the start (autoscaling, spot); the job begins with what there
     is, and fails if after this time there is no engine at all."""
+    prepare_cpus: Count | None = None
+    """CPUs that decode and preprocess images, on any node; Ray prefers nodes without GPUs (default:
+    what the engines leave; for engines on a CPU at most two for each)."""
     threads: Count | None = None
-    """Threads that decode and prepare images beside one engine (default: by the node's CPUs)."""
+    """The same, for each engine."""
     batch_tokens: Tokens | None = None
     """Most prompt tokens in one prefill (default: the engine's)."""
     max_running: Annotated[int | None, Value(read=whole(1), unit="REQUESTS")] = None
@@ -245,6 +248,8 @@ class Settings:
             ("--text-tower", (model.text_tower,)),
         ):
             _check_no_secret(flag, uris)
+        if self.cluster.threads is not None and self.cluster.prepare_cpus is not None:
+            raise UserError("--threads and --prepare-cpus say the same: give one of them")
         parse_mapping(rows.columns or "")
         seeded = dataclasses.replace(self.pruning, seed=self.seed)
         object.__setattr__(self, "pruning", seeded)

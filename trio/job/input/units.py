@@ -1,22 +1,23 @@
-"""Work units, and the runs in which actors take them: pure functions of the manifest, so a resume
+"""Work units, and the runs in which tasks read them: pure functions of the manifest, so a resume
 agrees.
 
 A unit is a number of consecutive rows of one shard; it becomes one file in ``rows/`` and one in
 ``stats/`` under a name that says which rows it holds. A run is a number of consecutive units that
-one actor does, cut where a row group begins so that none is read twice.
+one task reads, cut where a row group begins so that none is read twice.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from trio.job.input.manifest import Manifest, Shard
 
-UNIT_BYTES = 128 << 20
-# input bytes, unpacked, one unit may hold on average: an actor holds a few units whole
-MAX_UNIT_ROWS, MAX_UNIT_ROWS_EVER = 512, 4096
+UNIT_BYTES = 32 << 20
+# input bytes, unpacked, one unit may hold on average: decoded they are about six times as many, and
+# an engine holds a few units whole
+MAX_UNIT_ROWS, MAX_UNIT_ROWS_EVER = 128, 4096
 MANY_UNITS = 100_000
 # from here on units grow: their files are listed on resume
 MIN_UNIT_ROWS = 8
@@ -65,8 +66,8 @@ def units(manifest: Manifest, rows_per_unit: int, limit: int | None = None) -> I
 
 
 def runs(manifest: Manifest, todo: Collection[Unit], parallel: int) -> list[list[Unit]]:
-    """Runs of consecutive units of one shard, for one actor each; about ``parallel`` of them where
-    row groups allow it."""
+    """Runs of units in input order, for one reader each; about ``parallel`` of them, cut where a
+    row group or a shard begins."""
     shards = {shard.number: shard for shard in manifest.shards}
     rows = sum(unit.stop - unit.start for unit in todo)
     row_bytes = manifest.size / max(manifest.rows, 1)
@@ -75,7 +76,7 @@ def runs(manifest: Manifest, todo: Collection[Unit], parallel: int) -> list[list
     out: list[list[Unit]] = []
     length = 0
     for unit in sorted(todo):
-        if not out or (_cut_before(out[-1], unit, shards, full=length >= share)):
+        if not out or (length >= share and _may_cut(shards[unit.shard], out[-1][-1], unit)):
             out.append([])
             length = 0
         out[-1].append(unit)
@@ -83,13 +84,12 @@ def runs(manifest: Manifest, todo: Collection[Unit], parallel: int) -> list[list
     return out
 
 
-def _cut_before(
-    run: Sequence[Unit], unit: Unit, shards: Mapping[int, Shard], *, full: bool
-) -> bool:
-    if unit.shard != run[0].shard:
+def _may_cut(shard: Shard, last: Unit, unit: Unit) -> bool:
+    """Whether no row group is read twice if another reader goes on with the unit."""
+    if unit.shard != last.shard:
         return True
-    groups = shards[unit.shard].row_groups
-    return full and group_of(groups, unit.start)[0] != group_of(groups, run[-1].stop - 1)[0]
+    groups = shard.row_groups
+    return group_of(groups, unit.start)[0] != group_of(groups, last.stop - 1)[0]
 
 
 def group_of(row_groups: Sequence[int], row: int) -> tuple[int, int]:

@@ -223,20 +223,23 @@ def claim(output: Location, run: Pinned, facts: Sequence[str] = ()) -> None:
         raise UserError(f"--output {output.uri}: cannot be written: {error}") from error
 
 
-def close(output: Location, summary: Mapping[str, Any]) -> None:
+def close(output: Location, summary: Mapping[str, Any], images: str | None = None) -> None:
     """Write the summary, then the mark that the output is whole.
 
-    What the engines said of CUDA graphs is noted in the settings as a comment, which nothing reads.
+    What the engines said of CUDA graphs, and of `images` that they had to process themselves, is
+    noted in the settings as a comment, which nothing reads.
     """
-    if summary.get("cuda_graphs"):
-        _note(output, "CUDA graphs", summary["cuda_graphs"])
+    if graphs := summary.get("cuda_graphs"):
+        said = (f"{state} ({counted(count, 'file')})" for state, count in graphs.items())
+        _note(output, "CUDA graphs", "; ".join(said))
+    if images is not None:
+        _note(output, "images", images)
     text = json.dumps(summary, indent=2) + "\n"
     write_atomic(output.join(SUMMARY), text.encode())
     write_atomic(output.join(SUCCESS), b"")
 
 
-def _note(output: Location, what: str, files: Mapping[str, int]) -> None:
-    said = "; ".join(f"{state} ({counted(count, 'file')})" for state, count in files.items())
+def _note(output: Location, what: str, said: str) -> None:
     lines = read_bytes(output.join(CONFIG)).decode().splitlines()
     lines = [line for line in lines if not line.startswith(f"# {what}: ")]
     write_atomic(output.join(CONFIG), "\n".join([*lines, f"# {what}: {said}", ""]).encode())
