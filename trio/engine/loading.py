@@ -16,7 +16,9 @@ from transformers.utils import cached_file
 from trio import bundled, cgroups
 from trio.decoder.weights import DTYPES, check_unquantised
 from trio.engine.checkpoint_files import check_directory, check_files, check_tensors
+from trio.engine.preprocess import Preprocessor
 from trio.errors import UserError, explaining, first_line
+from trio.families.adapter import Adapter
 from trio.families.pixel_limits import limit_images
 from trio.families.registry import adapt, adapter_class
 from trio.families.text_tower import TextTower
@@ -131,10 +133,37 @@ def load_processor(
     Raises:
         UserError: nothing usable there, or limits that the processor does not take.
     """
+    return _limited(model, revision, {"min_pixels": min_pixels, "max_pixels": max_pixels})[0]
+
+
+def load_preprocessor(
+    model: str,
+    *,
+    revision: str | None = None,
+    min_pixels: int | None = None,
+    max_pixels: int | None = None,
+    system: str | None = None,
+) -> Preprocessor:
+    """What prepares a model's requests, for processes that have neither its weights nor a device.
+
+    Args: as for `Engine.from_pretrained`; `system` as for `Engine`.
+
+    Raises:
+        UserError: nothing usable there, or limits that the processor does not take.
+    """
+    limits = {"min_pixels": min_pixels, "max_pixels": max_pixels}
+    processor, family = _limited(model, revision, limits)
+    return Preprocessor(processor, family, system)
+
+
+def _limited(
+    model: str, revision: str | None, limits: dict[str, int | None]
+) -> tuple[Any, type[Adapter]]:
     model = _expanded(model)
-    processor = _processor(model, _config(model, revision), revision)
-    limit_images(processor, min_pixels=min_pixels, max_pixels=max_pixels)
-    return processor
+    config = _config(model, revision)
+    processor = _processor(model, config, revision)
+    limit_images(processor, **limits)
+    return processor, adapter_class(config)
 
 
 def _outline(config: Any) -> Any:

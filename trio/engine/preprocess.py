@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from PIL.Image import Image
 from tokenizers import Tokenizer
 
-from trio.engine.request import FailureKind, Prepared, Request, Result, failed
+from trio.engine.pixel_tables import UNFINISHED, CannotCut, PixelTables, learn
+from trio.engine.request import FailureKind, Prepared, ProcessedImage, Request, Result, failed
 from trio.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from trio.families.adapter import Adapter
+    from trio.families.adapter import Adapter, Inputs
 
 _MARK = "\ue000user text\ue000"
 _SYSTEM_MARK = "\ue000system text\ue000"
@@ -29,8 +30,8 @@ MAX_ASPECT_RATIO = 200
 """Resizing by the shorter edge makes the longer one this many times as long."""
 
 
-class _Unservable(Exception):
-    """Stops the preparation of one request; its text goes into the failed result."""
+class Unservable(Exception):
+    """A request cannot be served; its kind and text go into the failed result."""
 
     def __init__(self, kind: FailureKind, message: str) -> None:
         super().__init__(message)
@@ -62,17 +63,21 @@ class Preprocessor:
         self.image_token_id: int = processor.image_token_id
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"processor": self._processor, "family": self._family, "system": self._system}
+        own = {"processor": self._processor, "family": self._family, "system": self._system}
+        return own | {"tables": self.__dict__.get("_tables")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        tables = state.pop("tables")
         self.__init__(**state)  # type: ignore[misc]
+        if tables is not None:
+            self.__dict__["_tables"] = tables
 
     def __call__(self, request: Request) -> Prepared | Result:
         """The prepared request, or a failed result where the request itself is at fault."""
         try:
             images = self._images(request.images)
             input_ids = self._prompt(request, [ids for ids, _ in images])
-        except _Unservable as fault:
+        except Unservable as fault:
             return failed(request.id, fault.kind, str(fault))
         return Prepared(
             input_ids=tuple(input_ids),
@@ -84,6 +89,52 @@ class Preprocessor:
             sampling=request.sampling,
         )
 
+    @property
+    def cut(self) -> bool:
+        """Whether the processor can be stopped at uint8 pixels, so that `process` can be called.
+
+        Found out once, by running it on probe images; goes along when this is pickled.
+        """
+        return not self.why_not_cut
+
+    @property
+    def why_not_cut(self) -> str:
+        """Empty where `cut` is true."""
+        return self._tables if isinstance(self._tables, str) else ""
+
+    def process(self, images: Sequence[Image]) -> list[ProcessedImage]:
+        """The model's image processor on the images of one prompt, up to uint8 pixels.
+
+        A request with what comes out of it is prepared bit for bit as one with the images.
+
+        Raises:
+            Unservable: an image that cannot be read or has an impossible shape.
+            UserError: this processor cannot be stopped there.
+        """
+        tables = self._known_tables()
+        made = self._family.process_images(self._processor, _checked(images), **UNFINISHED)
+        return [
+            ProcessedImage(
+                input_ids=image["input_ids"][0].numpy(),
+                inputs=tables.to_uint8(_tensors(image)),
+                prompt_images=len(images),
+            )
+            for image in made
+        ]
+
+    @cached_property
+    def _tables(self) -> PixelTables | str:
+        """What finishes uint8 pixels, or why nothing can."""
+        try:
+            return learn(partial(self._family.process_images, self._processor))
+        except CannotCut as reason:
+            return str(reason)
+
+    def _known_tables(self) -> PixelTables:
+        if isinstance(self._tables, str):
+            raise UserError(f"the image processor cannot be stopped at uint8: {self._tables}")
+        return self._tables
+
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of an answer, without special tokens and surrounding white space."""
         return self._processor.tokenizer.decode(token_ids, skip_special_tokens=True).strip()
@@ -94,30 +145,24 @@ class Preprocessor:
 
     def _images(self, images: Sequence[Any]) -> list[tuple[list[int], dict[str, Tensor]]]:
         """For each image the placeholder tokens that stand for it, and its tensors."""
-        checked = [self._rgb(image, f"image {place}") for place, image in enumerate(images)]
-        return [
-            (
-                made["input_ids"][0].tolist(),
-                {name: made[name] for name in made if name not in _TEXT_KEYS},
-            )
-            for made in self._family.process_images(self._processor, checked)
-        ]
+        if any(isinstance(image, ProcessedImage) for image in images):
+            return [self._finished(image, f"image {n}", images) for n, image in enumerate(images)]
+        made = self._family.process_images(self._processor, _checked(images))
+        return [(image["input_ids"][0].tolist(), _tensors(image)) for image in made]
 
-    @staticmethod
-    def _rgb(image: Any, where: str) -> Image:
-        if not isinstance(image, Image):
-            raise _Unservable("image", f"{where} is {type(image).__name__}, not a PIL image")
+    def _finished(
+        self, image: Any, where: str, images: Sequence[Any]
+    ) -> tuple[list[int], dict[str, Tensor]]:
+        if not isinstance(image, ProcessedImage):
+            raise Unservable("image", f"{where} is not processed, and others of its prompt are")
+        if image.prompt_images != len(images):
+            numbers = f"{image.prompt_images} of a prompt, and here are {len(images)}"
+            raise Unservable("mismatch", f"{where} was processed as one of {numbers}")
         try:
-            rgb = image.convert("RGB")
-        except Exception as fault:  # what a decoder raises on broken data is not documented
-            raise _Unservable("image", f"{where}: {type(fault).__name__}: {fault}") from fault
-        if min(rgb.size) < 1 or max(rgb.size) > MAX_ASPECT_RATIO * min(rgb.size):
-            raise _Unservable(
-                "image",
-                f"{where} is {rgb.width} x {rgb.height}; one edge may be at most "
-                f"{MAX_ASPECT_RATIO} times the other",
-            )
-        return rgb
+            return image.input_ids.tolist(), self._known_tables().finish(image.inputs)
+        except ValueError as fault:
+            message = f"{where} was not processed for this model: {first_line(fault)}"
+            raise Unservable("image", message) from fault
 
     def _prompt(self, request: Request, expansions: Sequence[list[int]]) -> list[int]:
         """Token ids of the whole prompt, with each image's placeholders in its place."""
@@ -143,7 +188,7 @@ class Preprocessor:
             else:
                 ids.append(token)
         if places != len(expansions):
-            raise _Unservable(
+            raise Unservable(
                 "mismatch", f"{len(expansions)} images, but the chat template placed {places}"
             )
         return ids
@@ -158,26 +203,26 @@ class Preprocessor:
             return self._processor.apply_chat_template(messages, add_generation_prompt=True)
         except Exception as fault:  # whatever the template's author chose to raise
             message = f"the chat template refuses it: {type(fault).__name__}: {first_line(fault)}"
-            raise _Unservable("prompt", message) from fault
+            raise Unservable("prompt", message) from fault
 
     def _their_parts(self, text: str, images: int, system: str | None) -> list[tuple[int, int]]:
         """Where the words of others than the template lie in the rendered prompt."""
         frame = self._render(_MARK, images, None if system is None else _SYSTEM_MARK)
         before, found, rest = frame.rpartition(_SYSTEM_MARK)
         if system is not None and not (found and text.startswith(before)):
-            raise _Unservable(
+            raise Unservable(
                 "prompt", "the chat template has no place for a system message before the prompt"
             )
         between, *after = rest.split(_MARK)
         if len(after) != 1 or not text.endswith(after[0]):
-            raise _Unservable("prompt", "the chat template does not place the prompt exactly once")
+            raise Unservable("prompt", "the chat template does not place the prompt exactly once")
         start, stop = len(before), len(text) - len(after[0])
         # Templates may strip what they are given.
         for said in ("",) if system is None else (system.strip(), system):
             if text.startswith(said + between, start):
                 end = start + len(said)
                 return [(start, end), (end + len(between), stop)]
-        raise _Unservable("prompt", "the chat template changes the prompt or what is before it")
+        raise Unservable("prompt", "the chat template changes the prompt or what is before it")
 
     @property
     def _unknown(self) -> str | None:
@@ -214,13 +259,37 @@ class Preprocessor:
         return (token for ids in letters for token in ids if token not in self._control_ids)
 
 
+def _tensors(image: Inputs) -> dict[str, Tensor]:
+    return {name: image[name] for name in image if name not in _TEXT_KEYS}
+
+
+def _checked(images: Sequence[Any]) -> list[Image]:
+    return [_rgb(image, f"image {place}") for place, image in enumerate(images)]
+
+
+def _rgb(image: Any, where: str) -> Image:
+    if not isinstance(image, Image):
+        raise Unservable("image", f"{where} is {type(image).__name__}, not a PIL image")
+    try:
+        rgb = image.convert("RGB")
+    except Exception as fault:  # what a decoder raises on broken data is not documented
+        raise Unservable("image", f"{where}: {type(fault).__name__}: {fault}") from fault
+    if min(rgb.size) < 1 or max(rgb.size) > MAX_ASPECT_RATIO * min(rgb.size):
+        raise Unservable(
+            "image",
+            f"{where} is {rgb.width} x {rgb.height}; one edge may be at most "
+            f"{MAX_ASPECT_RATIO} times the other",
+        )
+    return rgb
+
+
 def _check_text(text: Any, what: str) -> None:
     if not isinstance(text, str):
-        raise _Unservable("prompt", f"the {what} is {type(text).__name__}, not text")
+        raise Unservable("prompt", f"the {what} is {type(text).__name__}, not text")
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise _Unservable("prompt", f"the {what} is not valid Unicode text") from None
+        raise Unservable("prompt", f"the {what} is not valid Unicode text") from None
 
 
 def _lies_in(part: tuple[int, int], text: str, begin: int, end: int) -> bool:

@@ -12,6 +12,7 @@ from trio.errors import UserError
 from trio.values import Fraction, Share, Tokens, Value, number, whole
 
 if TYPE_CHECKING:
+    import numpy as np
     from PIL.Image import Image
     from torch import Tensor
 
@@ -94,6 +95,22 @@ class Sampling:
                 )
 
 
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class ProcessedImage:
+    """An image after the model's image processor, but for rescaling and normalising.
+
+    Made by `Preprocessor.process`, in a process that may have no model.
+    """
+
+    input_ids: np.ndarray
+    """`[N]` int64, the placeholder tokens that stand for it in a prompt."""
+    inputs: Mapping[str, np.ndarray]
+    """What the processor made of it: pixels as uint8 in the shape that the model takes, all else
+    (sizes, grids) as it is. May be read-only."""
+    prompt_images: int = 1
+    """Images of its prompt: some processors cut an image into tiles only where it is alone."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Request:
     """One question about any number of images.
@@ -103,7 +120,8 @@ class Request:
     """
 
     prompt: str
-    images: tuple[Image, ...] = ()
+    images: tuple[Image, ...] | tuple[ProcessedImage, ...] = ()
+    """All as they were decoded, or all processed by a `Preprocessor` of the same model."""
     id: Any = None
     system: str | None = None
     """The system message, where the chat template has a place for one; None: the engine's."""

@@ -145,8 +145,11 @@ class Adapter(ABC):
         return self.max_visual_tokens
 
     @staticmethod
-    def process_images(processor: Any, images: Sequence[Image]) -> list[Inputs]:
+    def process_images(processor: Any, images: Sequence[Image], **options: Any) -> list[Inputs]:
         """What the model's processor makes of the RGB images of one prompt.
+
+        Args:
+            options: of the processor's call, as `do_normalize=False`.
 
         Returns:
             For each image its tensors, as `encode_images` takes them, and as `input_ids [1, N]` its
@@ -158,6 +161,7 @@ class Adapter(ABC):
                 text=[processor.image_token],
                 add_special_tokens=False,
                 return_tensors="pt",
+                **options,
             )
             for image in images
         ]

@@ -66,7 +66,7 @@ class LlavaOnevisionAdapter(AnyResolutionAdapter):
         self.largest_image = (width, height)
 
     @staticmethod
-    def process_images(processor: Any, images: Sequence[Image]) -> list[Inputs]:
+    def process_images(processor: Any, images: Sequence[Image], **options: Any) -> list[Inputs]:
         if not images:
             return []
         made = processor(
@@ -74,6 +74,7 @@ class LlavaOnevisionAdapter(AnyResolutionAdapter):
             text=[processor.image_token * len(images)],
             add_special_tokens=False,
             return_tensors="pt",
+            **options,
         )
         # All have as many placeholders. Copied, as a part of a tensor is pickled with all of it.
         names = ("pixel_values", "image_sizes")
