@@ -18,7 +18,7 @@ import ray
 from tests.job.fakes import FakeEngine
 from trio.engine.request import Result
 from trio.errors import UserError
-from trio.job.actor import EngineSettings
+from trio.job.engine_settings import EngineSettings
 
 POISON = "poison"
 # a prompt that begins so kills the process that answers it, each time

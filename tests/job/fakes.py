@@ -15,7 +15,7 @@ from PIL import Image
 
 from trio.engine.kv_budget import MemoryPlan
 from trio.engine.request import Prepared, Request, Result
-from trio.job.actor import EngineSettings
+from trio.job.engine_settings import EngineSettings
 
 VISUAL = 16
 KEPT = 4

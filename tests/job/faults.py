@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tests.job.fakes import FakeEngine
 from trio.engine.request import Prepared, Request, Result
-from trio.job.actor import EngineFactory, EngineSettings
+from trio.job.engine_settings import EngineFactory, EngineSettings
 
 
 class FaultyEngine(FakeEngine):

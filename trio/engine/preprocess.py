@@ -15,7 +15,7 @@ from PIL.Image import Image
 from tokenizers import Tokenizer
 
 from trio.engine.pixel_tables import UNFINISHED, CannotCut, PixelTables, learn
-from trio.engine.request import FailureKind, Prepared, ProcessedImage, Request, Result, failed
+from trio.engine.request import Prepared, ProcessedImage, Request, Result, Unservable, failed
 from trio.errors import UserError, first_line
 
 if TYPE_CHECKING:
@@ -28,14 +28,6 @@ _SYSTEM_MARK = "\ue000system text\ue000"
 _TEXT_KEYS = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"}
 MAX_ASPECT_RATIO = 200
 """Resizing by the shorter edge makes the longer one this many times as long."""
-
-
-class Unservable(Exception):
-    """A request cannot be served; its kind and text go into the failed result."""
-
-    def __init__(self, kind: FailureKind, message: str) -> None:
-        super().__init__(message)
-        self.kind = kind
 
 
 class Preprocessor:

@@ -28,6 +28,14 @@ FailureKind = Literal["prompt", "image", "mismatch", "too_long", "no_room", "num
 """
 
 
+class Unservable(Exception):
+    """A request cannot be served; its kind and text go into the failed result."""
+
+    def __init__(self, kind: FailureKind, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
 def _real(value: object, fits: Callable[[float], bool]) -> bool:
     return isinstance(value, Real) and math.isfinite(value) and fits(float(value))
 

@@ -38,8 +38,6 @@ QUIET = {
     "RAY_DEDUP_LOGS": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_BACKEND_LOG_LEVEL": "fatal",
-    # that a process died, the job says itself
-    "RAY_DEDUP_LOGS_SKIP_REGEX": "A worker died or was killed",
 }
 
 
@@ -271,9 +269,7 @@ def prepare_tasks(
     asked, engines = config.cluster.prepare_cpus, placement.actors
     if config.cluster.threads is not None:
         asked = config.cluster.threads * engines
-    free = math.floor(
-        sum(node.cpus for node in there) - placement.fit * placement.need.cpus + 1e-6
-    )
+    free = math.floor(sum(node.cpus for node in there) - placement.fit * placement.need.cpus + 1e-6)
     if asked is None:
         most = free if placement.need.gpus else min(free, 2 * engines)
         return (most, 1.0) if most > 0 else (engines, 0.0)

@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import ray
 
@@ -26,7 +26,7 @@ class Note:
 
     `begin` engine, node · `ready` engine, facts (a dict) · `failed` engine, reason ·
     `died` engine, reason · `alive` engine, rows it has answered · `user` a mistake of the user ·
-    `write` why the output cannot be written · `unread` unit, kind, message · `say` a line
+    `fail` why nobody can go on · `unread` unit, kind, message · `say` a line
     """
 
     kind: str
@@ -86,7 +86,7 @@ class Desk:
     def stopped(self) -> bool:
         return bool(ray.get(self.handle.stopped.remote()))
 
-    def wait_for_the_end(self) -> None:
+    def wait_for_the_end(self) -> NoReturn:
         """What was noted ends the pass, and with it this process."""
         while True:
             time.sleep(POLL_S)

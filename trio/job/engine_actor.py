@@ -45,7 +45,6 @@ AS_THEY_ARE = (
     "max_running",
     "batch_tokens",
     "kv_budget_bytes",
-    "cuda_graphs",
 )
 # peaks, and what an engine's limits are at the time
 
@@ -93,13 +92,18 @@ class Engine:
             parts.append(_totals(rows[-1], source))
         return Answered(tuple(rows), sums.merge(parts))
 
-    def commit(self, unit: Unit, answered: Answered, decoded: Mapping[str, Any]) -> Totals:
-        """Write a unit, its statistics with it; returns its totals with the seconds of the engine.
+    def commit(self, unit: Unit, answered: Answered, decode_node: str, prepare_s: float) -> Totals:
+        """Write a unit, its statistics with it; returns its totals with what they took.
 
-        decoded: where and in which time its images were, as in the columns of stats/.
+        Args:
+            unit: whose rows these are.
+            answered: all of them.
+            decode_node: where its images were decoded.
+            prepare_s: seconds that this took.
         """
-        stats, totals = self._report.interval(answered.totals, decoded)
-        stats |= {"actor": self.name, "node": self.node} | decoded
+        stats, totals = self._report.interval(answered.totals)
+        totals += Totals(prepare_s=prepare_s)
+        stats |= {"actor": self.name, "node": self.node, "decode_node": decode_node}
         for tried in range(1, WRITE_TRIES + 1):
             try:
                 self._task.sink.commit(unit, answered.rows, stats, totals)
@@ -107,7 +111,7 @@ class Engine:
             except OSError as error:
                 reason = f"rows/{unit.name} failed {tried} times: {_reason(error)}"
                 if tried == WRITE_TRIES:
-                    self._desk.note("write", reason)
+                    self._desk.note("fail", reason)
                     self._desk.wait_for_the_end()
                 self._desk.note("say", reason)
                 time.sleep(self._task.pause_s(tried))
@@ -189,8 +193,8 @@ class _Report:
         self._since = datetime.datetime.now(datetime.UTC)
         self._before: Mapping[str, Any] = {}
 
-    def interval(self, totals: Totals, decoded: Mapping[str, Any]) -> tuple[dict[str, Any], Totals]:
-        """The unit's row of stats/, as far as it comes from here, and its totals with the engine's
+    def interval(self, totals: Totals) -> tuple[dict[str, Any], Totals]:
+        """What the unit's row of stats/ says of the engine, and its totals with the engine's
         seconds."""
         with self._lock:
             now, counters = datetime.datetime.now(datetime.UTC), self._counters()
@@ -201,7 +205,6 @@ class _Report:
         rows, steps = (spent.pop(name, 0) for name in DECODING)
         graphs = counters.get("cuda_graphs")
         totals += Totals(
-            prepare_s=decoded.get("prepare_s", 0.0),
             cuda_graphs={graphs: 1} if graphs else {},
             **spent,
         )

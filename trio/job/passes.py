@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayError
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from trio.errors import JobFailed, UserError
@@ -234,7 +234,8 @@ class Passes:
         return 4 * self._room.engines * self._room.calls
 
     def run(self, plan: PassPlan) -> Generator[Receipt, None, bool]:
-        """Receipts of a pass, in any order; returns whether a node was lost meanwhile.
+        """Receipts of a pass, in any order; returns whether it was disturbed: what is missing then
+        was lost with a node, or with the pass itself, and says nothing about the rows.
 
         Raises:
             UserError: what an engine says when it starts, or of the input, that the user can mend.
@@ -245,16 +246,13 @@ class Passes:
             self._say(plan.why)
         before = alive_nodes()
         board = self._actor()
-        open_units = set(plan.units)
         try:
-            for receipt in self._receipts(board, self._work(plan)):
-                open_units.discard(receipt.unit)
-                yield receipt
+            ended_early = yield from self._receipts(board, self._work(plan))
         finally:
             ray.kill(board)
         if self._stop.asked_at is not None:
             raise Stopped("stopped; the same command with the same --output goes on")
-        return bool(open_units) and _node_lost(before, patient=plan.kind == "rows")
+        return ended_early or _node_lost(before, patient=plan.kind == "rows")
 
     def _actor(self) -> Any:
         remote: Any = ray.remote  # Ray's types do not know what its wrappers add to a class
@@ -294,22 +292,26 @@ class Passes:
         mine = {number: self._shards[number] for number in numbers}
         return Run(units=tuple(units), shards=mine, others=tuple(others))
 
-    def _receipts(self, board: Any, work: Work) -> Iterator[Receipt]:
+    def _receipts(self, board: Any, work: Work) -> Generator[Receipt, None, bool]:
+        """Returns whether the pass was ended before it was through."""
         stream = board.run.options(num_returns="streaming").remote(work)
         engines, began = _Engines(), time.monotonic()
         moved = looked = said = began
-        asked = False
+        asked, received = False, 0
         while True:
             came, _ = ray.wait([stream], timeout=LOOK_S)
             if came:
                 try:
                     batch = ray.get(next(stream))
                 except StopIteration:
-                    return
+                    return False
+                except RayTaskError as error:
+                    raise JobFailed(f"Ray Data failed: {reason_of(error)}") from error
                 except RayError as error:
                     self._say(f"the pass ended early: {reason_of(error)}")
-                    return
+                    return True
                 moved, engines.deaths = time.monotonic(), 0
+                received += sum(receipt.totals.rows for receipt in batch)
                 yield from batch
             now = time.monotonic()
             if now - looked < LOOK_S:
@@ -320,20 +322,20 @@ class Passes:
             moved = now if notes else moved
             for note in notes:
                 self._hear(note, engines)
-            self._alive(sum(engines.settled.values()))
+            self._alive(max(0, sum(engines.settled.values()) - received))
             if not engines.nodes and now - said > SAY_EVERY_S:
                 said = now
                 self._say(self._no_room(now - began))
             self._check_start(engines, now - began)
             if engines.ready and now - moved > self._limits.still_s:
                 self._say(f"nothing moved for {now - moved:.0f} s: the pass is ended")
-                return
+                return True
             if self._stop.asked_at is not None:
                 if not asked:
                     board.stop.remote()
                     asked = True
                 if now > self._stop.asked_at + self._limits.grace_s:
-                    return
+                    return True
 
     def _notes(self, board: Any) -> list[Note]:
         with suppress(GetTimeoutError, RayError):  # its end is seen in the stream
@@ -365,7 +367,7 @@ class Passes:
                 self._say(line)
             case "user", (line,):
                 raise UserError(line)
-            case "write", (line,):
+            case "fail", (line,):
                 raise JobFailed(line)
 
     def _failed(self, name: str, reason: str, engines: _Engines) -> None:

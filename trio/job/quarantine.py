@@ -80,12 +80,12 @@ class Attempts:
             if unit.shard == row.shard and unit.start <= row.start < unit.stop:
                 rows[row] = said
 
-    def ended(self, *, node_lost: bool) -> list[Unit]:
+    def ended(self, *, disturbed: bool) -> list[Unit]:
         """A pass is over; returns rows that are to be given up, as units of a single row.
 
-        node_lost: a node went meanwhile, so what was lost says nothing about the rows.
+        disturbed: a node went meanwhile, or the pass itself: what was lost says nothing of the rows.
         """
-        again = node_lost or (self._kind == "long" and len(self._open) > self._many)
+        again = disturbed or (self._kind == "long" and len(self._open) > self._many)
         self._repeated = self._repeated + 1 if again else 0
         self._number += 1
         if again and self._repeated < LONG_AGAIN:

@@ -174,9 +174,9 @@ def _receipts(
     attempts = Attempts(todo, many=passes.in_hand)
     while plan := attempts.next():
         coming = passes.run(plan)
-        node_lost = yield from _of_pass(coming, attempts, task)
+        disturbed = yield from _of_pass(coming, attempts, task)
         yield from _without_receipt(run, attempts, task)
-        for row in attempts.ended(node_lost=node_lost):
+        for row in attempts.ended(disturbed=disturbed):
             attempts.answered(row, _given_up(row, passes, task))
         for unit, rows in attempts.whole():
             totals = _commit_rows(unit, rows, task)

@@ -3,7 +3,7 @@
 A dataset's row is one unit (rows [start, stop) of a shard), so it is never split or joined:
 
     read     task, no CPU      Parquet            -> the unit's rows, images still encoded
-    prepare  task on any node  encoded images     -> uint8 pixels, as the model's processor makes them
+    prepare  task on any node  encoded images     -> the model's uint8 pixels
     answer   actor, one engine pixels and prompts -> rows/UNIT.parquet and a receipt
 
 Row errors are data: a row that cannot be read, decoded or answered goes on as an error. A process
@@ -22,12 +22,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import ray
 from PIL import Image
 
+from trio.engine.request import Unservable
 from trio.errors import UserError, first_line
 from trio.job.desk import Desk, Poll
 from trio.job.engine_actor import Engine
@@ -50,6 +51,9 @@ from trio.job.output.output_rows import (
 from trio.job.output.sink import Sink
 from trio.job.output.totals import Totals
 from trio.job.storage import exists, open_location, parent
+
+if TYPE_CHECKING:
+    from trio.engine.preprocess import Preprocessor
 
 READ_PAUSES_S = (1.0, 5.0)
 # before a unit that could not be read is tried again
@@ -169,6 +173,17 @@ def receipts_of(batch: pa.Table) -> list[Receipt]:
     return [pickle.loads(cell) for cell in batch.column("receipt").to_pylist()]
 
 
+@contextmanager
+def _telling(desk: Desk, stage: str) -> Iterator[None]:
+    """What a stage raises is a mistake of this package or of the machine, never a row's: it ends
+    the run, as Ray Data would pass over it in silence."""
+    try:
+        yield
+    except Exception as error:
+        desk.note("fail", f"{stage}: {type(error).__name__}: {first_line(error)}")
+        raise
+
+
 # read
 
 
@@ -176,16 +191,17 @@ def read(run: Run, columns: Columns, desk: Desk) -> Iterator[pa.Table]:
     """The units of a run, one after the other, until the run is to stop."""
     poll = Poll(desk)
     reader = RunReader(run.shards, columns.roles, partial(_wait_and_look, run, desk))
-    for unit in run.units:
-        if poll.stopped():
-            break
-        path = run.shards[unit.shard].path
-        found = reader.read(unit)
-        if isinstance(found, Unread):
-            desk.note("unread", unit, found.kind, found.message)
-            found = _errors(unit, found)
-        yield Block(unit, path, found).pack()
-    reader.close()
+    with _telling(desk, "read"):
+        for unit in run.units:
+            if poll.stopped():
+                break
+            path = run.shards[unit.shard].path
+            found = reader.read(unit)
+            if isinstance(found, Unread):
+                desk.note("unread", unit, found.kind, found.message)
+                found = _errors(unit, found)
+            yield Block(unit, path, found).pack()
+        reader.close()
 
 
 def _errors(unit: Unit, unread: Unread) -> pa.Table:
@@ -216,10 +232,16 @@ def _there(path: str) -> bool:
 
 def prepare(row: pa.Table, task: Task, desk: Desk) -> pa.Table:
     """A unit's images: fetched, decoded and processed; each row's errors are its own."""
+    with _telling(desk, "prepare"):
+        return _prepared(row, task, desk)
+
+
+def _prepared(row: pa.Table, task: Task, desk: Desk) -> pa.Table:
     began = time.perf_counter()
     block = Block.unpack(row)
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     Image.MAX_IMAGE_PIXELS = task.rows.policy.max_pixels
+    preprocessor = _preprocessor(task, desk)
     made: list[dict[str, Any]] = []
     images: list[Sequence[Any]] = []
     known = block.table.column("prepared") if "prepared" in block.table.column_names else None
@@ -234,7 +256,7 @@ def prepare(row: pa.Table, task: Task, desk: Desk) -> pa.Table:
         if not said:
             try:
                 with _limited(task.rows.policy.row_timeout):
-                    mine = _images(source, base, task)
+                    mine = _images(source, base, task, preprocessor)
             except RowError as error:
                 said = {"kind": error.kind, "message": error.message}
         width, height = source.size or (None, None)
@@ -252,7 +274,23 @@ def prepare(row: pa.Table, task: Task, desk: Desk) -> pa.Table:
     return Block(block.unit, block.path, table, pixels, node, took).pack()
 
 
-def _images(source: Source, base: Any, task: Task) -> Sequence[Any]:
+def _preprocessor(task: Task, desk: Desk) -> Preprocessor | None:
+    """The model's, where it can be stopped at uint8 pixels; without one no row can be prepared."""
+    if task.preprocessor is None:
+        return None
+    try:
+        made = task.preprocessor(task.engine)
+        return made if made.cut else None
+    except UserError as error:
+        desk.note("user", str(error))
+    except Exception as error:
+        desk.note("fail", f"no preprocessor: {type(error).__name__}: {first_line(error)}")
+    desk.wait_for_the_end()
+
+
+def _images(
+    source: Source, base: Any, task: Task, preprocessor: Preprocessor | None
+) -> Sequence[Any]:
     """What the engine is given of a row's images.
 
     Raises:
@@ -262,16 +300,13 @@ def _images(source: Source, base: Any, task: Task) -> Sequence[Any]:
     try:
         images = load_images(source.cell("image"), base, task.rows.policy)
         note_images(source, images)
-        if task.preprocessor is None:
-            return images
-        preprocessor = task.preprocessor(task.engine)
-        return preprocessor.process(images) if preprocessor.cut else images
+        return images if preprocessor is None else preprocessor.process(images)
     except RowError:
         raise
+    except Unservable as error:
+        raise RowError(error.kind, str(error)) from error
     except MemoryError as error:
         raise RowError("image_oversized", "the images take more memory than there is") from error
-    except UserError as error:
-        raise RowError("image", str(error)) from error
     except Exception as error:
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise RowError("image_unreadable", reason) from error
@@ -308,10 +343,14 @@ class answer:
     wanted."""
 
     def __init__(self, task: Task, desk: Desk, commits: bool) -> None:
-        self._task, self._commits = task, commits
+        self._task, self._desk, self._commits = task, desk, commits
         self._engine = Engine(task, desk)
 
     def __call__(self, row: pa.Table) -> pa.Table:
+        with _telling(self._desk, "answer"):
+            return self._answered(row)
+
+    def _answered(self, row: pa.Table) -> pa.Table:
         block = Block.unpack(row)
         if self._engine.stopped():
             return Receipt(block.unit, False, self._engine.node).pack()
@@ -320,8 +359,7 @@ class answer:
             return Receipt(
                 block.unit, True, self._engine.node, answered.totals, answered.rows
             ).pack()
-        decoded = {"decode_node": block.node, "prepare_s": block.prepare_s}
-        totals = self._engine.commit(block.unit, answered, decoded)
+        totals = self._engine.commit(block.unit, answered, block.node, block.prepare_s)
         return Receipt(block.unit, True, self._engine.node, totals).pack()
 
     def _sources(self, block: Block) -> Iterator[tuple[Source, Sequence[Any] | RowError]]:

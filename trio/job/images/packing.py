@@ -61,7 +61,7 @@ def unpack(cell: pa.LargeBinaryArray, header: str) -> list[Picture]:
         header: the row's.
     """
     images = json.loads(header)
-    data = _data(cell) if images else b""
+    data = bytes_of(cell) if images else b""
     return [_image(image, data) for image in images]
 
 
@@ -81,7 +81,8 @@ def _write(cell: np.ndarray, placed: _Placed) -> None:
         cell[stop : stop + -stop % ALIGN] = 0  # else what stood in that memory before
 
 
-def _data(cell: pa.LargeBinaryArray) -> pa.Buffer:
+def bytes_of(cell: pa.LargeBinaryArray) -> pa.Buffer:
+    """What the only cell of an array holds, without a copy."""
     _, offsets, data = cell.buffers()
     start, stop = np.frombuffer(offsets, np.int64, 2, offset=8 * cell.offset)
     return data.slice(start, stop - start)

@@ -1,8 +1,8 @@
 """Rows of work units from their shards: each row group is read once for a run.
 
-INPUT shards as the manifest describes them and units of them; OUTPUT the units' rows as Arrow tables
-under the names of the roles, image cells still encoded. Columns are streamed in pieces, so neither
-a large row group nor one of many gigabytes is ever held whole.
+INPUT shards as the manifest describes them and units of them; OUTPUT the units' rows as Arrow
+tables under the names of the roles, image cells still encoded. Columns are streamed in pieces, so
+neither a large row group nor one of many gigabytes is ever held whole.
 """
 
 from __future__ import annotations
