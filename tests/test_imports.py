@@ -28,6 +28,7 @@ LIGHT = [
     "trio.job.resume.committed",
     "trio.job.output.ending",
     "trio.job.resume.fingerprint",
+    "trio.job.images.packing",
     "trio.job.input.ids",
     "trio.job.image_process",
     "trio.job.image_worker",

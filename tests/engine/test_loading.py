@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ import torch
 from tests.engine.support import mixed_requests, tokens
 from tests.tiny.llava import save_tiny_checkpoint
 from trio.engine.engine import Engine
-from trio.engine.loading import load, load_processor
+from trio.engine.loading import load, load_preprocessor, load_processor
 from trio.engine.preprocess import Preprocessor
 from trio.errors import UserError
 from trio.families.llava import LlavaAdapter
@@ -50,6 +52,27 @@ def test_workers_prepare_with_the_processor_alone(checkpoint: Path) -> None:
     while engine.has_work:
         results += engine.step()
     assert tokens(results) == tokens(engine.generate(requests))
+
+
+def test_a_process_without_a_model_prepares_what_the_engine_does(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    system = "please describe"
+    engine = Engine.from_pretrained(str(checkpoint), device="cpu", system=system)
+    for file in checkpoint.iterdir():
+        weights = file.suffix == ".safetensors"
+        (tmp_path / file.name).write_bytes(b"never read" if weights else file.read_bytes())
+    prepare = load_preprocessor(str(tmp_path), system=system)
+    requests = mixed_requests(4)
+    processed = []
+    for request in requests:
+        images: Any = request.images
+        processed.append(replace(request, images=tuple(prepare.process(images))))
+    assert tokens(engine.generate(processed)) == tokens(engine.generate(requests))
+    with pytest.raises(UserError, match="max_pixels cannot be set"):
+        load_preprocessor(str(tmp_path), max_pixels=10_000)
+    with pytest.raises(UserError, match="there is no model directory"):
+        load_preprocessor(str(tmp_path / "nowhere"))
 
 
 def test_half_precision_serves(checkpoint: Path) -> None:
