@@ -41,14 +41,13 @@ from trio.job.output.output_rows import (
     sources,
 )
 from trio.job.output.sink import Sink
-from trio.job.output.totals import Totals
+from trio.job.output.totals import SECONDS, Totals
 from trio.job.storage import parent
 from trio.job.worker import EngineLike, EngineThread, Outcome
 from trio.pruning.options import Pruning
 
 BEAT = "beat"
 # concurrency group of its own: answered while every other thread of the actor is busy
-SECONDS = ("preprocess_wait_s", "encode_s", "prefill_s", "prune_s", "decode_s", "idle_s")
 DECODING = ("decode_rows", "decode_steps")
 # sums over steps of the requests that ran together, and of the steps
 AS_THEY_ARE = (
@@ -57,7 +56,6 @@ AS_THEY_ARE = (
     "max_running",
     "batch_tokens",
     "kv_budget_bytes",
-    "cuda_graphs",
 )
 # peaks, and what an engine's limits are at the time
 
@@ -267,11 +265,9 @@ class EngineActor:
         )
 
     def _commit(self, unit: Unit, rows: Sequence[dict[str, Any]], totals: Totals) -> Receipt:
-        stats = self._report.interval(totals) | {"actor": self._name, "node": self._node}
-        state = stats["cuda_graphs"]
-        totals += Totals(
-            out_of_memory=stats.get("out_of_memory", 0), cuda_graphs={state: 1} if state else {}
-        )
+        stats, spent = self._report.interval()
+        totals += spent
+        stats |= {"actor": self._name, "node": self._node, "decode_node": self._node}
         self._sink.commit(unit, rows, stats, totals)
         return Receipt(unit=unit, totals=totals, node=self._node)
 
@@ -285,8 +281,7 @@ def _totals(row: Mapping[str, Any], source: Source) -> Totals:
 class _Report:
     """Cuts an actor's growing counters into intervals that add up to them.
 
-    Counts of images and tokens are the unit's own; seconds are what the actor spent since its
-    previous report, on whichever units were under way.
+    Seconds are what the actor spent since its previous report, on whichever units were under way.
     """
 
     def __init__(self, counters: Callable[[], Mapping[str, Any]]) -> None:
@@ -295,7 +290,8 @@ class _Report:
         self._since = datetime.datetime.now(datetime.UTC)
         self._before: Mapping[str, Any] = {}
 
-    def interval(self, totals: Totals) -> dict[str, Any]:
+    def interval(self) -> tuple[dict[str, Any], Totals]:
+        """Columns of ``stats/`` that are no sums, and those that are."""
         with self._lock:
             now, counters = datetime.datetime.now(datetime.UTC), self._counters()
             before, self._before = self._before, counters
@@ -303,13 +299,10 @@ class _Report:
         growing = (*SECONDS, *DECODING, "out_of_memory")
         spent = {n: counters[n] - before.get(n, 0) for n in growing if n in counters}
         rows, steps = (spent.pop(name, 0) for name in DECODING)
+        state = counters.get("cuda_graphs")
         return {
             "start": start,
             "end": now,
-            "images": totals.images,
-            "prompt_tokens": totals.prompt_tokens,
-            "output_tokens": totals.output_tokens,
             "running_mean": rows / steps if steps else None,
             **{name: counters.get(name) for name in AS_THEY_ARE},
-            **spent,
-        }
+        }, Totals(**spent, cuda_graphs={state: 1} if state else {})

@@ -8,8 +8,9 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Generator, Sequence
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from trio.engine.decoding.generation_rules import Rules
@@ -26,7 +27,7 @@ from trio.job.input.units import Unit, runs, unit_rows, units
 from trio.job.output import output_directory
 from trio.job.output.output_rows import RowSettings
 from trio.job.output.progress import Progress
-from trio.job.output.sink import Sink
+from trio.job.output.sink import ROWS, Sink
 from trio.job.output.summary import summarise
 from trio.job.output.totals import Totals
 from trio.job.placement import Need
@@ -35,7 +36,7 @@ from trio.job.resume import fingerprint as prints
 from trio.job.resume.checkpoint_defaults import pruning_resolved
 from trio.job.resume.fingerprint import Fingerprint
 from trio.job.settings import SCORED, Settings
-from trio.job.storage import Location, locate
+from trio.job.storage import Location, exists, locate
 from trio.job.work import WorkQueue
 
 AHEAD = {False: 96, True: 256}
@@ -47,8 +48,6 @@ SHARED_TRIES, SHARED_PAUSE_S = 5, 2.0
 # until a shared file system shows what another node has written
 ENOUGH_ROWS = 500
 # of this attempt, before a run may be ended for its errors
-SNAPSHOT_S = 60.0
-# between two snapshots of what is committed
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -184,28 +183,26 @@ def execute(
     assert config.output.rows_per_file is not None
     wanted = list(units(run.manifest, config.output.rows_per_file, config.input.limit))
     committed.sweep(run.output)
-    there = committed.read(run.output, wanted, pinned.run_id)
-    done, before = there.units, there.totals
+    done = committed.listed(run.output) & set(wanted)
+    before = committed.totals(run.output, done, pinned.run_id)
     todo = [unit for unit in wanted if unit not in done]
     memory_plan: dict[str, Any] | None = None
     with Progress(
         run.rows, before, log_interval_s=config.limits.log_interval, label=label
     ) as progress:
         seen: set[str] = set()
-        snapshot = _Snapshot(run.output, wanted, done, pinned.run_id)
         coming = _receipts(
             run, config, resources, pinned.run_id, todo, factory,
             stop=stop or Stop(), watch=held.check, say=progress.say,
         )  # fmt: skip
         # Both end at once on any failure: an exception that is kept would keep the actors.
-        with snapshot, closing(coming):
+        with closing(coming):
             for item in coming:
                 if isinstance(item, Receipt):
                     if item.node not in seen:
-                        _check_shared(run, item, pinned.run_id)
+                        _check_shared(run, item)
                         seen.add(item.node)
                     progress.add(item.totals)
-                    snapshot.add(item.unit, progress.done)
                     _check_errors(config, before, progress.done)
                 elif memory_plan is None:
                     memory_plan = item
@@ -227,7 +224,6 @@ def execute(
     held.check()
     committed.sweep(run.output)
     output_directory.close(run.output, summary)
-    committed.drop(run.output)
     return summary
 
 
@@ -258,42 +254,17 @@ def _pinned(run: Plan, config: Settings) -> output_directory.Pinned:
     return pinned
 
 
-class _Snapshot:
-    """Saves now and then, and at the end, what is committed: a resume then reads few footers."""
-
-    def __init__(
-        self, output: Location, wanted: Sequence[Unit], done: set[Unit], run_id: str
-    ) -> None:
-        self._output, self._wanted, self._done, self._run_id = output, wanted, done, run_id
-        self._totals: Totals | None = None
-        self._saved_at = time.monotonic()
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        # Not on a second Ctrl-C, which may come between the two lines of `add`.
-        if kind and issubclass(kind, Exception) and not issubclass(kind, lease.LeaseLost):
-            self._save()
-
-    def add(self, unit: Unit, totals: Totals) -> None:
-        self._done.add(unit)
-        self._totals = totals
-        if time.monotonic() - self._saved_at > SNAPSHOT_S:
-            self._save()
-
-    def _save(self) -> None:
-        self._saved_at = time.monotonic()
-        # It only spares a resume some work: a storage that does not answer now ends no run.
-        with suppress(OSError):
-            if self._totals is not None:
-                committed.save(self._output, self._wanted, self._done, self._totals, self._run_id)
+def _there(output: Location, run_id: str, unit: Unit) -> Totals | None:
+    """Totals of a unit whose commit nobody lived to tell; None where it is not committed."""
+    if not exists(output.join(ROWS, unit.name)):
+        return None
+    return committed.totals(output, [unit], run_id)
 
 
-def _check_shared(run: Plan, receipt: Receipt, run_id: str) -> None:
+def _check_shared(run: Plan, receipt: Receipt) -> None:
     """What a node writes must be seen here, else days of work would be missed at the end."""
     for _ in range(SHARED_TRIES):
-        if committed.receipt(run.output, receipt.unit, run_id) is not None:
+        if exists(run.output.join(ROWS, receipt.unit.name)):
             return
         time.sleep(SHARED_PAUSE_S)
     raise JobFailed(
@@ -374,7 +345,7 @@ def _receipts(
         sharing=_sharing(resources),
         stop=stop,
         watch=watch,
-        committed=lambda unit: committed.receipt(run.output, unit, run_id),
+        committed=partial(_there, run.output, run_id),
         say=say,
     )
     return dispatcher.receipts()

@@ -36,7 +36,12 @@ class Unit:
     @property
     def name(self) -> str:
         """File name, which sorts in input order."""
-        return f"{self.shard:06d}-{self.start:010d}-{self.stop:010d}.parquet"
+        return f"{self.stem}.parquet"
+
+    @property
+    def stem(self) -> str:
+        """The same without its ending: the unit's name in ``stats/``."""
+        return f"{self.shard:06d}-{self.start:010d}-{self.stop:010d}"
 
     @classmethod
     def of_name(cls, name: str) -> Unit | None:

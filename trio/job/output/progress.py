@@ -1,4 +1,4 @@
-"""One readable line: rewritten in place on a terminal, one every few seconds in a log."""
+"""How far a run is: a line rewritten in place on a terminal, one every few seconds in a log."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from types import TracebackType
 from typing import TextIO
 
-from trio.job.output.summary import duration
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from trio.job.output.summary import bottleneck, duration
 from trio.job.output.totals import Totals
 
 TERMINAL_INTERVAL_S = 0.5
@@ -43,41 +46,40 @@ class Progress:
             clock: gives seconds.
         """
         self._label = f"{label}: " if label else ""
-        self._stream = stream if stream is not None else sys.stderr
-        self._terminal = self._stream.isatty()
-        self._interval = TERMINAL_INTERVAL_S if self._terminal else log_interval_s
-        self._rows, self._before, self._done = rows, done_before, done_before
+        self._rows, self._before, self._new = rows, done_before, Totals()
+        self._under_way = 0
         self._clock = clock
         self._began = self._updated = clock()
         self._working_since: float | None = None
-        self._lock = threading.RLock()
-        # of the counts, and of the stream: lines of two threads do not mix
+        self._lock = threading.Lock()
+        self._console = Console(
+            file=stream or sys.stderr, highlight=False, markup=False, emoji=False
+        )
+        rewritten = self._console.is_terminal and not self._console.is_dumb_terminal
+        self._live = _live(self._console) if rewritten else None
+        self._interval = TERMINAL_INTERVAL_S if rewritten else log_interval_s
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._tick, name="progress", daemon=True)
-        self._shown = ""
 
     def __enter__(self) -> Progress:
+        if self._live is not None:
+            self._live.start()
         self._show()
         self._thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join()
-        if self._done is not self._before:
+        if self._new.rows:
             self._show()
-        if self._terminal:
-            self._write("\n")
+        if self._live is not None:
+            self._live.stop()
 
     @property
     def done(self) -> Totals:
         with self._lock:
-            return self._done
+            return self._before + self._new
 
     @property
     def work_s(self) -> float:
@@ -87,10 +89,8 @@ class Progress:
             return max(self._updated - since, 1e-9) if since is not None else 0.0
 
     def say(self, text: str) -> None:
-        """A line of its own, above the one that is rewritten."""
-        with self._lock:
-            start = "\r" if self._terminal else ""
-            self._write(f"{start}{self._label}{text.ljust(len(self._shown))}\n")
+        """A line of its own, above what is rewritten."""
+        self._console.print(self._label + text, soft_wrap=True)
 
     def answering(self) -> None:
         """An engine is ready, and takes its first unit now."""
@@ -98,54 +98,56 @@ class Progress:
             if self._working_since is None:
                 self._working_since = self._clock()
 
+    def alive(self, rows: int) -> None:
+        """Engines have answered so many rows whose units are not committed yet."""
+        if rows:
+            self.answering()
+        self._under_way = rows
+
     def add(self, totals: Totals) -> None:
         """A unit is committed."""
         self.answering()
         with self._lock:
-            self._done = self._done + totals
+            self._new += totals
             self._updated = self._clock()
 
-    def _elapsed(self) -> float:
-        """Seconds of work so far: up to now while rows are missing."""
-        with self._lock:
-            since = self._working_since
-            if since is None:
-                return 0.0
-            whole = self._done.rows >= self._rows
-            return max((self._updated if whole else self._clock()) - since, 1e-9)
-
     def line(self) -> str:
-        done, work_s = self.done, self._elapsed()
-        new = done.rows - self._before.rows
+        with self._lock:
+            new, since = self._new, self._working_since
+        done = self._before + new
         percent = 100 * done.rows / max(self._rows, 1)
-        share = f"{self._label}{done.rows}/{self._rows} rows ({percent:.0f} %)"
-        if not new or work_s <= 0:
-            state = "answering" if work_s > 0 else "starting"
-            return f"{share}, {state}, {duration(self._clock() - self._began)}"
-        images_s = (done.images - self._before.images) / work_s
-        tokens_s = (done.output_tokens - self._before.output_tokens) / work_s
-        parts = [share, f"{images_s:.1f} images/s", f"{tokens_s:.0f} tokens/s"]
+        parts = [f"{self._label}{done.rows}/{self._rows} rows ({percent:.0f} %)"]
+        if since is None or not new.rows:
+            parts.append("starting" if since is None else "answering")
+            if self._under_way:
+                parts.append(f"{self._under_way} answered so far")
+            return ", ".join([*parts, duration(self._clock() - self._began)])
+        whole = done.rows >= self._rows
+        work_s = max((self._updated if whole else self._clock()) - since, 1e-9)
+        parts += [
+            f"{new.images / work_s:.1f} images/s",
+            f"{new.output_tokens / work_s:.0f} tokens/s",
+        ]
         if done.retention is not None:
             parts.append(f"retention {done.retention:.3f}")
+        if (phase := bottleneck(new)) is not None:
+            parts.append(phase)
         if done.errors:
             parts.append(f"{done.errors} in error")
-        left = (self._rows - done.rows) / (new / work_s)
-        parts.append(f"ETA {duration(left)}" if done.rows < self._rows else "done")
-        return ", ".join(parts)
+        left_s = (self._rows - done.rows) * work_s / new.rows
+        return ", ".join([*parts, "done" if whole else f"ETA {duration(left_s)}"])
 
     def _show(self) -> None:
-        with self._lock:
-            line = self.line()
-            if self._terminal:
-                self._write("\r" + line.ljust(len(self._shown)))
-                self._shown = line
-            else:
-                self._write(line + "\n")
-
-    def _write(self, text: str) -> None:
-        self._stream.write(text)
-        self._stream.flush()
+        if self._live is not None:
+            self._live.update(Text(self.line()), refresh=True)
+        else:
+            self._console.print(self.line(), soft_wrap=True)
 
     def _tick(self) -> None:
         while not self._stop.wait(self._interval):
             self._show()
+
+
+def _live(console: Console) -> Live:
+    """Prints of others are left alone: what goes to standard output must stay there."""
+    return Live(console=console, auto_refresh=False, redirect_stdout=False, redirect_stderr=False)

@@ -11,11 +11,13 @@ from typing import Any
 
 import pyarrow as pa
 
+from trio.job.output.totals import SECONDS
+
 ROW_BITS = 32
+ENDS = ("", "_unpruned")
 TIMESTAMP = pa.timestamp("us", tz="UTC")
 RUN_KEY = b"trio.run"
 UNITS_KEY = b"trio.units"
-RECEIPT_KEY = b"trio.receipt"
 
 
 def row_key(shard: int, row: int) -> int:
@@ -36,6 +38,10 @@ def split_key(key: int) -> tuple[int, int]:
 
 def _field(name: str, kind: pa.DataType, unit: str | None = None, null: bool = True) -> pa.Field:
     return pa.field(name, kind, nullable=null, metadata={"unit": unit} if unit else None)
+
+
+def _count(name: str, unit: str) -> pa.Field:
+    return _field(name, pa.int64(), unit, null=False)
 
 
 def rows_schema(id_type: pa.DataType, *, run_id: str, save_kept: bool = False) -> pa.Schema:
@@ -76,25 +82,33 @@ def rows_schema(id_type: pa.DataType, *, run_id: str, save_kept: bool = False) -
 
 
 def stats_schema(*, run_id: str) -> pa.Schema:
-    """Schema of ``stats/*.parquet``: one row per actor and interval."""
+    """Schema of ``stats/*.parquet``: one row per unit, with a column for each field of `Totals`."""
+    flops = "floating point operations"
     fields = [
+        _field("unit", pa.string(), null=False),
+        _count("rows", "rows"),
+        _count("errors", "rows"),
+        _field("error_kinds", pa.map_(pa.string(), pa.int64()), "rows", null=False),
         _field("actor", pa.string(), null=False),
         _field("node", pa.string(), null=False),
+        _field("decode_node", pa.string()),
         _field("start", TIMESTAMP, "UTC", null=False),
         _field("end", TIMESTAMP, "UTC", null=False),
-        _field("images", pa.int64(), "images", null=False),
-        _field("prompt_tokens", pa.int64(), "tokens", null=False),
-        _field("output_tokens", pa.int64(), "tokens", null=False),
-        _field("preprocess_wait_s", pa.float64(), "seconds"),
-        _field("encode_s", pa.float64(), "seconds"),
-        _field("prefill_s", pa.float64(), "seconds"),
-        _field("prune_s", pa.float64(), "seconds"),
-        _field("decode_s", pa.float64(), "seconds"),
-        _field("idle_s", pa.float64(), "seconds"),
+        _count("images", "images"),
+        _count("prompt_tokens", "tokens"),
+        _count("output_tokens", "tokens"),
+        _count("visual_tokens", "tokens"),
+        _field("retention_sum", pa.float64(), "fraction", null=False),
+        _count("retention_rows", "rows"),
+        *(_count(f"{what}_flops{end}", flops) for what in ("prefill", "reading") for end in ENDS),
+        *(_count(f"kv_bytes{end}", "bytes") for end in ENDS),
+        *(_count(name, "rows") for name in ("scored", "right", "captions")),
+        _field("object_share_sum", pa.float64(), "fraction", null=False),
+        *(_field(name, pa.float64(), "seconds", null=False) for name in SECONDS),
         _field("running_mean", pa.float64(), "requests"),
         _field("kv_used_bytes_peak", pa.int64(), "bytes"),
         _field("device_bytes_peak", pa.int64(), "bytes"),
-        _field("out_of_memory", pa.int64(), "times"),
+        _count("out_of_memory", "times"),
         _field("max_running", pa.int64(), "requests"),
         _field("batch_tokens", pa.int64(), "tokens"),
         _field("kv_budget_bytes", pa.int64(), "bytes"),

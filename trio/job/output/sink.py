@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from trio.job.input.units import Unit
-from trio.job.output.schema import RECEIPT_KEY, build_table, check_keys, rows_schema, stats_schema
+from trio.job.output.schema import build_table, check_keys, rows_schema, stats_schema
 from trio.job.output.totals import Totals
 from trio.job.storage import open_location, write_atomic
 
@@ -26,7 +26,7 @@ class Sink:
     """Where units go and in which columns; travels to the actors."""
 
     output: str
-    # directory or URI
+    """Directory or URI."""
     run_id: str
     id_type: pa.DataType
     save_kept: bool
@@ -38,16 +38,24 @@ class Sink:
         stats: Mapping[str, Any],
         totals: Totals,
     ) -> None:
-        """Write a unit; when this returns, its rows are there for good."""
+        """Write a unit; when this returns, its rows are there for good.
+
+        Args:
+            unit: whose rows these are.
+            rows: all of them, in order.
+            stats: columns of ``stats/`` that are no sums: who did it, when, peaks and limits.
+            totals: of the rows, and what they took.
+        """
         check_keys(rows, unit.shard, unit.start, unit.stop)
-        receipt = {RECEIPT_KEY: totals.to_json().encode()}
+        assert totals.rows == len(rows), f"totals of {totals.rows} rows, not of {len(rows)}"
+        sums = {"unit": unit.stem} | totals.to_stats()
+        assert not sums.keys() & stats, f"given twice: {sorted(sums.keys() & stats)}"
         schema = rows_schema(self.id_type, run_id=self.run_id, save_kept=self.save_kept)
         table = build_table(rows, schema)
+        figures = build_table([{**sums, **stats}], stats_schema(run_id=self.run_id))
         out = open_location(self.output)
-        figures = build_table([stats], stats_schema(run_id=self.run_id))
         write_atomic(out.join(STATS, unit.name), serialise(figures))
-        marked = table.replace_schema_metadata({**schema.metadata, **receipt})
-        write_atomic(out.join(ROWS, unit.name), serialise(marked))
+        write_atomic(out.join(ROWS, unit.name), serialise(table))
 
 
 def serialise(table: pa.Table) -> pa.Buffer:

@@ -8,7 +8,7 @@ from functools import partial
 from importlib import metadata
 from typing import Any
 
-from trio.job.output.totals import Totals
+from trio.job.output.totals import SECONDS, Totals
 from trio.tables import aligned, counted
 from trio.version import VERSION
 
@@ -83,6 +83,8 @@ def summarise(
         "work_s": work_s,
         "resources": resources,
         "memory_plan": memory_plan,
+        "phases": {name: getattr(totals, name) for name in SECONDS},
+        "bottleneck": bottleneck(totals),
         "out_of_memory": totals.out_of_memory,
         "cuda_graphs": dict(totals.cuda_graphs),
         "versions": versions(),
@@ -110,6 +112,12 @@ def _errors_of_kind(kind: str, summary: Summary) -> str:
 
 def share(value: float | None) -> str | None:
     return None if value is None else f"{100 * value:.1f} %"
+
+
+def bottleneck(totals: Totals) -> str | None:
+    """Where most of the engines' time went, as in "waiting for images 90 %"."""
+    found = totals.bottleneck
+    return None if found is None else f"{found[0]} {100 * found[1]:.0f} %"
 
 
 def duration(seconds: float) -> str:
@@ -152,6 +160,7 @@ _FIGURES: tuple[_Line, ...] = (
     ("KV cache bytes", lambda s: _ratio("kv_ratio", s)),
     ("images/s", lambda s: f"{s['images_per_s']:.2f}"),
     ("wall time", lambda s: duration(s["wall_s"])),
+    ("engines' time", lambda s: s["bottleneck"]),
     ("output tokens/s", lambda s: f"{s['output_tokens_per_s']:.1f}"),
     ("out of memory, made do with less", lambda s: _times(s["out_of_memory"])),
 )

@@ -1,21 +1,39 @@
-"""What a unit adds up to: counts and sums that merge with ``+``, kept with the unit's rows.
-
-Every output file carries the totals of its rows as JSON in its schema's metadata, so a run that was
-stopped and resumed knows the sums of what it did before without reading a row.
-"""
+"""What rows add up to: counts and sums that merge with ``+``, as columns of ``stats/`` too."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from trio.job.output.scoring import exact_match, is_caption, object_share
 
 COUNTS = ("error_kinds", "cuda_graphs")
+PAIRS = pa.list_(pa.struct([pa.field("key", pa.string(), nullable=False), ("value", pa.int64())]))
+"""A map's entries as a list."""
+SECONDS = (
+    "prepare_s",
+    "preprocess_wait_s",
+    "encode_s",
+    "prefill_s",
+    "prune_s",
+    "decode_s",
+    "idle_s",
+)
+PHASES = {
+    "waiting for images": "preprocess_wait_s",
+    "encoder": "encode_s",
+    "prefill": "prefill_s",
+    "decode": "decode_s",
+    "idle": "idle_s",
+}
+"""Of an engine, each instant in one of them; `prune_s` is part of prefill."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,31 +44,43 @@ class Totals:
     errors: int = 0
     error_kinds: Mapping[str, int] = field(default_factory=dict)
     images: int = 0
-    # of rows that were answered
+    """Like tokens, of rows that were answered."""
     prompt_tokens: int = 0
     output_tokens: int = 0
     visual_tokens: int = 0
-    # from the encoder
+    """From the encoder."""
     retention_sum: float = 0.0
     retention_rows: int = 0
-    # rows that have a retention
+    """Rows that have a retention."""
     prefill_flops: int = 0
     prefill_flops_unpruned: int = 0
     reading_flops: int = 0
-    # with the vision encoder and the choice of tokens
+    """With the vision encoder and the choice of tokens."""
     reading_flops_unpruned: int = 0
     kv_bytes: int = 0
     kv_bytes_unpruned: int = 0
     scored: int = 0
-    # rows that bring answers, failed ones included
+    """Rows that bring answers, failed ones included."""
     right: int = 0
     captions: int = 0
-    # scored rows whose answer is a list of objects
+    """Scored rows whose answer is a list of objects."""
     object_share_sum: float = 0.0
+    prepare_s: float = 0.0
+    """Decoding and preprocessing of images, on whichever node; like all below in seconds."""
+    preprocess_wait_s: float = 0.0
+    """Engines that have rows wait for their images."""
+    encode_s: float = 0.0
+    prefill_s: float = 0.0
+    """Without the encoder, with pruning."""
+    prune_s: float = 0.0
+    """Part of `prefill_s`."""
+    decode_s: float = 0.0
+    idle_s: float = 0.0
+    """Engines without rows."""
     out_of_memory: int = 0
-    # times that a device ran out of memory
+    """Times that a device ran out of memory."""
     cuda_graphs: Mapping[str, int] = field(default_factory=dict)
-    # files by whether their engine used them, "on" or "off: why"; none on a CPU
+    """Units by whether their engine used them, "on" or "off: why"; none on a CPU."""
 
     def __add__(self, other: Totals) -> Totals:
         values = {
@@ -96,12 +126,51 @@ class Totals:
     def error_rate(self) -> float:
         return self.errors / self.rows if self.rows else 0.0
 
-    def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self))
+    @property
+    def bottleneck(self) -> tuple[str, float] | None:
+        """Phase that takes most of the engines' time, and its share; None where none was taken."""
+        spent = {phase: getattr(self, name) for phase, name in PHASES.items()}
+        whole = sum(spent.values())
+        longest = max(spent, key=lambda phase: spent[phase])
+        return (longest, spent[longest] / whole) if whole > 0 else None
+
+    def to_stats(self) -> dict[str, Any]:
+        """A unit's columns in ``stats/``; what `from_stats` gives back.
+
+        A unit that engines with different `cuda_graphs` shared counts once, under all their states.
+        """
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        wrong = [n for n, v in values.items() if isinstance(v, float) and not math.isfinite(v)]
+        assert not wrong, f"{', '.join(wrong)}: not a finite number"
+        return values | {
+            "error_kinds": list(self.error_kinds.items()),
+            "cuda_graphs": "; ".join(sorted(self.cuda_graphs)) or None,
+        }
 
     @classmethod
-    def from_json(cls, text: str | bytes) -> Totals:
-        return cls(**json.loads(text))
+    def from_stats(cls, table: pa.Table) -> Totals:
+        """Sums over rows of ``stats/``."""
+        names = [f.name for f in dataclasses.fields(cls) if f.name not in COUNTS]
+        kinds = pc.list_flatten(table.column("error_kinds").cast(PAIRS)).combine_chunks()
+        states = table.column("cuda_graphs").drop_null().value_counts()
+        return cls(
+            **{name: _sum(table.column(name)) for name in names},
+            error_kinds=_counts(kinds.field(0), kinds.field(1)),
+            cuda_graphs=_counts(states.field(0), states.field(1)),
+        )
+
+
+def _sum(column: pa.ChunkedArray) -> Any:
+    """Exact for whole numbers also above 64 bits, to which FLOPs of 10⁶ rows and more add up."""
+    if pa.types.is_integer(column.type):
+        return int(pc.sum(column.cast(pa.decimal128(38, 0))).as_py() or 0)
+    return pc.sum(column).as_py() or 0.0
+
+
+def _counts(names: pa.Array, counts: pa.Array) -> dict[str, int]:
+    table = pa.table({"name": names, "count": counts}).group_by("name")
+    summed = table.aggregate([("count", "sum")]).sort_by("name")
+    return dict(zip(summed["name"].to_pylist(), summed["count_sum"].to_pylist(), strict=True))
 
 
 def merge(parts: Iterable[Totals]) -> Totals:

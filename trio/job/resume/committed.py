@@ -1,43 +1,32 @@
-"""What of a run is there already: from one listing, a snapshot, and few footers.
+"""What of a run is there already: a unit is done if and only if its file in ``rows/`` is there.
 
-A unit is committed when its file in ``rows/`` is there. Its totals stand in that file's footer, so
-that a resume would read as many footers as there are files; the snapshot that the driver saves now
-and then spares it those of all units it names. It is an aid only: without it, or where it does not
-agree with the listing, the footers are read.
+What it adds up to stands in its file in ``stats/``, written before. Statistics without rows were
+left by a process that died between the two; the unit is done again, which overwrites them.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Iterable, Sequence
-from collections.abc import Set as AbstractSet
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from itertools import pairwise
+from functools import partial
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs as pafs
 
+from trio.errors import UserError, first_line
 from trio.job import storage
 from trio.job.input.units import Unit
-from trio.job.output.schema import RECEIPT_KEY, RUN_KEY
+from trio.job.output.schema import RUN_KEY
 from trio.job.output.sink import ROWS, STATS
-from trio.job.output.totals import Totals, merge
-from trio.job.storage import Location, read_bytes, write_atomic
+from trio.job.output.totals import Totals
+from trio.job.storage import Location, read_bytes
 
-SNAPSHOT = ".committed.json"
-FOOTER_THREADS = 16
-TAIL_BYTES = 64 << 10
-# read from the end of a file at once: most footers are shorter
-
-
-@dataclass(frozen=True, slots=True)
-class Committed:
-    units: set[Unit]
-    totals: Totals
-    # of exactly these
+THREADS = 16
+BATCH = 1000
+"""Files whose statistics are held at a time."""
+COLUMNS = ["unit", *(field.name for field in dataclasses.fields(Totals))]
 
 
 def listed(output: Location) -> set[Unit]:
@@ -48,61 +37,19 @@ def listed(output: Location) -> set[Unit]:
     return {unit for unit in units if unit is not None}
 
 
-def read(output: Location, wanted: Sequence[Unit], run_id: str) -> Committed:
-    """Which of the units are committed, and what they add up to.
-
-    A file that is damaged, of another run or of another number of rows is none of them: its unit
-    is done again, which overwrites it.
-
-    Args:
-        output: the run's directory.
-        wanted: all units of the run in the plan's order.
-        run_id: the run's id.
+def totals(output: Location, units: Collection[Unit], run_id: str) -> Totals:
+    """What committed units add up to: one small file is read for each, and no row.
 
     Raises:
+        UserError: statistics are missing, damaged or of another run.
         OSError: the storage does not answer.
     """
-    there = listed(output)
-    units, totals = _snapshot(output, wanted, run_id)
-    if not units <= there:
-        units, totals = set(), Totals()
-    rest = [unit for unit in wanted if unit in there and unit not in units]
-
-    def totals_of(unit: Unit) -> Totals | None:
-        return receipt(output, unit, run_id)
-
-    with ThreadPoolExecutor(FOOTER_THREADS) as pool:
-        parts = zip(rest, pool.map(totals_of, rest), strict=True)
-        found = {unit: part for unit, part in parts if part is not None}
-    return Committed(units | found.keys(), merge([totals, *found.values()]))
-
-
-def save(
-    output: Location,
-    wanted: Sequence[Unit],
-    units: AbstractSet[Unit],
-    totals: Totals,
-    run_id: str,
-) -> None:
-    """Write the snapshot: all of ``units`` are committed, and add up to ``totals``.
-
-    Raises:
-        OSError: the storage does not take it.
-    """
-    done = _ranges(number for number, unit in enumerate(wanted) if unit in units)
-    snapshot = {
-        "run": run_id,
-        "wanted": len(wanted),
-        "done": done,
-        "totals": dataclasses.asdict(totals),
-    }
-    write_atomic(output.join(SNAPSHOT), json.dumps(snapshot, separators=(",", ":")).encode())
-
-
-def drop(output: Location) -> None:
-    """Remove the snapshot: a finished run needs none."""
-    if storage.exists(output.join(SNAPSHOT)):
-        output.filesystem.delete_file(output.join(SNAPSHOT).path)
+    ordered, out = sorted(units), Totals()
+    with ThreadPoolExecutor(THREADS) as pool:
+        for at in range(0, len(ordered), BATCH):
+            parts = pool.map(partial(_statistics, output, run_id), ordered[at : at + BATCH])
+            out += Totals.from_stats(pa.concat_tables(parts))
+    return out
 
 
 def sweep(output: Location) -> int:
@@ -110,55 +57,28 @@ def sweep(output: Location) -> int:
     return sum(storage.sweep(part) for part in (output, output.join(ROWS), output.join(STATS)))
 
 
-def _ranges(numbers: Iterable[int]) -> list[int]:
-    """Rising numbers as [gap, length, gap, length, ...]: short for long runs of them."""
-    bounds: list[int] = []
-    for number in numbers:
-        if bounds and bounds[-1] == number:
-            bounds[-1] += 1
-        else:
-            bounds += [number, number + 1]
-    return [after - before for before, after in pairwise([0, *bounds])]
-
-
-def _snapshot(output: Location, wanted: Sequence[Unit], run_id: str) -> tuple[set[Unit], Totals]:
-    """Units and totals of the snapshot; nothing where it is missing, damaged or of another run."""
+def _statistics(output: Location, run_id: str, unit: Unit) -> pa.Table:
+    """A unit's row, as a table."""
+    place = output.join(STATS, unit.name)
     try:
-        said = json.loads(read_bytes(output.join(SNAPSHOT)))
-        if said["run"] != run_id or said["wanted"] != len(wanted):
-            return set(), Totals()
-        units: set[Unit] = set()
-        at, steps = 0, iter(said["done"])
-        for gap, length in zip(steps, steps, strict=True):
-            at += gap + length
-            units.update(wanted[at - length : at])
-        return units, Totals(**said["totals"])
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        return set(), Totals()
-
-
-def receipt(output: Location, unit: Unit, run_id: str) -> Totals | None:
-    """Totals from a file's footer; None where it is no whole file of this unit and run."""
-    # A storage that does not answer raises here; what has been read can only be damaged.
-    footer = _tail(output.join(ROWS, unit.name))
-    try:
-        meta = pq.read_metadata(pa.BufferReader(footer))
-        if meta.num_rows != unit.stop - unit.start or meta.metadata[RUN_KEY] != run_id.encode():
-            return None
-        return Totals.from_json(meta.metadata[RECEIPT_KEY])
-    except (OSError, pa.ArrowException, KeyError, TypeError, ValueError):
-        return None
-
-
-def _tail(location: Location) -> bytes:
-    """The end of a Parquet file, from its footer on at the latest; nothing of a missing file."""
-    try:
-        with location.filesystem.open_input_file(location.path) as stream:
-            size = stream.size()
-            tail = bytes(stream.read_at(min(size, TAIL_BYTES), max(0, size - TAIL_BYTES)))
-            needed = int.from_bytes(tail[-8:-4], "little") + 8
-            if len(tail) < needed <= size:
-                tail = bytes(stream.read_at(needed, size - needed))
-            return tail
+        # A storage that does not answer raises here: what has been read can only be damaged.
+        data = read_bytes(place)
     except FileNotFoundError:
-        return b""
+        raise _unusable(output, unit, "is missing") from None
+    try:
+        file = pq.ParquetFile(pa.BufferReader(data))
+        run = file.schema_arrow.metadata[RUN_KEY]
+        table = file.read(COLUMNS, use_threads=False).select(COLUMNS)
+    except (OSError, pa.ArrowException, KeyError, TypeError) as error:
+        raise _unusable(output, unit, f"is damaged ({first_line(error)})") from error
+    if run != run_id.encode():
+        raise _unusable(output, unit, "is of another run")
+    expected = {"unit": unit.stem, "rows": unit.stop - unit.start}
+    if table.select(list(expected)).to_pylist() != [expected]:
+        raise _unusable(output, unit, "is of another unit")
+    return table
+
+
+def _unusable(output: Location, unit: Unit, problem: str) -> UserError:
+    stats, rows = (output.join(folder, unit.name).uri for folder in (STATS, ROWS))
+    return UserError(f"{stats} {problem}: remove {rows} and start again, which does its rows anew")
