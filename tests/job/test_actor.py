@@ -12,7 +12,6 @@ from trio.engine.engine import Engine
 from trio.engine.request import Prepared, Request
 from trio.job import actor
 from trio.job.cluster import Resources
-from trio.job.output.totals import Totals
 from trio.job.runner import engine_settings
 from trio.job.settings import made_of
 
@@ -48,9 +47,9 @@ def test_limits_on_the_size_of_images_reach_the_engine(
 def test_intervals_tell_what_is_new_and_what_is_so() -> None:
     counters: dict[str, Any] = {"out_of_memory": 2, "batch_tokens": 50, "cuda_graphs": "on"}
     report = actor._Report(lambda: dict(counters))
-    first = report.interval(Totals())
-    assert (first["out_of_memory"], first["batch_tokens"]) == (2, 50)
+    limits, spent = report.interval()
+    assert (spent.out_of_memory, spent.cuda_graphs, limits["batch_tokens"]) == (2, {"on": 1}, 50)
     counters |= {"out_of_memory": 3, "batch_tokens": 25, "cuda_graphs": "off: why"}
-    second = report.interval(Totals())
-    told = ("out_of_memory", "batch_tokens", "cuda_graphs", "max_running")
-    assert [second[name] for name in told] == [1, 25, "off: why", None]
+    limits, spent = report.interval()
+    assert (spent.out_of_memory, spent.cuda_graphs) == (1, {"off: why": 1})
+    assert (limits["batch_tokens"], limits["max_running"]) == (25, None)

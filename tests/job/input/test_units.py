@@ -1,5 +1,6 @@
 """Work units and reads."""
 
+import tracemalloc
 from collections.abc import Sequence
 
 import pytest
@@ -81,3 +82,13 @@ def test_group_of() -> None:
     assert [group_of([2, 0, 3], row) for row in range(5)] == [(0, 0), (0, 0), *[(2, 2)] * 3]
     with pytest.raises(AssertionError):
         group_of([2], 2)
+
+
+def test_what_a_shard_costs_in_the_plan() -> None:
+    """README of job/: 500 bytes in memory for the units of a shard of 10,000 rows."""
+    shards = manifest(*[[10_000]] * 2000)
+    tracemalloc.start()
+    plan = list(units(shards, 4096))
+    used, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(plan) == 3 * 2000 and used / 2000 < 500

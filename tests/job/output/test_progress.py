@@ -1,7 +1,10 @@
 """The progress line."""
 
 import io
+import re
 import threading
+
+import pytest
 
 from trio.job.output.progress import Progress
 from trio.job.output.summary import duration
@@ -23,7 +26,8 @@ class Clock:
 
 
 UNIT = Totals(
-    rows=10, errors=1, images=9, output_tokens=90, retention_sum=0.9, retention_rows=9
+    rows=10, errors=1, images=9, output_tokens=90, retention_sum=0.9, retention_rows=9,
+    preprocess_wait_s=9.0, prefill_s=1.0,
 )  # fmt: skip
 
 
@@ -40,7 +44,8 @@ def test_a_log_gets_whole_lines() -> None:
     first, last = stream.getvalue().splitlines()
     assert first == "0/40 rows (0 %), starting, 0:00"
     assert last == (
-        "20/40 rows (50 %), 6.0 images/s, 60 tokens/s, retention 0.100, 2 in error, ETA 0:03"
+        "20/40 rows (50 %), 6.0 images/s, 60 tokens/s, retention 0.100, waiting for images 90 %,"
+        " 2 in error, ETA 0:03"
     )
 
 
@@ -49,18 +54,15 @@ def test_rows_under_way_are_being_answered() -> None:
     progress = Progress(40, Totals(), log_interval_s=9, stream=io.StringIO(), clock=clock)
     clock.now += 5
     assert progress.line() == "0/40 rows (0 %), starting, 0:05"
+    progress.alive(0)
+    assert progress.line() == "0/40 rows (0 %), starting, 0:05"
     progress.answering()
     clock.now += 4
     assert progress.line() == "0/40 rows (0 %), answering, 0:09"
-
-
-def test_what_is_said_gets_a_line_of_its_own() -> None:
-    stream = Terminal()
-    with Progress(10, Totals(), log_interval_s=99, label="trio", stream=stream) as progress:
-        progress.say("7 requests at once")
-        progress.add(UNIT)
-    said = stream.getvalue().split("\n")[0].split("\r")[-1]
-    assert said.rstrip() == "trio: 7 requests at once"
+    progress.alive(12)
+    assert progress.line() == "0/40 rows (0 %), answering, 12 answered so far, 0:09"
+    progress.add(UNIT)
+    assert progress.line().startswith("10/40 rows (25 %), 2.2 images/s")
 
 
 class Slow(io.StringIO):
@@ -88,13 +90,38 @@ def test_lines_of_two_threads_do_not_mix() -> None:
     assert lines.count("said") == 50 and {line.split()[0] for line in lines} == {"said", "0/10"}
 
 
-def test_a_terminal_is_rewritten_in_place() -> None:
+def test_a_terminal_is_rewritten_in_place_below_what_is_said(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Read as a terminal does: erased lines are gone, also where a line takes two of them."""
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "60")
     stream = Terminal()
     with Progress(10, Totals(), log_interval_s=99, label="trio", stream=stream) as progress:
+        progress.say("[7] requests at once :cat:")
         progress.add(UNIT)
-    text = stream.getvalue()
-    assert text.count("\n") == 1 and text.count("\r") == 2
-    assert "trio: 10/10 rows (100 %)" in text and text.rstrip().endswith("done")
+    assert "trio: 0/10 rows (0 %), starting" in stream.getvalue()
+    lines = screen(stream.getvalue())
+    assert lines[0] == "trio: [7] requests at once :cat:"
+    text = " ".join(lines[1:])
+    assert text.startswith("trio: 10/10 rows (100 %), ") and text.endswith("1 in error, done")
+    assert len(lines) > 2 and "starting" not in text
+
+
+def screen(text: str) -> list[str]:
+    """Lines that are left, given the codes for up, erase and return."""
+    lines, at = [""], 0
+    for piece in re.findall(r"\x1b\[\??\d*[A-Za-z]|\r|\n|[^\x1b\r\n]+", text):
+        if piece == "\n":
+            at += 1
+            lines += [""] * (at == len(lines))
+        elif piece.endswith("A") and piece[0] == "\x1b":
+            at -= int(piece[2:-1])
+        elif piece == "\x1b[2K":
+            lines[at] = ""
+        elif piece[0] not in "\x1b\r":
+            lines[at] += piece
+    return [line.rstrip() for line in lines if line]
 
 
 def test_rows_of_an_earlier_attempt_count_as_done_but_not_as_speed() -> None:

@@ -17,58 +17,20 @@ from trio.job.output.schema import (
     stats_schema,
 )
 
-ROWS = [
-    "row",
-    "id",
-    "prompt",
-    "response",
-    "finish_reason",
-    "error",
-    "note",
-    "num_images",
-    "image_width",
-    "image_height",
-    "visual_tokens",
-    "visual_tokens_encoder",
-    "visual_tokens_stages",
-    "retention",
-    "prompt_tokens",
-    "output_tokens",
-    "prefill_flops",
-    "prefill_flops_unpruned",
-    "kv_bytes",
-    "kv_bytes_unpruned",
-    "prefill_s",
-    "decode_s",
-    "latency_s",
-    "logprob_mean",
-    "actor",
-    "node",
-    "finished_at",
-]
-STATS = [
-    "actor",
-    "node",
-    "start",
-    "end",
-    "images",
-    "prompt_tokens",
-    "output_tokens",
-    "preprocess_wait_s",
-    "encode_s",
-    "prefill_s",
-    "prune_s",
-    "decode_s",
-    "idle_s",
-    "running_mean",
-    "kv_used_bytes_peak",
-    "device_bytes_peak",
-    "out_of_memory",
-    "max_running",
-    "batch_tokens",
-    "kv_budget_bytes",
-    "cuda_graphs",
-]
+ROWS = (
+    "row id prompt response finish_reason error note num_images image_width image_height"
+    " visual_tokens visual_tokens_encoder visual_tokens_stages retention prompt_tokens"
+    " output_tokens prefill_flops prefill_flops_unpruned kv_bytes kv_bytes_unpruned prefill_s"
+    " decode_s latency_s logprob_mean actor node finished_at"
+)
+STATS = (
+    "unit rows errors error_kinds actor node decode_node start end images prompt_tokens"
+    " output_tokens visual_tokens retention_sum retention_rows prefill_flops"
+    " prefill_flops_unpruned reading_flops reading_flops_unpruned kv_bytes kv_bytes_unpruned"
+    " scored right captions object_share_sum prepare_s preprocess_wait_s encode_s prefill_s"
+    " prune_s decode_s idle_s running_mean kv_used_bytes_peak device_bytes_peak out_of_memory"
+    " max_running batch_tokens kv_budget_bytes cuda_graphs"
+)
 
 
 def answer(**changes: Any) -> dict[str, Any]:
@@ -84,9 +46,9 @@ def answer(**changes: Any) -> dict[str, Any]:
 
 
 def test_columns_are_those_users_rely_on() -> None:
-    assert rows_schema(pa.int64(), run_id="r").names == ROWS
-    assert rows_schema(pa.int64(), run_id="r", save_kept=True).names == [*ROWS, "kept_tokens"]
-    assert stats_schema(run_id="r").names == STATS
+    assert " ".join(rows_schema(pa.int64(), run_id="r").names) == ROWS
+    assert rows_schema(pa.int64(), run_id="r", save_kept=True).names[-1] == "kept_tokens"
+    assert " ".join(stats_schema(run_id="r").names) == STATS
 
 
 def test_id_keeps_the_users_type() -> None:

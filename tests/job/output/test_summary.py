@@ -3,13 +3,14 @@
 import json
 
 from trio.job.output.summary import summarise, table
-from trio.job.output.totals import Totals
+from trio.job.output.totals import SECONDS, Totals
 
 TOTALS = Totals(
     rows=20, errors=2, error_kinds={"image_empty": 2}, images=18, output_tokens=90, scored=20,
     right=15, captions=4, object_share_sum=3.0, retention_sum=2.0, retention_rows=18,
     prefill_flops=10, prefill_flops_unpruned=66, reading_flops=20,
-    reading_flops_unpruned=50, kv_bytes=10, kv_bytes_unpruned=51,
+    reading_flops_unpruned=50, kv_bytes=10, kv_bytes_unpruned=51, preprocess_wait_s=9.0,
+    decode_s=1.0,
 )  # fmt: skip
 
 
@@ -32,6 +33,8 @@ def test_totals_rates_and_ratios() -> None:
     assert summary["images_per_s"] == 2.0 and summary["output_tokens_per_s"] == 10.0
     assert summary["flops_ratio"] == 6.6 and summary["kv_ratio"] == 5.1
     assert summary["accuracy"] == 0.75 and summary["error_rate"] == 0.1
+    assert summary["bottleneck"] == "waiting for images 90 %"
+    assert summary["phases"] == {name: getattr(TOTALS, name) for name in SECONDS}
     assert json.loads(json.dumps(summary)) == summary
 
 
@@ -48,6 +51,7 @@ def test_two_runs_stand_side_by_side() -> None:
     assert "6.60 x fewer" in text and "2.50 x fewer" in text
     assert list(lines).index("wall time") == list(lines).index("images/s") + 1
     assert lines["wall time"][-2:] == ["1:15", "1:15"]
+    assert lines["engines' time"][2:] == ["waiting", "for", "images", "90", "%", "-"]
     assert len({len(line) for line in text.splitlines()}) == 1
 
 
@@ -67,5 +71,6 @@ def test_how_often_memory_ran_out_is_told() -> None:
 
 def test_lines_that_say_nothing_are_left_out() -> None:
     text = table([("none", made(Totals(rows=3)))])
+    assert "engines' time" not in text and made(Totals(rows=3))["bottleneck"] is None
     assert "right" not in text and "FLOPs" not in text
     assert [line.split() for line in text.splitlines()][2] == ["rows", "in", "error", "0"]

@@ -1,10 +1,16 @@
 """Sums that merge."""
 
-import random
+from dataclasses import fields
+from random import Random
 from typing import Any
 
+import pyarrow as pa
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from tests.job.commits import STATS
+from trio.job.output.schema import build_table, stats_schema
 from trio.job.output.totals import Totals, merge, of_row
 
 GOOD: dict[str, Any] = {
@@ -40,22 +46,62 @@ def test_without_answers_nothing_is_scored() -> None:
     assert of_row(GOOD, []).scored == 0 and of_row(GOOD, []).accuracy is None
 
 
-def test_split_then_merge_is_the_whole() -> None:
-    rows = [of_row(GOOD | {"retention": n / 64}, ["x"] if n % 2 else []) for n in range(30)]
-    rows += [of_row(BAD, []), of_row(BAD | {"error": "too_long: 9"}, [])]
-    rows += [Totals(out_of_memory=2, cuda_graphs={state: 1}) for state in ("on", "off: why", "on")]
-    whole = merge(rows)
-    random.Random(0).shuffle(rows)
-    assert merge([merge(rows[:7]), Totals(), merge(rows[7:20]), merge(rows[20:])]) == whole
-    assert whole.error_kinds == {"image_empty": 1, "too_long": 1}
-    assert whole.out_of_memory == 6 and whole.cuda_graphs == {"off: why": 1, "on": 2}
-    assert whole.retention == pytest.approx(sum(n / 64 for n in range(30)) / 30)
-    assert whole.error_rate == 2 / 32
+def numbers(kind: str) -> st.SearchStrategy[Any]:
+    """Sums that are exact in any order; whole ones of two parts may leave 64 bits."""
+    if kind == "int":
+        return st.integers(0, 2**63 - 1)
+    if kind == "float":
+        return st.integers(0, 2**40).map(lambda n: n / 64)
+    return st.dictionaries(
+        st.sampled_from(["image_empty", "too_long", "odd: é"]), st.integers(1, 9)
+    )
 
 
-def test_json_gives_the_totals_back() -> None:
-    whole = merge([of_row(GOOD, ["a red 7"]), of_row(BAD, [])])
-    assert Totals.from_json(whole.to_json()) == whole
+PARTS = st.lists(
+    st.builds(
+        Totals,
+        **{f.name: numbers(str(f.type)) for f in fields(Totals) if f.name != "cuda_graphs"},
+        cuda_graphs=st.sampled_from([{}, {"on": 1}, {"off: why": 1}]),
+    ),
+    max_size=6,
+)
+SCHEMA = stats_schema(run_id="r")
+
+
+def stored(part: Totals) -> pa.Table:
+    return build_table([{"unit": "u", **STATS, **part.to_stats()}], SCHEMA)
+
+
+@given(PARTS, st.integers(0, 6), st.randoms())
+@settings(max_examples=50, deadline=None)
+def test_split_then_merge_is_the_whole_in_memory_and_in_stats(
+    parts: list[Totals], cut: int, random: Random
+) -> None:
+    whole = merge(parts)
+    table = pa.concat_tables([SCHEMA.empty_table(), *map(stored, parts)])
+    assert Totals.from_stats(table) == whole
+    assert Totals.from_stats(table.slice(0, cut)) + Totals.from_stats(table.slice(cut)) == whole
+    random.shuffle(parts)
+    assert merge([merge(parts[:cut]), Totals(), merge(parts[cut:])]) == whole
+
+
+def test_a_unit_shared_by_unlike_engines_counts_once() -> None:
+    shared = Totals(cuda_graphs={"on": 3, "off: why": 1})
+    assert Totals.from_stats(stored(shared)).cuda_graphs == {"off: why; on": 1}
+
+
+@pytest.mark.parametrize(
+    ("spent", "expected"),
+    [
+        ({}, None),
+        ({"prepare_s": 99.0}, None),
+        ({"preprocess_wait_s": 9.0, "encode_s": 1.0}, ("waiting for images", 0.9)),
+        ({"prefill_s": 4.0, "prune_s": 3.5, "decode_s": 6.0}, ("decode", 0.6)),
+        ({"prefill_s": 4.0, "encode_s": 1.0, "idle_s": 3.0}, ("prefill", 0.5)),
+    ],
+)
+def test_the_bottleneck_counts_each_second_once(spent: dict[str, Any], expected: Any) -> None:
+    assert Totals(**spent).bottleneck == expected
 
 
 def test_nothing_divides_by_zero() -> None:

@@ -1,4 +1,4 @@
-"""How far a run is: lines that are rewritten in place on a terminal, one every few seconds in a log."""
+"""How far a run is: a line rewritten in place on a terminal, one every few seconds in a log."""
 
 from __future__ import annotations
 
@@ -52,7 +52,9 @@ class Progress:
         self._began = self._updated = clock()
         self._working_since: float | None = None
         self._lock = threading.Lock()
-        self._console = Console(file=stream or sys.stderr, highlight=False, markup=False)
+        self._console = Console(
+            file=stream or sys.stderr, highlight=False, markup=False, emoji=False
+        )
         rewritten = self._console.is_terminal and not self._console.is_dumb_terminal
         self._live = _live(self._console) if rewritten else None
         self._interval = TERMINAL_INTERVAL_S if rewritten else log_interval_s

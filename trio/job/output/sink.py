@@ -19,6 +19,8 @@ from trio.job.output.totals import Totals
 from trio.job.storage import open_location, write_atomic
 
 ROWS, STATS = "rows", "stats"
+PLAIN = {"compression": "none", "use_dictionary": False, "write_statistics": False}
+"""One row is read in half the time so, and takes less room."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,12 +56,12 @@ class Sink:
         table = build_table(rows, schema)
         figures = build_table([{**sums, **stats}], stats_schema(run_id=self.run_id))
         out = open_location(self.output)
-        write_atomic(out.join(STATS, unit.name), serialise(figures))
+        write_atomic(out.join(STATS, unit.name), serialise(figures, **PLAIN))
         write_atomic(out.join(ROWS, unit.name), serialise(table))
 
 
-def serialise(table: pa.Table) -> pa.Buffer:
+def serialise(table: pa.Table, **options: Any) -> pa.Buffer:
     """A table as the bytes of a Parquet file."""
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
+    pq.write_table(table, sink, **{"compression": "zstd", **options})
     return sink.getvalue()
