@@ -113,6 +113,7 @@ def _layers(schedule: str) -> tuple[int, ...]:
 def _row(shown: Shown, stages: Sequence[str]) -> Image.Image:
     """Panels side by side with their counts, and prompt and answer underneath."""
     result, (image,) = shown.result, shown.request.images
+    assert isinstance(image, Image.Image)
     assert result.visual_tokens is not None
     assert result.kept_tokens is not None
     assert result.response is not None

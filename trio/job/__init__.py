@@ -1,4 +1,4 @@
-"""The distributed job around the engine: Ray Data over a run's units, and what it reads and writes."""
+"""The job around the engine: Ray Data over a run's units, and what it reads and writes."""
 
 import os
 

@@ -271,7 +271,7 @@ class Passes:
         long = plan.kind == "long"
         calls = self._room.calls if long else 1
         engines = max(1, min(self._room.engines, -(-len(plan.units) // calls)))
-        cut = [(unit,) for unit in plan.units]
+        cut: list[tuple[Unit, ...]] = [(unit,) for unit in plan.units]
         if long:
             parallel = RUNS_PER_ENGINE * engines
             cut = [tuple(run) for run in runs(self._manifest, plan.units, parallel)]

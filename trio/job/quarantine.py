@@ -83,7 +83,7 @@ class Attempts:
     def ended(self, *, disturbed: bool) -> list[Unit]:
         """A pass is over; returns rows that are to be given up, as units of a single row.
 
-        disturbed: a node went meanwhile, or the pass itself: what was lost says nothing of the rows.
+        disturbed: a node or the pass itself was lost: what is missing says nothing of the rows.
         """
         again = disturbed or (self._kind == "long" and len(self._open) > self._many)
         self._repeated = self._repeated + 1 if again else 0

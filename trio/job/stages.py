@@ -12,10 +12,7 @@ that dies loses the units in its hands, and no stage tries again: `passes` does.
 
 from __future__ import annotations
 
-import faulthandler
 import pickle
-import signal
-import threading
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,6 +33,7 @@ from trio.job.engine_settings import EngineFactory, EngineSettings, Preprocessor
 from trio.job.images import packing
 from trio.job.images.image_files import load_images
 from trio.job.images.policy import RowError
+from trio.job.images.time_limit import limited
 from trio.job.input.columns import Columns
 from trio.job.input.manifest import Shard
 from trio.job.input.reader import RunReader, ShardGone, ShardUnreadable, Unread
@@ -59,8 +57,6 @@ READ_PAUSES_S = (1.0, 5.0)
 # before a unit that could not be read is tried again
 ALIVE_S = 5.0
 # between two signs of life from a unit that is prepared
-EXIT_S = 5.0
-# beyond --row-timeout, after which a decoder that ignores the alarm ends with its process
 PREPARED = pa.struct(
     [
         ("num_images", pa.int32()),
@@ -255,7 +251,7 @@ def _prepared(row: pa.Table, task: Task, desk: Desk) -> pa.Table:
         mine: Sequence[Any] = ()
         if not said:
             try:
-                with _limited(task.rows.policy.row_timeout):
+                with limited(task.rows.policy.row_timeout):
                     mine = _images(source, base, task, preprocessor)
             except RowError as error:
                 said = {"kind": error.kind, "message": error.message}
@@ -310,29 +306,6 @@ def _images(
     except Exception as error:
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise RowError("image_unreadable", reason) from error
-
-
-@contextmanager
-def _limited(seconds: float) -> Iterator[None]:
-    """Raises RowError in the block when the time is over; ends the process if that does not help,
-    as in a decoder that never returns to Python."""
-
-    def late(*_: object) -> None:
-        reason = f"fetching and decoding took more than {seconds:g} s (--row-timeout)"
-        raise RowError("image_timeout", reason)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    faulthandler.dump_traceback_later(seconds + EXIT_S, exit=True)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        faulthandler.cancel_dump_traceback_later()
-        signal.signal(signal.SIGALRM, before)
 
 
 # answer

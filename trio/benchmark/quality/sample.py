@@ -8,11 +8,12 @@ import numpy as np
 
 from trio.engine.request import Request, Sampling
 from trio.errors import UserError
-from trio.job.image_process import ImageProcess
+from trio.job.images.image_files import load_images
 from trio.job.images.policy import RowError
+from trio.job.images.time_limit import limited
 from trio.job.input.columns import parse_mapping, resolve
 from trio.job.input.manifest import Manifest, inspect
-from trio.job.input.reader import ShardUnreadable, UnitReader
+from trio.job.input.reader import RunReader, Unread
 from trio.job.input.units import Unit
 from trio.job.output.output_rows import RowSettings, request_of, sources
 from trio.job.settings import Settings
@@ -55,20 +56,22 @@ def sample(
         seed=config.seed,
         save_kept=False,
     )
-    reader, load = UnitReader(columns), ImageProcess()
+    shards = {shard.number: shard for shard in manifest.shards}
+    reader = RunReader(shards, columns.roles, lambda tried, fault: None)
     requests, errors = [], []
-    try:
-        for unit in drawn(manifest, rows, config.seed):
-            shard = manifest.shards[unit.shard]
-            for source in sources(reader.read(shard, unit), unit, shard.path):
-                try:
-                    requests.append(request_of(source, parent(shard.path), settings, load))
-                except RowError as error:
-                    errors.append(error)
-    except ShardUnreadable as error:
-        raise UserError(str(error)) from error
-    finally:
-        load.close()
+    for unit in drawn(manifest, rows, config.seed):
+        path = shards[unit.shard].path
+        table = reader.read(unit)
+        if isinstance(table, Unread):
+            raise UserError(table.message)
+        for source in sources(table, unit, path):
+            try:
+                with limited(settings.policy.row_timeout):
+                    images = load_images(source.cell("image"), parent(path), settings.policy)
+                requests.append(request_of(source, images, settings))
+            except RowError as error:
+                errors.append(error)
+    reader.close()
     order = np.random.default_rng(config.seed).permutation(len(requests))
     return [requests[number] for number in order], errors
 

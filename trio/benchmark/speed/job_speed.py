@@ -44,17 +44,14 @@ from trio.demo.shard import write_shard
 from trio.engine.engine import Engine
 from trio.engine.request import Prepared, Request
 from trio.job import cluster, runner
-from trio.job.actor import (
-    EngineFactory,
-    EngineSettings,
-    build_engine,
-    engine_threads,
-)
 from trio.job.cluster import Resources
 from trio.job.command import check_model
 from trio.job.cpus import usable
+from trio.job.engine_settings import EngineSettings, build_engine, engine_threads
 from trio.job.images.image_files import load_images
 from trio.job.images.policy import ImagePolicy
+from trio.job.plan import plan as plan_of
+from trio.job.runner import Makers
 from trio.job.settings import Settings, made_of
 from trio.tables import aligned
 
@@ -63,6 +60,7 @@ SCENES = 64
 ROW_GROUP = 100
 WARM_UP = 16
 PROMPT = "Describe the image in one sentence."
+INSTANTLY = Makers(engine=instant_engine, preprocessor=None)
 JOB, PREPARED, INSTANT = "job", "engine, prepared", "job, instant engine"
 
 
@@ -136,10 +134,10 @@ def _rounds(
     for number in range(rounds):
         label = f"round {number + 1}/{rounds}"
         output = base / f"{JOB}-{number}"
-        runs = {JOB: _job(real, output, resources, build_engine, f"{label}, {JOB}")}
+        runs = {JOB: _job(real, output, resources, Makers(), f"{label}, {JOB}")}
         runs |= _alone(settings, resources, scenes, workload.rows)
         output = base / f"{INSTANT}-{number}"
-        runs[INSTANT] = _job(instant, output, resources, instant_engine, f"{label}, {INSTANT}")
+        runs[INSTANT] = _job(instant, output, resources, INSTANTLY, f"{label}, {INSTANT}")
         yield runs
 
 
@@ -173,11 +171,9 @@ def write_small(path: Path, rows: int, size: int, seed: int) -> None:
     pq.write_table(table, path, row_group_size=ROW_GROUP)
 
 
-def _job(
-    config: Settings, output: Path, resources: Resources, factory: EngineFactory, label: str
-) -> Run:
-    plan = runner.plan(config.replace(output=str(output)), config.input.input)
-    summary = runner.execute(plan, resources, factory=factory, label=label)
+def _job(config: Settings, output: Path, resources: Resources, makers: Makers, label: str) -> Run:
+    plan = plan_of(config.replace(output=str(output)), config.input.input)
+    summary = runner.execute(plan, resources, makers=makers, label=label)
     assert not summary["errors"], summary["error_kinds"]
     work_s = summary["work_s"]
     return Run(rows=summary["rows"], work_s=work_s, start_s=summary["wall_s"] - work_s)
