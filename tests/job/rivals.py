@@ -1,4 +1,4 @@
-"""Runs that reach for the same output at the same moment."""
+"""Runs that reach for the same output at the same moment, or lose it."""
 
 import threading
 import time
@@ -33,3 +33,11 @@ def start_together(at: Callable[[int], Location], *, rounds: int) -> None:
             said = list(pool.map(rival, [round_] * RIVALS))
             assert None in said
             assert all(line is None or "is in use by process" in line for line in said)
+
+
+def check_until_lost(held: lease.Held) -> None:
+    """As a run does that goes on; its thread notices after an interval."""
+    until = time.monotonic() + 30
+    while time.monotonic() < until:
+        held.check()
+        time.sleep(0.02)

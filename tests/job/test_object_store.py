@@ -17,7 +17,7 @@ from pyarrow import fs as pafs
 
 from tests.job.fakes import ODD_NAMES, png
 from tests.job.resume.test_committed import commit, totals
-from tests.job.rivals import start_together
+from tests.job.rivals import check_until_lost, start_together
 from tests.job.store import Store, bucket_of, serving
 from trio.engine.request import Sampling
 from trio.errors import UserError
@@ -284,11 +284,8 @@ def test_a_claim_that_is_taken_away_is_noticed(store: Store) -> None:
     with lease.hold(output, interval_s=0.1, expiry_s=0.5) as held:
         (claim,) = [i for i in list_files(output.join(".lease")) if i.path.endswith(".claim")]
         output.filesystem.delete_file(claim.path)
-        until = time.monotonic() + 30
         with pytest.raises(lease.LeaseLost):
-            while time.monotonic() < until:
-                held.check()
-                time.sleep(0.02)
+            check_until_lost(held)
 
 
 def test_of_many_that_start_together_one_holds_at_a_time(store: Store) -> None:

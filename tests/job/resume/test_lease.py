@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.job.rivals import start_together
+from tests.job.rivals import check_until_lost, start_together
 from trio.errors import UserError
 from trio.job.resume import lease
 from trio.job.storage import locate
@@ -174,11 +174,8 @@ def test_a_claim_that_was_removed_is_a_lost_lease(tmp_path: Path) -> None:
     with hold(tmp_path) as held:
         for path in claims(tmp_path):
             path.unlink()
-        until = time.monotonic() + 30
         with pytest.raises(lease.LeaseLost, match="is lost"):
-            while time.monotonic() < until:
-                held.check()
-                time.sleep(0.02)
+            check_until_lost(held)
 
 
 def test_a_storage_that_is_away_for_too_long_is_a_lost_lease(

@@ -319,6 +319,6 @@ def _machine() -> str | None:
 
 
 def _process_start(pid: int) -> str:
-    """Start of a process in ticks since boot; of one that has ended and waits for its parent, ""."""
+    """Start of a process in ticks since boot; "" of one that only waits for its parent."""
     state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return "" if state in "ZX" else fields[18]
