@@ -21,8 +21,8 @@ from trio.errors import UserError, first_line
 from trio.job.input.manifest import Manifest, Shard
 from trio.job.storage import locate
 
-MOST_ROWS = 20_000_000
-# their ids are in memory, and a table of those that differ
+MOST_ROWS = 10_000_000
+# their ids are in memory, and a table of those that differ: about 250 bytes for each
 MOST_SECONDS = 300.0
 # an object store answers one request for every row group
 THREADS = 16
