@@ -6,16 +6,12 @@ joins the output with something else wants to know. Only the id column of the sh
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from itertools import islice
 
-import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -25,16 +21,12 @@ from trio.errors import UserError, first_line
 from trio.job.input.manifest import Manifest, Shard
 from trio.job.storage import locate
 
-MOST_ROWS = 64_000_000
-# two arrays of eight bytes for each are in memory at the end
+MOST_ROWS = 10_000_000
+# their ids are in memory, and a table of those that differ: about 250 bytes for each
 MOST_SECONDS = 300.0
 # an object store answers one request for every row group
 THREADS = 16
 EXAMPLES = 5
-LONG_ID = 256
-# bytes; longer ones are hashed one by one
-_SEED = 0x7210
-_Hashes = npt.NDArray[np.uint64]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,15 +69,6 @@ class IdReport:
         return f"ids: {'; '.join(said)}{part}. The output's column 'row' is unique all the same"
 
 
-@dataclass(frozen=True, slots=True)
-class _Column:
-    """The ids of a shard: a number that stands for each, and which are null."""
-
-    shard: Shard
-    hashes: _Hashes
-    null: npt.NDArray[np.bool_]
-
-
 def scan(
     manifest: Manifest,
     column: str,
@@ -95,9 +78,6 @@ def scan(
     most_s: float = MOST_SECONDS,
 ) -> IdReport:
     """Look for ids that come more than once.
-
-    Ids that are integers are compared as such, others by 64-bit hashes: among 64 million rows that
-    are all different, the chance of a false report is below one in fifty.
 
     Args:
         manifest: the input.
@@ -110,51 +90,42 @@ def scan(
         UserError: a shard that cannot be read.
     """
     wanted = manifest.rows if limit is None else min(limit, manifest.rows)
-    columns: list[_Column] = []
-    rows, deadline = 0, time.monotonic() + most_s
-    for found in _columns(manifest, column):
-        take = min(len(found.hashes), min(wanted, most_rows) - rows)
-        columns.append(_Column(found.shard, found.hashes[:take], found.null[:take]))
-        rows += take
-        if rows >= min(wanted, most_rows) or time.monotonic() > deadline:
+    left, deadline = min(wanted, most_rows), time.monotonic() + most_s
+    shards: list[tuple[Shard, pa.Array]] = []
+    for shard, values in _columns(manifest, column, left):
+        shards.append((shard, values[:left]))
+        left -= len(shards[-1][1])
+        if time.monotonic() > deadline:
             break
-    present = [c.hashes[~c.null] for c in columns]
-    everything = np.concatenate(present) if present else np.empty(0, np.uint64)
-    given = len(everything)
-    del present
-    everything.sort()
-    again = everything[1:] == everything[:-1]
+    parts = [pa.table({"id": _comparable(values)}) for _, values in shards]
+    whole = pa.concat_tables(parts, promote_options="permissive") if parts else pa.table({"id": []})
+    ids = whole.column("id")
+    counts = pc.value_counts(ids.drop_null())
+    again = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")
     return IdReport(
-        rows=rows,
-        complete=rows == wanted,
-        duplicates=int(np.count_nonzero(again)),
-        nulls=rows - given,
-        examples=tuple(_examples(columns, everything[1:][again], column)),
+        rows=len(ids),
+        complete=len(ids) == wanted,
+        duplicates=len(ids) - ids.null_count - len(counts),
+        nulls=ids.null_count,
+        examples=tuple(_example(shards, ids, value) for value in again[:EXAMPLES]),
     )
 
 
-def _columns(manifest: Manifest, name: str) -> Iterator[_Column]:
-    """Columns in input order, read ahead by a few threads."""
+def _columns(manifest: Manifest, name: str, rows: int) -> Iterator[tuple[Shard, pa.Array]]:
+    """The ids of the shards that hold the first rows, in input order, read ahead by threads."""
+    wanted = []
+    for shard in manifest.shards:
+        if rows > 0:
+            wanted.append(shard)
+            rows -= shard.rows
     pool = ThreadPoolExecutor(THREADS)
-    shards = iter(manifest.shards)
-    ahead: list[Future[_Column]] = [
-        pool.submit(_read, shard, name) for shard in islice(shards, 2 * THREADS)
-    ]
     try:
-        while ahead:
-            found = ahead.pop(0).result()
-            ahead += [pool.submit(_read, shard, name) for shard in islice(shards, 1)]
-            yield found
+        yield from zip(wanted, pool.map(lambda shard: _read(shard, name), wanted), strict=True)
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _read(shard: Shard, name: str) -> _Column:
-    values = _values(shard, name)
-    return _Column(shard, hashes(values), np.asarray(values.is_null()))
-
-
-def _values(shard: Shard, name: str) -> pa.Array:
+def _read(shard: Shard, name: str) -> pa.Array:
     location = locate(shard.path)
     try:
         with location.filesystem.open_input_file(location.path) as stream:
@@ -168,37 +139,36 @@ def _values(shard: Shard, name: str) -> pa.Array:
     return pa.concat_arrays(found.chunks) if found.num_chunks else pa.array([], found.type)
 
 
-def hashes(values: pa.Array) -> _Hashes:
-    """A 64-bit number for each value, the same for the same; integers stand for themselves."""
+def _comparable(values: pa.Array) -> pa.Array:
+    """The ids as a type that Arrow counts, and one for shards of different types of text."""
     if isinstance(values, pa.ExtensionArray):
-        return hashes(values.storage)
-    if pt.is_boolean(values.type):
-        return hashes(values.cast(pa.uint8()))
-    if pt.is_integer(values.type):
-        numbers = np.asarray(pc.fill_null(values, 0))
-        return numbers.astype(np.int64 if numbers.dtype.kind == "i" else np.uint64).view(np.uint64)
-    if pt.is_null(values.type):
-        return np.zeros(len(values), np.uint64)
+        return _comparable(values.storage)
     if pt.is_floating(values.type) or pt.is_decimal(values.type) or pt.is_temporal(values.type):
-        values = values.view(pa.binary(values.type.bit_width // 8))
-    text = pc.fill_null(values.cast(pa.large_binary()), b"")
-    _, offsets, data = text.buffers()
-    ends = np.frombuffer(offsets, np.int64)[text.offset : text.offset + len(text) + 1]
-    starts, lengths = ends[:-1], np.diff(ends)
-    out: _Hashes = np.zeros(len(text), np.uint64)
-    letters = np.frombuffer(data or b"", np.uint8)
-    # A sum of letters times random numbers, one for each place in the text.
-    weights = np.random.default_rng(_SEED).integers(0, 1 << 64, LONG_ID, dtype=np.uint64)
-    rest = np.flatnonzero(lengths <= LONG_ID)
-    for place, weight in enumerate(weights):
-        rest = rest[lengths[rest] > place]
-        if len(rest) == 0:
+        return values.view(pa.binary(values.type.bit_width // 8))
+    if pt.is_boolean(values.type) or pt.is_integer(values.type) or pt.is_null(values.type):
+        return values
+    return values.cast(pa.large_binary())
+
+
+def _example(shards: list[tuple[Shard, pa.Array]], ids: pa.ChunkedArray, value: pa.Scalar) -> str:
+    """The first two rows that have an id."""
+    found: list[tuple[Shard, int, pa.Array]] = []
+    for (shard, values), chunk in zip(shards, _per_shard(shards, ids), strict=True):
+        rows = pc.indices_nonzero(pc.fill_null(pc.equal(chunk, value), False))
+        found += [(shard, row, values) for row in rows[: 2 - len(found)].to_pylist()]
+        if len(found) == 2:
             break
-        out[rest] += (letters[starts[rest] + place].astype(np.uint64) + np.uint64(1)) * weight
-    for row in np.flatnonzero(lengths > LONG_ID).tolist():
-        digest = hashlib.blake2b(text[row].as_py(), digest_size=8).digest()
-        out[row] = int.from_bytes(digest, "little")
-    return out
+    (earlier, start, _), (shard, row, values) = found
+    return f"id {_shown(values[row])}: {shard.path} row {row}, as in {earlier.path} row {start}"
+
+
+def _per_shard(
+    shards: list[tuple[Shard, pa.Array]], ids: pa.ChunkedArray
+) -> Iterator[pa.ChunkedArray]:
+    start = 0
+    for _, values in shards:
+        yield ids.slice(start, len(values))
+        start += len(values)
 
 
 def _shown(value: pa.Scalar) -> str:
@@ -206,25 +176,3 @@ def _shown(value: pa.Scalar) -> str:
         return f"{value.as_py()!r:.100}"
     except ValueError:  # Python's times end at microseconds
         return str(value.value)
-
-
-def _examples(columns: list[_Column], repeated: _Hashes, name: str) -> Iterator[str]:
-    """The first few rows whose id an earlier row has, in input order."""
-    if len(repeated) == 0:
-        return
-    first: dict[int, tuple[Shard, int]] = {}
-    shown = 0
-    for column in columns:
-        at = np.searchsorted(repeated, column.hashes).clip(max=len(repeated) - 1)
-        hits = np.flatnonzero((repeated[at] == column.hashes) & ~column.null)
-        for row in hits.tolist():
-            key = int(column.hashes[row])
-            if key not in first:
-                first[key] = (column.shard, row)
-                continue
-            shard, earlier = first[key]
-            value = _shown(_values(column.shard, name)[row])
-            yield (f"id {value}: {column.shard.path} row {row}, as in {shard.path} row {earlier}")
-            shown += 1
-            if shown == EXAMPLES:
-                return

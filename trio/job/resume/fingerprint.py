@@ -14,7 +14,6 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -31,11 +30,8 @@ READ_SUFFIXES = frozenset(
 )
 # of files that from_pretrained may read; others (README, *.bin, *.pt, images) it never does here
 TEMPLATES = "additional_chat_templates"
-WHOLE_BYTES = 16 << 20
-# of a weight file that is hashed from end to end
 EDGE_BYTES = 1 << 20
-# of a larger one, at either end
-HASH_THREADS = 4
+# of a weight file that are hashed, at either end
 HUB_TIMEOUT_S = 20.0
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -91,12 +87,12 @@ def take(config: Settings) -> Fingerprint:
         UserError: a file of the model cannot be read.
     """
     directory = model_directory(config.model.model)
-    text_tower = config.model.text_tower and model_directory(config.model.text_tower, bundled.CLIP)
+    tower = config.model.text_tower and model_directory(config.model.text_tower, bundled.CLIP)
     return Fingerprint(
         settings=config.results(),
         model_files={
-            **({} if directory is None else model_files(directory)),
-            **_text_tower_files(text_tower),
+            **(model_files(directory) if directory else {}),
+            **(model_files(tower, "--text-tower", " (of --text-tower)") if tower else {}),
             **module_files(config),
         },
         version=VERSION,
@@ -128,54 +124,45 @@ def _installed(name: str) -> str:
         return "unknown"
 
 
-def _text_tower_files(directory: str | None) -> dict[str, str]:
-    if directory is None:
-        return {}
-    found = model_files(directory, "--text-tower")
-    return {f"{name} (of --text-tower)": digest for name, digest in found.items()}
-
-
 def model_directory(model: str, demo: Path = bundled.MODEL) -> str | None:
     """Where a model lies on this machine, None for a hub id; `demo`: what DEMO stands for."""
     path = os.path.expanduser(bundled.directory_of(model, demo))
     return path if os.path.isdir(path) else None
 
 
-def model_files(directory: str, flag: str = "--model") -> dict[str, str]:
-    """Digest of every file in a model's directory that loading it could read, by name.
+def model_files(directory: str, flag: str = "--model", suffix: str = "") -> dict[str, str]:
+    """SHA-256 of every file in a model's directory that loading it could read, by name.
 
-    SHA-256 of the whole file; of weight files above 16 MB that of the size, the header (names,
-    shapes and places of all tensors), and the first and last megabyte. So training that goes on
-    is noticed, as it changes all weights; an edit of a few numbers in the middle is not.
+    Of weight files that of the size and the first and last megabyte. So training that goes on is
+    noticed, as it changes all weights; an edit of a few numbers in the middle is not.
+
+    Args:
+        directory: the model's.
+        flag: that it was given with, for messages.
+        suffix: of each name.
 
     Raises:
         UserError: naming the file that cannot be read.
     """
     root = Path(directory)
-    paths = [*root.glob("*"), *(root / TEMPLATES).glob("*")]
     read = sorted(
         path
-        for path in paths
+        for path in (*root.glob("*"), *(root / TEMPLATES).glob("*"))
         if path.suffix in READ_SUFFIXES and not path.name.startswith(".") and path.is_file()
     )
     try:
-        with ThreadPoolExecutor(HASH_THREADS) as pool:
-            digests = list(pool.map(_digest, read))
+        return {path.relative_to(root).as_posix() + suffix: _digest(path) for path in read}
     except OSError as error:
         raise UserError(f"{flag} {directory}: a file cannot be read: {error}") from error
-    return {p.relative_to(root).as_posix(): d for p, d in zip(read, digests, strict=True)}
 
 
 def _digest(path: Path) -> str:
-    size = path.stat().st_size
     with path.open("rb") as stream:
-        if path.suffix != ".safetensors" or size <= WHOLE_BYTES:
+        if path.suffix != ".safetensors":
             return hashlib.file_digest(stream, "sha256").hexdigest()
-        digest = hashlib.sha256(size.to_bytes(8, "little"))
-        length = stream.read(8)
-        header = int.from_bytes(length, "little")
-        digest.update(length + stream.read(min(header, size - 8) + EDGE_BYTES))
-        stream.seek(size - EDGE_BYTES)
+        size = path.stat().st_size
+        digest = hashlib.sha256(b"%d " % size + stream.read(EDGE_BYTES))
+        stream.seek(max(EDGE_BYTES, size - EDGE_BYTES))
         digest.update(stream.read())
         return digest.hexdigest()
 
@@ -223,7 +210,7 @@ def commit(model: str, revision: str | None, flag: str = "--model") -> str:
     Raises:
         UserError: neither knows.
     """
-    from huggingface_hub import HfApi, constants
+    from huggingface_hub import HfApi, constants, snapshot_download
     from huggingface_hub.errors import (
         HFValidationError,
         RepositoryNotFoundError,
@@ -241,26 +228,15 @@ def commit(model: str, revision: str | None, flag: str = "--model") -> str:
             f" ({first_line(error)}); check the name, {flag}'s revision and HF_TOKEN"
         ) from error
     except Exception as error:  # without network it depends on the client's version
-        cached = _cached_commit(model, revision)
-        if cached is None:
+        try:
+            cached = snapshot_download(model, revision=revision, local_files_only=True)
+        except OSError:
             raise UserError(
                 f"{flag} {model}: the hub does not answer ({first_line(error)}), and no"
                 f" {revision!r} of it is in the cache {constants.HF_HUB_CACHE}; download it first,"
                 " or give a directory"
             ) from error
-        return cached
+        return Path(cached).name
     if found is None:
         raise UserError(f"{flag} {model}: the hub names no commit for {revision!r}; give one")
     return found
-
-
-def _cached_commit(model: str, revision: str) -> str | None:
-    from huggingface_hub import constants
-    from huggingface_hub.file_download import repo_folder_name
-
-    folder = repo_folder_name(repo_id=model, repo_type="model")
-    try:
-        text = Path(constants.HF_HUB_CACHE, folder, "refs", revision).read_text().strip()
-    except OSError:
-        return None
-    return text if _COMMIT.fullmatch(text) else None

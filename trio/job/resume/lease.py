@@ -5,11 +5,11 @@ anew every few seconds. A run that has written its claim lists the directory, an
 when no other claim is there. Of two runs whose claims overlap in time, the one that finished
 writing last sees the other, whatever the clocks say: so at most one holds. Order of age, by the
 storage's own times, decides only who gives way: the younger is refused, the elder waits for it to
-go. No rename and no conditional write is needed, so this works on object stores too.
+go. Arrow offers no write that fails where a file is, and on object stores none is needed so.
 
-A claim is dead when its process is known to be gone from this machine, or when it has not beaten
-for ``expiry_s`` by the storage's clock. A dead claim is removed by whoever comes next, and a run
-whose claim is gone has lost the lease.
+A claim is dead when its process is gone from this machine, or, if it is one of another machine,
+when it has not beaten for ``expiry_s`` by the storage's clock. A dead claim is removed by whoever
+comes next, and a run whose claim is gone has lost the lease.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pyarrow import fs as pafs
 
@@ -36,11 +36,9 @@ from trio.job.storage import Location, exists, read_bytes, write_atomic
 DIRECTORY = ".lease"
 CLAIM, BEAT = ".claim", ".beat"
 INTERVAL_S, EXPIRY_S = 10.0, 60.0
-SHORTEST_POLL_S, LONGEST_POLL_S = 0.05, 2.0
+SHORTEST_POLL_S = 0.05
 PATIENCE = 3
 # intervals for which an elder claim waits for a younger one to give way
-
-Life = Literal["alive", "dead", "unknown"]
 
 
 class LeaseLost(JobFailed):
@@ -60,7 +58,7 @@ def hold(
     Args:
         output: the run's directory, which is made if need be.
         interval_s: seconds between two beats.
-        expiry_s: seconds without a beat after which a claim is dead.
+        expiry_s: seconds without a beat after which a claim of another machine is dead.
         say: told in a line when there is something to wait for.
 
     Raises:
@@ -87,14 +85,14 @@ class _Seen:
 
 
 @dataclass(frozen=True, slots=True)
-class _Watched:
-    """A claim since we first saw it."""
+class _First:
+    """A claim when we first saw it."""
 
     owner: Mapping[str, Any]
     beaten: int
-    # then [ns]
-    since: float
-    # by our clock [s]
+    # by the storage's clock [ns]
+    at: float
+    # by ours [s]
 
 
 class Held:
@@ -104,6 +102,8 @@ class Held:
         self._output = output
         self._interval_s, self._expiry_s = interval_s, expiry_s
         self._name = uuid.uuid4().hex
+        self._first: dict[str, _First] = {}
+        self._said = False
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat_on, name="trio-lease", daemon=True)
@@ -135,42 +135,24 @@ class Held:
 
         Raises:
             UserError: another run is alive.
+            LeaseLost: somebody removed the claim meanwhile.
             OSError: the storage does not answer.
         """
-        owner = {**process_identity(), "interval_s": self._interval_s, "expiry_s": self._expiry_s}
-        _write(self._file(self._name, CLAIM), json.dumps(owner, indent=1).encode())
+        _write(self._file(self._name, CLAIM), json.dumps(process_identity(), indent=1).encode())
         self._beat()
         self._thread.start()
-        watched: dict[str, _Watched] = {}
-        poll_s, said = SHORTEST_POLL_S, False
+        poll_s = SHORTEST_POLL_S
         while True:
-            claims = self._look()
-            if self._name not in claims:
-                raise UserError(
-                    f"--output {self._output.uri}: the claim of this run was removed from"
-                    f" {DIRECTORY} while it waited; start it again"
-                )
-            mine = claims.pop(self._name)
-            for name in set(watched) - set(claims):
-                del watched[name]
-            dead = [n for n, seen in claims.items() if self._is_dead(n, seen, mine, watched)]
-            if not claims:
+            others = self._look()
+            mine = others.pop(self._name, None)
+            if mine is None:
+                raise LeaseLost(self._gone())
+            if not others:
                 return
-            if dead:
-                for name in dead:
-                    self._bury(name, claims[name], watched[name])
-                continue
-            slow = [
-                name
-                for name, seen in claims.items()
-                if not self._is_younger(name, seen, mine)
-                or now() - watched[name].since > self._interval_s
-            ]
-            if slow and not said:
-                said = True
-                say(self._waiting(claims[slow[0]], mine, watched[slow[0]]))
+            for name, seen in others.items():
+                self._settle(name, seen, mine, say)
             time.sleep(poll_s)
-            poll_s = min(2 * poll_s, LONGEST_POLL_S, max(SHORTEST_POLL_S, self._interval_s / 2))
+            poll_s = min(2 * poll_s, self._interval_s / 5)
             self._beat()  # its time is how we read the storage's clock
 
     def release(self) -> None:
@@ -178,52 +160,34 @@ class Held:
         self._stop.set()
         if self._thread.is_alive():
             self._thread.join(timeout=self._expiry_s)
-        for ending in (CLAIM, BEAT):
-            self._remove(self._name, ending)
+        self._remove(self._name, CLAIM, BEAT)
         if self._output.local:
             # Only if empty. On an object store the same would take new claims along.
             with contextlib.suppress(OSError):
                 Path(self._output.join(DIRECTORY).path).rmdir()
 
-    def _is_dead(self, name: str, seen: _Seen, mine: _Seen, watched: dict[str, _Watched]) -> bool:
-        """Whether a claim can be taken over; refuses ours if its run turns out to be alive."""
-        first = watched.get(name)
-        if first is None:
-            first = watched[name] = _Watched(self._owner(name), seen.beaten, now())
-        life = process_life(first.owner)
-        if life == "dead":
-            return True
-        watched_s = now() - first.since
-        silent = (mine.beaten - seen.beaten) / 1e9 >= self._expiry_of(first)
-        beats = seen.beaten != first.beaten
-        if silent and not beats:
-            # A process of this machine that is there but silent was stopped, or the clock was put
-            # forward: if the latter, the next beat shows it.
-            return life == "unknown" or watched_s > self._interval_s
-        alive = beats or life == "alive"
-        if alive and (
-            not self._is_younger(name, seen, mine) or watched_s > PATIENCE * self._interval_s
-        ):
-            raise self._refusal(first.owner)
-        return False
+    def _settle(self, name: str, seen: _Seen, mine: _Seen, say: Callable[[str], object]) -> None:
+        """Remove another claim if it is dead; refuse ours if its run is alive and goes first."""
+        if name not in self._first:
+            self._first[name] = _First(self._owner(name), seen.beaten, now())
+        first = self._first[name]
+        alive = process_life(first.owner)
+        silent_s = (mine.beaten - seen.beaten) / 1e9
+        younger = (seen.written, name) > (mine.written, self._name)
+        if alive is False or (alive is None and silent_s >= self._expiry_s):
+            self._bury(name, seen, first.owner)
+        elif alive or seen.beaten != first.beaten:
+            if not younger or now() - first.at > PATIENCE * self._interval_s:
+                raise self._refusal(first.owner)
+        elif not self._said:
+            self._said = True
+            say(
+                f"--output {self._output.uri} was claimed by {_who(first.owner)}, whose last sign"
+                f" of life is {max(0.0, silent_s):.0f} s old; waiting for up to"
+                f" {self._expiry_s - max(0.0, silent_s):.0f} s to see whether it is still running"
+            )
 
-    def _waiting(self, seen: _Seen, mine: _Seen, watched: _Watched) -> str:
-        age_s = max(0.0, (mine.beaten - seen.beaten) / 1e9)
-        left_s = max(0.0, self._expiry_of(watched) - age_s)
-        return (
-            f"--output {self._output.uri} was claimed by {_who(watched.owner)}, whose last sign of"
-            f" life is {age_s:.0f} s old; waiting for up to {left_s:.0f} s to see whether it is"
-            " still running"
-        )
-
-    def _is_younger(self, name: str, seen: _Seen, mine: _Seen) -> bool:
-        return (seen.written, name) > (mine.written, self._name)
-
-    def _expiry_of(self, watched: _Watched) -> float:
-        theirs = watched.owner.get("expiry_s")
-        return max(self._expiry_s, theirs if isinstance(theirs, int | float) else 0.0)
-
-    def _bury(self, name: str, seen: _Seen, watched: _Watched) -> None:
+    def _bury(self, name: str, seen: _Seen, owner: Mapping[str, Any]) -> None:
         """Remove a dead claim.
 
         Its run might wake up at this very moment. It writes its beat before it looks for its
@@ -231,8 +195,8 @@ class Held:
         """
         self._remove(name, CLAIM)
         beat = self._output.filesystem.get_file_info(self._file(name, BEAT).path)
-        if beat.mtime_ns is not None and beat.is_file and beat.mtime_ns > seen.beaten:
-            raise self._refusal(watched.owner)
+        if beat.is_file and (beat.mtime_ns or 0) > seen.beaten:
+            raise self._refusal(owner)
         self._remove(name, BEAT)
 
     def _refusal(self, owner: Mapping[str, Any]) -> UserError:
@@ -241,19 +205,19 @@ class Held:
             f" or give another --output (if it is surely gone, remove {DIRECTORY} there)"
         )
 
+    def _gone(self) -> str:
+        return (
+            f"the lease on {self._output.uri} is lost: another run took it over, or {DIRECTORY} was"
+            " removed there; this run stops, so that no row is written twice"
+        )
+
     def _look(self) -> dict[str, _Seen]:
-        """Claims by name, ours among them; beats that belong to none are removed."""
+        """Claims by name, ours among them."""
         selector = pafs.FileSelector(self._output.join(DIRECTORY).path, allow_not_found=True)
         infos = self._output.filesystem.get_file_info(selector)
         times = {i.base_name: int(i.mtime_ns or 0) for i in infos if i.is_file}
-        out = {}
-        for file, written in times.items():
-            name, ending = os.path.splitext(file)
-            if ending == CLAIM:
-                out[name] = _Seen(written, times.get(name + BEAT, written))
-            elif ending == BEAT and name + CLAIM not in times:
-                self._remove(name, BEAT)
-        return out
+        claims = {f.removesuffix(CLAIM): at for f, at in times.items() if f.endswith(CLAIM)}
+        return {name: _Seen(at, times.get(name + BEAT, at)) for name, at in claims.items()}
 
     def _owner(self, name: str) -> Mapping[str, Any]:
         """What a claim says of its run; nothing when it is gone or damaged."""
@@ -271,11 +235,7 @@ class Held:
             if exists(self._file(self._name, CLAIM)):
                 self._confirmed = began
             else:
-                self._lost = (
-                    f"the lease on {self._output.uri} is lost: another run took it over, or"
-                    f" {DIRECTORY} was removed there; this run stops, so that no row is written"
-                    " twice"
-                )
+                self._lost = self._gone()
                 self._remove(self._name, BEAT)
 
     def _beat_on(self) -> None:
@@ -286,9 +246,10 @@ class Held:
     def _file(self, name: str, ending: str) -> Location:
         return self._output.join(DIRECTORY, name + ending)
 
-    def _remove(self, name: str, ending: str) -> None:
-        with contextlib.suppress(OSError):
-            self._output.filesystem.delete_file(self._file(name, ending).path)
+    def _remove(self, name: str, *endings: str) -> None:
+        for ending in endings:
+            with contextlib.suppress(OSError):
+                self._output.filesystem.delete_file(self._file(name, ending).path)
 
 
 def _write(location: Location, data: bytes) -> None:
@@ -319,27 +280,32 @@ def process_identity() -> dict[str, Any]:
         "pid": os.getpid(),
         "started_at": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M:%S UTC"),
         "machine": _machine(),
-        "process_start": _process_start(os.getpid()),
+        "process_start": _machine() and _process_start(os.getpid()),
     }
 
 
-def process_life(owner: Mapping[str, Any]) -> Life:
-    """What this machine knows of a claim's process: nothing, if it may be one of another machine.
+def process_life(owner: Mapping[str, Any]) -> bool | None:
+    """Whether a claim's process lives; None where this machine cannot tell.
 
     A process id means something only within one boot and one pid namespace; its start time only
     within one time namespace.
     """
-    pid, machine, start = owner.get("pid"), owner.get("machine"), owner.get("process_start")
-    if not isinstance(pid, int) or pid <= 0 or not start or not machine or machine != _machine():
-        return "unknown"
+    pid, start, here = owner.get("pid"), owner.get("process_start"), _machine()
+    if (
+        not isinstance(pid, int)
+        or pid <= 0
+        or not start
+        or not here
+        or owner.get("machine") != here
+    ):
+        return None
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
-        return "dead"
-    except PermissionError:
-        pass
-    found = _process_start(pid)
-    return "unknown" if found is None else "alive" if found == start else "dead"
+        return _process_start(pid) == start
+    except (ProcessLookupError, FileNotFoundError):
+        return False
+    except OSError:  # another user's
+        return None
 
 
 def _machine() -> str | None:
@@ -352,14 +318,7 @@ def _machine() -> str | None:
     return " ".join([socket.gethostname(), boot, *spaces])
 
 
-def _process_start(pid: int) -> str | None:
-    """Start of a process in ticks since boot; None where that cannot be read.
-
-    A process that has ended and waits for its parent to notice counts as one of another start.
-    """
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return None
-    state, *fields = stat.rpartition(")")[2].split()
-    return "ended" if state in ("Z", "X") else fields[18]
+def _process_start(pid: int) -> str:
+    """Start of a process in ticks since boot; "" of one that only waits for its parent."""
+    state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return "" if state in "ZX" else fields[18]
