@@ -44,6 +44,8 @@ ANSWER_S = 30.0
 NOTICE_S = 16.0
 # in which Ray notices that a node is gone
 RUNS_PER_ENGINE = 4
+PREPARE_BYTES = 4 << 20
+# of encoded images that make one more task for them worth its start
 OTHERS = 3
 # shards by which a reader tells a file that is gone from a storage that is away
 
@@ -106,6 +108,7 @@ class Work:
     room: Room
     engines: int
     calls: int
+    prepare_tasks: int
     commits: bool
 
 
@@ -136,7 +139,7 @@ class Pass(Board):
             batch_format="pyarrow",
             num_cpus=room.prepare_cpus,
             memory=1,  # else Ray would join it with the stage before where neither takes a CPU
-            concurrency=room.prepare_tasks,
+            concurrency=work.prepare_tasks,
             max_retries=0,
         )
         numbers = itertools.count(1)
@@ -282,8 +285,15 @@ class Passes:
             room=self._room,
             engines=engines,
             calls=calls,
+            prepare_tasks=self._prepare_tasks(plan.units),
             commits=plan.kind != "rows",
         )
+
+    def _prepare_tasks(self, units: Sequence[Unit]) -> int:
+        """Few for little work: each loads the model's preprocessor, which takes some seconds."""
+        share = sum(unit.stop - unit.start for unit in units) / max(self._manifest.rows, 1)
+        worth = -(-int(share * self._manifest.size) // PREPARE_BYTES)
+        return max(1, min(self._room.prepare_tasks, worth))
 
     def a_run(self, units: Sequence[Unit]) -> Run:
         numbers = sorted({unit.shard for unit in units})
