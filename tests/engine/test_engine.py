@@ -280,7 +280,7 @@ def broken_requests() -> dict[str, Request | Prepared]:
     good = engine_prepared(Request(prompt="what", images=(image,)))
     return {
         "prompt: ": Request(prompt=None, id="a"),  # type: ignore[arg-type]
-        "image: ": Request(prompt="what", images=("no image",), id="b"),  # type: ignore[arg-type]
+        "image: ": Request(prompt="what", images=("no image",), id="b"),
         "image: image 1 is 1 x 900": Request(
             prompt="what", images=(image, image.resize((1, 900))), id="c"
         ),

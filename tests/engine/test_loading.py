@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -64,10 +63,9 @@ def test_a_process_without_a_model_prepares_what_the_engine_does(
         (tmp_path / file.name).write_bytes(b"never read" if weights else file.read_bytes())
     prepare = load_preprocessor(str(tmp_path), system=system)
     requests = mixed_requests(4)
-    processed = []
-    for request in requests:
-        images: Any = request.images
-        processed.append(replace(request, images=tuple(prepare.process(images))))
+    processed = [
+        replace(request, images=tuple(prepare.process(request.images))) for request in requests
+    ]
     assert tokens(engine.generate(processed)) == tokens(engine.generate(requests))
     with pytest.raises(UserError, match="max_pixels cannot be set"):
         load_preprocessor(str(tmp_path), max_pixels=10_000)

@@ -13,7 +13,6 @@ from trio.values import Fraction, Share, Tokens, Value, number, whole
 
 if TYPE_CHECKING:
     import numpy as np
-    from PIL.Image import Image
     from torch import Tensor
 
 FailureKind = Literal["prompt", "image", "mismatch", "too_long", "no_room", "numeric"]
@@ -128,8 +127,8 @@ class Request:
     """
 
     prompt: str
-    images: tuple[Image, ...] | tuple[ProcessedImage, ...] = ()
-    """All as they were decoded, or all processed by a `Preprocessor` of the same model."""
+    images: tuple[Any, ...] = ()
+    """PIL images, or `ProcessedImage`s of a `Preprocessor` of the same model; not both."""
     id: Any = None
     system: str | None = None
     """The system message, where the chat template has a place for one; None: the engine's."""

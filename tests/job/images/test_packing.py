@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from PIL import Image
@@ -55,6 +55,7 @@ def processed(count: int, *, ids: int = 3) -> ProcessedImage:
     return ProcessedImage(input_ids=np.full(ids, 5), inputs={"pixel_values": pixels})
 
 
+@settings(deadline=None)
 @given(UNIT)
 def test_what_is_packed_comes_out_again(rows: list[list[Picture]]) -> None:
     cell, headers = pack(rows)
@@ -64,6 +65,7 @@ def test_what_is_packed_comes_out_again(rows: list[list[Picture]]) -> None:
     assert [list(map(seen, row)) for row in out] == [list(map(seen, row)) for row in rows]
 
 
+@settings(deadline=None)
 @given(UNIT)
 def test_cells_of_several_units_in_one_array(rows: list[list[Picture]]) -> None:
     cell, headers = pack(rows)
