@@ -176,7 +176,7 @@ def _telling(desk: Desk, stage: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        desk.note("fail", f"{stage}: {type(error).__name__}: {first_line(error)}")
+        desk.last_note("fail", f"{stage}: {type(error).__name__}: {first_line(error)}")
         raise
 
 
