@@ -64,6 +64,13 @@ def test_tasks_for_images(changes: dict[str, Any], tasks: int, each: float) -> N
     assert (out.prepare_tasks, out.prepare_cpus) == (tasks, each)
 
 
+def test_halves_of_cpus_hold_no_task_for_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    listed = [entry(name, CPU=2.0) for name in "abc"]
+    monkeypatch.setattr(ray, "nodes", lambda: listed)
+    config = made_of(actors=3, gpus_per_actor=0.0, cpus_per_actor=1.5)
+    assert cluster.fit(config, attached=False).prepare_cpus == 0
+
+
 @pytest.mark.usefixtures("three_nodes")
 @pytest.mark.parametrize(
     ("changes", "said"),
