@@ -7,7 +7,7 @@ import pytest
 import ray
 import yaml
 
-from trio.job.placement import Node, place
+from trio.job.placement import Node, place, whole_cpus_left
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -32,17 +32,24 @@ def test_ray_accepts_it(config: dict[str, Any]) -> None:
 
 
 def test_head_and_workers(config: dict[str, Any]) -> None:
-    head = config["available_node_types"][config["head_node_type"]]
-    (worker,) = (v for k, v in config["available_node_types"].items() if k != "head")
+    kinds = config["available_node_types"]
+    head, gpu, cpu = (kinds[name] for name in ("head", "gpu_worker", "cpu_worker"))
+    assert len(kinds) == 3 and config["head_node_type"] == "head"
     assert head["resources"] == {"CPU": 0} and "InstanceMarketOptions" not in head["node_config"]
-    assert worker["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
-    assert worker["min_workers"] == 0 and worker["max_workers"] == config["max_workers"] > 0
+    for worker in (gpu, cpu):
+        assert worker["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
+        assert worker["min_workers"] == 0 < worker["max_workers"]
+    assert config["max_workers"] == gpu["max_workers"] + cpu["max_workers"]
     assert config["idle_timeout_minutes"] > 0
-    # With all workers there, the job takes every GPU and nothing of the head.
-    node = Node(cpus=worker["resources"]["CPU"], gpus=worker["resources"]["GPU"])
-    nodes = [Node(cpus=head["resources"]["CPU"], gpus=0), *[node] * worker["max_workers"]]
+    # With all workers there, the job takes every GPU and every CPU, and nothing of the head.
+    nodes = [
+        Node(cpus=kind["resources"]["CPU"], gpus=kind["resources"].get("GPU", 0))
+        for kind in (head, gpu, cpu)
+        for _ in range(kind.get("max_workers", 1))
+    ]
     out = place(nodes, actors=None, gpus_per_actor=None, cpus_per_actor=1.0)
-    assert out.actors == worker["max_workers"] * worker["resources"]["GPU"] and not out.note
+    assert out.actors == gpu["max_workers"] * gpu["resources"]["GPU"] and not out.note
+    assert whole_cpus_left(nodes, out) == sum(node.cpus for node in nodes) - out.actors
 
 
 def test_one_ray_everywhere(config: dict[str, Any]) -> None:
@@ -50,7 +57,7 @@ def test_one_ray_everywhere(config: dict[str, Any]) -> None:
     assert images[1].endswith("-gpu")
     versions = {image.partition(":")[2].split("-")[0] for image in images}
     (version,) = versions
-    assert f'"ray[default]=={version}"' in config["setup_commands"][0]
+    assert f'"ray[default,data]=={version}"' in config["setup_commands"][0]
     installed = ray.__version__.split(".")
     assert version.split(".")[0] == installed[0]
 

@@ -38,11 +38,50 @@ def test_fit() -> None:
     assert cluster.nodes() == [Node(cpus=0.0, gpus=0.0), Node(cpus=16.0, gpus=4.0)]
     assert (out.actors, out.gpus_per_actor, out.nodes, out.per_node) == (4, 1.0, 2, 4)
     assert out.describe() == (
-        "cluster of 2 nodes with 16 CPUs and 4 GPUs; 4 engines on 1 GPU;"
+        "cluster of 2 nodes with 16 CPUs and 4 GPUs; 4 engines on 1 GPU; 12 tasks for images;"
         " 1 CPUs and 1 GPUs of it are in use by others now"
     )
     with pytest.raises(UserError, match="5 engines with 1 GPUs and 1 CPUs each: 4 can be placed"):
         cluster.fit(made_of(actors=5), attached=True)
+
+
+@pytest.mark.usefixtures("three_nodes")
+@pytest.mark.parametrize(
+    ("changes", "tasks", "each"),
+    [
+        ({}, 12, 1.0),
+        ({"cpus_per_actor": 4.0}, 4, 0.0),  # engines take all
+        ({"gpus_per_actor": 0.0}, 2, 1.0),
+        ({"gpus_per_actor": 0.0, "actors": 16}, 16, 0.0),
+        ({"prepare_cpus": 5}, 5, 1.0),
+        ({"threads": 3}, 12, 1.0),
+        ({"threads": 3, "actors": 2}, 6, 1.0),
+        ({"prepare_cpus": 99, "wait_for_nodes": 60}, 99, 1.0),
+    ],
+)
+def test_tasks_for_images(changes: dict[str, Any], tasks: int, each: float) -> None:
+    out = cluster.fit(made_of(**changes), attached=True)
+    assert (out.prepare_tasks, out.prepare_cpus) == (tasks, each)
+
+
+def test_halves_of_cpus_hold_no_task_for_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    listed = [entry(name, CPU=2.0) for name in "abc"]
+    monkeypatch.setattr(ray, "nodes", lambda: listed)
+    config = made_of(actors=3, gpus_per_actor=0.0, cpus_per_actor=1.5)
+    assert cluster.fit(config, attached=False).prepare_cpus == 0
+
+
+@pytest.mark.usefixtures("three_nodes")
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"prepare_cpus": 13}, "--prepare-cpus: 13 CPUs for images, but the engines leave 12 of"),
+        ({"threads": 4}, "--threads: 16 CPUs for images, but the engines leave 12 of"),
+    ],
+)
+def test_more_tasks_for_images_than_engines_leave(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        cluster.fit(made_of(**changes), attached=True)
 
 
 @pytest.mark.usefixtures("three_nodes")

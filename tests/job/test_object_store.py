@@ -17,7 +17,6 @@ from pyarrow import fs as pafs
 
 from tests.job.commits import commit, totals_of
 from tests.job.fakes import ODD_NAMES, png
-from tests.job.resume.test_committed import commit, totals
 from tests.job.rivals import check_until_lost, start_together
 from tests.job.store import Store, bucket_of, serving
 from trio.engine.request import Sampling

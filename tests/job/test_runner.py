@@ -7,13 +7,16 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
 
-from tests.job.fakes import fake_engine, png, write_shard
+from tests.job.fakes import png, write_shard
+from tests.job.runs import execute
 from trio.errors import UserError
 from trio.job import cluster, runner
 from trio.job.input.manifest import Manifest, Shard
 from trio.job.output import output_directory
 from trio.job.output.schema import row_key
+from trio.job.plan import plan
 from trio.job.resume import lease
 from trio.job.settings import made_of
 from trio.job.storage import locate
@@ -46,15 +49,6 @@ def shards(tmp_path: Path) -> Path:
     return tmp_path / "in"
 
 
-def execute(
-    shards: Path, output: Path, factory: Any = fake_engine, **changes: Any
-) -> dict[str, Any]:
-    values: dict[str, Any] = {"input": (str(shards),), "output": str(output), "retention": 0.25}
-    config = made_of(**values | {"rows_per_file": 8} | changes)
-    plan = runner.plan(config, config.input.input)
-    return runner.execute(plan, cluster.fit(config, attached=True), factory=factory)
-
-
 @pytest.mark.usefixtures("ray_local")
 def test_every_row_once_in_order_with_two_actors(shards: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
@@ -78,6 +72,9 @@ def test_every_row_once_in_order_with_two_actors(shards: Path, tmp_path: Path) -
     assert sum(s["output_tokens"] for s in stats) == summary["output_tokens"] == 165
     assert all(s["start"] <= s["end"] for s in stats)
     assert {s["actor"] for s in stats} == set(table.column("actor").to_pylist())
+    assert {s["actor"][-9:] for s in stats} <= {" engine 1", " engine 2"}
+    here = ray.get_runtime_context().get_node_id()
+    assert {(s["node"], s["decode_node"]) for s in stats} == {(here, here)}
     assert (summary["rows"], summary["errors"], summary["scored"], summary["right"]) == (
         55,
         0,
@@ -143,9 +140,9 @@ def test_no_output_of_ours_is_input(shards: Path) -> None:
     for name in ("manifest.parquet", "rows/0.parquet"):
         write_shard(out / name, [], SCHEMA)
     config = made_of(input=(str(shards),), output=str(out / "unpruned"), retention=0.25)
-    assert len(runner.plan(config, config.input.input).manifest.shards) == len(SIZES) + 2
-    plan = runner.plan(config, config.input.input, around=locate(str(out)))
-    assert len(plan.manifest.shards) == len(SIZES)
+    assert len(plan(config, config.input.input).manifest.shards) == len(SIZES) + 2
+    made = plan(config, config.input.input, around=locate(str(out)))
+    assert len(made.manifest.shards) == len(SIZES)
 
 
 @pytest.mark.usefixtures("ray_local")
@@ -195,4 +192,11 @@ def test_what_the_cluster_decides_is_written_down() -> None:
     assert (config.cluster.actors, config.cluster.gpus_per_actor) == (4, 1.0)
     assert config.output.rows_per_file == 8
     settings = runner.engine_settings(config, resources)
-    assert settings.gpu and settings.dtype is None and settings.actors_per_node == 2
+    assert settings.gpu and settings.dtype is None and settings.engines_per_node == 2
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_engines_that_take_all_cpus_are_fed_all_the_same(shards: Path, tmp_path: Path) -> None:
+    summary = execute(shards, tmp_path / "out", limit=20, actors=1, cpus_per_actor=6.0)
+    assert "1 engine on CPU; 1 task for images" in summary["resources"]
+    assert (summary["rows"], summary["errors"]) == (20, 0)

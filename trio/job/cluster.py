@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import socket
 import sys
@@ -26,7 +25,7 @@ from trio.job.environment import (
     export_path,
     submitted,
 )
-from trio.job.placement import Node, Placement, describe, place
+from trio.job.placement import Node, Placement, describe, place, whole_cpus_left
 from trio.job.settings import AUTO, LOCAL, Settings
 
 LOCAL_CPUS = 4
@@ -269,14 +268,14 @@ def prepare_tasks(
     asked, engines = config.cluster.prepare_cpus, placement.actors
     if config.cluster.threads is not None:
         asked = config.cluster.threads * engines
-    free = math.floor(sum(node.cpus for node in there) - placement.fit * placement.need.cpus + 1e-6)
+    free = whole_cpus_left(there, placement)
     if asked is None:
         most = free if placement.need.gpus else min(free, 2 * engines)
         return (most, 1.0) if most > 0 else (engines, 0.0)
     if asked > free and not config.cluster.wait_for_nodes:
         flag = "--prepare-cpus" if config.cluster.threads is None else "--threads"
         raise UserError(
-            f"{flag}: {asked} CPUs for images, but the engines leave {max(free, 0)} of"
+            f"{flag}: {asked} CPUs for images, but the engines leave {free} of"
             f" {describe(there)}; lower it, --actors or --cpus-per-actor (0 is allowed)"
         )
     return asked, 1.0

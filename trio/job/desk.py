@@ -76,7 +76,7 @@ class Desk:
         self.handle.note.remote(kind, *what)
 
     def last_note(self, kind: str, *what: Any) -> None:
-        """A note of a process that ends itself then: waits until it has arrived."""
+        """A note before a process or its stage ends: waits until it has arrived."""
         with suppress(Exception):  # the pass is over already
             ray.get(self.handle.note.remote(kind, *what), timeout=PATIENCE_S)
 

@@ -314,6 +314,7 @@ class Passes:
                 try:
                     batch = ray.get(next(stream))
                 except StopIteration:
+                    self._hear_all(board, engines)
                     return False
                 except RayTaskError as error:
                     raise JobFailed(f"Ray Data failed: {reason_of(error)}") from error
@@ -328,10 +329,7 @@ class Passes:
                 continue
             looked = now
             self._watch()
-            notes = self._notes(board)
-            moved = now if notes else moved
-            for note in notes:
-                self._hear(note, engines)
+            moved = now if self._hear_all(board, engines) else moved
             self._alive(max(0, sum(engines.settled.values()) - received))
             if not engines.nodes and now - said > SAY_EVERY_S:
                 said = now
@@ -346,6 +344,13 @@ class Passes:
                     asked = True
                 if now > self._stop.asked_at + self._limits.grace_s:
                     return True
+
+    def _hear_all(self, board: Any, engines: _Engines) -> bool:
+        """Whether anything was said since the last time."""
+        notes = self._notes(board)
+        for note in notes:
+            self._hear(note, engines)
+        return bool(notes)
 
     def _notes(self, board: Any) -> list[Note]:
         with suppress(GetTimeoutError, RayError):  # its end is seen in the stream

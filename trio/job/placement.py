@@ -111,18 +111,27 @@ def place(
     return Placement(
         actors=asked,
         fit=min(fit, asked),
-        per_node=_most(slots, min(fit, asked)),
+        per_node=max([1, *_spread(slots, min(fit, asked))]),
         need=need,
         note=_note(nodes, need, asked, fit, chosen=actors is not None, wait_s=wait_s),
     )
 
 
-def _most(slots: Sequence[int], engines: int) -> int:
-    """Most engines on one node when each next one goes where the fewest are and one more fits."""
-    most = 1
-    while sum(min(most, room) for room in slots) < engines:
-        most += 1
-    return most
+def _spread(slots: Sequence[int], engines: int) -> list[int]:
+    """Engines on each node when each next one goes where the fewest are and one more fits."""
+    taken = [0] * len(slots)
+    for _ in range(engines):
+        open_ = [number for number, room in enumerate(slots) if taken[number] < room]
+        taken[min(open_, key=taken.__getitem__)] += 1
+    return taken
+
+
+def whole_cpus_left(nodes: Sequence[Node], placement: Placement) -> int:
+    """CPUs that engines leave, counted node by node: halves of two nodes make no whole one."""
+    need = placement.need
+    engines = _spread([need.fits_on(node) for node in nodes], placement.fit)
+    left = (node.cpus - here * need.cpus for node, here in zip(nodes, engines, strict=True))
+    return sum(math.floor(cpus + SLACK) for cpus in left)
 
 
 def _check_asked(

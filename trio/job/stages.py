@@ -176,7 +176,7 @@ def _telling(desk: Desk, stage: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        desk.note("fail", f"{stage}: {type(error).__name__}: {first_line(error)}")
+        desk.last_note("fail", f"{stage}: {type(error).__name__}: {first_line(error)}")
         raise
 
 
@@ -195,15 +195,18 @@ def read(run: Run, columns: Columns, desk: Desk) -> Iterator[pa.Table]:
             found = reader.read(unit)
             if isinstance(found, Unread):
                 desk.note("unread", unit, found.kind, found.message)
-                found = _errors(unit, found)
+                found = _errors(unit, found, columns)
             yield Block(unit, path, found).pack()
         reader.close()
 
 
-def _errors(unit: Unit, unread: Unread) -> pa.Table:
-    """As many rows as the unit has, each with the error."""
+def _errors(unit: Unit, unread: Unread, columns: Columns) -> pa.Table:
+    """As many rows as the unit has, each with the error; ids that stand in the shard are not
+    known."""
+    count = unit.stop - unit.start
     row = {"kind": unread.kind, "message": unread.message}
-    return pa.table({"prepared": pa.array([row] * (unit.stop - unit.start), PREPARED)})
+    table = pa.table({"prepared": pa.array([row] * count, PREPARED)})
+    return table.append_column("id", pa.nulls(count)) if columns.id else table
 
 
 def _wait_and_look(run: Run, desk: Desk, tried: int, fault: ShardUnreadable) -> None:

@@ -1,4 +1,4 @@
-"""Actors that die, hang, do not start; rows that kill them; files that cannot be written."""
+"""Processes that die, hang, do not start; rows that kill them; files that cannot be written."""
 
 import os
 import signal
@@ -6,6 +6,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.job.fakes import png, write_shard
-from tests.job.faults import faulty
-from trio.errors import UserError
-from trio.job import cluster, dispatch, runner
-from trio.job.dispatch import JobFailed, Stop, Stopped
-from trio.job.settings import made_of
+from tests.job.faults import BAD_COLOUR, DeadlyReader, deadly, faulty
+from tests.job.runs import execute, rows
+from trio.errors import JobFailed, UserError
+from trio.job import passes, runner
+from trio.job.passes import Stop, Stopped
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_local")]
 SCHEMA = pa.schema([("id", pa.int32()), ("image", pa.binary()), ("prompt", pa.string())])
@@ -26,27 +27,23 @@ SCHEMA = pa.schema([("id", pa.int32()), ("image", pa.binary()), ("prompt", pa.st
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "PAUSES_S", (0.1,))
-    monkeypatch.setattr(dispatch, "DEAD_PAUSE_S", 0.1)
-    monkeypatch.setattr(dispatch, "BEAT_EVERY_S", 0.2)
+    monkeypatch.setattr(runner, "PAUSES_S", (0.1,))
 
 
-def shard(folder: Path, prompts: Sequence[str], number: int = 0) -> Path:
-    rows = [{"id": i, "image": png((i, 0, 0)), "prompt": p} for i, p in enumerate(prompts)]
+def shard(
+    folder: Path, prompts: Sequence[str], number: int = 0, *, bad: Sequence[int] = ()
+) -> Path:
+    """`bad` rows have the colour that kills who prepares them."""
+    rows = [
+        {"id": i, "image": png(BAD_COLOUR if i in bad else (i % 250, 0, 0)), "prompt": p}
+        for i, p in enumerate(prompts)
+    ]
     return write_shard(folder / f"{number}.parquet", rows, SCHEMA, row_group=10)
 
 
-def execute(folder: Path, output: Path, factory: Any, **changes: Any) -> dict[str, Any]:
-    stop = changes.pop("stop", None)
-    values: dict[str, Any] = {"input": (str(folder),), "output": str(output), "retention": 0.25}
-    config = made_of(**values | {"rows_per_file": 8, "actors": 1} | changes)
-    plan = runner.plan(config, config.input.input)
-    resources = cluster.fit(config, attached=True)
-    return runner.execute(plan, resources, factory=factory, stop=stop)
-
-
-def rows(output: Path) -> list[dict[str, Any]]:
-    return list(pq.read_table(output / "rows").to_pylist())
+def prompts(count: int, **others: str) -> list[str]:
+    """p0, p1, ...; `others` are those of some rows: `at19="crash"`."""
+    return [others.get(f"at{n}", f"p{n}") for n in range(count)]
 
 
 def errors(output: Path) -> dict[int, str]:
@@ -54,7 +51,11 @@ def errors(output: Path) -> dict[int, str]:
     return {r["id"]: r["error"].partition(":")[0] for r in rows(output) if r["error"]}
 
 
-def when(condition: Callable[[], bool], action: Callable[[], None]) -> threading.Thread:
+def written(output: Path) -> int:
+    return len(list((output / "rows").glob("*")))
+
+
+def when(condition: Callable[[], bool], action: Callable[[], object]) -> None:
     """Do something as soon as a condition holds."""
 
     def run() -> None:
@@ -62,60 +63,87 @@ def when(condition: Callable[[], bool], action: Callable[[], None]) -> threading
             time.sleep(0.01)
         action()
 
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    return thread
+    threading.Thread(target=run, daemon=True).start()
 
 
-def test_units_of_a_killed_actor_are_done_by_others_at_once(tmp_path: Path) -> None:
-    shard(tmp_path / "in", [f"p{n}" for n in range(400)])
+def test_what_a_killed_engine_held_is_done_again_and_all_else_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shard(tmp_path / "in", prompts(400))
     starts, seen, out = tmp_path / "starts", tmp_path / "seen", tmp_path / "out"
 
     def kill() -> None:
         os.kill(int(starts.read_text().splitlines()[0]), signal.SIGKILL)
 
-    when(lambda: len(list((out / "rows").glob("*"))) >= 3, kill)
+    when(lambda: written(out) >= 3, kill)
     factory = faulty(delay_s=0.05, starts=starts, seen=seen)
     summary = execute(tmp_path / "in", out, factory, actors=2)
     got = rows(out)
     assert [r["id"] for r in got] == list(range(400)) and not summary["errors"]
     assert sum(s["images"] for s in pq.read_table(out / "stats").to_pylist()) == 400
-    twice = [prompt for prompt, n in Counter(seen.read_text().split()).items() if n > 1]
-    assert 0 < len(twice) <= 13 * 8, "more than the units that one actor has in hand"
-    done = {r["prompt"]: r["finished_at"] for r in got}
-    later = [prompt for prompt in done if done[prompt] > max(done[t] for t in twice)]
-    assert len(later) > 20, "they waited for the rest of the input"
+    twice = {prompt for prompt, n in Counter(seen.read_text().split()).items() if n > 1}
+    again = {r["prompt"] for r in got if " pass 1 " in r["actor"]}
+    assert 0 < len(again) <= 13 * 8, "more than the units that one engine has in hand"
+    assert twice <= again, "something else was done twice"
+    said = capsys.readouterr().err
+    assert "an engine died" in said and "lost with a process" in said
 
 
-@pytest.mark.parametrize(
-    "fault",
-    [
-        "crash",
-        pytest.param("kill", marks=pytest.mark.slow),
-        pytest.param("break", marks=pytest.mark.slow),
-    ],
-)
-def test_a_row_that_kills_the_process_ends_as_an_error_row(tmp_path: Path, fault: str) -> None:
-    prompts = [f"p{n}" for n in range(40)]
-    prompts[19] = fault
-    shard(tmp_path / "in", prompts)
+def assert_quarantined(output: Path, bad: dict[int, str], count: int) -> None:
+    """Exactly these rows are in error, with their id and prompt."""
+    assert [r["id"] for r in rows(output)] == list(range(count))
+    assert errors(output) == dict.fromkeys(bad, "quarantined")
+    for row in rows(output):
+        if row["id"] in bad:
+            assert row["prompt"] == bad[row["id"]]
+            assert "died 2 times while on this row alone" in row["error"]
+    assert sum(s["images"] for s in pq.read_table(output / "stats").to_pylist()) == count - len(bad)
+
+
+def test_rows_that_kill_reader_preparation_and_engine_end_as_error_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(passes, "Pass", DeadlyReader)
+    shard(tmp_path / "in", prompts(80, at19="crash", at47="doom"), bad=[70])
     out = tmp_path / "out"
-    summary = execute(tmp_path / "in", out, faulty())
-    assert [r["id"] for r in rows(out)] == list(range(40))
-    assert errors(out) == {19: "quarantined"} and summary["errors"] == 1
-    bad = rows(out)[19]
-    assert bad["prompt"] == fault and "died 2 times while on this row alone" in bad["error"]
-    assert sum(s["images"] for s in pq.read_table(out / "stats").to_pylist()) == 39
+    summary = execute(tmp_path / "in", out, faulty(), preprocessor=deadly)
+    assert_quarantined(out, {19: "crash", 47: "doom", 70: "p70"}, 80)
+    assert summary["error_kinds"] == {"quarantined": 3}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["kill", "break"])
+def test_a_row_that_kills_its_engine_in_other_ways(tmp_path: Path, fault: str) -> None:
+    shard(tmp_path / "in", prompts(40, at19=fault))
+    execute(tmp_path / "in", tmp_path / "out", faulty())
+    assert_quarantined(tmp_path / "out", {19: fault}, 40)
 
 
 @pytest.mark.slow
 def test_an_engine_in_which_nothing_moves_is_started_anew(tmp_path: Path) -> None:
     shard(tmp_path / "in", ["p0", "hang", "p2"])
     execute(tmp_path / "in", tmp_path / "out", faulty(), stall_timeout=1.0)
+    assert_quarantined(tmp_path / "out", {1: "hang"}, 3)
+
+
+@pytest.mark.slow
+def test_a_pass_in_which_nothing_moves_is_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The watch of the engine itself sleeps: nothing is known of the row, which is not given up
+    before it was alone twice."""
+    monkeypatch.setattr(runner, "STILL_S", -3590.0)
+    shard(tmp_path / "in", ["p0", "hang", "p2"])
+    changes = {"stall_timeout": 3590.0, "row_timeout": 3.0}
+    execute(tmp_path / "in", tmp_path / "out", faulty(), **changes)
     assert errors(tmp_path / "out") == {1: "quarantined"}
+    assert "nothing moved for" in capsys.readouterr().err
 
 
-def test_engines_that_do_not_start_end_the_run_with_the_reason(tmp_path: Path) -> None:
+def test_engines_that_do_not_start_end_the_run_with_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "PAUSES_S", (0.1, 0.1, 60.0))
     shard(tmp_path / "in", ["p0"])
     starts = tmp_path / "starts"
     with pytest.raises(JobFailed, match="failed to start 3 times: RuntimeError: CUDA error: no"):
@@ -129,16 +157,35 @@ def test_engines_that_do_not_start_end_the_run_with_the_reason(tmp_path: Path) -
 def test_engines_that_die_on_every_row_end_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dispatch, "BARREN_DEATHS", 3)
-    shard(tmp_path / "in", ["crash"] * 30)
+    monkeypatch.setattr(passes, "BARREN_DEATHS", 3)
+    shard(tmp_path / "in", ["crash"] * 60)
     with pytest.raises(JobFailed, match="engines died 3 times with nothing done"):
         execute(tmp_path / "in", tmp_path / "out", faulty())
 
 
+@pytest.mark.parametrize(
+    ("made", "stage"),
+    [
+        ({"factory": faulty(odd_counters=True)}, "answer: TypeError: "),
+        pytest.param({"preprocessor": partial(deadly, odd=True)}, "prepare: AttributeError: ",
+                     marks=pytest.mark.slow),
+        pytest.param({"preprocessor": partial(deadly, fail=True)},
+                     "no preprocessor: RuntimeError: ", marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
+def test_a_mistake_of_a_stage_is_no_rows_and_ends_the_run(
+    tmp_path: Path, made: dict[str, Any], stage: str
+) -> None:
+    shard(tmp_path / "in", ["p0"])
+    with pytest.raises(JobFailed, match=f"^{stage}"):
+        execute(tmp_path / "in", tmp_path / "out", **({"factory": faulty()} | made))
+    assert written(tmp_path / "out") == 0
+
+
 def test_stopping_lets_what_is_in_hand_finish(tmp_path: Path) -> None:
-    shard(tmp_path / "in", [f"p{n}" for n in range(200)])
+    shard(tmp_path / "in", prompts(200))
     out, seen, stop = tmp_path / "out", tmp_path / "seen", Stop()
-    when(lambda: len(list((out / "rows").glob("*"))) >= 2, stop)
+    when(lambda: written(out) >= 2, stop)
     with pytest.raises(Stopped):
         execute(tmp_path / "in", out, faulty(delay_s=0.1, seen=seen), stop=stop)
     done = [r["prompt"] for r in rows(out)]
@@ -161,7 +208,7 @@ def test_stopping_waits_no_longer_than_the_grace_period(tmp_path: Path) -> None:
 
 
 def test_rows_that_cannot_be_read_become_errors(tmp_path: Path) -> None:
-    path = shard(tmp_path / "in", [f"p{n}" for n in range(30)])
+    path = shard(tmp_path / "in", prompts(30))
     meta = pq.ParquetFile(path).metadata.row_group(1).column(1)
     data = bytearray(path.read_bytes())
     at = meta.dictionary_page_offset or meta.data_page_offset
@@ -172,7 +219,7 @@ def test_rows_that_cannot_be_read_become_errors(tmp_path: Path) -> None:
     got = rows(tmp_path / "out")
     assert len(got) == 32
     assert [r["error"] is not None for r in got] == [False] * 10 + [True] * 10 + [False] * 12
-    assert got[10]["error"].startswith("shard_unreadable: ShardUnreadable: ")
+    assert got[10]["error"].startswith("shard_unreadable: ")
 
 
 def rewritten(path: Path) -> None:
@@ -187,15 +234,14 @@ def rewritten(path: Path) -> None:
         pytest.param(Path.unlink, "shard_gone", marks=pytest.mark.slow),
     ],
 )
-def test_a_shard_that_changes_under_way_costs_its_own_rows(
+def test_a_shard_that_is_another_or_gone_costs_its_own_rows(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], fate: Callable[[Path], None], kind: str
 ) -> None:
-    shard(tmp_path / "in", [f"p{n}" for n in range(200)])
+    shard(tmp_path / "in", prompts(40))
     last, out = shard(tmp_path / "in", [f"q{n}" for n in range(30)], number=1), tmp_path / "out"
-    when(lambda: len(list((out / "rows").glob("*"))) >= 1, lambda: fate(last))
-    summary = execute(tmp_path / "in", out, faulty(delay_s=0.05))
+    summary = execute(tmp_path / "in", out, faulty(), planned=lambda: fate(last))
     got = rows(out)
-    assert len({r["row"] for r in got}) == len(got) == 230
+    assert len({r["row"] for r in got}) == len(got) == 70
     assert [r["row"] for r in got if r["error"]] == [(1 << 32) + n for n in range(30)]
     assert {r["error"].partition(":")[0] for r in got if r["error"]} == {kind}
     assert summary["error_kinds"] == {kind: 30} and (out / "_SUCCESS").exists()
@@ -207,14 +253,14 @@ def test_a_shard_that_changes_under_way_costs_its_own_rows(
 def test_an_input_that_is_gone_as_a_whole_ends_the_run(tmp_path: Path) -> None:
     """It may be a mount: what is left must not become errors."""
     # Far more rows than can have been read ahead by the time the first are written.
-    paths = [shard(tmp_path / "in", [f"p{n}" for n in range(900)], number=n) for n in range(2)]
+    paths = [shard(tmp_path / "in", prompts(900), number=n) for n in range(2)]
     out = tmp_path / "out"
 
     def unmount() -> None:
         for path in paths:
             path.unlink()
 
-    when(lambda: len(list((out / "rows").glob("*"))) >= 1, unmount)
+    when(lambda: written(out) >= 1, unmount)
     with pytest.raises(UserError, match="is gone since the run was planned"):
         execute(tmp_path / "in", out, faulty(delay_s=0.05))
     assert not [r for r in rows(out) if r["error"]]
