@@ -16,6 +16,10 @@ from PIL import Image
 from trio.engine.kv_budget import MemoryPlan
 from trio.engine.request import Prepared, Request, Result
 from trio.job.engine_settings import EngineSettings
+from trio.job.input.columns import Columns
+from trio.job.input.manifest import Manifest
+from trio.job.input.reader import RunReader, ShardUnreadable
+from trio.job.input.units import Unit
 
 VISUAL = 16
 KEPT = 4
@@ -177,3 +181,18 @@ def write_shard(
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.Table.from_pylist(list(rows), schema=schema), path, row_group_size=row_group)
     return path
+
+
+def reader_of(manifest: Manifest, columns: Columns) -> RunReader:
+    """A reader of a manifest's shards; that it has to try again is a test's failure."""
+
+    def again(tried: int, fault: ShardUnreadable) -> None:
+        raise AssertionError(f"try {tried}: {fault}")
+
+    return RunReader({shard.number: shard for shard in manifest.shards}, columns.roles, again)
+
+
+def read_unit(manifest: Manifest, columns: Columns, unit: Unit) -> pa.Table:
+    table = reader_of(manifest, columns).read(unit)
+    assert isinstance(table, pa.Table)
+    return table

@@ -25,8 +25,8 @@ class Note:
     """What a process says: its kind and whatever belongs to it.
 
     `begin` engine, node · `ready` engine, facts (a dict) · `failed` engine, reason ·
-    `died` engine, reason · `alive` engine, rows it has answered · `user` a mistake of the user ·
-    `fail` why nobody can go on · `unread` unit, kind, message · `say` a line
+    `died` engine, reason · `alive` engine, rows it has answered · `preparing` (a sign of life) ·
+    `user` a mistake of the user · `fail` why nobody can go on · `unread` unit, kind, message · `say` a line
     """
 
     kind: str

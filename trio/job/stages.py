@@ -195,18 +195,25 @@ def read(run: Run, columns: Columns, desk: Desk) -> Iterator[pa.Table]:
             found = reader.read(unit)
             if isinstance(found, Unread):
                 desk.note("unread", unit, found.kind, found.message)
-                found = _errors(unit, found, columns)
+                found = _errors(unit, columns, found)
             yield Block(unit, path, found).pack()
         reader.close()
 
 
-def _errors(unit: Unit, unread: Unread, columns: Columns) -> pa.Table:
-    """As many rows as the unit has, each with the error; ids that stand in the shard are not
-    known."""
-    count = unit.stop - unit.start
-    row = {"kind": unread.kind, "message": unread.message}
-    table = pa.table({"prepared": pa.array([row] * count, PREPARED)})
-    return table.append_column("id", pa.nulls(count)) if columns.id else table
+def _errors(unit: Unit, columns: Columns, unread: Unread) -> pa.Table:
+    """As many rows as the unit has, each with the error.
+
+    Their ids and prompts are unknown where the data set brings some: a null is no made-up id, and
+    an empty prompt is not the default one.
+    """
+    rows = unit.stop - unit.start
+    error = {"kind": unread.kind, "message": unread.message}
+    table = {"prepared": pa.array([error] * rows, PREPARED)}
+    if columns.id is not None:
+        table["id"] = pa.nulls(rows)
+    if columns.prompt is not None:
+        table["prompt"] = pa.array([""] * rows)
+    return pa.table(table)
 
 
 def _wait_and_look(run: Run, desk: Desk, tried: int, fault: ShardUnreadable) -> None:

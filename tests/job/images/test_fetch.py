@@ -10,10 +10,11 @@ import pytest
 
 from tests.job.servers import IMAGE, Handler, serving
 from trio.errors import UserError
-from trio.job.image_process import ImageProcess
 from trio.job.images import fetch as files
 from trio.job.images import web
+from trio.job.images.image_files import load_images
 from trio.job.images.policy import ImagePolicy, RowError, parse_origin, redact
+from trio.job.images.time_limit import limited
 from trio.job.storage import locate
 
 SECRETS = ("hunter2", "sig=abc", "frag")
@@ -170,25 +171,20 @@ def test_large_and_slow_servers(port: int) -> None:
     assert failure(f"{url}/ok", local(port, max_bytes=50)).kind == "image_oversized"
     assert failure(f"{url}/endless", local(port, max_bytes=1 << 20)).kind == "image_oversized"
     assert failure(f"{url}/silent?sig=abc", local(port, row_timeout=0.3)).kind == "image_timeout"
-    load = ImageProcess()
-    with pytest.raises(RowError) as caught:
-        load(f"{url}/drip", None, local(port, row_timeout=0.6))
+    with pytest.raises(RowError) as caught, limited(0.6):
+        load_images(f"{url}/drip", None, local(port, row_timeout=0.6))
     assert caught.value.kind == "image_timeout"
-    assert load(f"{url}/ok", None, local(port))[0].size == (12, 9)
-    load.close()
 
 
 def test_object_stores(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a process for images, whose memory is limited: Arrow and its client fit into it."""
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION"):
         monkeypatch.setenv(name, "us-east-1")
-    load, policy = ImageProcess(), remote("s3://bucket", max_pixels=1000)
-    assert load("s3://bucket/a/b.png", None, policy)[0].size == (12, 9)
+    policy = remote("s3://bucket", max_pixels=1000)
+    assert load_images("s3://bucket/a/b.png", None, policy)[0].size == (12, 9)
     assert Handler.seen[-1] == "/bucket/a/b.png"
-    assert load("c.png", locate("s3://shards/d"), ImagePolicy())[0].size == (12, 9)
+    assert load_images("c.png", locate("s3://shards/d"), ImagePolicy())[0].size == (12, 9)
     assert Handler.seen[-1] == "/shards/d/c.png"
-    load.close()
 
 
 def test_files_outside_of_shard_and_roots(tmp_path: Path) -> None:

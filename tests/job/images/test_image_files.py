@@ -11,7 +11,6 @@ import pytest
 from PIL import Image
 
 from tests.job.fakes import encoded, png
-from trio.job.image_process import ImageProcess
 from trio.job.images import image_files
 from trio.job.images.image_files import decode, load_images, to_rgb
 from trio.job.images.policy import ImagePolicy, RowError
@@ -200,9 +199,7 @@ def test_formats_that_are_not_taken_are_named(data: bytes, said: str) -> None:
 def test_formats_that_are_taken(kind: str) -> None:
     data = encoded(Image.new("RGB", (32, 32), RED), kind)
     assert np.abs(np.subtract(pixel(data, (9, 9)), RED)).max() <= 4
-    load = ImageProcess()  # whose memory is limited
-    assert load(data, None, POLICY)[0].size == (32, 32)
-    load.close()
+    assert load_images([data], None, POLICY)[0].size == (32, 32)
 
 
 def test_a_format_that_pillow_may_lack(monkeypatch: pytest.MonkeyPatch) -> None:

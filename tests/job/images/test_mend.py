@@ -13,7 +13,6 @@ import pytest
 from PIL import Image
 
 from tests.job.fakes import encoded, png
-from trio.job.image_process import ImageProcess
 from trio.job.images import mend
 from trio.job.images.image_files import NOTE, decode, load_images, note_of
 from trio.job.images.policy import ImagePolicy, RowError
@@ -210,16 +209,13 @@ def test_a_png_without_its_end_chunk_says_so() -> None:
         decode(PNG[:-40], POLICY)
 
 
-def test_notes_name_their_image_and_come_through_the_process() -> None:
+def test_notes_name_their_image() -> None:
     whole, cut = png(), encoded(PHOTO, "JPEG")[:-2]
-    load = ImageProcess()
-    for loader in (load, load_images):
-        assert note_of(loader(whole, None, POLICY)) is None
-        assert note_of(loader(cut, None, POLICY)) == mend.NO_END
-        assert note_of(loader([whole, cut, cut], None, POLICY)) == (
-            f"image 2 of 3: {mend.NO_END}; image 3 of 3: {mend.NO_END}"
-        )
-    load.close()
+    assert note_of(load_images(whole, None, POLICY)) is None
+    assert note_of(load_images(cut, None, POLICY)) == mend.NO_END
+    assert note_of(load_images([whole, cut, cut], None, POLICY)) == (
+        f"image 2 of 3: {mend.NO_END}; image 3 of 3: {mend.NO_END}"
+    )
 
 
 def test_text_in_a_file_is_no_note() -> None:

@@ -7,14 +7,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.job.fakes import ID_TYPES, id_values, write_shard
+from tests.job.fakes import ID_TYPES, id_values, read_unit, write_shard
 from trio.engine.request import Sampling
 from trio.errors import UserError
 from trio.job.images.policy import ImagePolicy
 from trio.job.input.columns import resolve
 from trio.job.input.ids import IdReport, scan
 from trio.job.input.manifest import Manifest, inspect
-from trio.job.input.reader import UnitReader
 from trio.job.input.units import Unit
 from trio.job.output.output_rows import RowSettings, identify, sources
 from trio.job.output.schema import build_table
@@ -47,7 +46,7 @@ def test_ids_of_every_type_are_counted_and_reach_the_output(
     columns = resolve(schemas, ["0"], {}, prompt_given=True)
     assert columns.id_type == kind
     unit = Unit(0, 0, 6)
-    read = sources(UnitReader(columns).read(manifest.shards[0], unit), unit, "0")
+    read = sources(read_unit(manifest, columns, unit), unit, "0")
     for source in read:
         identify(source, SETTINGS)
     rows = [{"row": source.key, "id": source.id} for source in read]

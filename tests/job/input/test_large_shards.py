@@ -5,9 +5,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from tests.job.fakes import reader_of
 from trio.job.input.columns import resolve
 from trio.job.input.manifest import inspect
-from trio.job.input.reader import UnitReader
 from trio.job.input.units import unit_rows, units
 
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
@@ -17,11 +17,10 @@ def sizes(path: Path, rows_per_unit: int | None = None) -> list[int]:
     """Bytes of the first image of each unit, every row of the shard having been read."""
     manifest, schemas = inspect([str(path)])
     columns = resolve(schemas, [str(path)], {}, prompt_given=True)
-    reader, out, rows = UnitReader(columns), [], 0
-    wanted = units(manifest, rows_per_unit or unit_rows(manifest, actors=1))
-    for turn, unit in enumerate(wanted):
-        table = reader.read(manifest.shards[0], unit, turn)
-        assert table.num_rows == unit.stop - unit.start
+    reader, out, rows = reader_of(manifest, columns), [], 0
+    for unit in units(manifest, rows_per_unit or unit_rows(manifest, actors=1)):
+        table = reader.read(unit)
+        assert isinstance(table, pa.Table) and table.num_rows == unit.stop - unit.start
         rows += table.num_rows
         out.append(len(table.column("image")[0].as_py()[0]["bytes"]))
     assert rows == manifest.rows

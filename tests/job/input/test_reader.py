@@ -1,6 +1,5 @@
-"""Units out of shards: the right rows, the right columns, bytes untouched."""
+"""Units out of shards: the right rows, the right columns, bytes untouched, and what goes wrong."""
 
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +7,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.job.fakes import write_shard
+from tests.job.fakes import read_unit, reader_of, write_shard
 from trio.job.input import reader
 from trio.job.input.columns import Columns, resolve
 from trio.job.input.manifest import Manifest, inspect
-from trio.job.input.reader import ShardChanged, ShardGone, ShardUnreadable, UnitReader
+from trio.job.input.reader import TRIES, RunReader, ShardGone, ShardUnreadable, Unread
 from trio.job.input.units import Unit, units
 
 SCHEMA = pa.schema(
@@ -58,9 +57,10 @@ def test_units_hold_their_rows_and_groups_are_read_once(
 ) -> None:
     manifest, columns = shard(tmp_path, 310, row_group)
     seen: list[int] = []
-    reader = UnitReader(columns)
-    for turn, unit in enumerate(units(manifest, size)):
-        table = reader.read(manifest.shards[0], unit, turn)
+    reader = reader_of(manifest, columns)
+    for unit in units(manifest, size):
+        table = reader.read(unit)
+        assert isinstance(table, pa.Table)
         keys = table.column("id").to_pylist()
         assert keys == list(range(unit.start, unit.stop))
         assert table.column("image").to_pylist() == [row(k)["jpg"] for k in keys]
@@ -78,35 +78,24 @@ def test_one_column_may_serve_as_image_and_id(tmp_path: Path) -> None:
     manifest, schemas = inspect([str(tmp_path)])
     mapping = {"id": "path", "image": "path", "prompt": "text", "answers": "text"}
     columns = resolve(schemas, ["a"], mapping, prompt_given=False)
-    table = UnitReader(columns).read(manifest.shards[0], Unit(0, 0, 4))
+    table = read_unit(manifest, columns, Unit(0, 0, 4))
     assert table.column("image").to_pylist() == [f"{i}.png" for i in range(4)]
     assert table.column("id") == table.column("image")
     assert table.column("prompt").to_pylist() == [f"t{i}" for i in range(4)]
     assert table.column("answers") == table.column("prompt")
 
 
-def test_gaps_and_steps_back(tmp_path: Path, groups_read: list[int]) -> None:
+def test_gaps_steps_back_and_other_shards(tmp_path: Path, groups_read: list[int]) -> None:
+    for name in "ab":
+        write_shard(tmp_path / f"{name}.parquet", [row(i) for i in range(100)], SCHEMA, 10)
     manifest, columns = shard(tmp_path, 100, 10)
-    reader = UnitReader(columns)
-    for start, stop in [(25, 31), (33, 36), (80, 90), (36, 40), (2, 5), (0, 1)]:
-        table = reader.read(manifest.shards[0], Unit(0, start, stop))
+    reader = reader_of(manifest, columns)
+    wanted = [(25, 31), (33, 36), (80, 90), (36, 40), (2, 5), (0, 1)]
+    for number, (start, stop) in [(n, each) for n in (0, 1) for each in wanted]:
+        table = reader.read(Unit(number, start, stop))
+        assert isinstance(table, pa.Table)
         assert table.column("id").to_pylist() == list(range(start, stop))
-    assert groups_read == [2, 3, 8, 0, 0]
-
-
-def test_threads_read_in_the_order_of_their_turns(tmp_path: Path, groups_read: list[int]) -> None:
-    manifest, columns = shard(tmp_path, 400, 100)
-    wanted = list(units(manifest, 10))
-    reader = UnitReader(columns)
-
-    def read(turn: int) -> list[int]:
-        table = reader.read(manifest.shards[0], wanted[turn], turn)
-        return list(table.column("id").to_pylist())
-
-    with ThreadPoolExecutor(len(wanted)) as pool:
-        tables = list(pool.map(read, reversed(range(len(wanted)))))
-    assert [key for keys in reversed(tables) for key in keys] == list(range(400))
-    assert groups_read == [0, 1, 2, 3]
+    assert groups_read == [2, 3, 8, 3, 0, 0] * 2
 
 
 def test_a_large_row_group_is_not_held_whole(tmp_path: Path) -> None:
@@ -122,9 +111,10 @@ def test_a_large_row_group_is_not_held_whole(tmp_path: Path) -> None:
     )
     manifest, schemas = inspect([str(tmp_path)])
     columns = resolve(schemas, ["a"], {}, prompt_given=False)
-    reader, before = UnitReader(columns), pa.total_allocated_bytes()
+    reader, before = reader_of(manifest, columns), pa.total_allocated_bytes()
     for start in range(0, 32, 4):
-        table = reader.read(manifest.shards[0], Unit(0, start, start + 4))
+        table = reader.read(Unit(0, start, start + 4))
+        assert isinstance(table, pa.Table)
         assert table.column("image")[0].as_py() == bytes([start]) * (1 << 20)
         del table
         assert pa.total_allocated_bytes() - before < 48 << 20
@@ -163,9 +153,10 @@ def test_images_that_compression_makes_small_are_held_a_few_at_a_time(
     manifest, schemas = inspect([str(path)])
     assert manifest.size < 1 << 20
     columns = resolve(schemas, ["a"], {}, prompt_given=False)
-    units_of, before = UnitReader(columns), pa.total_allocated_bytes()
+    units_of, before = reader_of(manifest, columns), pa.total_allocated_bytes()
     for start in range(64):
-        found = units_of.read(manifest.shards[0], Unit(0, start, start + 1))
+        found = units_of.read(Unit(0, start, start + 1))
+        assert isinstance(found, pa.Table)
         used = pa.total_allocated_bytes() - before
         cell = found.column("image")[0].as_py()
         cell = cell[0] if isinstance(cell, list) else cell
@@ -174,17 +165,55 @@ def test_images_that_compression_makes_small_are_held_a_few_at_a_time(
         assert used < 24 << 20
 
 
+class Tried:
+    """A reader that notes the faults after which it tries again."""
+
+    def __init__(self, manifest: Manifest, columns: Columns) -> None:
+        self.faults: list[tuple[int, ShardUnreadable]] = []
+        shards = {each.number: each for each in manifest.shards}
+        self.reader = RunReader(shards, columns.roles, self.again)
+
+    def again(self, tried: int, fault: ShardUnreadable) -> None:
+        self.faults.append((tried, fault))
+
+    def tries(self, unit: Unit) -> tuple[pa.Table | Unread, int]:
+        """The rows or why not, and how often it was tried."""
+        self.faults = []
+        return self.reader.read(unit), len(self.faults) + 1
+
+
 @pytest.mark.parametrize("row_group", [7, 10])
-def test_a_shard_that_changed_or_went_is_noticed(tmp_path: Path, row_group: int) -> None:
+def test_a_shard_that_changed_or_went_is_tried_three_times_and_then_once_a_unit(
+    tmp_path: Path, row_group: int
+) -> None:
     manifest, columns = shard(tmp_path, 20, 10)
     write_shard(tmp_path / "a.parquet", [row(i + 1) for i in range(20)], SCHEMA, row_group)
-    reader = UnitReader(columns)
-    for _ in range(2):
-        with pytest.raises(ShardChanged, match="has changed since"):
-            reader.read(manifest.shards[0], Unit(0, 0, 5))
+    reader = Tried(manifest, columns)
+    for start, tries in ((0, TRIES), (5, 1)):
+        found, tried = reader.tries(Unit(0, start, start + 5))
+        assert isinstance(found, Unread) and (found.kind, tried) == ("shard_changed", tries)
+        assert "a.parquet: the shard has changed since" in found.message
     (tmp_path / "a.parquet").unlink()
-    with pytest.raises(ShardGone, match="is gone since"):
-        reader.read(manifest.shards[0], Unit(0, 0, 5))
+    reader = Tried(manifest, columns)
+    for start, tries in ((0, TRIES), (5, 1)):
+        found, tried = reader.tries(Unit(0, start, start + 5))
+        assert isinstance(found, Unread) and (found.kind, tried) == ("shard_gone", tries)
+        assert all(isinstance(fault, ShardGone) for _, fault in reader.faults)
+
+
+def test_a_shard_that_comes_back_is_read_on(tmp_path: Path) -> None:
+    manifest, columns = shard(tmp_path, 20, 10)
+    path, away = tmp_path / "a.parquet", tmp_path / "away"
+    path.rename(away)
+
+    def back(tried: int, fault: ShardUnreadable) -> None:
+        away.rename(path)
+
+    again = RunReader({0: manifest.shards[0]}, columns.roles, back)
+    for start in (0, 10):
+        found = again.read(Unit(0, start, start + 10))
+        assert isinstance(found, pa.Table)
+        assert found.column("id").to_pylist() == list(range(start, start + 10))
 
 
 def test_a_broken_page_spoils_its_own_row_group_only(tmp_path: Path) -> None:
@@ -195,9 +224,24 @@ def test_a_broken_page_spoils_its_own_row_group_only(tmp_path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[at : at + 60] = b"\xff" * 60
     path.write_bytes(data)
-    reader = UnitReader(columns)
-    for turn in range(2):
-        with pytest.raises(ShardUnreadable, match=r"a\.parquet: "):
-            reader.read(manifest.shards[0], Unit(0, 0, 10), turn)
-    table = reader.read(manifest.shards[0], Unit(0, 10, 20), 2)
-    assert table.column("id").to_pylist() == list(range(10, 20))
+    reader = Tried(manifest, columns)
+    for start in (0, 5):
+        found, tried = reader.tries(Unit(0, start, start + 5))
+        assert isinstance(found, Unread) and (found.kind, tried) == ("shard_unreadable", TRIES)
+        assert found.message.startswith(f"{path}: ") and "\n" not in found.message
+    found, tried = reader.tries(Unit(0, 10, 20))
+    assert isinstance(found, pa.Table) and tried == 1
+    assert found.column("id").to_pylist() == list(range(10, 20))
+
+
+def test_what_is_no_fault_of_a_shard_is_raised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest, columns = shard(tmp_path, 20, 10)
+
+    def broken(*args: Any) -> Any:
+        raise TypeError("a mistake of this package")
+
+    monkeypatch.setattr(reader, "group_of", broken)
+    with pytest.raises(TypeError, match="a mistake"):
+        reader_of(manifest, columns).read(Unit(0, 0, 5))

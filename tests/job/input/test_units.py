@@ -2,8 +2,11 @@
 
 import tracemalloc
 from collections.abc import Sequence
+from itertools import pairwise
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from trio.job.input.manifest import Manifest, Shard
 from trio.job.input.units import Unit, group_of, runs, unit_rows, units
@@ -52,30 +55,41 @@ def test_unit_size_follows_input_actors_and_bytes() -> None:
     assert unit_rows(manifest([10], row_bytes=1 << 30), actors=1) == 1
 
 
-def test_runs_hold_each_unit_once_and_stay_in_a_shard() -> None:
-    plan = manifest([50] * 4, [30], row_bytes=1 << 20)
-    todo = list(units(plan, 10))
-    parts = runs(plan, todo, parallel=8)
-    assert [unit for part in parts for unit in part] == todo
-    assert all(len({u.shard for u in part}) == 1 for part in parts)
+GROUPS = st.lists(st.lists(st.integers(0, 60), max_size=5), min_size=1, max_size=6)
 
 
-def test_runs_are_cut_where_row_groups_begin() -> None:
-    plan = manifest([50] * 4, row_bytes=1 << 20)
-    starts = [part[0].start for part in runs(plan, list(units(plan, 10)), parallel=100)]
+@given(GROUPS, st.integers(1, 25), st.integers(1, 40), st.data())
+def test_runs_hold_each_unit_once_and_no_row_group_is_read_by_two(
+    groups: list[list[int]], size: int, parallel: int, data: st.DataObject
+) -> None:
+    plan = manifest(*groups, row_bytes=1 << 20)
+    every = list(units(plan, size))
+    todo = sorted(data.draw(st.sets(st.sampled_from(every)))) if every else []
+    parts = runs(plan, todo, parallel)
+    assert [unit for part in parts for unit in part] == todo and all(parts)
+    for one, next_one in pairwise(parts):
+        last, first = one[-1], next_one[0]
+        if last.shard == first.shard:
+            held = plan.shards[last.shard].row_groups
+            assert group_of(held, last.stop - 1) != group_of(held, first.start)
+
+
+def test_runs_are_about_as_many_as_asked_for() -> None:
+    """Over several small shards, within one large one; none below or far above the limits."""
+    small = manifest(*[[5]] * 40, row_bytes=1 << 20)
+    assert [len(part) for part in runs(small, list(units(small, 5)), parallel=10)] == [4] * 10
+    assert [len(part) for part in runs(small, list(units(small, 5)), parallel=99)] == [2] * 20
+    large = manifest([50] * 4, row_bytes=1 << 20)
+    starts = [part[0].start for part in runs(large, list(units(large, 10)), parallel=100)]
     assert starts == [0, 50, 100, 150]
+    assert len(runs(large, list(units(large, 10)), parallel=1)) == 1
+    heavy = manifest([50] * 40, row_bytes=1 << 20)
+    assert len(runs(heavy, list(units(heavy, 10)), parallel=1)) == 7
 
 
 def test_small_inputs_are_one_run() -> None:
     plan = manifest([50] * 4, row_bytes=1000)
     assert len(runs(plan, list(units(plan, 10)), parallel=100)) == 1
-
-
-def test_done_units_are_in_no_run() -> None:
-    plan = manifest([10, 10], [10], row_bytes=1 << 20)
-    todo = [u for u in units(plan, 5) if u.start == 5]
-    assert [u for part in runs(plan, todo, parallel=1) for u in part] == todo
-    assert runs(plan, [], parallel=4) == []
 
 
 def test_group_of() -> None:

@@ -11,17 +11,24 @@ import pyarrow.types as pt
 import pytest
 from PIL import Image
 
-from tests.job.fakes import encoded, png
-from trio.engine.request import Result, Sampling
+from tests.job.fakes import encoded, png, read_unit
+from trio.engine.request import Request, Result, Sampling
 from trio.job.images.image_files import load_images
 from trio.job.images.policy import ImagePolicy, RowError
 from trio.job.input.columns import resolve
 from trio.job.input.manifest import inspect
-from trio.job.input.reader import UnitReader
 from trio.job.input.units import Unit
-from trio.job.output.output_rows import RowSettings, answers_of, output_row, request_of, sources
+from trio.job.output.output_rows import (
+    RowSettings,
+    Source,
+    answers_of,
+    note_images,
+    output_row,
+    request_of,
+    sources,
+)
 from trio.job.output.schema import build_table, row_key, rows_schema, split_key
-from trio.job.storage import parent
+from trio.job.storage import Location, parent
 
 UNIT = Unit(2, 10, 11)
 
@@ -37,24 +44,31 @@ def settings(**changes: Any) -> RowSettings:
     return RowSettings(**values | changes)
 
 
-def source(**cells: Any) -> Any:
+def source(**cells: Any) -> Source:
     table = pa.table({name: pa.array([value]) for name, value in cells.items()})
     return sources(table, UNIT, "/data/x.parquet")[0]
 
 
+def asked(row: Source, base: RowSettings, shards: Location | None = None) -> Request:
+    """The request of a row whose images are loaded first, as in the job."""
+    images = load_images(row.cell("image"), shards, base.policy)
+    note_images(row, images)
+    return request_of(row, images, base)
+
+
 def test_a_row_becomes_a_request() -> None:
     row = source(image=png(), prompt="what?", id=7)
-    request = request_of(row, None, settings(), load_images)
+    request = asked(row, settings())
     assert request.prompt == "what?" and request.images[0].size == (12, 9)
     assert (row.key, row.id, row.prompt, row.size) == (row_key(2, 10), 7, "what?", (12, 9))
 
 
 def test_what_a_row_leaves_out() -> None:
     row = source(image=png())
-    assert request_of(row, None, settings(prompt="Describe."), load_images).prompt == "Describe."
+    assert asked(row, settings(prompt="Describe.")).prompt == "Describe."
     assert row.id == "x.parquet#10"
     null = source(image=png(), prompt=pa.scalar(None, pa.string()), id=pa.scalar(None, pa.int64()))
-    assert request_of(null, None, settings(prompt="Describe."), load_images).prompt == "Describe."
+    assert asked(null, settings(prompt="Describe.")).prompt == "Describe."
     assert null.id is None
 
 
@@ -63,13 +77,12 @@ def test_what_a_row_leaves_out() -> None:
     [
         ({"image": png(), "prompt": pa.scalar(None, pa.string())}, "prompt_missing"),
         ({"image": png(), "prompt": "  "}, "prompt_missing"),
-        ({"image": b"", "prompt": "x"}, "image_empty"),
     ],
 )
 def test_rows_that_cannot_be_asked(cells: dict[str, Any], kind: str) -> None:
     row = source(id="mine", **cells)
     with pytest.raises(RowError) as caught:
-        request_of(row, None, settings(), load_images)
+        request_of(row, [], settings())
     assert caught.value.kind == kind and row.id == "mine"
 
 
@@ -81,7 +94,7 @@ def test_text_that_is_not_utf8(role: str) -> None:
     cells = {"image": pa.array([png()]), "prompt": pa.array(["x"]), role: bad}
     row = sources(pa.table(cells), UNIT, "x")[0]
     with pytest.raises(RowError, match=f"{role}_invalid: the text is not UTF-8"):
-        request_of(row, None, settings(), load_images)
+        asked(row, settings())
 
 
 def test_each_row_samples_from_its_own_stream() -> None:
@@ -90,7 +103,7 @@ def test_each_row_samples_from_its_own_stream() -> None:
     read = sources(table, Unit(0, 0, 3), "x")
 
     def seeds(base: RowSettings) -> list[int | None]:
-        requests = [request_of(row, None, base, load_images) for row in read]
+        requests = [asked(row, base) for row in read]
         return [r.sampling.seed for r in requests if r.sampling is not None]
 
     first = seeds(drawing)
@@ -98,7 +111,7 @@ def test_each_row_samples_from_its_own_stream() -> None:
     assert seeds(settings(sampling=Sampling(temperature=0.7), seed=1)) != first
     assert seeds(settings()) == [None] * 3
     ruled = Sampling(temperature=0.7, min_p=0.1, repetition_penalty=1.1, no_repeat_ngram_size=2)
-    (request, *_) = [request_of(r, None, settings(sampling=ruled), load_images) for r in read]
+    (request, *_) = [asked(r, settings(sampling=ruled)) for r in read]
     assert request.sampling == replace(ruled, seed=first[0])
 
 
@@ -165,12 +178,12 @@ def test_answers_of_every_type_that_planning_lets_through(
 def test_answers_that_are_not_utf8_end_their_row() -> None:
     row = source(image=png(), prompt="x", answers=b"\xff")
     with pytest.raises(RowError, match="answers_invalid: the text is not UTF-8"):
-        request_of(row, None, settings(), load_images)
+        asked(row, settings())
 
 
 def test_a_mended_image_leaves_a_note() -> None:
     row = source(image=encoded(Image.new("RGB", (9, 9)), "JPEG")[:-2], prompt="x")
-    request_of(row, None, settings(), load_images)
+    asked(row, settings())
     result = Result(id=None, response="", finish_reason="stop")
     written = output_row(row, result, actor="a", node="n", save_kept=False)
     (got,) = build_table([written], rows_schema(pa.string(), run_id="r")).to_pylist()
@@ -208,16 +221,16 @@ def test_images_in_dictionaries_from_a_parquet_file(kind: pa.DataType, tmp_path:
     manifest, schemas = inspect([str(path)])
     columns = resolve(schemas, [str(path)], {}, prompt_given=False)
     unit = Unit(0, 100, 300)
-    read = sources(UnitReader(columns).read(manifest.shards[0], unit), unit, str(path))
+    read = sources(read_unit(manifest, columns, unit), unit, str(path))
     for row in (read[0], read[28], read[-1]):
-        request = request_of(row, parent(str(path)), settings(), load_images)
+        request = asked(row, settings(), parent(str(path)))
         red = 0 if items[0] == "a.png" else split_key(row.key)[1] % 3
         assert request.images[0].getpixel((0, 0)) == (red, 0, 0)
 
 
 def test_output_rows_fit_the_schema() -> None:
     row = source(image=png(), prompt="what?", id=7)
-    request_of(row, None, settings(), load_images)
+    asked(row, settings())
     result = Result(
         id=None, response="", logprobs=[-1.0, -3.0], finish_reason="length", retention=0.5,
         prefill_flops=1.6e9, kept_tokens=[[1, 2]], visual_tokens_stages=[2],

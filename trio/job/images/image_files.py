@@ -2,8 +2,7 @@
 
 INPUT bytes, a struct of ``bytes`` and ``path``, a path or URI, base64 or a ``data:`` URL, or a
 list of these; OUTPUT a list of PIL images in RGB, upright, first frame, transparency over white,
-each with ``NOTE`` in its ``info`` where its file had to be mended. Thread-safe, no torch. A job
-does this in processes of its own (``image_process``).
+each with ``NOTE`` in its ``info`` where its file had to be mended. Thread-safe, no torch.
 """
 
 from __future__ import annotations
@@ -317,7 +316,7 @@ def _from_deep(image: Image.Image) -> Image.Image:
 
     Integers up to 255 are taken as they are, larger ones as 16 bit; floats up to 1 as fractions.
     """
-    import numpy as np  # a third of what a process for images would load
+    import numpy as np  # needed by few images
 
     values = np.asarray(image).astype(np.float64)
     values = np.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
