@@ -125,12 +125,12 @@ def trial(arena: Arena, tmp_path: Path) -> Callable[..., Trial]:
 
 
 def trials(arena: Arena, tmp_path: Path) -> Callable[..., Trial]:
-    """What makes a job's input and what watches it; ``prompts`` as in ``write_input``."""
+    """What makes a job's input and what watches it; ``begins`` as in ``write_input``."""
 
-    def make(*flags: str, output: str | None = None, refill: bool = True, **prompts: str) -> Trial:
+    def make(*flags: str, output: str | None = None, refill: bool = True, **begins: str | int) -> Trial:
         if refill:
             arena.refill()
-        expected = write_input(tmp_path / "in", prompts)
+        expected = write_input(tmp_path / "in", begins)
         return Trial(
             address=arena.address,
             folder=tmp_path,
