@@ -257,7 +257,7 @@ class Trial:
             What the trial cost: drivers, engines, rows answered more than once.
         """
         errors = errors or {}
-        rows, stats, summary = self._rows(), self._table("stats"), self._summary()
+        rows, stats, summary = self._rows(), self.stats(), self._summary()
         ids = [row["id"] for row in rows]
         assert sorted(ids) == list(range(len(self.expected))), _differences(ids, self.expected)
         assert len({row["row"] for row in rows}) == len(rows)
@@ -283,6 +283,10 @@ class Trial:
             "rows": len(rows),
             "answered_again": extra,
         }
+
+    def stats(self) -> pa.Table:
+        """A row for each file."""
+        return self._table("stats")
 
     def _rows(self) -> list[dict[str, Any]]:
         table = self._table("rows")

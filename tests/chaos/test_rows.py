@@ -7,7 +7,15 @@ from pathlib import Path
 import pytest
 
 from tests.chaos.conftest import Arena, started, trials
-from tests.chaos.engine import EAT_BYTES, EAT_ONCE, HANG_ONCE, POISON
+from tests.chaos.engine import (
+    BLOCKS,
+    EAT_BYTES,
+    EAT_ONCE,
+    HANG_ONCE,
+    KILLS,
+    POISON,
+    SLEEPS,
+)
 from tests.chaos.harness import Trial, report, seeds
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(900)]
@@ -36,6 +44,23 @@ def test_poison_and_a_killed_driver(trial: Callable[..., Trial], seed: int) -> N
     driver.wait()
     job.finish()
     report("poison_driver", seed, job.check(errors={row: "quarantined"}))
+
+
+def test_poison_in_two_stages(trial: Callable[..., Trial]) -> None:
+    """One row kills who prepares it, another who answers it, a third one's image never ends."""
+    job = trial("--row-timeout", "2", r17=KILLS, r100=POISON, r203=SLEEPS)
+    ended = job.run()
+    assert ended.code == 0, ended.said[-4000:]
+    errors = {17: "quarantined", 100: "quarantined", 203: "image_timeout"}
+    report("poison_stages", 0, job.check(errors=errors))
+
+
+def test_a_decoder_that_never_returns(trial: Callable[..., Trial]) -> None:
+    """No alarm reaches it, so its process ends each time; thus it is a row that kills."""
+    job = trial("--row-timeout", "2", r100=BLOCKS)
+    ended = job.run()
+    assert ended.code == 0, ended.said[-4000:]
+    report("decoder_hang", 0, job.check(errors={100: "quarantined"}))
 
 
 def test_a_step_that_never_ends(trial: Callable[..., Trial]) -> None:

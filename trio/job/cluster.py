@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import socket
 import sys
@@ -26,7 +25,7 @@ from trio.job.environment import (
     export_path,
     submitted,
 )
-from trio.job.placement import Node, Placement, describe, place
+from trio.job.placement import Node, Placement, describe, place, spare_cpus
 from trio.job.settings import AUTO, LOCAL, Settings
 
 LOCAL_CPUS = 4
@@ -269,7 +268,7 @@ def prepare_tasks(
     asked, engines = config.cluster.prepare_cpus, placement.actors
     if config.cluster.threads is not None:
         asked = config.cluster.threads * engines
-    free = math.floor(sum(node.cpus for node in there) - placement.fit * placement.need.cpus + 1e-6)
+    free = spare_cpus(there, placement.need, placement.fit)
     if asked is None:
         most = free if placement.need.gpus else min(free, 2 * engines)
         return (most, 1.0) if most > 0 else (engines, 0.0)

@@ -117,6 +117,23 @@ def place(
     )
 
 
+def spare_cpus(nodes: Sequence[Node], need: Need, engines: int) -> int:
+    """Whole CPUs that so many engines leave, each CPU on one node, where they are spread evenly."""
+    slots = [need.fits_on(node) for node in nodes]
+    left = min(engines, sum(slots))
+    most = _most(slots, left)
+    held = [min(most - 1, room) for room in slots]
+    left -= sum(held)
+    for at, room in enumerate(slots):
+        if left and held[at] < room:
+            held[at] += 1
+            left -= 1
+    return sum(
+        math.floor(node.cpus - count * need.cpus + SLACK)
+        for node, count in zip(nodes, held, strict=True)
+    )
+
+
 def _most(slots: Sequence[int], engines: int) -> int:
     """Most engines on one node when each next one goes where the fewest are and one more fits."""
     most = 1

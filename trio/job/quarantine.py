@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from trio.errors import JobFailed
 from trio.job.input.units import Unit
 from trio.job.output.totals import Totals
 from trio.tables import counted
@@ -18,7 +19,7 @@ from trio.tables import counted
 ROW_LOSSES = 2
 # of a row that was alone, from which on it is an error
 LONG_AGAIN = 3
-# most passes over long runs that follow each other
+# most disturbed passes of a kind that follow each other
 Kind = Literal["long", "alone", "rows"]
 Row = tuple[dict[str, Any], Totals]
 # an output row, and what it adds up to
@@ -52,6 +53,8 @@ class Attempts:
         self._kind: Kind = "long"
         self._number = 0
         self._repeated = 0
+        self._gained = False
+        # whether the pass has brought anything
         self._rows: dict[Unit, dict[Unit, Row]] = {}
         # by unit, then by the unit of the single row
         self._alone: Counter[Unit] = Counter()
@@ -71,11 +74,13 @@ class Attempts:
         return PassPlan(number=self._number, kind=self._kind, units=units, why=self._why(units))
 
     def committed(self, unit: Unit) -> None:
+        self._gained = True
         self._open.pop(unit, None)
         self._rows.pop(unit, None)
 
     def answered(self, row: Unit, said: Row) -> None:
         """A single row has its answer or its error."""
+        self._gained = True
         for unit, rows in self._rows.items():
             if unit.shard == row.shard and unit.start <= row.start < unit.stop:
                 rows[row] = said
@@ -84,11 +89,20 @@ class Attempts:
         """A pass is over; returns rows that are to be given up, as units of a single row.
 
         disturbed: a node or the pass itself was lost: what is missing says nothing of the rows.
+
+        Raises:
+            JobFailed: one disturbed pass after another, and none of them brought anything.
         """
         again = disturbed or (self._kind == "long" and len(self._open) > self._many)
         self._repeated = self._repeated + 1 if again else 0
         self._number += 1
-        if again and self._repeated < LONG_AGAIN:
+        gained, self._gained = self._gained, False
+        if again and self._kind == "rows" and self._repeated >= LONG_AGAIN and not gained:
+            raise JobFailed(
+                f"{self._repeated} passes in a row lost nodes or were cut short, and the last one"
+                " did nothing; the same command with the same --output goes on"
+            )
+        if again and (self._kind == "rows" or self._repeated < LONG_AGAIN):
             return []
         self._repeated = 0
         if self._kind == "rows":
