@@ -86,6 +86,7 @@ def started(*, nodes: int = NODES, **variables: str) -> Iterator[Arena]:
         "RAY_TMPDIR": room,
         "RAY_AUTH_MODE": "disabled",
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_worker_niceness": "0",  # as in a Ray of the job's own; else workers starve on few CPUs
         "SPT_NOENV": "1",  # Ray's workers rename themselves; their environment stays readable
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "jobs")]),
         **CREDENTIALS,

@@ -51,7 +51,12 @@ def seeds(count: int | None = None) -> list[int]:
 
 
 def write_input(
-    folder: Path, begins: Mapping[str, str | int], *, shards: int = 4, rows: int = 60
+    folder: Path,
+    begins: Mapping[str, str | int],
+    *,
+    shards: int = 4,
+    rows: int = 60,
+    padding: int = 0,
 ) -> list[str]:
     """Shards of small images; returns each row's answer in order of its id.
 
@@ -61,6 +66,7 @@ def write_input(
             of its image than 0.
         shards: how many files.
         rows: of each file.
+        padding: bytes of nothing behind each image.
     """
     expected = []
     for shard in range(shards):
@@ -70,7 +76,8 @@ def write_input(
             odd = begins.get(f"r{number}", 0)
             begin, blue = ("row", odd) if isinstance(odd, int) else (odd, 0)
             colour = (index, shard, blue)
-            entries.append({"id": number, "image": png(colour), "prompt": f"{begin} {number}"})
+            image = png(colour) + os.urandom(padding)
+            entries.append({"id": number, "image": image, "prompt": f"{begin} {number}"})
             expected.append(f"{begin} {number} [{colour}]")
         write_shard(folder / f"{shard}.parquet", entries, SCHEMA, row_group=15)
     return expected

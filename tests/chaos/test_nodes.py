@@ -12,7 +12,7 @@ import pytest
 
 from tests.chaos.conftest import NODE_CPUS, NODES, Arena, started, trials
 from tests.chaos.engine import POISON, UNLUCKY
-from tests.chaos.harness import Trial, report, seeds
+from tests.chaos.harness import Trial, report, seeds, write_input
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(900)]
 WHOLE_NODE = ("--cpus-per-actor", str(NODE_CPUS))
@@ -138,6 +138,7 @@ def test_images_are_decoded_where_there_is_room(tmp_path: Path) -> None:
                 beside = arena.add(num_cpus=4)
             job = trials(arena, tmp_path / case)("--actors", "1", "--gpus-per-actor", "1")
             job.with_options(image_s=0.2, delay_s=0.01)
+            job.expected = write_input(job.folder / "in", {}, padding=1 << 17)
             ended = job.run()
             assert ended.code == 0, ended.said[-4000:]
             cost = job.check()
