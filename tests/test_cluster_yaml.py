@@ -7,7 +7,7 @@ import pytest
 import ray
 import yaml
 
-from trio.job.placement import Node, place, whole_cpus_left
+from trio.job.placement import Node, place, spare_cpus
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -49,7 +49,7 @@ def test_head_and_workers(config: dict[str, Any]) -> None:
     ]
     out = place(nodes, actors=None, gpus_per_actor=None, cpus_per_actor=1.0)
     assert out.actors == gpu["max_workers"] * gpu["resources"]["GPU"] and not out.note
-    assert whole_cpus_left(nodes, out) == sum(node.cpus for node in nodes) - out.actors
+    assert spare_cpus(nodes, out.need, out.fit) == sum(node.cpus for node in nodes) - out.actors
 
 
 def test_one_ray_everywhere(config: dict[str, Any]) -> None:

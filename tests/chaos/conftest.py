@@ -46,14 +46,16 @@ class Arena:
     cluster: Any
     nodes: dict[str, Any] = field(default_factory=dict)
     # ray._private.node.Node of each worker node, by id
+    size: int = NODES
+    # worker nodes at the start of a test
 
     @property
     def address(self) -> str:
         return str(self.cluster.address)
 
-    def add(self) -> str:
-        """One more node; its id."""
-        node = self.cluster.add_node(num_cpus=NODE_CPUS)
+    def add(self, **resources: int) -> str:
+        """One more node, with NODE_CPUS if not said otherwise; its id."""
+        node = self.cluster.add_node(**{"num_cpus": NODE_CPUS, **resources})
         self.nodes[node.node_id] = node
         return str(node.node_id)
 
@@ -70,12 +72,12 @@ class Arena:
     def refill(self) -> None:
         """As many nodes as at the start, and no dead one that Ray still believes in."""
         self.cluster.wait_for_nodes(NOTICED_S)
-        while len(self.nodes) < NODES:
+        while len(self.nodes) < self.size:
             self.add()
 
 
 @contextmanager
-def started(**variables: str) -> Iterator[Arena]:
+def started(*, nodes: int = NODES, **variables: str) -> Iterator[Arena]:
     from ray.cluster_utils import Cluster
 
     room = tempfile.mkdtemp(prefix="chaos-", dir="/tmp")  # sockets want a short path
@@ -84,6 +86,7 @@ def started(**variables: str) -> Iterator[Arena]:
         "RAY_TMPDIR": room,
         "RAY_AUTH_MODE": "disabled",
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_worker_niceness": "0",  # as in a Ray of the job's own; else workers starve on few CPUs
         "SPT_NOENV": "1",  # Ray's workers rename themselves; their environment stays readable
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "jobs")]),
         **CREDENTIALS,
@@ -94,7 +97,7 @@ def started(**variables: str) -> Iterator[Arena]:
         try:
             # No CPU on the head: engines are on nodes that can be killed.
             cluster.add_node(num_cpus=0, include_dashboard=False)
-            arena = Arena(cluster)
+            arena = Arena(cluster, size=nodes)
             arena.refill()
             yield arena
         finally:
@@ -125,12 +128,14 @@ def trial(arena: Arena, tmp_path: Path) -> Callable[..., Trial]:
 
 
 def trials(arena: Arena, tmp_path: Path) -> Callable[..., Trial]:
-    """What makes a job's input and what watches it; ``prompts`` as in ``write_input``."""
+    """What makes a job's input and what watches it; ``begins`` as in ``write_input``."""
 
-    def make(*flags: str, output: str | None = None, refill: bool = True, **prompts: str) -> Trial:
+    def make(
+        *flags: str, output: str | None = None, refill: bool = True, **begins: str | int
+    ) -> Trial:
         if refill:
             arena.refill()
-        expected = write_input(tmp_path / "in", prompts)
+        expected = write_input(tmp_path / "in", begins)
         return Trial(
             address=arena.address,
             folder=tmp_path,

@@ -9,12 +9,16 @@ from functools import partial
 
 import _bootstrap
 
-from tests.chaos.engine import Options, build
+from tests.chaos.engine import Options, build, build_preprocessor
 from trio.job import command, runner
+from trio.job.runner import Makers
 
 JOB = command.Job(name="chaos", description="", package=str(_bootstrap.ROOT / "trio"))
 
 if __name__ == "__main__":
-    factory = partial(build, Options(**json.loads(sys.argv[1])))
-    runner.execute = partial(runner.execute, factory=factory)
+    options = Options(**json.loads(sys.argv[1]))
+    makers = Makers(
+        engine=partial(build, options), preprocessor=partial(build_preprocessor, options)
+    )
+    runner.execute = partial(runner.execute, makers=makers)
     raise SystemExit(command.main(JOB, sys.argv[2:]))

@@ -1,4 +1,5 @@
-"""The stand-in engine of the chaos tests: slow, and with rows that kill, hang or eat memory.
+"""The stand-ins of the chaos tests for engine and preprocessor: slow, and with rows that kill, hang
+or eat memory.
 
 It leaves two kinds of files below a directory of the test's, which outlive its process: who ran an
 engine and where, and each answer it gave. The second tells how much work was done more than once.
@@ -6,14 +7,17 @@ engine and where, and each answer it gave. The second tells how much work was do
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import ray
+from PIL import Image
 
 from tests.job.fakes import FakeEngine
 from trio.engine.request import Result
@@ -25,7 +29,11 @@ POISON = "poison"
 HANG_ONCE, EAT_ONCE = "hang once", "eat once"
 # the first step with such a prompt never ends, or takes memory until somebody ends it
 EAT_BYTES = 6 << 30
-ENGINES, ANSWERS, ONCE = "engines", "answers", "once"
+UNLUCKY = "unlucky"
+# kills the process that answers it twice, hangs twice, and is answered at the fifth try
+ENGINES, ANSWERS, ONCE, HANGS = "engines", "answers", "once", "hangs"
+KILLS, SLEEPS, BLOCKS = 255, 254, 253
+# blue of images at which the preprocessor kills its process, sleeps, or blocks it for ever
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,11 +49,13 @@ class Options:
     # late rows first
     start: str = ""
     # "raise", "exit" or "user": how it fails to start
+    image_s: float = 0.0
+    # that an image takes to be preprocessed
 
 
 def build(options: Options, settings: EngineSettings) -> ChaosEngine:
     """The factory, with its options bound."""
-    _leave(options, ENGINES, {"pid": os.getpid(), "node": ray.get_runtime_context().get_node_id()})
+    _leave(options, ENGINES, _process())
     if options.start == "raise":
         raise RuntimeError("no weights on this node")
     if options.start == "user":
@@ -86,6 +96,13 @@ class ChaosEngine(FakeEngine):
                 held.append(bytearray(b"\1") * (1 << 26))
                 time.sleep(0.02)
             time.sleep(30)  # for the monitor, which looks now and then
+        elif said.startswith(UNLUCKY):
+            tried = next(n for n in range(1, 6) if self._first(f"{UNLUCKY} {n}"))
+            if tried <= 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+            elif tried <= 4:
+                _leave(self._options, HANGS, _process())
+                time.sleep(3600)
 
     def _first(self, name: str) -> bool:
         """Whether no engine of this test has come here before."""
@@ -96,6 +113,37 @@ class ChaosEngine(FakeEngine):
         except FileExistsError:
             return False
         return True
+
+
+@dataclass(frozen=True, slots=True)
+class ChaosPreprocessor:
+    """Hands decoded images on as they are."""
+
+    options: Options
+    cut = True
+    # as the model's where it can be stopped at uint8 pixels
+
+    def process(self, images: Sequence[Image.Image]) -> Sequence[Image.Image]:
+        for image in images:
+            _, _, blue = image.getpixel((0, 0))
+            if blue == KILLS:
+                os.kill(os.getpid(), signal.SIGKILL)
+            elif blue == SLEEPS:
+                time.sleep(3600)
+            elif blue == BLOCKS:  # as a decoder in C does that never returns
+                signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+                ctypes.PyDLL(None).sleep(3600)
+            time.sleep(self.options.image_s)
+        return images
+
+
+def build_preprocessor(options: Options, settings: EngineSettings) -> ChaosPreprocessor:
+    """The factory, with its options bound."""
+    return ChaosPreprocessor(options)
+
+
+def _process() -> dict[str, object]:
+    return {"pid": os.getpid(), "node": ray.get_runtime_context().get_node_id()}
 
 
 def _leave(options: Options, kind: str, content: dict[str, object]) -> None:

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs as pafs
 
-from tests.chaos.engine import ANSWERS, ENGINES, Options
+from tests.chaos.engine import ANSWERS, ENGINES, HANGS, Options
 from tests.job.fakes import png, write_shard
 from trio.job.input.units import Unit
 from trio.job.storage import locate
@@ -38,6 +38,8 @@ SCHEMA = pa.schema([("id", pa.int32()), ("image", pa.binary()), ("prompt", pa.st
 EXPECTED = re.compile(
     r"^ray::IDLE|^ray::\w+Agent$|raylet|gcs_server|ray/dashboard|ray/_private|ray/autoscaler"
     r"|default_worker\.py|setup_worker\.py|s3_server\.py"
+    # three actors that Ray Data leaves on a cluster, for all jobs to come
+    r"|^ray::(_StatsActor|ActorLocationTracker|_AutoscalingCoordinatorActor)\b"
 )
 
 
@@ -49,26 +51,34 @@ def seeds(count: int | None = None) -> list[int]:
 
 
 def write_input(
-    folder: Path, prompts: Mapping[str, str], *, shards: int = 4, rows: int = 60
+    folder: Path,
+    begins: Mapping[str, str | int],
+    *,
+    shards: int = 4,
+    rows: int = 60,
+    padding: int = 0,
 ) -> list[str]:
     """Shards of small images; returns each row's answer in order of its id.
 
     Args:
         folder: gets the shards.
-        prompts: for the row ``r<id>`` another beginning of its prompt than "row".
+        begins: for the row ``r<id>`` another beginning of its prompt than "row", or another blue
+            of its image than 0.
         shards: how many files.
         rows: of each file.
+        padding: bytes of nothing behind each image.
     """
     expected = []
     for shard in range(shards):
         entries = []
         for index in range(rows):
             number = shard * rows + index
-            begin = prompts.get(f"r{number}", "row")
-            entries.append(
-                {"id": number, "image": png((index, shard, 0)), "prompt": f"{begin} {number}"}
-            )
-            expected.append(f"{begin} {number} [({index}, {shard}, 0)]")
+            odd = begins.get(f"r{number}", 0)
+            begin, blue = ("row", odd) if isinstance(odd, int) else (odd, 0)
+            colour = (index, shard, blue)
+            image = png(colour) + os.urandom(padding)
+            entries.append({"id": number, "image": image, "prompt": f"{begin} {number}"})
+            expected.append(f"{begin} {number} [{colour}]")
         write_shard(folder / f"{shard}.parquet", entries, SCHEMA, row_group=15)
     return expected
 
@@ -200,7 +210,14 @@ class Trial:
 
     def engines(self) -> list[EngineMark]:
         """Every process that has had an engine, in the order of their starts."""
-        paths = sorted((self.folder / "side" / ENGINES).glob("[!.]*.json"))
+        return self._marks(ENGINES)
+
+    def hangs(self) -> list[EngineMark]:
+        """Those of them that have come to a step that never ends, in that order."""
+        return self._marks(HANGS)
+
+    def _marks(self, kind: str) -> list[EngineMark]:
+        paths = sorted((self.folder / "side" / kind).glob("[!.]*.json"))
         return [EngineMark(**json.loads(path.read_text())) for path in paths]
 
     def kill_engine(self, rng: random.Random, driver: subprocess.Popen[bytes]) -> int | None:
@@ -216,6 +233,19 @@ class Trial:
         pid = rng.choice(living).pid
         os.kill(pid, signal.SIGKILL)
         return pid
+
+    def kill_pass(self, driver: subprocess.Popen[bytes]) -> bool:
+        """SIGKILL to the actor that owns the pass under way; False if none comes any more."""
+        found: list[int] = []
+
+        def there() -> bool:
+            found[:] = [pid for pid, line in marked().items() if line.startswith("ray::Pass")]
+            return bool(found)
+
+        if not self.until(there, driver):
+            return False
+        os.kill(found[0], signal.SIGKILL)
+        return True
 
     def answers(self) -> Counter[str]:
         """How often each answer was given, whether or not it was committed."""
@@ -234,7 +264,7 @@ class Trial:
             What the trial cost: drivers, engines, rows answered more than once.
         """
         errors = errors or {}
-        rows, stats, summary = self._rows(), self._table("stats"), self._summary()
+        rows, stats, summary = self._rows(), self.stats(), self._summary()
         ids = [row["id"] for row in rows]
         assert sorted(ids) == list(range(len(self.expected))), _differences(ids, self.expected)
         assert len({row["row"] for row in rows}) == len(rows)
@@ -260,6 +290,10 @@ class Trial:
             "rows": len(rows),
             "answered_again": extra,
         }
+
+    def stats(self) -> pa.Table:
+        """A row for each file."""
+        return self._table("stats")
 
     def _rows(self) -> list[dict[str, Any]]:
         table = self._table("rows")

@@ -1,4 +1,4 @@
-"""Drivers and engines killed at random moments: every row ends up written once."""
+"""Drivers, engines and passes killed at random moments: every row ends up written once."""
 
 import random
 from collections.abc import Callable
@@ -36,6 +36,20 @@ def test_engine(trial: Callable[..., Trial], seed: int, reverse: bool) -> None:
     ended = job.end(driver)
     assert ended.code == 0, ended.said[-4000:]
     report(f"engine{'_reversed' * reverse}", seed, job.check())
+    assert job.drivers == 1
+
+
+@pytest.mark.parametrize("seed", seeds(5))
+def test_pass(trial: Callable[..., Trial], seed: int) -> None:
+    """The engines of a pass end with its actor; the next pass has others."""
+    rng = random.Random(seed)
+    job = trial()
+    driver = job.start()
+    struck = job.wait_for(job.moments(rng, 1)[0], driver) and job.kill_pass(driver)
+    ended = job.end(driver)
+    assert ended.code == 0, ended.said[-4000:]
+    assert ("the pass ended early" in ended.said) == struck
+    report("pass", seed, job.check())
     assert job.drivers == 1
 
 

@@ -1,12 +1,18 @@
-"""Nodes that go and nodes that come."""
+"""Nodes that go, nodes that come, and nodes that others have taken."""
 
+import os
 import random
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
-from tests.chaos.conftest import NODE_CPUS, NODES, Arena
-from tests.chaos.harness import Trial, report, seeds
+from tests.chaos.conftest import NODE_CPUS, NODES, Arena, started, trials
+from tests.chaos.engine import POISON, UNLUCKY
+from tests.chaos.harness import Trial, report, seeds, write_input
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(900)]
 WHOLE_NODE = ("--cpus-per-actor", str(NODE_CPUS))
@@ -56,6 +62,93 @@ def test_all_nodes_die(arena: Arena, trial: Callable[..., Trial]) -> None:
     assert ended.code == 0, ended.said[-4000:]
     report("all_nodes", 0, job.check())
     assert job.drivers == 1
+
+
+def test_a_node_dies_twice_under_the_same_row(arena: Arena, trial: Callable[..., Trial]) -> None:
+    """A row that was alone on a node when that died is not at fault, so both rows of a pass come
+    to the right end: it is answered, its neighbour, which kills the engine, is an error."""
+    job = trial(r101=UNLUCKY, r103=POISON)
+    driver = job.start()
+    for count in (1, 2):
+        assert job.until(lambda count=count: len(job.hangs()) == count, driver)
+        arena.kill(job.hangs()[-1].node)
+    ended = job.end(driver)
+    assert ended.code == 0, ended.said[-4000:]
+    report("node_later", 0, job.check(errors={103: "quarantined"}))
+
+
+def test_one_node_is_left(arena: Arena, trial: Callable[..., Trial]) -> None:
+    """Its CPUs are all taken by the engines: images are prepared all the same."""
+    job = trial()
+    driver = job.start()
+    job.wait_for(10, driver)
+    for node in list(arena.nodes)[1:]:
+        arena.kill(node)
+    ended = job.end(driver)
+    assert ended.code == 0, ended.said[-4000:]
+    report("one_left", 0, job.check())
+
+
+@contextmanager
+def taken(arena: Arena) -> Iterator[None]:
+    """All CPUs of the cluster are held by another job while the block runs."""
+    code = (
+        "import ray, time; ray.init(log_to_driver=False);"
+        f"held = [ray.remote(num_cpus={NODE_CPUS})(type('Other', (), {{'here': lambda self: 1}}))"
+        f".remote() for _ in range({NODES})];"
+        "ray.get([one.here.remote() for one in held]); print('held', flush=True); time.sleep(900)"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code],
+        env={**os.environ, "RAY_ADDRESS": arena.address},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert holder.stdout is not None
+    try:
+        assert any("held" in line for line in holder.stdout)
+        yield
+    finally:
+        holder.kill()
+        holder.wait()
+
+
+def test_others_hold_all_cpus(arena: Arena, trial: Callable[..., Trial]) -> None:
+    job = trial("--wait-for-nodes", "5")
+    with taken(arena):
+        ended = job.run()
+        assert ended.code == 1
+        assert "no room for an engine (1 CPUs and 0 GPUs)" in ended.said
+        assert f"{NODES * NODE_CPUS} CPUs and 0 GPUs, of which 0 and 0 are free" in ended.said
+        assert job.committed() == 0 and not job.engines()
+        driver = job.start()
+        job.until(lambda: "no room for an engine" in job.said(), driver)
+    ended = job.end(driver)
+    assert ended.code == 0, ended.said[-4000:]
+    job.check()
+
+
+def test_images_are_decoded_where_there_is_room(tmp_path: Path) -> None:
+    """A node of nothing but CPUs, beside one whose engine takes its only CPU, decodes."""
+    waits, nodes = {}, {}
+    with started(nodes=0) as arena:
+        with_gpu = arena.add(num_cpus=1, num_gpus=1)
+        for case in ("alone", "beside"):
+            if case == "beside":
+                beside = arena.add(num_cpus=4)
+            job = trials(arena, tmp_path / case)("--actors", "1", "--gpus-per-actor", "1")
+            job.with_options(image_s=0.2, delay_s=0.01)
+            job.expected = write_input(job.folder / "in", {}, padding=1 << 17)
+            ended = job.run()
+            assert ended.code == 0, ended.said[-4000:]
+            cost = job.check()
+            stats = job.stats()
+            waits[case] = sum(stats.column("preprocess_wait_s").to_pylist())
+            nodes[case] = set(stats.column("decode_node").to_pylist())
+            assert set(stats.column("node").to_pylist()) == {with_gpu}
+            report(f"decode_{case}", 0, cost | {"preprocess_wait_s": round(waits[case], 1)})
+    assert nodes["alone"] == {with_gpu} and beside in nodes["beside"]
+    assert waits["beside"] < 0.6 * waits["alone"], waits
 
 
 def test_no_node_but_the_head_until_later(arena: Arena, trial: Callable[..., Trial]) -> None:

@@ -1,14 +1,26 @@
 """Rows that kill, hang or eat memory: each is one row's trouble, or nobody's."""
 
+import os
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from tests.chaos.conftest import Arena, started, trials
-from tests.chaos.engine import EAT_BYTES, EAT_ONCE, HANG_ONCE, POISON
-from tests.chaos.harness import Trial, report, seeds
+from tests.chaos.engine import (
+    BLOCKS,
+    EAT_BYTES,
+    EAT_ONCE,
+    HANG_ONCE,
+    KILLS,
+    POISON,
+    SLEEPS,
+)
+from tests.chaos.harness import SCHEMA, Trial, report, seeds
+from tests.job.fakes import png, write_shard
+from tests.job.store import Store
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(900)]
 
@@ -36,6 +48,37 @@ def test_poison_and_a_killed_driver(trial: Callable[..., Trial], seed: int) -> N
     driver.wait()
     job.finish()
     report("poison_driver", seed, job.check(errors={row: "quarantined"}))
+
+
+def test_poison_in_each_stage(store: Store, trial: Callable[..., Trial]) -> None:
+    """One row kills who reads its image, one who prepares it, one who answers it; the image of a
+    fourth takes too long."""
+    job = trial("--row-timeout", "2", r17=KILLS, r100=POISON, r203=SLEEPS)
+    # A shard of one row: who reads on in a row group passes over the rows before.
+    deadly = job.folder / "in" / "4.parquet"
+    entry = {"id": 240, "image": png((0, 4, 0)) + os.urandom(400_000), "prompt": "row 240"}
+    write_shard(deadly, [entry], SCHEMA)
+    column = pq.read_metadata(deadly).row_group(0).column(1)
+    for path in deadly.parent.iterdir():
+        store.put(f"in/{path.name}", path.read_bytes())
+    job.source = store.uri("in")
+    job.expected = [*job.expected, "row 240 [(0, 4, 0)]"]
+    store.kill(f"in/4.parquet {column.data_page_offset + 1000}")
+    try:
+        ended = job.run()
+    finally:
+        store.kill()
+    assert ended.code == 0, ended.said[-4000:]
+    errors = dict.fromkeys((17, 100, 240), "quarantined") | {203: "image_timeout"}
+    report("poison_stages", 0, job.check(errors=errors))
+
+
+def test_a_decoder_that_never_returns(trial: Callable[..., Trial]) -> None:
+    """No alarm reaches it, so its process ends each time; thus it is a row that kills."""
+    job = trial("--row-timeout", "2", r100=BLOCKS)
+    ended = job.run()
+    assert ended.code == 0, ended.said[-4000:]
+    report("decoder_hang", 0, job.check(errors={100: "quarantined"}))
 
 
 def test_a_step_that_never_ends(trial: Callable[..., Trial]) -> None:

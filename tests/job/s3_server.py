@@ -8,9 +8,13 @@ its query) are answered with an error that clients do not retry.
 
 from __future__ import annotations
 
+import os
+import re
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -38,18 +42,41 @@ class Logged:
                 stream.write(f"{method}\t{path}\t{asked}\t{length}\t{status}\n")
             return start(status, headers, *rest)
 
-        for rule in self._rules():
+        for rule in self._rules("kill"):
+            part, _, byte = rule.rpartition(" ")
+            first, last = _range(environ)
+            if method == "GET" and part in path and first <= int(byte) <= last:
+                os.kill(_client(int(environ["REMOTE_PORT"])), signal.SIGKILL)
+        for rule in self._rules("fail"):
             kind, _, part = rule.partition(" ")
             if kind == method and part in path:
                 note("403 Forbidden", [("Content-Length", "0")])
                 return [b""]
         return self._inner(environ, note)
 
-    def _rules(self) -> list[str]:
+    def _rules(self, kind: str) -> list[str]:
         try:
-            return Path(f"{self._log}.fail").read_text().splitlines()
+            return Path(f"{self._log}.{kind}").read_text().splitlines()
         except FileNotFoundError:
             return []
+
+
+def _range(environ: dict[str, Any]) -> tuple[int, int]:
+    """First and last byte that are asked for; of a whole file none."""
+    found = re.fullmatch(r"bytes=(\d+)-(\d+)", environ.get("HTTP_RANGE", ""))
+    return (int(found[1]), int(found[2])) if found else (0, -1)
+
+
+def _client(port: int) -> int:
+    """The process of this machine whose socket has the port."""
+    lines = Path("/proc/net/tcp").read_text().splitlines()[1:]
+    fields = (line.split() for line in lines)
+    (socket,) = (f"socket:[{f[9]}]" for f in fields if f[1].endswith(f":{port:04X}"))
+    for link in Path("/proc").glob("[0-9]*/fd/*"):
+        with suppress(OSError):  # it has been closed
+            if os.readlink(link) == socket:
+                return int(link.parts[2])
+    raise AssertionError(f"nobody has port {port}")
 
 
 class Quiet(WSGIRequestHandler):

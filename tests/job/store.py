@@ -58,6 +58,10 @@ class Store:
         """Answer such requests with an error; none: no more."""
         Path(f"{self._log}.fail").write_text("\n".join(rules))
 
+    def kill(self, *rules: str) -> None:
+        """Kill who asks for such bytes, as ``PATH BYTE``; none: nobody any more."""
+        Path(f"{self._log}.kill").write_text("\n".join(rules))
+
 
 @contextmanager
 def serving(folder: Path) -> Iterator[tuple[int, Path]]:

@@ -25,7 +25,7 @@ from trio.job.environment import (
     export_path,
     submitted,
 )
-from trio.job.placement import Node, Placement, describe, place, whole_cpus_left
+from trio.job.placement import Node, Placement, describe, place, spare_cpus
 from trio.job.settings import AUTO, LOCAL, Settings
 
 LOCAL_CPUS = 4
@@ -268,7 +268,7 @@ def prepare_tasks(
     asked, engines = config.cluster.prepare_cpus, placement.actors
     if config.cluster.threads is not None:
         asked = config.cluster.threads * engines
-    free = whole_cpus_left(there, placement)
+    free = spare_cpus(there, placement.need, placement.fit)
     if asked is None:
         most = free if placement.need.gpus else min(free, 2 * engines)
         return (most, 1.0) if most > 0 else (engines, 0.0)

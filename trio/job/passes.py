@@ -9,6 +9,7 @@ at any time.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import re
 import time
@@ -23,10 +24,12 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from trio.errors import JobFailed, UserError
 from trio.job import stages
+from trio.job.cluster import nodes
 from trio.job.desk import Board, Desk, Note
 from trio.job.input.manifest import Manifest
 from trio.job.input.reader import ShardUnreadable
 from trio.job.input.units import Unit, runs
+from trio.job.placement import Need, spare_cpus
 from trio.job.quarantine import PassPlan
 from trio.job.stages import Receipt, Run, Task
 
@@ -46,6 +49,8 @@ NOTICE_S = 16.0
 RUNS_PER_ENGINE = 4
 PREPARE_BYTES = 4 << 20
 # of encoded images that make one more task for them worth its start
+ROW_BYTES = 16 << 10
+# for which a row counts at least: the image to which a path leads is not in the shard
 OTHERS = 3
 # shards by which a reader tells a file that is gone from a storage that is away
 
@@ -282,18 +287,30 @@ class Passes:
             name=f"{self._name} pass {plan.number}",
             task=self._task,
             runs=tuple(map(self.a_run, cut)),
-            room=self._room,
+            room=self._room_now(engines),
             engines=engines,
             calls=calls,
             prepare_tasks=self._prepare_tasks(plan.units),
             commits=plan.kind != "rows",
         )
 
+    def _room_now(self, engines: int) -> Room:
+        """Where nodes are gone engines may take all CPUs: then images are prepared without one."""
+        if self._room_for_images(engines):
+            return self._room
+        return dataclasses.replace(self._room, prepare_cpus=0.0)
+
+    def _room_for_images(self, engines: int) -> bool:
+        """Whether engines leave a CPU; where there is no node at all, some are to come."""
+        need = Need(cpus=self._room.engine_cpus, gpus=self._room.engine_gpus)
+        there = nodes()
+        return not any(node.cpus for node in there) or spare_cpus(there, need, engines) > 0
+
     def _prepare_tasks(self, units: Sequence[Unit]) -> int:
         """Few for little work: each loads the model's preprocessor, which takes some seconds."""
-        share = sum(unit.stop - unit.start for unit in units) / max(self._manifest.rows, 1)
-        worth = -(-int(share * self._manifest.size) // PREPARE_BYTES)
-        return max(1, min(self._room.prepare_tasks, worth))
+        rows = sum(unit.stop - unit.start for unit in units)
+        row_bytes = max(ROW_BYTES, self._manifest.size // max(self._manifest.rows, 1))
+        return max(1, min(self._room.prepare_tasks, -(-rows * row_bytes // PREPARE_BYTES)))
 
     def a_run(self, units: Sequence[Unit]) -> Run:
         numbers = sorted({unit.shard for unit in units})
@@ -330,6 +347,9 @@ class Passes:
             looked = now
             self._watch()
             moved = now if self._hear_all(board, engines) else moved
+            if work.room.prepare_cpus and not self._room_for_images(work.engines):
+                self._say("nodes are gone, and engines take all CPUs of the others: a new pass")
+                return True
             self._alive(max(0, sum(engines.settled.values()) - received))
             if not engines.nodes and now - said > SAY_EVERY_S:
                 said = now

@@ -126,11 +126,11 @@ def _spread(slots: Sequence[int], engines: int) -> list[int]:
     return taken
 
 
-def whole_cpus_left(nodes: Sequence[Node], placement: Placement) -> int:
-    """CPUs that engines leave, counted node by node: halves of two nodes make no whole one."""
-    need = placement.need
-    engines = _spread([need.fits_on(node) for node in nodes], placement.fit)
-    left = (node.cpus - here * need.cpus for node, here in zip(nodes, engines, strict=True))
+def spare_cpus(nodes: Sequence[Node], need: Need, engines: int) -> int:
+    """Whole CPUs that so many engines leave: halves of two nodes make no whole one."""
+    slots = [need.fits_on(node) for node in nodes]
+    held = _spread(slots, min(engines, sum(slots)))
+    left = (node.cpus - here * need.cpus for node, here in zip(nodes, held, strict=True))
     return sum(math.floor(cpus + SLACK) for cpus in left)
 
 
