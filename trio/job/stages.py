@@ -33,7 +33,7 @@ from trio.job.engine_settings import EngineFactory, EngineSettings, Preprocessor
 from trio.job.images import packing
 from trio.job.images.image_files import load_images
 from trio.job.images.policy import RowError
-from trio.job.images.time_limit import limited
+from trio.job.images.time_limit import TimeLimit
 from trio.job.input.columns import Columns
 from trio.job.input.manifest import Shard
 from trio.job.input.reader import RunReader, ShardGone, ShardUnreadable, Unread
@@ -243,34 +243,29 @@ def prepare(row: pa.Table, task: Task, desk: Desk) -> pa.Table:
 
 
 def _prepared(row: pa.Table, task: Task, desk: Desk) -> pa.Table:
-    began = time.perf_counter()
+    began = said_at = time.perf_counter()
     block = Block.unpack(row)
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     Image.MAX_IMAGE_PIXELS = task.rows.policy.max_pixels
-    preprocessor = _preprocessor(task, desk)
+    preprocessor, base = _preprocessor(task, desk), parent(block.path)
+    known = block.table.column("prepared") if "prepared" in block.table.column_names else None
     made: list[dict[str, Any]] = []
     images: list[Sequence[Any]] = []
-    known = block.table.column("prepared") if "prepared" in block.table.column_names else None
-    base = parent(block.path)
-    said_at = began
-    for source in sources(block.table, block.unit, block.path):
-        if time.perf_counter() - said_at > ALIVE_S:
-            said_at = time.perf_counter()
-            desk.note("preparing")
-        said: dict[str, Any] = {} if known is None else known[source.index].as_py()
-        mine: Sequence[Any] = ()
-        if not said:
-            try:
-                with limited(task.rows.policy.row_timeout):
-                    mine = _images(source, base, task, preprocessor)
-            except RowError as error:
-                said = {"kind": error.kind, "message": error.message}
-        width, height = source.size or (None, None)
-        images.append(mine)
-        made.append(
-            {"num_images": source.num_images, "width": width, "height": height}
-            | {"note": source.note} | said
-        )  # fmt: skip
+    with TimeLimit(task.rows.policy.row_timeout) as limit:
+        for source in sources(block.table, block.unit, block.path):
+            if time.perf_counter() - said_at > ALIVE_S:
+                said_at = time.perf_counter()
+                desk.note("preparing")
+            mine: Sequence[Any] = ()
+            said = {} if known is None else known[source.index].as_py()
+            if not said:
+                try:
+                    with limit.row():
+                        mine = _images(source, base, task, preprocessor)
+                except RowError as error:
+                    said = {"kind": error.kind, "message": error.message}
+            images.append(mine)
+            made.append(_noted(source) | said)
     pixels, headers = packing.pack(images)
     rows = [row | {"header": header} for row, header in zip(made, headers, strict=True)]
     names = [n for n in block.table.column_names if n not in ("image", "prepared")]
@@ -278,6 +273,12 @@ def _prepared(row: pa.Table, task: Task, desk: Desk) -> pa.Table:
     node = ray.get_runtime_context().get_node_id()
     took = time.perf_counter() - began
     return Block(block.unit, block.path, table, pixels, node, took).pack()
+
+
+def _noted(source: Source) -> dict[str, Any]:
+    width, height = source.size or (None, None)
+    sizes = {"num_images": source.num_images, "width": width, "height": height}
+    return sizes | {"note": source.note}
 
 
 def _preprocessor(task: Task, desk: Desk) -> Preprocessor | None:

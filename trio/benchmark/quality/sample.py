@@ -10,7 +10,7 @@ from trio.engine.request import Request, Sampling
 from trio.errors import UserError
 from trio.job.images.image_files import load_images
 from trio.job.images.policy import RowError
-from trio.job.images.time_limit import limited
+from trio.job.images.time_limit import TimeLimit
 from trio.job.input.columns import parse_mapping, resolve
 from trio.job.input.manifest import Manifest, inspect
 from trio.job.input.reader import RunReader, Unread
@@ -66,7 +66,7 @@ def sample(
             raise UserError(table.message)
         for source in sources(table, unit, path):
             try:
-                with limited(settings.policy.row_timeout):
+                with TimeLimit(settings.policy.row_timeout) as limit, limit.row():
                     images = load_images(source.cell("image"), parent(path), settings.policy)
                 requests.append(request_of(source, images, settings))
             except RowError as error:
