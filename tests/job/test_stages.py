@@ -264,12 +264,10 @@ def test_a_mistake_of_ours_is_told_and_raised(
         raise KeyError("ours")
 
     run, columns = planned(tmp_path, row(0, png()))
-    with monkeypatch.context() as patch, pytest.raises(KeyError):
-        patch.setattr(stages.packing, "pack", broken)
-        through(run, task_of(columns), desk)
-    with monkeypatch.context() as patch, pytest.raises(KeyError):
-        patch.setattr(stages.RunReader, "read", broken)
-        through(run, task_of(columns), desk)
+    for owner, name in ((stages.packing, "pack"), (stages.RunReader, "read")):
+        monkeypatch.setattr(owner, name, broken)
+        with pytest.raises(KeyError):
+            through(run, task_of(columns), desk)
     assert desk.notes == [("fail", f"{stage}: KeyError: 'ours'") for stage in ("prepare", "read")]
 
 

@@ -26,7 +26,8 @@ class Note:
 
     `begin` engine, node · `ready` engine, facts (a dict) · `failed` engine, reason ·
     `died` engine, reason · `alive` engine, rows it has answered · `preparing` (a sign of life) ·
-    `user` a mistake of the user · `fail` why nobody can go on · `unread` unit, kind, message · `say` a line
+    `user` a mistake of the user · `fail` why nobody can go on ·
+    `unread` unit, kind, message · `say` a line
     """
 
     kind: str
