@@ -14,6 +14,10 @@ EXIT_S = 5.0
 """Beyond the limit, after which a decoder that ignores the alarm ends with its process."""
 
 
+STDERR = 2
+"""The descriptor: what stands in `sys.stderr` (a notebook, a test) need not have one."""
+
+
 class _Late(BaseException):
     """Passes through whatever a decoder catches."""
 
@@ -27,7 +31,7 @@ def limited(seconds: float) -> Iterator[None]:
         return
     before = signal.signal(signal.SIGALRM, _late)
     try:
-        faulthandler.dump_traceback_later(seconds + EXIT_S, exit=True)
+        faulthandler.dump_traceback_later(seconds + EXIT_S, exit=True, file=STDERR)
         signal.setitimer(signal.ITIMER_REAL, seconds)
         try:
             yield
