@@ -14,7 +14,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 def bounds(package: str) -> tuple[str, str]:
     """Lower and upper, of a line such as `ray[default]>=2.60,<2.61`."""
-    pattern = rf"{package}(?:\[\w+\])?>=([\d.]+),<([\d.]+)"
+    pattern = rf"{package}(?:\[[\w,]+\])?>=([\d.]+),<([\d.]+)"
     lines = (re.fullmatch(pattern, line) for line in PROJECT["dependencies"])
     (found,) = filter(None, lines)
     return found[1], found[2]

@@ -22,7 +22,7 @@ CAPTION, BENCHMARK = (
     json.loads((RECORDED / name).read_text()) for name in ("caption.json", "benchmark.json")
 )
 
-SINCE: dict[str, Any] = {"method_options": None}
+SINCE: dict[str, Any] = {"method_options": None, "prepare_cpus": None}
 """Settings that came later."""
 
 

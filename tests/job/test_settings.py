@@ -34,10 +34,10 @@ ALL = """--input a b --prompt "it's: a #1" --system-prompt s --columns image=jpg
 --schedule-shape 0:0.2,5:0.12@16 --max-new-tokens 20 --temperature 0.7 --top-p 0.9 --top-k 50
 --min-p 0.1 --repetition-penalty 1.05 --no-repeat-ngram-size 3 --seed 3 --output out
 --rows-per-file 7 --save-kept --score exact --compare-unpruned --address auto --actors 3
---gpus-per-actor 0.5 --cpus-per-actor 2 --wait-for-nodes 300 --threads 4 --batch-tokens 4096
+--gpus-per-actor 0.5 --cpus-per-actor 2 --wait-for-nodes 300 --prepare-cpus 4 --batch-tokens 4096
 --max-running 32 --max-error-rate 0.1 --row-timeout 2.5 --stall-timeout 30 --grace-period 1
 --log-interval 0.5"""
-"""A value that is not the default for every setting, but for the retention."""
+"""A value that is not the default for every setting that goes with the others."""
 GROUPS = ["input", "model", "pruning", "sampling", "output", "cluster", "limits"]
 DECIDE_ROWS = json.loads(Path(__file__).with_name("recorded").joinpath("caption.json").read_text())[
     "decide_rows"
@@ -50,7 +50,7 @@ def test_every_flag_reaches_its_setting_and_run_yaml_gives_it_back(
     monkeypatch.chdir(tmp_path)
     given, usual = from_flags(*shlex.split(ALL)), Settings()
     changed = {name for name in FIELDS if given.get(name) != usual.get(name)}
-    assert changed == FIELDS.keys() - {"retention", "encoder"}
+    assert changed == FIELDS.keys() - {"retention", "encoder", "threads"}
     text = run_yaml.dump(given, "a comment")
     (tmp_path / "run.yaml").write_text(text)
     monkeypatch.chdir("/")
@@ -137,3 +137,9 @@ def test_nothing_is_pruned_where_nothing_is_asked() -> None:
     assert not made_of(method="none", retention=0.5).pruning.active
     assert not made_of(retention=1.0).pruning.active
     assert made_of(retention=0.5).pruning.active
+
+
+def test_cpus_for_images_are_said_once() -> None:
+    assert made_of(threads=2).cluster.threads == 2
+    with pytest.raises(UserError, match="--threads and --prepare-cpus say the same"):
+        from_flags("--threads", "2", "--prepare-cpus", "4")

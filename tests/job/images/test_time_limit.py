@@ -62,7 +62,7 @@ def test_the_end_of_the_process_is_put_off_in_time(monkeypatch: pytest.MonkeyPat
     now, ends = [100.0], []
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     monkeypatch.setattr(
-        faulthandler, "dump_traceback_later", lambda after, exit: ends.append(now[0] + after)
+        faulthandler, "dump_traceback_later", lambda after, **_: ends.append(now[0] + after)
     )
     with TimeLimit(60) as limit:
         for _ in range(200):

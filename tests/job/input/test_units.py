@@ -21,6 +21,7 @@ def manifest(*groups: Sequence[int], row_bytes: int = 1000) -> Manifest:
                 size=sum(g) * row_bytes,
                 rows=sum(g),
                 row_groups=tuple(g),
+                unpacked=sum(g) * row_bytes,
             )
             for n, g in enumerate(groups)
         )
@@ -45,11 +46,11 @@ def test_names_sort_in_input_order_and_read_back() -> None:
 
 
 def test_unit_size_follows_input_actors_and_bytes() -> None:
-    assert unit_rows(manifest([100_000]), actors=1) == 512
+    assert unit_rows(manifest([100_000]), actors=1) == 128
     assert unit_rows(manifest([240]), actors=1) == 15
     assert unit_rows(manifest([240]), actors=4) == 8
     assert unit_rows(manifest([100_000]), actors=1, limit=160) == 10
-    assert unit_rows(manifest([100_000], row_bytes=1 << 20), actors=1) == 128
+    assert unit_rows(manifest([100_000], row_bytes=1 << 20), actors=1) == 32
     assert unit_rows(manifest([10**8], row_bytes=1000), actors=8) == 1000
     assert unit_rows(manifest([10**9], row_bytes=1000), actors=8) == 4096
     assert unit_rows(manifest([10], row_bytes=1 << 30), actors=1) == 1

@@ -14,6 +14,8 @@ from trio.job.images.policy import RowError
 EXIT_S = 5.0
 """Beyond the limit, after which, or after twice as much, a decoder that ignores the alarm ends with
 its process."""
+STDERR = 2
+"""The descriptor: what stands in `sys.stderr` (a notebook, a test) need not have one."""
 
 
 class _Late(BaseException):
@@ -67,7 +69,7 @@ class TimeLimit:
         now = time.monotonic()
         if self._ends_at - now < self._seconds + EXIT_S:
             self._ends_at = now + self._seconds + 2 * EXIT_S
-            faulthandler.dump_traceback_later(self._ends_at - now, exit=True)
+            faulthandler.dump_traceback_later(self._ends_at - now, exit=True, file=STDERR)
 
 
 def _late(*_: object) -> None:
