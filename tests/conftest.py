@@ -17,13 +17,18 @@ _bootstrap.adopt()
 
 @pytest.fixture(scope="session")
 def ray_local() -> Iterator[None]:
-    """A Ray of our own in this session, with more logical CPUs than the machine may have."""
+    """A Ray of our own in this session, with more logical CPUs than the machine may have; its
+    workers may use the S3 server of the tests."""
     import ray
 
+    from tests.job.store import CREDENTIALS
     from trio.job.environment import export_path
 
     export_path()
-    ray.init(address="local", num_cpus=6, include_dashboard=False, log_to_driver=False)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in CREDENTIALS.items():
+            patch.setenv(name, value)
+        ray.init(address="local", num_cpus=6, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
 

@@ -55,6 +55,8 @@ def test_head_and_workers(config: dict[str, Any]) -> None:
 def test_one_ray_everywhere(config: dict[str, Any]) -> None:
     images = [config["docker"][f"{role}_image"] for role in ("head", "worker")]
     assert images[1].endswith("-gpu")
+    images.append(config["available_node_types"]["cpu_worker"]["docker"]["worker_image"])
+    assert images[2] == images[0]
     versions = {image.partition(":")[2].split("-")[0] for image in images}
     (version,) = versions
     assert f'"ray[default,data]=={version}"' in config["setup_commands"][0]

@@ -17,7 +17,9 @@ from pyarrow import fs as pafs
 
 from tests.job.commits import commit, totals_of
 from tests.job.fakes import ODD_NAMES, png
+from tests.job.faults import faulty
 from tests.job.rivals import check_until_lost, start_together
+from tests.job.runs import execute
 from tests.job.store import Store, bucket_of, serving
 from trio.engine.request import Sampling
 from trio.errors import UserError
@@ -26,10 +28,10 @@ from trio.job.images.policy import ImagePolicy
 from trio.job.input import ids
 from trio.job.input.columns import resolve
 from trio.job.input.manifest import expand, inspect
-from trio.job.input.reader import UnitReader
+from trio.job.input.reader import RunReader
 from trio.job.input.units import Unit, units
 from trio.job.output import output_directory
-from trio.job.output.output_rows import RowSettings, request_of, sources
+from trio.job.output.output_rows import RowSettings, identify, sources
 from trio.job.output.sink import serialise
 from trio.job.resume import committed, fingerprint, lease
 from trio.job.settings import made_of
@@ -142,8 +144,11 @@ def test_names_are_taken_letter_for_letter(store: Store, name: str) -> None:
         assert manifest.difference(expand([uri])) is None and locate(shard.path) == location
     columns = resolve(schemas, [shard.path], {}, prompt_given=True)
     unit = Unit(0, 0, 1)
-    (row,) = sources(UnitReader(columns).read(shard, unit), unit, shard.path)
-    assert request_of(row, parent(shard.path), PROMPT, load_images).images
+    table = RunReader({0: shard}, columns.roles, lambda tried, fault: None).read(unit)
+    assert isinstance(table, pa.Table)
+    (row,) = sources(table, unit, shard.path)
+    assert load_images(row.cell("image"), parent(shard.path), PROMPT.policy)
+    identify(row, PROMPT)
     assert row.id == f"{name}.parquet#0"
     output = store.at(f"out/{name}")
     commit(output.uri, unit)
@@ -223,6 +228,34 @@ def test_a_run_from_claim_to_success(store: Store) -> None:
     files = [i.path for i in output.filesystem.get_file_info(selector) if i.is_file]
     top = {path.removeprefix(output.path + "/").partition("/")[0] for path in files}
     assert top == {"_SUCCESS", "summary.json", "run.yaml", "manifest.parquet", "rows", "stats"}
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_local")
+def test_each_row_once_though_a_write_fails_and_an_engine_dies(
+    store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    starts = tmp_path / "starts"
+    store.fail("PUT rows/000003")
+
+    def disturb() -> None:
+        while not any(r.method == "PUT" and "rows/000003" in r.path for r in store.requests()):
+            time.sleep(0.01)
+        store.fail()
+        os.kill(int(starts.read_text()), signal.SIGKILL)
+
+    (uri,) = shards(store)
+    disturber = threading.Thread(target=disturb, daemon=True)
+    disturber.start()
+    engine = faulty(delay_s=0.2, starts=starts)
+    summary = execute(uri, store.uri("out"), engine, prompt="p", rows_per_file=UNIT_ROWS)
+    disturber.join()
+    assert (summary["rows"], summary["errors"]) == (SHARDS * ROWS, 0)
+    output = store.at("out")
+    table = pq.read_table(output.join("rows").path, filesystem=output.filesystem)
+    assert len(set(table.column("row").to_pylist())) == table.num_rows == SHARDS * ROWS
+    assert "an engine died" in capsys.readouterr().err
 
 
 def test_a_shard_that_changed_is_named(store: Store) -> None:
