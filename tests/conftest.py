@@ -22,7 +22,7 @@ def ray_local() -> Iterator[None]:
     import ray
 
     from tests.job.store import CREDENTIALS
-    from trio.job.environment import export_path
+    from trio.job.nodes.environment import export_path
 
     export_path()
     with pytest.MonkeyPatch.context() as patch:

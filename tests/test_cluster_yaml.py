@@ -7,7 +7,7 @@ import pytest
 import ray
 import yaml
 
-from trio.job.placement import Node, place, spare_cpus
+from trio.job.nodes.placement import Node, place, spare_cpus
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -28,7 +28,7 @@ LIGHT = [
     "trio.job.resume.committed",
     "trio.job.output.ending",
     "trio.job.resume.fingerprint",
-    "trio.job.images.packing",
+    "trio.job.images.pixel_cell",
     "trio.job.input.ids",
     "trio.job.images.time_limit",
     "trio.job.quarantine",

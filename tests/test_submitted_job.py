@@ -26,7 +26,7 @@ RAY = ["-P", "-m", "ray.scripts.scripts"]
 SCRIPT = """
 import _bootstrap
 import ray, sys, trio
-from trio.job.environment import cluster_runtime_env
+from trio.job.nodes.environment import cluster_runtime_env
 
 @ray.remote
 def work():
@@ -42,7 +42,7 @@ print("FOUND", trio.run(trio.sleep, 0), ray.get(work.remote()), cluster_runtime_
 START = """
 import _bootstrap
 import os, ray, sys
-from trio.job import cluster
+from trio.job.nodes import cluster
 
 @ray.remote
 def work():

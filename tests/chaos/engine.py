@@ -22,7 +22,7 @@ from PIL import Image
 from tests.job.fakes import FakeEngine
 from trio.engine.request import Result
 from trio.errors import UserError
-from trio.job.engine_settings import EngineSettings
+from trio.job.engines.engine_settings import EngineSettings
 
 POISON = "poison"
 # a prompt that begins so kills the process that answers it, each time

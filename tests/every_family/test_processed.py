@@ -8,11 +8,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tests.engine.support import MANY_SIZES, Size, picture
-from tests.engine.test_pixel_tables import assert_same, prepared
 from tests.every_family.family import Family
+from tests.families.test_pixel_tables import assert_same, prepared
 from trio.engine.preprocess import Preprocessor
 from trio.families.registry import adapter_class
-from trio.job.images.packing import pack, unpack
+from trio.job.images.pixel_cell import pack, unpack
 
 EDGE = st.integers(1, 200)
 

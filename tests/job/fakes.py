@@ -15,7 +15,7 @@ from PIL import Image
 
 from trio.engine.kv_budget import MemoryPlan
 from trio.engine.request import Prepared, Request, Result
-from trio.job.engine_settings import EngineSettings
+from trio.job.engines.engine_settings import EngineSettings
 from trio.job.input.columns import Columns
 from trio.job.input.manifest import Manifest
 from trio.job.input.reader import RunReader, ShardUnreadable

@@ -16,7 +16,7 @@ from tests.job.fakes import FakeEngine
 from trio.engine.request import Prepared, Request, Result
 from trio.job import stages
 from trio.job.desk import Desk
-from trio.job.engine_settings import EngineFactory, EngineSettings
+from trio.job.engines.engine_settings import EngineFactory, EngineSettings
 from trio.job.input.columns import Columns
 from trio.job.passes import Pass, Work
 from trio.job.stages import Block, Receipt, Run

@@ -9,8 +9,9 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from tests.job.fakes import fake_engine
-from trio.job import cluster, runner
-from trio.job.engine_settings import EngineFactory, PreprocessorFactory
+from trio.job import runner
+from trio.job.engines.engine_settings import EngineFactory, PreprocessorFactory
+from trio.job.nodes import cluster
 from trio.job.passes import Stop
 from trio.job.plan import plan
 from trio.job.settings import made_of

@@ -12,8 +12,9 @@ import ray
 from tests.job.fakes import png, write_shard
 from tests.job.runs import execute
 from trio.errors import UserError
-from trio.job import cluster, runner
+from trio.job import runner
 from trio.job.input.manifest import Manifest, Shard
+from trio.job.nodes import cluster
 from trio.job.output import output_directory
 from trio.job.output.schema import row_key
 from trio.job.plan import plan

@@ -18,13 +18,13 @@ from trio.engine.loading import load_preprocessor
 from trio.engine.request import Prepared, ProcessedImage, Request, Sampling
 from trio.errors import UserError
 from trio.job import stages
-from trio.job.cluster import Resources
-from trio.job.engine_settings import build_preprocessor
+from trio.job.engines.engine_settings import build_preprocessor
 from trio.job.images.image_files import load_images
 from trio.job.images.policy import ImagePolicy, RowError
 from trio.job.input.columns import Columns, resolve
 from trio.job.input.manifest import inspect
 from trio.job.input.units import Unit, units
+from trio.job.nodes.cluster import Resources
 from trio.job.output.output_rows import RowSettings, Source, request_of
 from trio.job.output.sink import Sink
 from trio.job.runner import engine_settings
@@ -264,7 +264,7 @@ def test_a_mistake_of_ours_is_told_and_raised(
         raise KeyError("ours")
 
     run, columns = planned(tmp_path, row(0, png()))
-    for owner, name in ((stages.packing, "pack"), (stages.RunReader, "read")):
+    for owner, name in ((stages.pixel_cell, "pack"), (stages.RunReader, "read")):
         monkeypatch.setattr(owner, name, broken)
         with pytest.raises(KeyError):
             through(run, task_of(columns), desk)
@@ -285,6 +285,7 @@ def test_an_image_column_alone_goes_through(tmp_path: Path, desk: Any) -> None:
 def test_a_row_is_described_without_its_images(tmp_path: Path) -> None:
     run, columns = planned(tmp_path, row(7, b"", prompt="why?"), row(8, b"", prompt=None))
     settings = task_of(columns).rows
+    said: tuple[int, str, list[str]]
     for start, said in ((0, (7, "why?", [])), (1, (8, "the default", []))):
         one = replace(run, units=(Unit(0, start, start + 1),))
         assert stages.describe(one, columns, settings) == said

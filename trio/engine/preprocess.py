@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 from PIL.Image import Image
 from tokenizers import Tokenizer
 
-from trio.engine.pixel_tables import UNFINISHED, CannotCut, PixelTables, learn
 from trio.engine.request import Prepared, ProcessedImage, Request, Result, Unservable, failed
 from trio.errors import UserError, first_line
+from trio.families.pixel_tables import UNFINISHED, CannotCut, PixelTables, learn
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -156,7 +156,8 @@ def runs(config: Settings) -> Iterator[tuple[str, Settings]]:
 
 def run(job: Job, config: Settings) -> int:
     """Do the run, and the comparison where asked; print the table."""
-    from trio.job import cluster, runner
+    from trio.job import runner
+    from trio.job.nodes import cluster
     from trio.job.passes import Stop
     from trio.job.resume import lease
 

@@ -24,12 +24,12 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from trio.errors import JobFailed, UserError
 from trio.job import stages
-from trio.job.cluster import nodes
 from trio.job.desk import Board, Desk, Note
 from trio.job.input.manifest import Manifest
 from trio.job.input.reader import ShardUnreadable
 from trio.job.input.units import Unit, runs
-from trio.job.placement import Need, spare_cpus
+from trio.job.nodes.cluster import nodes
+from trio.job.nodes.placement import Need, spare_cpus
 from trio.job.quarantine import PassPlan
 from trio.job.stages import Receipt, Run, Task
 

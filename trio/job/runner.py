@@ -20,8 +20,7 @@ from ray.exceptions import RayError
 from trio.engine.kv_budget import describe
 from trio.errors import JobFailed
 from trio.job import stages
-from trio.job.cluster import Resources
-from trio.job.engine_settings import (
+from trio.job.engines.engine_settings import (
     EngineFactory,
     EngineSettings,
     PreprocessorFactory,
@@ -32,6 +31,7 @@ from trio.job.images.policy import RowError
 from trio.job.input import ids
 from trio.job.input.manifest import Manifest
 from trio.job.input.units import Unit, unit_rows, units
+from trio.job.nodes.cluster import Resources
 from trio.job.output import output_directory
 from trio.job.output import totals as sums
 from trio.job.output.output_rows import RowSettings, Source, output_row

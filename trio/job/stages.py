@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow as pa
 import ray
@@ -28,9 +28,14 @@ from PIL import Image
 from trio.engine.request import Unservable
 from trio.errors import UserError, first_line
 from trio.job.desk import Desk, Poll
-from trio.job.engine_actor import Engine
-from trio.job.engine_settings import EngineFactory, EngineSettings, PreprocessorFactory
-from trio.job.images import packing
+from trio.job.engines.engine_actor import Engine
+from trio.job.engines.engine_settings import (
+    EngineFactory,
+    EngineSettings,
+    PreprocessorFactory,
+    PreprocessorLike,
+)
+from trio.job.images import pixel_cell
 from trio.job.images.image_files import load_images
 from trio.job.images.policy import RowError
 from trio.job.images.time_limit import TimeLimit
@@ -49,9 +54,6 @@ from trio.job.output.output_rows import (
 from trio.job.output.sink import Sink
 from trio.job.output.totals import Totals
 from trio.job.storage import exists, open_location, parent
-
-if TYPE_CHECKING:
-    from trio.engine.preprocess import Preprocessor
 
 READ_PAUSES_S = (1.0, 5.0)
 # before a unit that could not be read is tried again
@@ -140,7 +142,7 @@ class Block:
         assert unit is not None and row.num_rows == 1, f"{row.num_rows} rows of {said['unit']}"
         (cell,) = row.column("table").chunks
         (pixels,) = row.column("pixels").chunks
-        table = pa.ipc.open_stream(packing.bytes_of(cell)).read_all()
+        table = pa.ipc.open_stream(pixel_cell.bytes_of(cell)).read_all()
         return cls(unit, said["path"], table, pixels, said["node"], said["prepare_s"])
 
 
@@ -266,7 +268,7 @@ def _prepared(row: pa.Table, task: Task, desk: Desk) -> pa.Table:
                     said = {"kind": error.kind, "message": error.message}
             images.append(mine)
             made.append(_noted(source) | said)
-    pixels, headers = packing.pack(images)
+    pixels, headers = pixel_cell.pack(images)
     rows = [row | {"header": header} for row, header in zip(made, headers, strict=True)]
     names = [n for n in block.table.column_names if n not in ("image", "prepared")]
     table = block.table.select(names).append_column("prepared", pa.array(rows, PREPARED))
@@ -281,7 +283,7 @@ def _noted(source: Source) -> dict[str, Any]:
     return sizes | {"note": source.note}
 
 
-def _preprocessor(task: Task, desk: Desk) -> Preprocessor | None:
+def _preprocessor(task: Task, desk: Desk) -> PreprocessorLike | None:
     """The model's, where it can be stopped at uint8 pixels; without one no row can be prepared."""
     if task.preprocessor is None:
         return None
@@ -296,7 +298,7 @@ def _preprocessor(task: Task, desk: Desk) -> Preprocessor | None:
 
 
 def _images(
-    source: Source, base: Any, task: Task, preprocessor: Preprocessor | None
+    source: Source, base: Any, task: Task, preprocessor: PreprocessorLike | None
 ) -> Sequence[Any]:
     """What the engine is given of a row's images.
 
@@ -356,7 +358,7 @@ class answer:
             if said["width"] is not None:
                 source.size = (said["width"], said["height"])
             if said["kind"] is None:
-                yield source, packing.unpack(block.pixels, said["header"])
+                yield source, pixel_cell.unpack(block.pixels, said["header"])
             else:
                 with suppress(RowError):
                     identify(source, self._task.rows)

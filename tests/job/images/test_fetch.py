@@ -14,7 +14,7 @@ from trio.job.images import fetch as files
 from trio.job.images import web
 from trio.job.images.image_files import load_images
 from trio.job.images.policy import ImagePolicy, RowError, parse_origin, redact
-from trio.job.images.time_limit import limited
+from trio.job.images.time_limit import TimeLimit
 from trio.job.storage import locate
 
 SECRETS = ("hunter2", "sig=abc", "frag")
@@ -171,7 +171,7 @@ def test_large_and_slow_servers(port: int) -> None:
     assert failure(f"{url}/ok", local(port, max_bytes=50)).kind == "image_oversized"
     assert failure(f"{url}/endless", local(port, max_bytes=1 << 20)).kind == "image_oversized"
     assert failure(f"{url}/silent?sig=abc", local(port, row_timeout=0.3)).kind == "image_timeout"
-    with pytest.raises(RowError) as caught, limited(0.6):
+    with TimeLimit(0.6) as limit, pytest.raises(RowError) as caught, limit.row():
         load_images(f"{url}/drip", None, local(port, row_timeout=0.6))
     assert caught.value.kind == "image_timeout"
 

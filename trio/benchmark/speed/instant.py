@@ -7,7 +7,7 @@ from typing import Any
 
 from trio.engine.kv_budget import MemoryPlan
 from trio.engine.request import Prepared, Request, Result
-from trio.job.engine_settings import EngineSettings
+from trio.job.engines.engine_settings import EngineSettings
 
 VISUAL_TOKENS = 576
 PROMPT_TOKENS = 600

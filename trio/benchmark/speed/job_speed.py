@@ -43,13 +43,14 @@ from trio.demo.scenes import make_scene
 from trio.demo.shard import write_shard
 from trio.engine.engine import Engine
 from trio.engine.request import Prepared, Request
-from trio.job import cluster, runner
-from trio.job.cluster import Resources
+from trio.job import runner
 from trio.job.command import check_model
-from trio.job.cpus import usable
-from trio.job.engine_settings import EngineSettings, build_engine, engine_threads
+from trio.job.engines.engine_settings import EngineSettings, build_engine, engine_threads
 from trio.job.images.image_files import load_images
 from trio.job.images.policy import ImagePolicy
+from trio.job.nodes import cluster
+from trio.job.nodes.cluster import Resources
+from trio.job.nodes.cpus import usable
 from trio.job.plan import plan as plan_of
 from trio.job.runner import Makers
 from trio.job.settings import Settings, made_of

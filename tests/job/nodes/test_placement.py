@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from trio.errors import UserError
-from trio.job.placement import UNBOUNDED, Need, Node, Placement, describe, place
+from trio.job.nodes.placement import UNBOUNDED, Need, Node, Placement, describe, place
 
 HEAD = Node(cpus=0, gpus=0)
 ONE = Node(cpus=8, gpus=1)

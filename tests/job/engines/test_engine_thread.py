@@ -12,7 +12,7 @@ import pytest
 from tests.job.fakes import FakeEngine
 from trio.engine.request import Prepared, Request, Result
 from trio.errors import UserError
-from trio.job.engine_thread import EngineDied, EngineThread, Outcome
+from trio.job.engines.engine_thread import EngineDied, EngineThread, Outcome
 from trio.job.images.policy import RowError
 
 

@@ -18,14 +18,14 @@ import ray
 
 from trio import openmp as waiting
 from trio.errors import UserError
-from trio.job import cpus
-from trio.job.environment import (
+from trio.job.nodes import cpus
+from trio.job.nodes.environment import (
     cluster_runtime_env,
     cluster_variables,
     export_path,
     submitted,
 )
-from trio.job.placement import Node, Placement, describe, place, spare_cpus
+from trio.job.nodes.placement import Node, Placement, describe, place, spare_cpus
 from trio.job.settings import AUTO, LOCAL, Settings
 
 LOCAL_CPUS = 4

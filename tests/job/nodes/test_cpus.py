@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from trio import cgroups
-from trio.job import cpus
+from trio.job.nodes import cpus
 
 
 def group(root: Path, membership: str, files: dict[str, str]) -> tuple[Path, Path]:

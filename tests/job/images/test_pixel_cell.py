@@ -14,7 +14,7 @@ from hypothesis.extra import numpy as arrays
 from PIL import Image
 
 from trio.engine.request import ProcessedImage
-from trio.job.images.packing import ALIGN, Picture, pack, unpack
+from trio.job.images.pixel_cell import ALIGN, Picture, pack, unpack
 
 KINDS = st.sampled_from([np.dtype(kind) for kind in ("uint8", "int64", "float32", "bool")])
 PROCESSED = st.builds(

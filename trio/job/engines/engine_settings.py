@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Protocol
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from trio import openmp
 from trio.engine.kv_budget import MemoryPlan
 from trio.engine.request import Prepared, Request, Result, Sampling
-from trio.job.cpus import usable
+from trio.job.nodes.cpus import usable
 from trio.pruning.options import Pruning
 
 if TYPE_CHECKING:
@@ -67,8 +67,16 @@ class EngineLike(Protocol):
     def stats(self) -> Mapping[str, Any]: ...
 
 
+class PreprocessorLike(Protocol):
+    """What the job needs of ``trio.engine.preprocess.Preprocessor``."""
+
+    @property
+    def cut(self) -> bool: ...
+    def process(self, images: Sequence[Any]) -> Sequence[Any]: ...
+
+
 EngineFactory = Callable[[EngineSettings], EngineLike]
-PreprocessorFactory = Callable[[EngineSettings], "Preprocessor"]
+PreprocessorFactory = Callable[[EngineSettings], PreprocessorLike]
 
 
 def build_engine(settings: EngineSettings) -> EngineLike:

@@ -18,7 +18,7 @@ from typing import Any
 from trio.engine.kv_budget import MemoryPlan
 from trio.engine.request import Prepared, Request, Result
 from trio.errors import UserError, first_line
-from trio.job.engine_settings import EngineLike
+from trio.job.engines.engine_settings import EngineLike
 from trio.job.images.policy import RowError
 
 Outcome = Result | RowError

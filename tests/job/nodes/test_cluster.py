@@ -13,9 +13,9 @@ import pytest
 import ray
 
 from trio.errors import UserError
-from trio.job import cluster
-from trio.job.environment import cluster_variables
-from trio.job.placement import Node
+from trio.job.nodes import cluster
+from trio.job.nodes.environment import cluster_variables
+from trio.job.nodes.placement import Node
 from trio.job.settings import made_of, read_address
 
 

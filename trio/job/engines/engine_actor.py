@@ -21,7 +21,7 @@ import ray
 from trio.engine.request import Request, Result
 from trio.errors import UserError, first_line
 from trio.job.desk import Desk, Poll
-from trio.job.engine_thread import EngineDied, EngineThread, Outcome
+from trio.job.engines.engine_thread import EngineDied, EngineThread, Outcome
 from trio.job.images.policy import RowError
 from trio.job.input.units import Unit
 from trio.job.output import totals as sums

@@ -10,9 +10,9 @@ from PIL import Image
 from tests.tiny.qwen2_5_vl import save_tiny_qwen
 from trio.engine.engine import Engine
 from trio.engine.request import Prepared, Request
-from trio.job import engine_settings as made
-from trio.job.cluster import Resources
-from trio.job.engine_actor import _Report
+from trio.job.engines import engine_settings as made
+from trio.job.engines.engine_actor import _Report
+from trio.job.nodes.cluster import Resources
 from trio.job.output.totals import Totals
 from trio.job.runner import engine_settings
 from trio.job.settings import made_of
