@@ -66,6 +66,7 @@ def when(condition: Callable[[], bool], action: Callable[[], object]) -> None:
     threading.Thread(target=run, daemon=True).start()
 
 
+@pytest.mark.slow
 def test_what_a_killed_engine_held_is_done_again_and_all_else_goes_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -148,8 +149,14 @@ def test_engines_that_do_not_start_end_the_run_with_the_reason(
     with pytest.raises(JobFailed, match="failed to start 3 times: RuntimeError: CUDA error: no"):
         execute(tmp_path / "in", tmp_path / "out", faulty(starts=starts, fail=99))
     assert len(starts.read_text().splitlines()) == 3
-    summary = execute(tmp_path / "in", tmp_path / "out", faulty(starts=starts, fail=4))
-    assert summary["rows"] == 1 and len(starts.read_text().splitlines()) == 5
+
+
+@pytest.mark.slow
+def test_an_engine_that_starts_at_last_answers(tmp_path: Path) -> None:
+    shard(tmp_path / "in", ["p0"])
+    starts = tmp_path / "starts"
+    summary = execute(tmp_path / "in", tmp_path / "out", faulty(starts=starts, fail=2))
+    assert summary["rows"] == 1 and len(starts.read_text().splitlines()) == 3
 
 
 @pytest.mark.slow
@@ -181,6 +188,7 @@ def test_a_mistake_of_a_stage_is_no_rows_and_ends_the_run(
     assert written(tmp_path / "out") == 0
 
 
+@pytest.mark.slow
 def test_stopping_lets_what_is_in_hand_finish(tmp_path: Path) -> None:
     shard(tmp_path / "in", prompts(200))
     out, seen, stop = tmp_path / "out", tmp_path / "seen", Stop()
@@ -206,46 +214,37 @@ def test_stopping_waits_no_longer_than_the_grace_period(tmp_path: Path) -> None:
     assert time.monotonic() - began < 60
 
 
-def test_rows_that_cannot_be_read_become_errors(tmp_path: Path) -> None:
+def test_rows_that_cannot_be_read_become_errors(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A row group that is damaged, and a shard that is another one, as large, when it is read."""
     path = shard(tmp_path / "in", prompts(30))
     meta = pq.ParquetFile(path).metadata.row_group(1).column(1)
     data = bytearray(path.read_bytes())
     at = meta.dictionary_page_offset or meta.data_page_offset
     data[at : at + 60] = b"\xff" * 60
     path.write_bytes(data)
-    shard(tmp_path / "in", ["q0", "q1"], number=1)
-    execute(tmp_path / "in", tmp_path / "out", faulty(), rows_per_file=10)
-    got = rows(tmp_path / "out")
-    assert len(got) == 32
-    assert [r["error"] is not None for r in got] == [False] * 10 + [True] * 10 + [False] * 12
-    assert got[10]["error"].startswith("shard_unreadable: ")
+    other, out = shard(tmp_path / "in", prompts(20), number=1), tmp_path / "out"
+
+    def rewrite() -> None:
+        shard(tmp_path / "in", [f"another {n}" for n in range(20)], number=1)
+
+    summary = execute(tmp_path / "in", out, faulty(), rows_per_file=10, planned=rewrite)
+    kinds = [(r["error"] or "").partition(":")[0] for r in rows(out)]
+    assert kinds == [""] * 10 + ["shard_unreadable"] * 10 + [""] * 10 + ["shard_changed"] * 20
+    assert summary["error_kinds"] == {"shard_changed": 20, "shard_unreadable": 10}
+    said = capsys.readouterr().err
+    assert said.count(f"{other}: the shard has changed") >= 1
+    assert said.count("its rows that are not answered yet become errors") == 1
 
 
-def rewritten(path: Path) -> None:
-    """As many rows as before in the same row groups."""
-    shard(path.parent, [f"another {n}" for n in range(30)], number=int(path.stem))
-
-
-@pytest.mark.parametrize(
-    ("fate", "kind"),
-    [
-        (rewritten, "shard_changed"),
-        pytest.param(Path.unlink, "shard_gone", marks=pytest.mark.slow),
-    ],
-)
-def test_a_shard_that_is_another_or_gone_costs_its_own_rows(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], fate: Callable[[Path], None], kind: str
-) -> None:
+@pytest.mark.slow
+def test_a_shard_that_is_gone_costs_its_own_rows(tmp_path: Path) -> None:
     shard(tmp_path / "in", prompts(40))
     last, out = shard(tmp_path / "in", [f"q{n}" for n in range(30)], number=1), tmp_path / "out"
-    summary = execute(tmp_path / "in", out, faulty(), planned=lambda: fate(last))
-    got = rows(out)
-    assert len({r["row"] for r in got}) == len(got) == 70
-    assert [r["row"] for r in got if r["error"]] == [(1 << 32) + n for n in range(30)]
-    assert {r["error"].partition(":")[0] for r in got if r["error"]} == {kind}
-    assert summary["error_kinds"] == {kind: 30} and (out / "_SUCCESS").exists()
-    said = capsys.readouterr().err
-    assert said.count("its rows that are not answered yet become errors") == 1
+    summary = execute(tmp_path / "in", out, faulty(), planned=last.unlink)
+    assert [r["row"] for r in rows(out) if r["error"]] == [(1 << 32) + n for n in range(30)]
+    assert summary["error_kinds"] == {"shard_gone": 30} and (out / "_SUCCESS").exists()
 
 
 @pytest.mark.slow

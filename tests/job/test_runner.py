@@ -39,7 +39,7 @@ def shards(tmp_path: Path) -> Path:
     for number, size in enumerate(SIZES):
         rows = [
             {
-                "id": 100 * number + i,
+                "id": 100 * number + max(i, 1),
                 "image": png((i, number, 0)),
                 "prompt": f"p{number}-{i}",
                 "answers": [f"p{number}-{i} [({i}, {number}, 0)]"] if i % 2 else ["wrong"],
@@ -51,7 +51,9 @@ def shards(tmp_path: Path) -> Path:
 
 
 @pytest.mark.usefixtures("ray_local")
-def test_every_row_once_in_order_with_two_actors(shards: Path, tmp_path: Path) -> None:
+def test_every_row_once_in_order_with_two_actors(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "out"
     summary = execute(shards, out, actors=2, save_kept=True, score="exact")
     files = sorted((out / "rows").iterdir())
@@ -59,7 +61,7 @@ def test_every_row_once_in_order_with_two_actors(shards: Path, tmp_path: Path) -
     table = pa.concat_tables(tables)
     keys = [row_key(s, r) for s, size in enumerate(SIZES) for r in range(size)]
     assert table.column("row").to_pylist() == keys
-    assert table.column("id").to_pylist() == [*range(30), *range(200, 225)]
+    assert table.column("id").to_pylist() == [1, *range(1, 30), 201, *range(201, 225)]
     assert table.schema.field("id").type == pa.int32()
     expected = [f"p{s}-{r} [({r}, {s}, 0)]" for s, size in enumerate(SIZES) for r in range(size)]
     assert table.column("response").to_pylist() == expected
@@ -82,7 +84,8 @@ def test_every_row_once_in_order_with_two_actors(shards: Path, tmp_path: Path) -
         55,
         27,
     )
-    assert summary["duplicate_ids"] == 0 and summary["score"] == "exact"
+    assert summary["duplicate_ids"] == 2 and summary["score"] == "exact"
+    assert "2 rows have an id that an earlier row has (id 1: " in capsys.readouterr().out
     assert summary["retention"] == 0.25 and summary["flops_ratio"] == 4.0
     assert summary["memory_plan"]["requests"] == 20
     assert summary["memory_plan"]["requests_unpruned"] == 5
@@ -91,48 +94,32 @@ def test_every_row_once_in_order_with_two_actors(shards: Path, tmp_path: Path) -
 
 @pytest.mark.usefixtures("ray_local")
 def test_a_stopped_run_goes_on_without_doing_anything_twice(shards: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    execute(shards, out)
+    """The first 33 rows, without ids of their own, in files of one name."""
+    (shards / "a").mkdir()
+    (shards / "2.parquet").rename(shards / "a" / "0.parquet")
+    out, asked = tmp_path / "out", {"limit": 33, "columns": "id=none"}
+    execute(shards, out, **asked)
     (out / "_SUCCESS").unlink()
     files = sorted((out / "rows").iterdir())
     kept = {f: f.stat().st_mtime_ns for f in files if f not in (files[1], files[-1])}
-    before = pq.read_table(out / "rows").column("row").to_pylist()
+    before = pq.read_table(out / "rows", columns=["row", "id"])
+    assert before["row"].to_pylist() == [*range(30), *(row_key(2, r) for r in range(3))]
+    names = [*(f"0.parquet#{r}" for r in range(30)), *(f"a/0.parquet#{r}" for r in range(3))]
+    assert before["id"].to_pylist() == names
     for lost in (files[1], files[-1]):
         lost.unlink()
     run_id = pq.read_schema(files[0]).metadata[b"trio.run"]
-    summary = execute(shards, out, rows_per_file=None)
-    assert summary["rows_before"] == 55 - 9 and summary["rows"] == 55
+    summary = execute(shards, out, rows_per_file=None, **asked)
+    assert summary["rows_before"] == 33 - 11 and summary["rows"] == 33
     assert {f: f.stat().st_mtime_ns for f in kept} == kept
-    assert pq.read_table(out / "rows").column("row").to_pylist() == before
+    assert pq.read_table(out / "rows", columns=["row", "id"]) == before
     assert pq.read_schema(files[1]).metadata[b"trio.run"] == run_id
     assert (out / "_SUCCESS").exists()
     (out / "_SUCCESS").unlink()
     with pytest.raises(UserError, match="seed: 0, now 9"):
-        execute(shards, out, seed=9)
+        execute(shards, out, seed=9, **asked)
     with lease.hold(locate(str(out))), pytest.raises(UserError, match="in use by process"):
-        execute(shards, out)
-
-
-@pytest.mark.usefixtures("ray_local")
-def test_ids_that_come_twice_are_reported(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    rows = [{"id": i % 3, "image": png(), "prompt": "p", "answers": None} for i in range(4)]
-    write_shard(tmp_path / "in" / "0.parquet", rows, SCHEMA)
-    summary = execute(tmp_path / "in", tmp_path / "out")
-    assert summary["duplicate_ids"] == 1
-    assert "1 rows have an id that an earlier row has (id 0: " in capsys.readouterr().out
-
-
-@pytest.mark.usefixtures("ray_local")
-def test_ids_that_are_made_up_tell_files_of_one_name_apart(tmp_path: Path) -> None:
-    schema = pa.schema([("image", pa.binary()), ("prompt", pa.string())])
-    for folder in ("a/train", "b/train"):
-        rows = [{"image": png(), "prompt": "p"}] * 2
-        write_shard(tmp_path / "in" / folder / "0.parquet", rows, schema)
-    execute(tmp_path / "in", tmp_path / "out")
-    ids = pq.read_table(tmp_path / "out" / "rows").column("id").to_pylist()
-    assert ids == [f"{folder}/train/0.parquet#{row}" for folder in "ab" for row in range(2)]
+        execute(shards, out, **asked)
 
 
 def test_no_output_of_ours_is_input(shards: Path) -> None:
@@ -144,13 +131,6 @@ def test_no_output_of_ours_is_input(shards: Path) -> None:
     assert len(plan(config, config.input.input).manifest.shards) == len(SIZES) + 2
     made = plan(config, config.input.input, around=locate(str(out)))
     assert len(made.manifest.shards) == len(SIZES)
-
-
-@pytest.mark.usefixtures("ray_local")
-def test_limit_stops_in_the_input_order(shards: Path, tmp_path: Path) -> None:
-    summary = execute(shards, tmp_path / "out", limit=33)
-    keys = pq.read_table(tmp_path / "out" / "rows").column("row").to_pylist()
-    assert keys == [*range(30), *(row_key(2, r) for r in range(3))] and summary["rows"] == 33
 
 
 @pytest.mark.usefixtures("ray_local")
@@ -197,6 +177,7 @@ def test_what_the_cluster_decides_is_written_down() -> None:
 
 
 @pytest.mark.usefixtures("ray_local")
+@pytest.mark.slow
 def test_engines_that_take_all_cpus_are_fed_all_the_same(shards: Path, tmp_path: Path) -> None:
     summary = execute(shards, tmp_path / "out", limit=20, actors=1, cpus_per_actor=6.0)
     assert "1 engine on CPU; 1 task for images" in summary["resources"]

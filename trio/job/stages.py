@@ -247,7 +247,8 @@ def prepare(row: pa.Table, task: Task, desk: Desk) -> pa.Table:
 def _prepared(row: pa.Table, task: Task, desk: Desk) -> pa.Table:
     began = said_at = time.perf_counter()
     block = Block.unpack(row)
-    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+    # What Pillow says of damaged files, the note of their row does.
+    warnings.filterwarnings("ignore", module="PIL")
     Image.MAX_IMAGE_PIXELS = task.rows.policy.max_pixels
     preprocessor, base = _preprocessor(task, desk), parent(block.path)
     known = block.table.column("prepared") if "prepared" in block.table.column_names else None

@@ -373,6 +373,7 @@ def port() -> Iterator[int]:
         yield number
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_local")
 def test_every_row_comes_back_and_good_ones_are_none_the_wiser(
