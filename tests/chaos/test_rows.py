@@ -105,5 +105,6 @@ def test_out_of_memory(narrow: Arena, tmp_path: Path) -> None:
     job = trials(narrow, tmp_path)(r100=EAT_ONCE)
     ended = job.run()
     assert ended.code == 0, ended.said[-4000:]
-    assert "an engine died" in ended.said
+    # No process tells of its own end then, and Ray need not place another in the same pass.
+    assert "an engine died" in ended.said or "lost with a process" in ended.said
     report("memory", 0, job.check())

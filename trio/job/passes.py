@@ -331,6 +331,7 @@ class Passes:
                 try:
                     batch = ray.get(next(stream))
                 except StopIteration:
+                    self._listen(board, engines)
                     return False
                 except RayTaskError as error:
                     raise JobFailed(f"Ray Data failed: {reason_of(error)}") from error
@@ -345,10 +346,8 @@ class Passes:
                 continue
             looked = now
             self._watch()
-            notes = self._notes(board)
-            moved = now if notes else moved
-            for note in notes:
-                self._hear(note, engines)
+            if self._listen(board, engines):
+                moved = now
             if work.room.prepare_cpus and not self._room_for_images(work.engines):
                 self._say("nodes are gone, and engines take all CPUs of the others: a new pass")
                 return True
@@ -366,6 +365,13 @@ class Passes:
                     asked = True
                 if now > self._stop.asked_at + self._limits.grace_s:
                     return True
+
+    def _listen(self, board: Any, engines: _Engines) -> bool:
+        """Hear what has been noted; returns whether anything was."""
+        notes = self._notes(board)
+        for note in notes:
+            self._hear(note, engines)
+        return bool(notes)
 
     def _notes(self, board: Any) -> list[Note]:
         with suppress(GetTimeoutError, RayError):  # its end is seen in the stream
@@ -388,7 +394,8 @@ class Passes:
                     raise UserError(reason)
                 self._failed(name, reason, engines)
             case "died", (name, reason):
-                engines.reasons[name] = reason
+                engines.reasons[name] = ""  # it may not begin again in this pass: said now
+                self._died(name, reason, engines)
             case "alive", (name, rows):
                 engines.settled[name] = rows
             case "unread", (unit, kind, message):
@@ -415,6 +422,9 @@ class Passes:
             if reason:
                 self._failed(name, reason, engines)
             return
+        self._died(name, reason, engines)
+
+    def _died(self, name: str, reason: str, engines: _Engines) -> None:
         engines.ready.discard(name)
         engines.deaths += 1
         if engines.deaths >= BARREN_DEATHS:
