@@ -18,8 +18,10 @@ from trio.tables import counted
 
 ROW_LOSSES = 2
 # of a row that was alone, from which on it is an error
-LONG_AGAIN = 3
-# most disturbed passes of a kind that follow each other
+LONG_PASSES = 3
+# most passes over long runs, beside those that were disturbed
+BARREN = 3
+# disturbed passes in a row with nothing gained, from which on the job fails
 Kind = Literal["long", "alone", "rows"]
 Row = tuple[dict[str, Any], Totals]
 # an output row, and what it adds up to
@@ -51,10 +53,8 @@ class Attempts:
         self._open = dict.fromkeys(units)
         self._many = many
         self._kind: Kind = "long"
-        self._number = 0
-        self._repeated = 0
-        self._gained = False
-        # whether the pass has brought anything
+        self._number = self._long = self._barren = 0
+        # passes; those over long runs; those that were disturbed, with nothing gained since
         self._rows: dict[Unit, dict[Unit, Row]] = {}
         # by unit, then by the unit of the single row
         self._alone: Counter[Unit] = Counter()
@@ -74,13 +74,13 @@ class Attempts:
         return PassPlan(number=self._number, kind=self._kind, units=units, why=self._why(units))
 
     def committed(self, unit: Unit) -> None:
-        self._gained = True
+        self._barren = 0
         self._open.pop(unit, None)
         self._rows.pop(unit, None)
 
     def answered(self, row: Unit, said: Row) -> None:
         """A single row has its answer or its error."""
-        self._gained = True
+        self._barren = 0
         for unit, rows in self._rows.items():
             if unit.shard == row.shard and unit.start <= row.start < unit.stop:
                 rows[row] = said
@@ -88,26 +88,25 @@ class Attempts:
     def ended(self, *, disturbed: bool) -> list[Unit]:
         """A pass is over; returns rows that are to be given up, as units of a single row.
 
-        disturbed: a node or the pass itself was lost: what is missing says nothing of the rows.
+        Args:
+            disturbed: a node or the pass itself was lost: what is missing says nothing of the rows.
 
         Raises:
-            JobFailed: one disturbed pass after another, and none of them brought anything.
+            JobFailed: one pass after another is disturbed, and nothing gained.
         """
-        again = disturbed or (self._kind == "long" and len(self._open) > self._many)
-        self._repeated = self._repeated + 1 if again else 0
         self._number += 1
-        gained, self._gained = self._gained, False
-        if again and self._kind == "rows" and self._repeated >= LONG_AGAIN and not gained:
-            raise JobFailed(
-                f"{self._repeated} passes in a row lost nodes or were cut short, and the last one"
-                " did nothing; the same command with the same --output goes on"
-            )
-        if again and (self._kind == "rows" or self._repeated < LONG_AGAIN):
+        if disturbed:
+            self._barren += 1
+            if self._barren == BARREN:
+                raise JobFailed(f"{BARREN} passes in a row were lost, and nothing was done in them")
             return []
-        self._repeated = 0
+        self._barren = 0
         if self._kind == "rows":
             self._alone.update(self._missing_rows())
             return [row for row in self._missing_rows() if self._alone[row] >= ROW_LOSSES]
+        self._long += 1
+        if self._kind == "long" and len(self._open) > self._many and self._long < LONG_PASSES:
+            return []
         self._kind = "alone" if self._kind == "long" else "rows"
         if self._kind == "rows":
             self._rows = {unit: {} for unit in self._open}
