@@ -9,8 +9,8 @@ from functools import partial
 
 import _bootstrap
 
+from trio.job import command, runner  # isort: skip  (first, as in a job: it quietens Ray)
 from tests.chaos.engine import Options, build, build_preprocessor
-from trio.job import command, runner
 from trio.job.runner import Makers
 
 JOB = command.Job(name="chaos", description="", package=str(_bootstrap.ROOT / "trio"))

@@ -36,7 +36,7 @@ def test_engine(trial: Callable[..., Trial], seed: int, reverse: bool) -> None:
     ended = job.end(driver)
     assert ended.code == 0, ended.said[-4000:]
     report(f"engine{'_reversed' * reverse}", seed, job.check())
-    assert job.drivers == 1
+    assert job.drivers == 1 and "(raylet)" not in ended.said
 
 
 @pytest.mark.parametrize("seed", seeds(5))

@@ -5,7 +5,6 @@ import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import pyarrow.parquet as pq
 import pytest
 
 from tests.chaos.conftest import Arena, started, trials
@@ -58,12 +57,11 @@ def test_poison_in_each_stage(store: Store, trial: Callable[..., Trial]) -> None
     deadly = job.folder / "in" / "4.parquet"
     entry = {"id": 240, "image": png((0, 4, 0)) + os.urandom(400_000), "prompt": "row 240"}
     write_shard(deadly, [entry], SCHEMA)
-    column = pq.read_metadata(deadly).row_group(0).column(1)
     for path in deadly.parent.iterdir():
         store.put(f"in/{path.name}", path.read_bytes())
     job.source = store.uri("in")
     job.expected = [*job.expected, "row 240 [(0, 4, 0)]"]
-    store.kill(f"in/4.parquet {column.data_page_offset + 1000}")
+    store.kill("in/4.parquet 200000")  # in the middle of the image
     try:
         ended = job.run()
     finally:
@@ -107,5 +105,6 @@ def test_out_of_memory(narrow: Arena, tmp_path: Path) -> None:
     job = trials(narrow, tmp_path)(r100=EAT_ONCE)
     ended = job.run()
     assert ended.code == 0, ended.said[-4000:]
-    assert "an engine died" in ended.said
+    # No process tells of its own end then, and Ray need not place another in the same pass.
+    assert "an engine died" in ended.said or "lost with a process" in ended.said
     report("memory", 0, job.check())

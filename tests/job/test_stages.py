@@ -53,6 +53,8 @@ class Board:
     def note(self, kind: str, *what: Any) -> None:
         self.notes.append((kind, *what))
 
+    last_note = note
+
     def stopped(self) -> bool:
         self.stop_after -= 1
         return self.stop_after < 0

@@ -331,7 +331,7 @@ class Passes:
                 try:
                     batch = ray.get(next(stream))
                 except StopIteration:
-                    self._hear_all(board, engines)
+                    self._listen(board, engines)
                     return False
                 except RayTaskError as error:
                     raise JobFailed(f"Ray Data failed: {reason_of(error)}") from error
@@ -346,7 +346,8 @@ class Passes:
                 continue
             looked = now
             self._watch()
-            moved = now if self._hear_all(board, engines) else moved
+            if self._listen(board, engines):
+                moved = now
             if work.room.prepare_cpus and not self._room_for_images(work.engines):
                 self._say("nodes are gone, and engines take all CPUs of the others: a new pass")
                 return True
@@ -365,8 +366,8 @@ class Passes:
                 if now > self._stop.asked_at + self._limits.grace_s:
                     return True
 
-    def _hear_all(self, board: Any, engines: _Engines) -> bool:
-        """Whether anything was said since the last time."""
+    def _listen(self, board: Any, engines: _Engines) -> bool:
+        """Hear what has been noted; returns whether anything was."""
         notes = self._notes(board)
         for note in notes:
             self._hear(note, engines)
@@ -393,7 +394,8 @@ class Passes:
                     raise UserError(reason)
                 self._failed(name, reason, engines)
             case "died", (name, reason):
-                engines.reasons[name] = reason
+                engines.reasons[name] = ""  # it may not begin again in this pass: said now
+                self._died(name, reason, engines)
             case "alive", (name, rows):
                 engines.settled[name] = rows
             case "unread", (unit, kind, message):
@@ -420,6 +422,9 @@ class Passes:
             if reason:
                 self._failed(name, reason, engines)
             return
+        self._died(name, reason, engines)
+
+    def _died(self, name: str, reason: str, engines: _Engines) -> None:
         engines.ready.discard(name)
         engines.deaths += 1
         if engines.deaths >= BARREN_DEATHS:

@@ -5,7 +5,15 @@ from typing import Any
 import pytest
 
 from trio.errors import UserError
-from trio.job.nodes.placement import UNBOUNDED, Need, Node, Placement, describe, place
+from trio.job.nodes.placement import (
+    UNBOUNDED,
+    Need,
+    Node,
+    Placement,
+    describe,
+    place,
+    spare_cpus,
+)
 
 HEAD = Node(cpus=0, gpus=0)
 ONE = Node(cpus=8, gpus=1)
@@ -110,3 +118,14 @@ def test_no_node() -> None:
     assert describe([]) == "no node"
     with pytest.raises(UserError, match=r"none can be placed on what Ray has \(no node\)"):
         placed([])
+
+
+def test_cpus_that_engines_leave() -> None:
+    """A CPU that lies in halves on two nodes is none, and engines go where the fewest are."""
+    one, half = Need(cpus=1, gpus=0), Need(cpus=1.5, gpus=0)
+    nodes = [Node(cpus=2, gpus=0)] * 3
+    assert [spare_cpus(nodes, one, count) for count in (0, 2, 5, 9)] == [6, 4, 1, 0]
+    assert spare_cpus(nodes[:2], half, 2) == 0
+    assert spare_cpus([], one, 2) == 0
+    both = [Node(cpus=1, gpus=1), Node(cpus=4, gpus=0)]
+    assert spare_cpus(both, Need(cpus=1, gpus=1), 1) == 4
