@@ -125,7 +125,7 @@ class ChaosPreprocessor:
 
     def process(self, images: Sequence[Image.Image]) -> Sequence[Image.Image]:
         for image in images:
-            _, _, blue = image.getpixel((0, 0))
+            blue = image.tobytes()[2]
             if blue == KILLS:
                 os.kill(os.getpid(), signal.SIGKILL)
             elif blue == SLEEPS:

@@ -64,13 +64,17 @@ def test_all_nodes_die(arena: Arena, trial: Callable[..., Trial]) -> None:
     assert job.drivers == 1
 
 
+def _hung(job: Trial, count: int) -> bool:
+    return len(job.hangs()) == count
+
+
 def test_a_node_dies_twice_under_the_same_row(arena: Arena, trial: Callable[..., Trial]) -> None:
     """A row that was alone on a node when that died is not at fault, so both rows of a pass come
     to the right end: it is answered, its neighbour, which kills the engine, is an error."""
     job = trial(r101=UNLUCKY, r103=POISON)
     driver = job.start()
     for count in (1, 2):
-        assert job.until(lambda count=count: len(job.hangs()) == count, driver)
+        assert job.until(partial(_hung, job, count), driver)
         arena.kill(job.hangs()[-1].node)
     ended = job.end(driver)
     assert ended.code == 0, ended.said[-4000:]

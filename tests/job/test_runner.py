@@ -97,7 +97,8 @@ def test_a_stopped_run_goes_on_without_doing_anything_twice(shards: Path, tmp_pa
     """The first 33 rows, without ids of their own, in files of one name."""
     (shards / "a").mkdir()
     (shards / "2.parquet").rename(shards / "a" / "0.parquet")
-    out, asked = tmp_path / "out", {"limit": 33, "columns": "id=none"}
+    asked: dict[str, Any] = {"limit": 33, "columns": "id=none"}
+    out = tmp_path / "out"
     execute(shards, out, **asked)
     (out / "_SUCCESS").unlink()
     files = sorted((out / "rows").iterdir())

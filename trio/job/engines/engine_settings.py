@@ -108,22 +108,30 @@ def build_engine(settings: EngineSettings) -> EngineLike:
     )
 
 
-@lru_cache(maxsize=1)
 def build_preprocessor(settings: EngineSettings) -> Preprocessor:
-    """The model's preprocessor, without its weights; made once in a process."""
+    """The model's preprocessor, without its weights."""
+    _register_families(settings)
+    limits = settings.min_pixels, settings.max_pixels
+    return _preprocessor(settings.model, settings.revision, limits, settings.system)
+
+
+@lru_cache(maxsize=1)
+def _preprocessor(
+    model: str,
+    revision: str | None,
+    limits: tuple[int | None, int | None],
+    system: str | None,
+) -> Preprocessor:
+    """Made once in a process, which may serve several runs."""
     openmp.passively()
     import torch
 
     from trio.engine.loading import load_preprocessor
 
     torch.set_num_threads(1)
-    _register_families(settings)
+    least, most = limits
     return load_preprocessor(
-        settings.model,
-        revision=settings.revision,
-        min_pixels=settings.min_pixels,
-        max_pixels=settings.max_pixels,
-        system=settings.system,
+        model, revision=revision, min_pixels=least, max_pixels=most, system=system
     )
 
 
