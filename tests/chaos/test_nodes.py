@@ -147,7 +147,8 @@ def test_images_are_decoded_where_there_is_room(tmp_path: Path) -> None:
             nodes[case] = set(stats.column("decode_node").to_pylist())
             assert set(stats.column("node").to_pylist()) == {with_gpu}
             report(f"decode_{case}", 0, cost | {"preprocess_wait_s": round(waits[case], 1)})
-    assert nodes["alone"] == {with_gpu} and beside in nodes["beside"]
+    # Where engines leave no CPU none is reserved for images: Ray may take the head for them too.
+    assert with_gpu in nodes["alone"] and nodes["beside"] == {beside}
     assert waits["beside"] < 0.6 * waits["alone"], waits
 
 
