@@ -125,7 +125,7 @@ class ChaosPreprocessor:
 
     def process(self, images: Sequence[Image.Image]) -> Sequence[Image.Image]:
         for image in images:
-            _, _, blue = image.getpixel((0, 0))
+            blue = image.getchannel("B").getpixel((0, 0))
             if blue == KILLS:
                 os.kill(os.getpid(), signal.SIGKILL)
             elif blue == SLEEPS:
