@@ -87,6 +87,8 @@ def started(*, nodes: int = NODES, **variables: str) -> Iterator[Arena]:
         "RAY_AUTH_MODE": "disabled",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_worker_niceness": "0",  # as in a Ray of the job's own; else workers starve on few CPUs
+        # Nodes of two CPUs would end what prepares images after each unit, and start it anew.
+        "RAY_idle_worker_killing_time_threshold_ms": "60000",
         "SPT_NOENV": "1",  # Ray's workers rename themselves; their environment stays readable
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "jobs")]),
         **CREDENTIALS,

@@ -6,6 +6,7 @@ Usage: python -m tests.chaos.driver OPTIONS_AS_JSON FLAGS...
 import json
 import sys
 from functools import partial
+from typing import Any
 
 import _bootstrap
 
@@ -17,8 +18,7 @@ JOB = command.Job(name="chaos", description="", package=str(_bootstrap.ROOT / "t
 
 if __name__ == "__main__":
     options = Options(**json.loads(sys.argv[1]))
-    makers = Makers(
-        engine=partial(build, options), preprocessor=partial(build_preprocessor, options)
-    )
+    preprocessor: Any = partial(build_preprocessor, options)  # as far as the stages use one
+    makers = Makers(engine=partial(build, options), preprocessor=preprocessor)
     runner.execute = partial(runner.execute, makers=makers)
     raise SystemExit(command.main(JOB, sys.argv[2:]))

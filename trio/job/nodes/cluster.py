@@ -143,6 +143,9 @@ def _start_here() -> None:
     # By default workers yield to all other processes (nice 15): beside two that are busy an engine
     # on two cores is left with a thirtieth of them.
     os.environ.setdefault("RAY_worker_niceness", "0")
+    # A node that has more workers than CPUs ends those that are idle for a second, and preparing
+    # images would start anew for each unit.
+    os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "60000")
     count = max(LOCAL_CPUS, cpus.usable())
     with _hushed():
         ray.init(
