@@ -58,7 +58,10 @@ class Simulated:
         """What comes through; other units go with a killer only where they have its company."""
         through = {unit for unit in plan.units if not self._killers & set(single_rows(unit))}
         if disturbed or (plan.kind == "long" and len(through) < len(plan.units)):
-            through -= self._chance.draw(st.sets(st.sampled_from(plan.units)))
+            lost = self._chance.draw(st.sets(st.sampled_from(plan.units)))
+            through = (through - lost) or {
+                min(through)
+            }  # what is lost as a whole is no rows' fault
         for unit in sorted(through):
             if plan.kind == "rows":
                 self.attempts.answered(unit, SAID)
@@ -103,6 +106,15 @@ def test_lost_passes_with_nothing_done_end_the_job() -> None:
         assert run.ended(disturbed=True) == []
     with pytest.raises(JobFailed, match="nothing was done"):
         run.ended(disturbed=True)
+
+
+def test_where_everything_dies_no_rows_are_at_fault() -> None:
+    with pytest.raises(JobFailed, match="no rows are at fault"):
+        Attempts(UNITS, many=8).ended(disturbed=False)
+    few = Attempts(UNITS, many=len(UNITS))
+    assert few.ended(disturbed=False) == few.ended(disturbed=False) == []
+    with pytest.raises(JobFailed, match="no rows are at fault"):
+        few.ended(disturbed=False)
 
 
 def test_a_pass_says_what_it_does_again() -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import ray
+from ray.exceptions import ActorUnavailableError
 
 POLL_S = 1.0
 # between two looks at the request to stop
@@ -24,7 +25,8 @@ PATIENCE_S = 10.0
 class Note:
     """What a process says: its kind and whatever belongs to it.
 
-    `begin` engine, node · `ready` engine, facts (a dict) · `failed` engine, reason ·
+    `begin` engine, node · `ready` engine, facts (a dict) · `failed` engine, reason,
+    whether it is the user's to mend ·
     `died` engine, reason · `alive` engine, rows it has answered · `preparing` (a sign of life) ·
     `user` a mistake of the user · `fail` why nobody can go on · `unread` unit, kind, message ·
     `say` a line
@@ -37,7 +39,9 @@ class Note:
 class Board:
     """Notes in their order, and whether the pass is to stop. Called from several threads."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, later: bool = False) -> None:
+        """later: engines of an earlier pass have just been ended."""
+        self._later = later
         self._lock = threading.Lock()
         self._notes: list[Note] = []
         self._begun: Counter[str] = Counter()
@@ -48,11 +52,12 @@ class Board:
             self._notes.append(Note(kind, what))
 
     def begin(self, engine: str, node: str) -> int:
-        """An engine is to be built; returns how often one of this name was before."""
+        """An engine is to be built; returns how often one of this name was before, earlier passes
+        counted as once."""
         with self._lock:
             self._notes.append(Note("begin", (engine, node)))
             self._begun[engine] += 1
-            return self._begun[engine] - 1
+            return self._begun[engine] - 1 + self._later
 
     def take(self) -> list[Note]:
         """Notes since the last call."""
@@ -103,5 +108,6 @@ class Poll:
     def stopped(self) -> bool:
         if not self._said and time.monotonic() - self._asked_at > POLL_S:
             self._asked_at = time.monotonic()
-            self._said = self._desk.stopped()
+            with suppress(ActorUnavailableError):  # for a moment: asked again
+                self._said = self._desk.stopped()
         return self._said

@@ -14,7 +14,6 @@ import itertools
 import re
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,6 +50,8 @@ PREPARE_BYTES = 4 << 20
 # of encoded images that make one more task for them worth its start
 ROW_BYTES = 16 << 10
 # for which a row counts at least: the image to which a path leads is not in the shard
+MOVES = ("alive", "preparing", "ready")
+# notes that tell of work; engines that fail to start again and again are none
 OTHERS = 3
 # shards by which a reader tells a file that is gone from a storage that is away
 
@@ -97,7 +98,7 @@ class Limits:
     still_s: float = STILL_S
     """In which nothing moves at all: the pass is ended."""
     start_s: float = 3600.0
-    """For the first engine to load its model."""
+    """Without any engine that is ready."""
     grace_s: float = 60.0
     """For units in hand when asked to stop."""
 
@@ -196,6 +197,10 @@ class _Engines:
     """Of starts, with none ready since."""
     deaths: int = 0
     """With nothing done since."""
+    asked: Any = None
+    """A call for notes that has not come back."""
+    ready_at: float = field(default_factory=time.monotonic)
+    """When one was last ready, or else the pass began [s]."""
 
 
 class Passes:
@@ -232,9 +237,18 @@ class Passes:
         self._task, self._manifest, self._room, self._limits = task, manifest, room, limits
         self._shards = {shard.number: shard for shard in manifest.shards}
         self._name, self._stop = name, stop
-        self._watch, self._say, self._ready, self._alive = watch, say, ready, alive
+        self._watch, self.say, self._ready, self._alive = watch, say, ready, alive
         self._lost: set[int] = set()
         # numbers of shards of which was said that they are others now, or gone
+
+    def check_stop(self) -> None:
+        """To be called where something is open after a pass.
+
+        Raises:
+            Stopped: the run was asked to stop.
+        """
+        if self._stop.asked_at is not None:
+            raise Stopped("stopped; the same command with the same --output goes on")
 
     @property
     def in_hand(self) -> int:
@@ -248,21 +262,18 @@ class Passes:
         Raises:
             UserError: what an engine says when it starts, or of the input, that the user can mend.
             JobFailed: no engine starts, or all keep dying, or the output cannot be written.
-            Stopped: on request, with nothing in hand or the time over.
         """
         if plan.why:
-            self._say(plan.why)
+            self.say(plan.why)
         before = alive_nodes()
-        board = self._actor()
+        board = self._actor(later=plan.number > 0)
         try:
             ended_early = yield from self._receipts(board, self._work(plan))
         finally:
             ray.kill(board)
-        if self._stop.asked_at is not None:
-            raise Stopped("stopped; the same command with the same --output goes on")
         return ended_early or _node_lost(before, patient=plan.kind == "rows")
 
-    def _actor(self) -> Any:
+    def _actor(self, *, later: bool) -> Any:
         remote: Any = ray.remote  # Ray's types do not know what its wrappers add to a class
         here = ray.get_runtime_context().get_node_id()
         return (
@@ -272,7 +283,7 @@ class Passes:
                 max_concurrency=64,
                 scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=False),
             )
-            .remote()
+            .remote(later=later)
         )
 
     def _work(self, plan: PassPlan) -> Work:
@@ -334,9 +345,10 @@ class Passes:
                     self._listen(board, engines)
                     return False
                 except RayTaskError as error:
+                    self._listen(board, engines)  # which may know why
                     raise JobFailed(f"Ray Data failed: {reason_of(error)}") from error
                 except RayError as error:
-                    self._say(f"the pass ended early: {reason_of(error)}")
+                    self.say(f"the pass ended early: {reason_of(error)}")
                     return True
                 moved, engines.deaths = time.monotonic(), 0
                 received += sum(receipt.totals.rows for receipt in batch)
@@ -349,15 +361,16 @@ class Passes:
             if self._listen(board, engines):
                 moved = now
             if work.room.prepare_cpus and not self._room_for_images(work.engines):
-                self._say("nodes are gone, and engines take all CPUs of the others: a new pass")
+                self.say("nodes are gone, and engines take all CPUs of the others: a new pass")
                 return True
             self._alive(max(0, sum(engines.settled.values()) - received))
             if not engines.nodes and now - said > SAY_EVERY_S:
                 said = now
-                self._say(self._no_room(now - began))
-            self._check_start(engines, now - began)
+                self.say(self._no_room(now - began))
+            engines.ready_at = now if engines.ready else engines.ready_at
+            self._check_start(engines, now - began, now - engines.ready_at)
             if engines.ready and now - moved > self._limits.still_s:
-                self._say(f"nothing moved for {now - moved:.0f} s: the pass is ended")
+                self.say(f"nothing moved for {now - moved:.0f} s: the pass is ended")
                 return True
             if self._stop.asked_at is not None:
                 if not asked:
@@ -367,17 +380,23 @@ class Passes:
                     return True
 
     def _listen(self, board: Any, engines: _Engines) -> bool:
-        """Hear what has been noted; returns whether anything was."""
-        notes = self._notes(board)
+        """Hear what has been noted; returns whether any of it is work that goes on."""
+        notes = self._notes(board, engines)
         for note in notes:
             self._hear(note, engines)
-        return bool(notes)
+        return any(note.kind in MOVES for note in notes)
 
-    def _notes(self, board: Any) -> list[Note]:
-        with suppress(GetTimeoutError, RayError):  # its end is seen in the stream
-            notes: list[Note] = ray.get(board.take.remote(), timeout=ANSWER_S)
-            return notes
-        return []
+    def _notes(self, board: Any, engines: _Engines) -> list[Note]:
+        # A call that is late brings its notes later: another one would leave them to nobody.
+        engines.asked = engines.asked or board.take.remote()
+        try:
+            notes: list[Note] = ray.get(engines.asked, timeout=ANSWER_S)
+        except GetTimeoutError:
+            return []
+        except RayError:  # its end is seen in the stream
+            notes = []
+        engines.asked = None
+        return notes
 
     def _hear(self, note: Note, engines: _Engines) -> None:
         match note.kind, note.what:
@@ -401,7 +420,7 @@ class Passes:
             case "unread", (unit, kind, message):
                 self._unread(unit, kind, message)
             case "say", (line,):
-                self._say(line)
+                self.say(line)
             case "user", (line,):
                 raise UserError(line)
             case "fail", (line,):
@@ -413,7 +432,7 @@ class Passes:
         engines.reasons[name] = ""
         if engines.failures >= START_TRIES and not engines.ready:
             raise JobFailed(f"engines failed to start {engines.failures} times: {reason}")
-        self._say(f"an engine did not start ({reason}); it is tried again")
+        self.say(f"an engine did not start ({reason}); it is tried again")
 
     def _restarted(self, name: str, engines: _Engines) -> None:
         """An engine begins again: its process has ended."""
@@ -429,21 +448,21 @@ class Passes:
         engines.deaths += 1
         if engines.deaths >= BARREN_DEATHS:
             raise JobFailed(f"engines died {engines.deaths} times with nothing done: {reason}")
-        self._say(f"an engine died ({reason}); what it had in hand is done again")
+        self.say(f"an engine died ({reason}); what it had in hand is done again")
 
     def _unread(self, unit: Unit, kind: str, message: str) -> None:
         if kind == ShardUnreadable.kind:
-            self._say(f"{message}: rows {unit.start} to {unit.stop} become errors")
+            self.say(f"{message}: rows {unit.start} to {unit.stop} become errors")
         elif unit.shard not in self._lost:
             self._lost.add(unit.shard)
-            self._say(f"{message}: its rows that are not answered yet become errors")
+            self.say(f"{message}: its rows that are not answered yet become errors")
 
-    def _check_start(self, engines: _Engines, waited: float) -> None:
+    def _check_start(self, engines: _Engines, waited: float, unready: float) -> None:
         """Raise where no engine will come."""
         if not engines.nodes and waited > self._limits.room_s:
             raise JobFailed(f"{self._no_room(waited)}; --wait-for-nodes SECONDS waits longer")
-        if engines.nodes and not engines.ready and waited > self._limits.start_s:
-            raise JobFailed(f"no engine was ready after {waited:.0f} s")
+        if engines.nodes and unready > self._limits.start_s:
+            raise JobFailed(f"no engine has been ready for {unready:.0f} s")
 
     def _no_room(self, waited: float) -> str:
         have, free = ray.cluster_resources(), ray.available_resources()

@@ -22,6 +22,8 @@ LONG_PASSES = 3
 # most passes over long runs, beside those that were disturbed
 BARREN = 3
 # disturbed passes in a row with nothing gained, from which on the job fails
+SYSTEMATIC = 16
+# rows that are lost alone, and none was ever answered: more of them do not all kill
 Kind = Literal["long", "alone", "rows"]
 Row = tuple[dict[str, Any], Totals]
 # an output row, and what it adds up to
@@ -53,6 +55,10 @@ class Attempts:
         self._open = dict.fromkeys(units)
         self._many = many
         self._kind: Kind = "long"
+        self._gained = self._ever = False
+        # whether the pass under way has brought anything, or any before it
+        self._unit_of: dict[Unit, Unit] = {}
+        # by the unit of a single row
         self._number = self._long = self._barren = 0
         # passes; those over long runs; those that were disturbed, with nothing gained since
         self._rows: dict[Unit, dict[Unit, Row]] = {}
@@ -74,16 +80,14 @@ class Attempts:
         return PassPlan(number=self._number, kind=self._kind, units=units, why=self._why(units))
 
     def committed(self, unit: Unit) -> None:
-        self._barren = 0
+        self._barren, self._gained, self._ever = 0, True, True
         self._open.pop(unit, None)
         self._rows.pop(unit, None)
 
     def answered(self, row: Unit, said: Row) -> None:
         """A single row has its answer or its error."""
-        self._barren = 0
-        for unit, rows in self._rows.items():
-            if unit.shard == row.shard and unit.start <= row.start < unit.stop:
-                rows[row] = said
+        self._barren, self._gained, self._ever = 0, True, True
+        self._rows[self._unit_of[row]][row] = said
 
     def ended(self, *, disturbed: bool) -> list[Unit]:
         """A pass is over; returns rows that are to be given up, as units of a single row.
@@ -92,15 +96,19 @@ class Attempts:
             disturbed: a node or the pass itself was lost: what is missing says nothing of the rows.
 
         Raises:
-            JobFailed: one pass after another is disturbed, and nothing gained.
+            JobFailed: one pass after another is disturbed, and nothing gained; or processes die
+                whatever they do.
         """
         self._number += 1
+        gained, self._gained = self._gained, False
         if disturbed:
             self._barren += 1
             if self._barren == BARREN:
                 raise JobFailed(f"{BARREN} passes in a row were lost, and nothing was done in them")
             return []
         self._barren = 0
+        if not gained:
+            self._check_systematic()
         if self._kind == "rows":
             self._alone.update(self._missing_rows())
             return [row for row in self._missing_rows() if self._alone[row] >= ROW_LOSSES]
@@ -110,7 +118,18 @@ class Attempts:
         self._kind = "alone" if self._kind == "long" else "rows"
         if self._kind == "rows":
             self._rows = {unit: {} for unit in self._open}
+            self._unit_of = {row: unit for unit in self._open for row in single_rows(unit)}
         return []
+
+    def _check_systematic(self) -> None:
+        """Raise where so much was lost, and nothing done, that no rows are at fault."""
+        long, rows = self._kind == "long", self._kind == "rows"
+        many = long and len(self._open) > self._many
+        if many or (rows and not self._ever and len(self._missing_rows()) > SYSTEMATIC):
+            raise JobFailed(
+                f"{counted(len(self._open), 'unit')} lost with processes that died, and nothing"
+                " done: no rows are at fault, but the machines or what they run"
+            )
 
     def whole(self) -> list[tuple[Unit, list[Row]]]:
         """Units whose rows are all known and in order, to be committed."""

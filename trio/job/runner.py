@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+import uuid
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import GetTimeoutError, RayError
 
 from trio.engine.kv_budget import describe
 from trio.errors import JobFailed
@@ -56,6 +57,8 @@ PAUSES_S = (1.0, 5.0, 20.0, 60.0)
 # before the next try of what failed once, twice, ...
 SHARED_TRIES, SHARED_PAUSE_S = 5, 2.0
 # until a shared file system shows what another node has written
+DESCRIBE_S = 60.0
+# for id and prompt of a row that is given up
 ENOUGH_ROWS = 500
 # of this attempt, before a run may be ended for its errors
 
@@ -131,7 +134,8 @@ def execute(
             run.manifest,
             room_of(config, resources, task),
             limits=_limits(config),
-            name=f"captions {pinned.run_id[:8]}",
+            # Engines of an attempt that was just ended may still have their names.
+            name=f"captions {pinned.run_id[:8]}-{uuid.uuid4().hex[:4]}",
             stop=stop or Stop(),
             watch=held.check,
             say=progress.say,
@@ -176,10 +180,12 @@ def _receipts(
         coming = passes.run(plan)
         disturbed = yield from _of_pass(coming, attempts, task)
         yield from _without_receipt(run, attempts, task)
+        if attempts.open:
+            passes.check_stop()
         for row in attempts.ended(disturbed=disturbed):
             attempts.answered(row, _given_up(row, passes, task))
         for unit, rows in attempts.whole():
-            totals = _commit_rows(unit, rows, task)
+            totals = _commit_rows(unit, rows, task, passes.say)
             attempts.committed(unit)
             yield Receipt(unit, True, "", totals)
 
@@ -215,21 +221,28 @@ def _given_up(row: Unit, passes: Passes, task: Task) -> Row:
     """The output row of one that killed its process each time it was alone."""
     error = RowError("quarantined", f"the process died {ROW_LOSSES} times while on this row alone")
     said: tuple[Any, str | None, list[str]] = (None, None, [])
-    with suppress(RayError):  # it may be the reader that it kills
-        remote: Any = ray.remote(num_cpus=0, max_retries=0)(stages.describe)
-        said = ray.get(remote.remote(passes.a_run([row]), task.columns, task.rows))
+    remote: Any = ray.remote(num_cpus=0, max_retries=0)(stages.describe)
+    coming = remote.remote(passes.a_run([row]), task.columns, task.rows)
+    try:
+        said = ray.get(coming, timeout=DESCRIBE_S)
+    except GetTimeoutError:
+        ray.cancel(coming, force=True)
+    except RayError:  # it may be the reader that it kills
+        pass
     source = Source(key=row_key(row.shard, row.start), table=pa.table({}), index=0, path="")
     source.id, source.prompt, answers = said
     made = output_row(source, error, actor="driver", node="", save_kept=task.rows.save_kept)
     return made, sums.of_row(made, answers)
 
 
-def _commit_rows(unit: Unit, rows: Sequence[Row], task: Task) -> Totals:
+def _commit_rows(
+    unit: Unit, rows: Sequence[Row], task: Task, tell: Callable[[str], None]
+) -> Totals:
     """Commit a unit whose rows were answered one by one."""
     totals = sums.merge(part for _, part in rows)
     times = [made["finished_at"] for made, _ in rows]
     stats = {"actor": "driver", "node": "", "start": min(times), "end": max(times)}
-    task.sink.commit(unit, [made for made, _ in rows], stats, totals)
+    task.sink.persist(unit, [made for made, _ in rows], stats, totals, task.pause_s, tell)
     return totals
 
 

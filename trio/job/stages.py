@@ -41,7 +41,7 @@ from trio.job.images.policy import RowError
 from trio.job.images.time_limit import TimeLimit
 from trio.job.input.columns import Columns
 from trio.job.input.manifest import Shard
-from trio.job.input.reader import RunReader, ShardGone, ShardUnreadable, Unread
+from trio.job.input.reader import RunReader, ShardChanged, ShardUnreadable, Unread
 from trio.job.input.units import Unit
 from trio.job.output.output_rows import (
     RowSettings,
@@ -219,9 +219,10 @@ def _errors(unit: Unit, columns: Columns, unread: Unread) -> pa.Table:
 
 
 def _wait_and_look(run: Run, desk: Desk, tried: int, fault: ShardUnreadable) -> None:
-    """Before another try. A shard that is gone and not alone is no row's error: a mount or a node
-    is at fault, which will be mended, and the run goes on from here then."""
-    if isinstance(fault, ShardGone) and run.others and not any(map(_there, run.others)):
+    """Before another try. A shard that is away and not alone is no row's error: a mount, a store or
+    a node is at fault, which will be mended, and the run goes on from here then."""
+    changed = isinstance(fault, ShardChanged)
+    if run.others and not changed and not any(map(_there, run.others)):
         desk.note("user", str(fault))
         desk.wait_for_the_end()
     desk.note("say", f"{fault}; next try in {READ_PAUSES_S[tried - 1]:g} s")
@@ -343,9 +344,8 @@ class answer:
             return Receipt(block.unit, False, self._engine.node).pack()
         answered = self._engine.answer(block.unit, self._sources(block))
         if not self._commits:
-            return Receipt(
-                block.unit, True, self._engine.node, answered.totals, answered.rows
-            ).pack()
+            _, totals = self._engine.taken(answered, block.prepare_s)
+            return Receipt(block.unit, True, self._engine.node, totals, answered.rows).pack()
         totals = self._engine.commit(block.unit, answered, block.node, block.prepare_s)
         return Receipt(block.unit, True, self._engine.node, totals).pack()
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from trio.engine.request import Request, Result
-from trio.errors import UserError, first_line
+from trio.errors import JobFailed, UserError, first_line
 from trio.job.desk import Desk, Poll
 from trio.job.engines.engine_thread import EngineDied, EngineThread, Outcome
 from trio.job.images.policy import RowError
@@ -35,7 +35,8 @@ WATCH_S = 1.0
 # between two looks at an engine
 GPU_PAUSE_S = 5.0
 # before a process that was restarted takes a GPU: the dead one's memory may still be held
-WRITE_TRIES = 5
+ALIVE_S = 5.0
+# between two signs of life from an engine that steps and settles no row
 SECONDS = ("preprocess_wait_s", "encode_s", "prefill_s", "prune_s", "decode_s", "idle_s")
 DECODING = ("decode_rows", "decode_steps")
 # sums over steps of the requests that ran together, and of the steps
@@ -101,21 +102,24 @@ class Engine:
             decode_node: where its images were decoded.
             prepare_s: seconds that this took.
         """
-        stats, totals = self._report.interval(answered.totals)
-        totals += Totals(prepare_s=prepare_s)
+        stats, totals = self.taken(answered, prepare_s)
         stats |= {"actor": self.name, "node": self.node, "decode_node": decode_node}
-        for tried in range(1, WRITE_TRIES + 1):
-            try:
-                self._task.sink.commit(unit, answered.rows, stats, totals)
-                break
-            except OSError as error:
-                reason = f"rows/{unit.name} failed {tried} times: {_reason(error)}"
-                if tried == WRITE_TRIES:
-                    self._desk.note("fail", reason)
-                    self._desk.wait_for_the_end()
-                self._desk.note("say", reason)
-                time.sleep(self._task.pause_s(tried))
+
+        def tell(reason: str) -> None:
+            self._desk.note("say", reason)
+
+        try:
+            self._task.sink.persist(unit, answered.rows, stats, totals, self._task.pause_s, tell)
+        except JobFailed as error:
+            self._desk.note("fail", str(error))
+            self._desk.wait_for_the_end()
         return totals
+
+    def taken(self, answered: Answered, prepare_s: float) -> tuple[dict[str, Any], Totals]:
+        """What a unit took since the last one: the engine's part of its statistics, and its
+        totals."""
+        stats, totals = self._report.interval(answered.totals)
+        return stats, totals + Totals(prepare_s=prepare_s)
 
     def _started(self, again: int) -> EngineThread:
         """The engine in its thread; where it does not start, the process ends after a pause."""
@@ -155,14 +159,17 @@ class Engine:
     def _watch(self) -> None:
         """Signs of life to the driver; the end of a process in which nothing moves."""
         seen, settled, since = -1, 0, time.monotonic()
+        noted, noted_at = -1, since
         while True:
             time.sleep(min(WATCH_S, self._task.stall_s / 3))
             if self._thread.activity != seen or not self._thread.busy:
                 seen, since = self._thread.activity, time.monotonic()
             elif time.monotonic() - since > self._task.stall_s:
                 self._end(f"nothing moved in it for {self._task.stall_s:.0f} s")
-            if self._thread.settled != settled:
-                settled = self._thread.settled
+            steps = self._thread.activity != noted and time.monotonic() - noted_at > ALIVE_S
+            if self._thread.settled != settled or steps:
+                settled, noted = self._thread.settled, self._thread.activity
+                noted_at = time.monotonic()
                 self._desk.note("alive", self.name, settled)
 
     def _end(self, reason: str) -> None:

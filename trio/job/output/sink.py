@@ -6,19 +6,22 @@ retry nor a crash between the two writes can double or lose a row.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from trio.errors import JobFailed, first_line
 from trio.job.input.units import Unit
 from trio.job.output.schema import build_table, check_keys, rows_schema, stats_schema
 from trio.job.output.totals import Totals
 from trio.job.storage import open_location, write_atomic
 
 ROWS, STATS = "rows", "stats"
+WRITE_TRIES = 5
 PLAIN = {"compression": "none", "use_dictionary": False, "write_statistics": False}
 """One row is read in half the time so, and takes less room."""
 
@@ -58,6 +61,36 @@ class Sink:
         out = open_location(self.output)
         write_atomic(out.join(STATS, unit.name), serialise(figures, **PLAIN))
         write_atomic(out.join(ROWS, unit.name), serialise(table))
+
+    def persist(
+        self,
+        unit: Unit,
+        rows: Sequence[Mapping[str, Any]],
+        stats: Mapping[str, Any],
+        totals: Totals,
+        pause_s: Callable[[int], float],
+        tell: Callable[[str], None],
+    ) -> None:
+        """`commit`, tried again where the storage fails.
+
+        Args:
+            unit, rows, stats, totals: as of `commit`.
+            pause_s: seconds before the next try, by the number of failures.
+            tell: takes a line for each failure but the last.
+
+        Raises:
+            JobFailed: the last try failed, too.
+        """
+        for tried in range(1, WRITE_TRIES + 1):
+            try:
+                return self.commit(unit, rows, stats, totals)
+            except OSError as error:
+                said = f"{type(error).__name__}: {first_line(error, 300)}"
+                reason = f"rows/{unit.name} failed {tried} times: {said}"
+                if tried == WRITE_TRIES:
+                    raise JobFailed(reason) from error
+                tell(reason)
+                time.sleep(pause_s(tried))
 
 
 def serialise(table: pa.Table, **options: Any) -> pa.Buffer:
