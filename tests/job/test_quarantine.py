@@ -59,9 +59,8 @@ class Simulated:
         through = {unit for unit in plan.units if not self._killers & set(single_rows(unit))}
         if disturbed or (plan.kind == "long" and len(through) < len(plan.units)):
             lost = self._chance.draw(st.sets(st.sampled_from(plan.units)))
-            through = (through - lost) or {
-                min(through)
-            }  # what is lost as a whole is no rows' fault
+            # Where a pass loses everything, no rows are at fault.
+            through = (through - lost) or set(sorted(through)[:1])
         for unit in sorted(through):
             if plan.kind == "rows":
                 self.attempts.answered(unit, SAID)
