@@ -123,9 +123,9 @@ class Attempts:
 
     def _check_systematic(self) -> None:
         """Raise where so much was lost, and nothing done, that no rows are at fault."""
-        long, rows = self._kind == "long", self._kind == "rows"
-        many = long and len(self._open) > self._many
-        if many or (rows and not self._ever and len(self._missing_rows()) > SYSTEMATIC):
+        many = {"long": self._many, "alone": len(self._open), "rows": SYSTEMATIC}[self._kind]
+        lost = self._missing_rows() if self._kind == "rows" else self._open
+        if not self._ever and len(lost) > many:
             raise JobFailed(
                 f"{counted(len(self._open), 'unit')} lost with processes that died, and nothing"
                 " done: no rows are at fault, but the machines or what they run"
