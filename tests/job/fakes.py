@@ -17,7 +17,7 @@ from trio.engine.kv_budget import MemoryPlan
 from trio.engine.request import Prepared, Request, Result
 from trio.job.engines.engine_settings import EngineSettings
 from trio.job.input.columns import Columns
-from trio.job.input.manifest import Manifest
+from trio.job.input.manifest import Manifest, Shard
 from trio.job.input.reader import RunReader, ShardUnreadable
 from trio.job.input.units import Unit
 
@@ -186,7 +186,7 @@ def write_shard(
 def reader_of(manifest: Manifest, columns: Columns) -> RunReader:
     """A reader of a manifest's shards; that it has to try again is a test's failure."""
 
-    def again(tried: int, fault: ShardUnreadable) -> None:
+    def again(shard: Shard, tried: int, fault: ShardUnreadable) -> None:
         raise AssertionError(f"try {tried}: {fault}")
 
     return RunReader({shard.number: shard for shard in manifest.shards}, columns.roles, again)

@@ -144,7 +144,7 @@ def test_names_are_taken_letter_for_letter(store: Store, name: str) -> None:
         assert manifest.difference(expand([uri])) is None and locate(shard.path) == location
     columns = resolve(schemas, [shard.path], {}, prompt_given=True)
     unit = Unit(0, 0, 1)
-    table = RunReader({0: shard}, columns.roles, lambda tried, fault: None).read(unit)
+    table = RunReader({0: shard}, columns.roles, lambda *_: None).read(unit)
     assert isinstance(table, pa.Table)
     (row,) = sources(table, unit, shard.path)
     assert load_images(row.cell("image"), parent(shard.path), PROMPT.policy)

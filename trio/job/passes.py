@@ -30,7 +30,7 @@ from trio.job.input.units import Unit, runs
 from trio.job.nodes.cluster import nodes
 from trio.job.nodes.placement import Need, spare_cpus
 from trio.job.quarantine import PassPlan
-from trio.job.stages import Receipt, Run, Task
+from trio.job.stages import OTHERS, Receipt, Run, Task
 
 LOOK_S, SAY_EVERY_S = 1.0, 30.0
 START_TRIES = 3
@@ -52,8 +52,6 @@ ROW_BYTES = 16 << 10
 # for which a row counts at least: the image to which a path leads is not in the shard
 MOVES = ("alive", "preparing", "ready")
 # notes that tell of work; engines that fail to start again and again are none
-OTHERS = 3
-# shards by which a reader tells a file that is gone from a storage that is away
 
 
 class Stopped(JobFailed):
@@ -325,8 +323,9 @@ class Passes:
 
     def a_run(self, units: Sequence[Unit]) -> Run:
         numbers = sorted({unit.shard for unit in units})
-        around = [*range(numbers[0] - OTHERS, numbers[0]), *range(numbers[-1] + 1, numbers[-1] + 4)]
-        others = [self._shards[n].path for n in around if n in self._shards][-OTHERS:]
+        first, last = numbers[0], numbers[-1]
+        around = [*range(first - OTHERS, first), *range(last + 1, last + 1 + OTHERS)]
+        others = [self._shards[n].path for n in around if n in self._shards]
         mine = {number: self._shards[number] for number in numbers}
         return Run(units=tuple(units), shards=mine, others=tuple(others))
 

@@ -55,6 +55,8 @@ from trio.job.output.sink import Sink
 from trio.job.output.totals import Totals
 from trio.job.storage import exists, open_location, parent
 
+OTHERS = 3
+# shards by which a reader tells a file that is gone from a storage that is away
 READ_PAUSES_S = (1.0, 5.0)
 # before a unit that could not be read is tried again
 ALIVE_S = 5.0
@@ -101,7 +103,7 @@ class Run:
     shards: Mapping[int, Shard]
     """Theirs, by number."""
     others: tuple[str, ...]
-    """Paths of a few other shards: if these are gone too, the storage is away."""
+    """Paths of a few other shards: if all that are near are gone, the storage is away."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,11 +220,12 @@ def _errors(unit: Unit, columns: Columns, unread: Unread) -> pa.Table:
     return pa.table(table)
 
 
-def _wait_and_look(run: Run, desk: Desk, tried: int, fault: ShardUnreadable) -> None:
+def _wait_and_look(run: Run, desk: Desk, shard: Shard, tried: int, fault: ShardUnreadable) -> None:
     """Before another try. A shard that is away and not alone is no row's error: a mount, a store or
     a node is at fault, which will be mended, and the run goes on from here then."""
-    changed = isinstance(fault, ShardChanged)
-    if run.others and not changed and not any(map(_there, run.others)):
+    near = sorted(run.shards.values(), key=lambda other: abs(other.number - shard.number))
+    others = [other.path for other in near[1 : OTHERS + 1]] + list(run.others)
+    if not isinstance(fault, ShardChanged) and others and not any(map(_there, others)):
         desk.note("user", str(fault))
         desk.wait_for_the_end()
     desk.note("say", f"{fault}; next try in {READ_PAUSES_S[tried - 1]:g} s")
@@ -373,7 +376,7 @@ def describe(
     processes."""
     roles = {role: name for role, name in columns.roles.items() if role != "image"}
     (unit,) = run.units
-    reader = RunReader(run.shards, roles, lambda tried, fault: None)
+    reader = RunReader(run.shards, roles, lambda *_: None)
     table = reader.read(unit) if roles else pa.table({"": pa.nulls(1)})
     reader.close()
     if isinstance(table, Unread):

@@ -10,7 +10,7 @@ import pytest
 from tests.job.fakes import read_unit, reader_of, write_shard
 from trio.job.input import reader
 from trio.job.input.columns import Columns, resolve
-from trio.job.input.manifest import Manifest, inspect
+from trio.job.input.manifest import Manifest, Shard, inspect
 from trio.job.input.reader import TRIES, RunReader, ShardGone, ShardUnreadable, Unread
 from trio.job.input.units import Unit, units
 
@@ -173,7 +173,7 @@ class Tried:
         shards = {each.number: each for each in manifest.shards}
         self.reader = RunReader(shards, columns.roles, self.again)
 
-    def again(self, tried: int, fault: ShardUnreadable) -> None:
+    def again(self, shard: Shard, tried: int, fault: ShardUnreadable) -> None:
         self.faults.append((tried, fault))
 
     def tries(self, unit: Unit) -> tuple[pa.Table | Unread, int]:
@@ -206,7 +206,7 @@ def test_a_shard_that_comes_back_is_read_on(tmp_path: Path) -> None:
     path, away = tmp_path / "a.parquet", tmp_path / "away"
     path.rename(away)
 
-    def back(tried: int, fault: ShardUnreadable) -> None:
+    def back(shard: Shard, tried: int, fault: ShardUnreadable) -> None:
         away.rename(path)
 
     again = RunReader({0: manifest.shards[0]}, columns.roles, back)

@@ -57,7 +57,7 @@ def sample(
         save_kept=False,
     )
     shards = {shard.number: shard for shard in manifest.shards}
-    reader = RunReader(shards, columns.roles, lambda tried, fault: None)
+    reader = RunReader(shards, columns.roles, lambda *_: None)
     requests, errors = [], []
     for unit in drawn(manifest, rows, config.seed):
         path = shards[unit.shard].path

@@ -63,15 +63,15 @@ class RunReader:
         self,
         shards: Mapping[int, Shard],
         roles: Mapping[str, str],
-        again: Callable[[int, ShardUnreadable], None],
+        again: Callable[[Shard, int, ShardUnreadable], None],
     ) -> None:
         """Prepare.
 
         Args:
             shards: by number.
             roles: name of the column for each role.
-            again: called before a unit is tried again, with the number of tries so far and what
-                was wrong; what it raises ends the reading.
+            again: called before a unit is tried again, with its shard, the number of tries so far
+                and what was wrong; what it raises ends the reading.
         """
         self._shards, self._roles, self._again = shards, roles, again
         self._cursor: _Cursor | None = None
@@ -88,7 +88,7 @@ class RunReader:
                 fault = _fault(error, self._shards[unit.shard])
             self.close()
             if tried < tries:
-                self._again(tried, fault)
+                self._again(self._shards[unit.shard], tried, fault)
         if isinstance(fault, ShardGone | ShardChanged):
             self._lost.add(unit.shard)
         return Unread(fault.kind, str(fault))
