@@ -21,6 +21,11 @@ def first_line(error: BaseException, most: int | None = 200) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:most]
 
 
+def kind_and_line(error: BaseException, most: int | None = 200) -> str:
+    """``first_line`` behind the error's type, for what no library documents."""
+    return f"{type(error).__name__}: {first_line(error, most)}"
+
+
 @contextmanager
 def explaining(
     what: str,
@@ -47,6 +52,4 @@ def explaining(
     except Exception as error:
         if look is not None:
             look()
-        raise UserError(
-            f"{what} cannot be loaded: {type(error).__name__}: {first_line(error, most)}{cure}"
-        ) from error
+        raise UserError(f"{what} cannot be loaded: {kind_and_line(error, most)}{cure}") from error

@@ -17,7 +17,7 @@ from trio import bundled, cgroups
 from trio.decoder.weights import DTYPES, check_unquantised
 from trio.engine.checkpoint_files import check_directory, check_files, check_tensors
 from trio.engine.preprocess import Preprocessor
-from trio.errors import UserError, explaining, first_line
+from trio.errors import UserError, explaining, first_line, kind_and_line
 from trio.families.adapter import Adapter
 from trio.families.pixel_limits import limit_images
 from trio.families.registry import adapt, adapter_class
@@ -185,7 +185,7 @@ def _config(model: str, revision: str | None) -> Any:
         ) from error
     except Exception as error:  # what transformers raises over odd settings is not documented
         raise UserError(
-            f"config.json of {model!r} cannot be used: {type(error).__name__}: {first_line(error)}"
+            f"config.json of {model!r} cannot be used: {kind_and_line(error)}"
         ) from error
     if revision is not None and getattr(config, "_commit_hash", None) is None:
         config._commit_hash = revision  # noted by transformers before 5.24, read by `defaults_of`

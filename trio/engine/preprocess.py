@@ -15,7 +15,7 @@ from PIL.Image import Image
 from tokenizers import Tokenizer
 
 from trio.engine.request import Prepared, ProcessedImage, Request, Result, Unservable, failed
-from trio.errors import UserError, first_line
+from trio.errors import UserError, first_line, kind_and_line
 from trio.families.pixel_tables import UNFINISHED, CannotCut, PixelTables, learn
 
 if TYPE_CHECKING:
@@ -194,7 +194,7 @@ class Preprocessor:
         try:
             return self._processor.apply_chat_template(messages, add_generation_prompt=True)
         except Exception as fault:  # whatever the template's author chose to raise
-            message = f"the chat template refuses it: {type(fault).__name__}: {first_line(fault)}"
+            message = f"the chat template refuses it: {kind_and_line(fault)}"
             raise Unservable("prompt", message) from fault
 
     def _their_parts(self, text: str, images: int, system: str | None) -> list[tuple[int, int]]:

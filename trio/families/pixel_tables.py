@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from trio.errors import UserError, first_line
+from trio.errors import UserError, kind_and_line
 
 if TYPE_CHECKING:
     from trio.families.adapter import Inputs
@@ -119,9 +119,7 @@ class _Learner:
             return self._process(images, **options)
         except Exception as fault:  # what a processor raises is not documented
             how = " without rescaling and normalising" if options else ""
-            raise CannotCut(
-                f"a probe{how} fails: {type(fault).__name__}: {first_line(fault)}"
-            ) from fault
+            raise CannotCut(f"a probe{how} fails: {kind_and_line(fault)}") from fault
 
     def _compare(self, name: str, whole: Any, cut: Any) -> None:
         if not (isinstance(whole, Tensor) and isinstance(cut, Tensor)):

@@ -17,6 +17,8 @@ from ray.exceptions import ActorUnavailableError
 
 POLL_S = 1.0
 # between two looks at the request to stop
+ALIVE_S = 5.0
+# between two signs of life from a process that has brought nothing meanwhile
 PATIENCE_S = 10.0
 # for a note to arrive, before a process ends itself
 

@@ -26,8 +26,8 @@ import ray
 from PIL import Image
 
 from trio.engine.request import Unservable
-from trio.errors import UserError, first_line
-from trio.job.desk import Desk, Poll
+from trio.errors import UserError, kind_and_line
+from trio.job.desk import ALIVE_S, Desk, Poll
 from trio.job.engines.engine_actor import Engine
 from trio.job.engines.engine_settings import (
     EngineFactory,
@@ -59,8 +59,6 @@ OTHERS = 3
 # shards by which a reader tells a file that is gone from a storage that is away
 READ_PAUSES_S = (1.0, 5.0)
 # before a unit that could not be read is tried again
-ALIVE_S = 5.0
-# between two signs of life from a unit that is prepared
 PREPARED = pa.struct(
     [
         ("num_images", pa.int32()),
@@ -132,7 +130,7 @@ class Block:
                 "path": pa.array([self.path]),
                 "node": pa.array([self.node]),
                 "prepare_s": pa.array([self.prepare_s]),
-                "table": _one_cell(sink.getvalue()),
+                "table": pixel_cell.cell_of(sink.getvalue()),
                 "pixels": pixels,
             }
         )
@@ -146,11 +144,6 @@ class Block:
         (pixels,) = row.column("pixels").chunks
         table = pa.ipc.open_stream(pixel_cell.bytes_of(cell)).read_all()
         return cls(unit, said["path"], table, pixels, said["node"], said["prepare_s"])
-
-
-def _one_cell(data: pa.Buffer) -> pa.Array:
-    offsets = pa.array([0, data.size], pa.int64()).buffers()[1]
-    return pa.LargeBinaryArray.from_buffers(pa.large_binary(), 1, [None, offsets, data])
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +173,7 @@ def _telling(desk: Desk, stage: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        desk.last_note("fail", f"{stage}: {type(error).__name__}: {first_line(error)}")
+        desk.last_note("fail", f"{stage}: {kind_and_line(error)}")
         raise
 
 
@@ -298,7 +291,7 @@ def _preprocessor(task: Task, desk: Desk) -> PreprocessorLike | None:
     except UserError as error:
         desk.note("user", str(error))
     except Exception as error:
-        desk.note("fail", f"no preprocessor: {type(error).__name__}: {first_line(error)}")
+        desk.note("fail", f"no preprocessor: {kind_and_line(error)}")
     desk.wait_for_the_end()
 
 
@@ -322,8 +315,7 @@ def _images(
     except MemoryError as error:
         raise RowError("image_oversized", "the images take more memory than there is") from error
     except Exception as error:
-        reason = f"{type(error).__name__}: {first_line(error)}"
-        raise RowError("image_unreadable", reason) from error
+        raise RowError("image_unreadable", kind_and_line(error)) from error
 
 
 # answer

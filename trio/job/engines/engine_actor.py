@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from trio.engine.request import Request, Result
-from trio.errors import JobFailed, UserError, first_line
-from trio.job.desk import Desk, Poll
+from trio.errors import JobFailed, UserError, kind_and_line
+from trio.job.desk import ALIVE_S, Desk, Poll
 from trio.job.engines.engine_thread import EngineDied, EngineThread, Outcome
 from trio.job.images.policy import RowError
 from trio.job.input.units import Unit
@@ -35,8 +35,6 @@ WATCH_S = 1.0
 # between two looks at an engine
 GPU_PAUSE_S = 5.0
 # before a process that was restarted takes a GPU: the dead one's memory may still be held
-ALIVE_S = 5.0
-# between two signs of life from an engine that steps and settles no row
 SECONDS = ("preprocess_wait_s", "encode_s", "prefill_s", "prune_s", "decode_s", "idle_s")
 DECODING = ("decode_rows", "decode_steps")
 # sums over steps of the requests that ran together, and of the steps
@@ -129,14 +127,15 @@ class Engine:
         except UserError as error:
             self._desk.last_note("failed", self.name, str(error), True)
         except Exception as error:
-            self._desk.last_note("failed", self.name, _reason(error), False)
+            self._desk.last_note("failed", self.name, kind_and_line(error, 300), False)
         time.sleep(task.pause_s(again + 1))
         os._exit(1)
 
     def _facts(self) -> dict[str, Any]:
-        prepare = getattr(self._thread.engine, "prepare", None)
+        engine = self._thread.engine
+        prepare = getattr(engine, "prepare", None)
         return {
-            "memory_plan": self._thread.memory_plan.as_dict(),
+            "memory_plan": engine.memory_plan.as_dict(),
             "images": getattr(prepare, "why_not_cut", None),
         }
 
@@ -175,10 +174,6 @@ class Engine:
     def _end(self, reason: str) -> None:
         self._desk.last_note("died", self.name, reason)
         os._exit(1)
-
-
-def _reason(error: BaseException) -> str:
-    return f"{type(error).__name__}: {first_line(error, 300)}"
 
 
 def _totals(row: Mapping[str, Any], source: Source) -> Totals:

@@ -15,9 +15,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from trio.engine.kv_budget import MemoryPlan
 from trio.engine.request import Prepared, Request, Result
-from trio.errors import UserError, first_line
+from trio.errors import UserError, kind_and_line
 from trio.job.engines.engine_settings import EngineLike
 from trio.job.images.policy import RowError
 
@@ -116,10 +115,6 @@ class EngineThread:
         return self._engine
 
     @property
-    def memory_plan(self) -> MemoryPlan:
-        return self._engine.memory_plan
-
-    @property
     def busy(self) -> bool:
         """Whether anybody waits for answers."""
         return bool(self._batches)
@@ -148,9 +143,7 @@ class EngineThread:
         except UserError as error:
             self._settle(ticket, RowError("prompt", str(error)))
         except Exception as error:  # whatever a row does to a processor is that row's own failure
-            self._settle(
-                ticket, RowError("prepare_failed", f"{type(error).__name__}: {first_line(error)}")
-            )
+            self._settle(ticket, RowError("prepare_failed", kind_and_line(error)))
         else:
             if isinstance(prepared, Result):
                 self._settle(ticket, prepared)

@@ -45,8 +45,7 @@ def pack(rows: Sequence[Sequence[Picture]]) -> tuple[pa.LargeBinaryArray, list[s
     headers = [json.dumps([_header(image, place) for image in row]) for row in rows]
     data = pa.allocate_buffer(end)
     _write(np.frombuffer(data, np.uint8), placed)
-    offsets = pa.py_buffer(np.array([0, end], np.int64))
-    return pa.LargeBinaryArray.from_buffers(pa.large_binary(), 1, [None, offsets, data]), headers
+    return cell_of(data), headers
 
 
 def unpack(cell: pa.LargeBinaryArray, header: str) -> list[Picture]:
@@ -79,6 +78,12 @@ def _write(cell: np.ndarray, placed: _Placed) -> None:
         stop = start + array.nbytes
         cell[start:stop].view(array.dtype).reshape(array.shape)[...] = array
         cell[stop : stop + -stop % ALIGN] = 0  # else what stood in that memory before
+
+
+def cell_of(data: pa.Buffer) -> pa.LargeBinaryArray:
+    """An array whose only cell is a buffer, without a copy."""
+    offsets = pa.py_buffer(np.array([0, data.size], np.int64))
+    return pa.LargeBinaryArray.from_buffers(pa.large_binary(), 1, [None, offsets, data])
 
 
 def bytes_of(cell: pa.LargeBinaryArray) -> pa.Buffer:

@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from trio.errors import JobFailed, first_line
+from trio.errors import JobFailed, kind_and_line
 from trio.job.input.units import Unit
 from trio.job.output.schema import build_table, check_keys, rows_schema, stats_schema
 from trio.job.output.totals import Totals
@@ -85,7 +85,7 @@ class Sink:
             try:
                 return self.commit(unit, rows, stats, totals)
             except OSError as error:
-                said = f"{type(error).__name__}: {first_line(error, 300)}"
+                said = kind_and_line(error, 300)
                 reason = f"rows/{unit.name} failed {tried} times: {said}"
                 if tried == WRITE_TRIES:
                     raise JobFailed(reason) from error
