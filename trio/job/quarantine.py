@@ -55,8 +55,8 @@ class Attempts:
         self._open = dict.fromkeys(units)
         self._many = many
         self._kind: Kind = "long"
-        self._gained = self._ever = False
-        # whether the pass under way has brought anything, or any before it
+        self._ever = False
+        # whether any pass has brought anything
         self._unit_of: dict[Unit, Unit] = {}
         # by the unit of a single row
         self._number = self._long = self._barren = 0
@@ -80,13 +80,13 @@ class Attempts:
         return PassPlan(number=self._number, kind=self._kind, units=units, why=self._why(units))
 
     def committed(self, unit: Unit) -> None:
-        self._barren, self._gained, self._ever = 0, True, True
+        self._barren, self._ever = 0, True
         self._open.pop(unit, None)
         self._rows.pop(unit, None)
 
     def answered(self, row: Unit, said: Row) -> None:
         """A single row has its answer or its error."""
-        self._barren, self._gained, self._ever = 0, True, True
+        self._barren, self._ever = 0, True
         self._rows[self._unit_of[row]][row] = said
 
     def ended(self, *, disturbed: bool) -> list[Unit]:
@@ -100,18 +100,18 @@ class Attempts:
                 whatever they do.
         """
         self._number += 1
-        gained, self._gained = self._gained, False
         if disturbed:
             self._barren += 1
             if self._barren == BARREN:
                 raise JobFailed(f"{BARREN} passes in a row were lost, and nothing was done in them")
             return []
         self._barren = 0
-        if not gained:
+        if not self._ever:
             self._check_systematic()
         if self._kind == "rows":
-            self._alone.update(self._missing_rows())
-            return [row for row in self._missing_rows() if self._alone[row] >= ROW_LOSSES]
+            missing = self._missing_rows()
+            self._alone.update(missing)
+            return [row for row in missing if self._alone[row] >= ROW_LOSSES]
         self._long += 1
         if self._kind == "long" and len(self._open) > self._many and self._long < LONG_PASSES:
             return []
@@ -123,9 +123,8 @@ class Attempts:
 
     def _check_systematic(self) -> None:
         """Raise where so much was lost, and nothing done, that no rows are at fault."""
-        many = {"long": self._many, "alone": len(self._open), "rows": SYSTEMATIC}[self._kind]
-        lost = self._missing_rows() if self._kind == "rows" else self._open
-        if not self._ever and len(lost) > many:
+        long = self._kind == "long" and len(self._open) > self._many
+        if long or (self._kind == "rows" and len(self._missing_rows()) > SYSTEMATIC):
             raise JobFailed(
                 f"{counted(len(self._open), 'unit')} lost with processes that died, and nothing"
                 " done: no rows are at fault, but the machines or what they run"

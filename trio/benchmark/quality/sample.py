@@ -64,13 +64,15 @@ def sample(
         table = reader.read(unit)
         if isinstance(table, Unread):
             raise UserError(table.message)
-        for source in sources(table, unit, path):
-            try:
-                with TimeLimit(settings.policy.row_timeout) as limit, limit.row():
-                    images = load_images(source.cell("image"), parent(path), settings.policy)
-                requests.append(request_of(source, images, settings))
-            except RowError as error:
-                errors.append(error)
+        base = parent(path)
+        with TimeLimit(settings.policy.row_timeout) as limit:
+            for source in sources(table, unit, path):
+                try:
+                    with limit.row():
+                        images = load_images(source.cell("image"), base, settings.policy)
+                    requests.append(request_of(source, images, settings))
+                except RowError as error:
+                    errors.append(error)
     reader.close()
     order = np.random.default_rng(config.seed).permutation(len(requests))
     return [requests[number] for number in order], errors

@@ -6,6 +6,7 @@ cluster say little: two nodes with one GPU each hold no engine that wants two.
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -120,9 +121,12 @@ def place(
 def _spread(slots: Sequence[int], engines: int) -> list[int]:
     """Engines on each node when each next one goes where the fewest are and one more fits."""
     taken = [0] * len(slots)
+    fewest = [(0, number) for number, room in enumerate(slots) if room]
     for _ in range(engines):
-        open_ = [number for number, room in enumerate(slots) if taken[number] < room]
-        taken[min(open_, key=taken.__getitem__)] += 1
+        _, number = heapq.heappop(fewest)
+        taken[number] += 1
+        if taken[number] < slots[number]:
+            heapq.heappush(fewest, (taken[number], number))
     return taken
 
 
