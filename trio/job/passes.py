@@ -77,14 +77,11 @@ class Room:
     engines: int
     calls: int
     """Units that an engine has in hand at a time, in a pass over long runs."""
-    engine_cpus: float
-    engine_gpus: float
+    engine: Need
+    """Of each."""
     prepare_tasks: int
     prepare_cpus: float
     """Of each task; 0 where the engines have taken all."""
-
-    def describe(self) -> str:
-        return f"{self.engine_cpus:g} CPUs and {self.engine_gpus:g} GPUs"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,9 +107,7 @@ class Work:
     task: Task
     runs: tuple[Run, ...]
     room: Room
-    engines: int
-    calls: int
-    prepare_tasks: int
+    """Of this pass: no more than its units are worth."""
     commits: bool
 
 
@@ -132,7 +127,7 @@ class Pass(Board):
         data = ray.data.read_datasource(
             source,
             num_cpus=0,
-            concurrency=min(1 + 2 * work.engines, len(work.runs)),
+            concurrency=min(1 + 2 * room.engines, len(work.runs)),
             override_num_blocks=len(work.runs),
             ray_remote_args={"max_retries": 0},
         )
@@ -143,7 +138,7 @@ class Pass(Board):
             batch_format="pyarrow",
             num_cpus=room.prepare_cpus,
             memory=1,  # else Ray would join it with the stage before where neither takes a CPU
-            concurrency=work.prepare_tasks,
+            concurrency=room.prepare_tasks,
             max_retries=0,
         )
         numbers = itertools.count(1)
@@ -152,13 +147,13 @@ class Pass(Board):
             fn_constructor_args=(work.task, desk, work.commits),
             batch_size=1,
             batch_format="pyarrow",
-            num_cpus=room.engine_cpus,
-            num_gpus=room.engine_gpus or None,
+            num_cpus=room.engine.cpus,
+            num_gpus=room.engine.gpus or None,
             compute=ActorPoolStrategy(
-                size=work.engines,
-                max_tasks_in_flight_per_actor=work.calls,
-                max_concurrent_calls_per_actor=work.calls,
-                enable_true_multi_threading=work.calls > 1,
+                size=room.engines,
+                max_tasks_in_flight_per_actor=room.calls,
+                max_concurrent_calls_per_actor=room.calls,
+                enable_true_multi_threading=room.calls > 1,
             ),
             ray_remote_args_fn=lambda: {"name": f"{work.name} engine {next(numbers)}"},
             max_restarts=-1,
@@ -187,8 +182,8 @@ class _Engines:
     nodes: dict[str, str] = field(default_factory=dict)
     """Of those that have begun."""
     ready: set[str] = field(default_factory=set)
-    reasons: dict[str, str] = field(default_factory=dict)
-    """Why those that are about to end do so."""
+    told: set[str] = field(default_factory=set)
+    """Those that have said themselves why they end; they are to begin again."""
     settled: dict[str, int] = field(default_factory=dict)
     """Rows that each has answered."""
     failures: int = 0
@@ -296,24 +291,22 @@ class Passes:
             name=f"{self._name} pass {plan.number}",
             task=self._task,
             runs=tuple(map(self.a_run, cut)),
-            room=self._room_now(engines),
-            engines=engines,
-            calls=calls,
-            prepare_tasks=self._prepare_tasks(plan.units),
+            room=dataclasses.replace(
+                self._room,
+                engines=engines,
+                calls=calls,
+                prepare_tasks=self._prepare_tasks(plan.units),
+                # Where nodes are gone engines may take all CPUs.
+                prepare_cpus=self._room.prepare_cpus if self._room_for_images(engines) else 0.0,
+            ),
             commits=plan.kind != "rows",
         )
 
-    def _room_now(self, engines: int) -> Room:
-        """Where nodes are gone engines may take all CPUs: then images are prepared without one."""
-        if self._room_for_images(engines):
-            return self._room
-        return dataclasses.replace(self._room, prepare_cpus=0.0)
-
     def _room_for_images(self, engines: int) -> bool:
         """Whether engines leave a CPU; where there is no node at all, some are to come."""
-        need = Need(cpus=self._room.engine_cpus, gpus=self._room.engine_gpus)
         there = nodes()
-        return not any(node.cpus for node in there) or spare_cpus(there, need, engines) > 0
+        spare = spare_cpus(there, self._room.engine, engines)
+        return spare > 0 or not any(node.cpus for node in there)
 
     def _prepare_tasks(self, units: Sequence[Unit]) -> int:
         """Few for little work: each loads the model's preprocessor, which takes some seconds."""
@@ -359,7 +352,7 @@ class Passes:
             self._watch()
             if self._listen(board, engines):
                 moved = now
-            if work.room.prepare_cpus and not self._room_for_images(work.engines):
+            if work.room.prepare_cpus and not self._room_for_images(work.room.engines):
                 self.say("nodes are gone, and engines take all CPUs of the others: a new pass")
                 return True
             self._alive(max(0, sum(engines.settled.values()) - received))
@@ -410,9 +403,10 @@ class Passes:
             case "failed", (name, reason, users):
                 if users and not engines.ready:
                     raise UserError(reason)
-                self._failed(name, reason, engines)
+                engines.told.add(name)
+                self._failed(reason, engines)
             case "died", (name, reason):
-                engines.reasons[name] = ""  # it may not begin again in this pass: said now
+                engines.told.add(name)  # it may not begin again in this pass: said now
                 self._died(name, reason, engines)
             case "alive", (name, rows):
                 engines.settled[name] = rows
@@ -425,22 +419,21 @@ class Passes:
             case "fail", (line,):
                 raise JobFailed(line)
 
-    def _failed(self, name: str, reason: str, engines: _Engines) -> None:
-        """An engine could not be built; its process ends after a pause."""
+    def _failed(self, reason: str, engines: _Engines) -> None:
+        """An engine could not be built; its process ends after a pause, or has ended."""
         engines.failures += 1
-        engines.reasons[name] = ""
         if engines.failures >= START_TRIES and not engines.ready:
             raise JobFailed(f"engines failed to start {engines.failures} times: {reason}")
         self.say(f"an engine did not start ({reason}); it is tried again")
 
     def _restarted(self, name: str, engines: _Engines) -> None:
         """An engine begins again: its process has ended."""
-        reason = engines.reasons.pop(name, "its process died")
-        if name not in engines.ready:
-            if reason:
-                self._failed(name, reason, engines)
-            return
-        self._died(name, reason, engines)
+        if name in engines.told:
+            engines.told.discard(name)
+        elif name in engines.ready:
+            self._died(name, "its process died", engines)
+        else:
+            self._failed("its process died", engines)
 
     def _died(self, name: str, reason: str, engines: _Engines) -> None:
         engines.ready.discard(name)
@@ -465,8 +458,10 @@ class Passes:
 
     def _no_room(self, waited: float) -> str:
         have, free = ray.cluster_resources(), ray.available_resources()
+        engine = self._room.engine
         return (
-            f"no room for an engine ({self._room.describe()}) for {waited:.0f} s: Ray has"
+            f"no room for an engine ({engine.cpus:g} CPUs and {engine.gpus:g} GPUs)"
+            f" for {waited:.0f} s: Ray has"
             f" {have.get('CPU', 0):g} CPUs and {have.get('GPU', 0):g} GPUs, of which"
             f" {free.get('CPU', 0):g} and {free.get('GPU', 0):g} are free"
         )
