@@ -94,10 +94,10 @@ def said(model: str, rows: Sequence[Mapping[str, Any]], **options: Any) -> dict[
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_local")
-def test_paths_a_config_fed_back_and_a_comparison(
+def test_paths_a_config_fed_back_and_what_differs(
     model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Paths, no id, no prompt, renamed columns; then run.yaml again, and a comparison added."""
+    """Paths, no id, no prompt, renamed columns; then run.yaml again."""
     (tmp_path / "in" / "img").mkdir(parents=True)
     for n in range(3):
         picture(n).save(tmp_path / "in" / "img" / f"{n}.png")
@@ -125,21 +125,43 @@ def test_paths_a_config_fed_back_and_a_comparison(
     assert run(*again, "--compare-unpruned") == 2
     assert "the input: " in capsys.readouterr().err
     added.unlink()
-    before = {p: p.stat().st_mtime_ns for p in (first / "rows").iterdir()}
-    assert run(*again, "--compare-unpruned") == 0
-    assert {p: p.stat().st_mtime_ns for p in (first / "rows").iterdir()} == before
-    printed = capsys.readouterr().out
-    assert "right responses" in printed and "unpruned" in printed
-    pruned, full = (summary_of(d) for d in (first, first / "unpruned"))
-    assert pruned["scored"] == full["scored"] == 3 and full["retention"] == 1.0
-    assert pruned["prefill_flops_unpruned"] == full["prefill_flops"]
-
     before = {p: p.stat().st_mtime_ns for p in first.rglob("*")}
-    assert run(*again, "--compare-unpruned") == 0
+    assert run(*again) == 0
     assert "finished already: nothing to do" in capsys.readouterr().out
-    assert run(*again, "--compare-unpruned", "--seed", "5") == 2
+    assert run(*again, "--seed", "5") == 2
     assert "holds a run that differs in this: seed: 0, now 5" in capsys.readouterr().err
     assert {p: p.stat().st_mtime_ns for p in first.rglob("*")} == before
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_local")
+def test_a_comparison_is_added_to_a_finished_run(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [
+        {"id": str(n), "image": cell(png_of(n)), "prompt": PROMPT, "answers": "yes"}
+        for n in range(3)
+    ]
+    schema = SCHEMA.append(pa.field("answers", pa.string()))
+    shard = write_shard(tmp_path / "in.parquet", rows, schema)
+    out = tmp_path / "out"
+    flags = ["--input", str(shard), "--output", str(out), "--model", model, "--score", "exact"]
+    flags += ["--retention", "0.4", "--max-new-tokens", "4"]
+    assert run(*flags) == 0
+    before = {p: p.stat().st_mtime_ns for p in (out / "rows").iterdir()}
+    assert run(*flags, "--compare-unpruned") == 0
+    assert {p: p.stat().st_mtime_ns for p in (out / "rows").iterdir()} == before
+    printed = capsys.readouterr().out
+    assert "right responses" in printed and "unpruned" in printed
+    pruned, full = (summary_of(d) for d in (out, out / "unpruned"))
+    assert pruned["scored"] == full["scored"] == 3 and full["retention"] == 1.0
+    assert pruned["prefill_flops_unpruned"] == full["prefill_flops"]
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("*")}
+    assert run(*flags, "--compare-unpruned") == 0
+    assert "finished already: nothing to do" in capsys.readouterr().out
+    assert run(*flags, "--compare-unpruned", "--seed", "5") == 2
+    assert {p: p.stat().st_mtime_ns for p in out.rglob("*")} == before
 
 
 @pytest.mark.slow
@@ -372,6 +394,7 @@ def test_mistakes_end_with_code_2_and_one_line(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in.parquet"]
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_local")
 def test_the_models_rules_of_decoding_are_followed_and_noted(

@@ -284,6 +284,7 @@ def test_no_name_is_both_ours_and_theirs() -> None:
     assert not [name for name in trio.__all__ if f" {name} as {name}" in source]
 
 
+@pytest.mark.slow
 def test_pytest_finds_ours_though_a_plugin_imported_the_other(tmp_path: Path) -> None:
     (tmp_path / "early_plugin.py").write_text(
         "import sys\n"

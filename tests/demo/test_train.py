@@ -90,6 +90,7 @@ STAGES = (
 )
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_where_an_unbroken_one_does(tmp_path: Path) -> None:
     def trainer(name: str) -> Trainer:
         return Trainer(tmp_path / name, 0, STAGES, save_every=1, scenes_evaluated=1)

@@ -101,6 +101,7 @@ def assert_quarantined(output: Path, bad: dict[int, str], count: int) -> None:
     assert sum(s["images"] for s in pq.read_table(output / "stats").to_pylist()) == count - len(bad)
 
 
+@pytest.mark.slow
 def test_rows_that_kill_reader_preparation_and_engine_end_as_error_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 
 from tests.job.fakes import reader_of
 from trio.job.input.columns import resolve
@@ -27,6 +28,7 @@ def sizes(path: Path, rows_per_unit: int | None = None) -> list[int]:
     return out
 
 
+@pytest.mark.slow
 def test_a_nested_column_of_more_than_2_gb_in_one_row_group(tmp_path: Path) -> None:
     image = [{"bytes": bytes(20 << 20), "path": None}]
     batch = pa.RecordBatch.from_arrays([pa.array([image], pa.list_(IMAGE))], ["image"])
