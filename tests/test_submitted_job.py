@@ -192,6 +192,13 @@ def job_info(cluster: dict[str, str], job: str) -> dict[str, Any]:
     return info
 
 
+def datasets(cluster: dict[str, str], job: str) -> list[dict[str, Any]]:
+    """What the dashboard's panel of Ray Data shows of a job."""
+    url = f"{cluster['dashboard']}/api/data/datasets/{job_info(cluster, job)['job_id']}"
+    with urllib.request.urlopen(url, timeout=60) as answer:
+        return list(json.load(answer)["datasets"])
+
+
 @pytest.mark.slow
 @pytest.mark.ray
 def test_submitted_with_a_working_directory(checkout: Path, submit: Submit) -> None:
@@ -260,6 +267,10 @@ def test_the_job_from_a_clone(
     table = pq.read_table(out / "rows")
     assert table.num_rows == 4 and table.column("error").null_count == 4
     assert (out / "_SUCCESS").exists()
+    (dataset,) = datasets(cluster, "good")
+    assert dataset["dataset"].startswith("captions ") and " pass 0" in dataset["dataset"]
+    names = [stage["name"] for stage in dataset["operators"]]
+    assert names == ["Input", "ReadUnits", "MapBatches(prepare)", "MapBatches(answer)"]
 
 
 @pytest.mark.slow
