@@ -84,7 +84,7 @@ def test_more_tasks_for_images_than_engines_leave(changes: dict[str, Any], said:
 def test_nodes_still_to_come() -> None:
     config = made_of(actors=6, gpus_per_actor=1.0, wait_for_nodes=300)
     out = cluster.fit(config, attached=True)
-    assert out.actors == 6 and "4 engines fit now, others as nodes join" in out.describe()
+    assert out.actors == 6 and "6 engines on 1 GPU (2 of them as nodes join)" in out.describe()
 
 
 @pytest.mark.parametrize("text", ["auto", "local", "10.0.0.1:6379", "head.ray:1", "[::1]:6379"])

@@ -9,7 +9,7 @@ from trio.job.nodes.placement import (
     UNBOUNDED,
     Need,
     Node,
-    Placement,
+    Resources,
     describe,
     place,
     spare_cpus,
@@ -20,7 +20,7 @@ ONE = Node(cpus=8, gpus=1)
 FOUR = Node(cpus=16, gpus=4)
 
 
-def placed(nodes: list[Node], **asked: Any) -> Placement:
+def placed(nodes: list[Node], **asked: Any) -> Resources:
     defaults = {"actors": None, "gpus_per_actor": None, "cpus_per_actor": 1.0}
     return place(nodes, **defaults | asked)
 
@@ -66,7 +66,7 @@ def test_placed(
     nodes: list[Node], asked: dict[str, Any], expected: tuple[int, int, int, float]
 ) -> None:
     out = placed(nodes, **asked)
-    assert (out.actors, out.fit, out.per_node, out.need.gpus) == expected
+    assert (out.actors, out.actors - out.waiting, out.per_node, out.need.gpus) == expected
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from trio.job.nodes.environment import (
     export_path,
     submitted,
 )
-from trio.job.nodes.placement import Node, Placement, describe, place, spare_cpus
+from trio.job.nodes.placement import Node, Resources, describe, place, spare_cpus
 from trio.job.settings import AUTO, LOCAL, Cluster, Settings
 
 LOCAL_CPUS = 4
@@ -38,43 +38,7 @@ QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_BACKEND_LOG_LEVEL": "fatal",
 }
-
-
 LOGGING: dict[str, Any] = {"logging_level": logging.ERROR, "configure_logging": True}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Resources:
-    """What a cluster has, and what the job takes of it."""
-
-    cpus: float
-    # logical
-    gpus: float
-    nodes: int
-    actors: int
-    gpus_per_actor: float
-    cpus_per_actor: float
-    attached: bool
-    # False for a Ray of our own in this process
-    per_node: int = 1
-    # most engines on one of the nodes that are there
-    prepare_tasks: int = 1
-    # that decode and preprocess images at a time
-    prepare_cpus: float = 1.0
-    # of each; 0 where engines leave none
-    fit: int | None = None
-    # engines that have a place now; None: all
-
-    def describe(self) -> str:
-        where = f"cluster of {self.nodes} nodes" if self.nodes > 1 else "1 node"
-        where = where if self.attached else "local Ray"
-        engine = f"{self.gpus_per_actor:g} GPU" if self.gpus_per_actor else "CPU"
-        return (
-            f"{where} with {self.cpus:g} CPUs and {self.gpus:g} GPUs;"
-            f" {self.actors} engine{'s' if self.actors > 1 else ''} on {engine}"
-            + f"; {self.prepare_tasks} task{'s' if self.prepare_tasks > 1 else ''} for images"
-            + ("" if self.fit is None else f"; {self.fit} engines fit now, others as nodes join")
-        )
 
 
 def start(address: str | None = None) -> bool:
@@ -223,32 +187,18 @@ def fit(config: Settings, *, attached: bool) -> Resources:
         UserError: more asked for than the nodes hold and no more to come, with the numbers.
     """
     asked, there = config.cluster, nodes()
-    placement = place(
+    placed = place(
         there,
         actors=asked.actors,
         gpus_per_actor=asked.gpus_per_actor,
         cpus_per_actor=asked.cpus_per_actor,
         wait_s=asked.wait_for_nodes,
     )
-    tasks, cpus_each = _prepare_tasks(asked, there, placement)
-    return Resources(
-        cpus=sum(node.cpus for node in there),
-        gpus=sum(node.gpus for node in there),
-        nodes=len(there),
-        actors=placement.actors,
-        gpus_per_actor=placement.need.gpus,
-        cpus_per_actor=placement.need.cpus,
-        attached=attached,
-        per_node=placement.per_node,
-        prepare_tasks=tasks,
-        prepare_cpus=cpus_each,
-        fit=placement.fit if placement.fit < placement.actors else None,
-    )
+    tasks, cpus_each = _prepare_tasks(asked, there, placed)
+    return replace(placed, attached=attached, prepare_tasks=tasks, prepare_cpus=cpus_each)
 
 
-def _prepare_tasks(
-    settings: Cluster, there: Sequence[Node], placement: Placement
-) -> tuple[int, float]:
+def _prepare_tasks(asked: Cluster, there: Sequence[Node], placed: Resources) -> tuple[int, float]:
     """How many tasks prepare images at a time, and the CPUs that each reserves.
 
     Engines that leave no CPU must not starve what feeds them: then none is reserved.
@@ -256,19 +206,19 @@ def _prepare_tasks(
     Raises:
         UserError: more asked for than engines leave and no node to come.
     """
-    asked, engines = settings.prepare_cpus, placement.actors
-    if settings.threads is not None:  # its older name, for each engine
-        asked = settings.threads * engines
-    free = spare_cpus(there, placement.need, placement.fit)
-    if asked is None:
-        most = free if placement.need.gpus else min(free, 2 * engines)
+    wanted, engines = asked.prepare_cpus, placed.actors
+    if asked.threads is not None:  # its older name, for each engine
+        wanted = asked.threads * engines
+    free = spare_cpus(there, placed.need, engines - placed.waiting)
+    if wanted is None:
+        most = free if placed.gpus_per_actor else min(free, 2 * engines)
         return (most, 1.0) if most > 0 else (engines, 0.0)
-    if asked > free and not settings.wait_for_nodes:
+    if wanted > free and not asked.wait_for_nodes:
         raise UserError(
-            f"--prepare-cpus: {asked} CPUs for images, but the engines leave {free} of"
+            f"--prepare-cpus: {wanted} CPUs for images, but the engines leave {free} of"
             f" {describe(there)}; lower it, --actors or --cpus-per-actor (0 is allowed)"
         )
-    return asked, 1.0
+    return wanted, 1.0
 
 
 def nodes() -> list[Node]:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from trio.errors import UserError
+from trio.tables import counted
 
 UNBOUNDED = 1 << 30
 # engines on a node when they take nothing of it
@@ -45,15 +46,41 @@ class Need:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Placement:
-    """How many engines there will be, and how many of them have a place already."""
+class Resources:
+    """What a cluster has, and what the job takes of it."""
 
+    cpus: float
+    # logical
+    gpus: float
+    nodes: int
     actors: int
-    fit: int
-    # of them on the nodes that are there now
-    per_node: int
-    # most on one of the nodes that are there, spread as evenly as they allow; at least 1
-    need: Need
+    gpus_per_actor: float
+    cpus_per_actor: float
+    waiting: int = 0
+    # engines that have no place on the nodes that are there now
+    per_node: int = 1
+    # most engines on one of these nodes, spread as evenly as they allow
+    attached: bool = True
+    # False for a Ray of our own in this process
+    prepare_tasks: int = 1
+    # that decode and preprocess images at a time
+    prepare_cpus: float = 1.0
+    # of each; 0 where engines leave none
+
+    @property
+    def need(self) -> Need:
+        return Need(cpus=self.cpus_per_actor, gpus=self.gpus_per_actor)
+
+    def describe(self) -> str:
+        where = f"cluster of {self.nodes} nodes" if self.nodes > 1 else "1 node"
+        where = where if self.attached else "local Ray"
+        engine = f"{self.gpus_per_actor:g} GPU" if self.gpus_per_actor else "CPU"
+        later = f" ({self.waiting} of them as nodes join)" if self.waiting else ""
+        return (
+            f"{where} with {self.cpus:g} CPUs and {self.gpus:g} GPUs;"
+            f" {counted(self.actors, 'engine')} on {engine}{later};"
+            f" {counted(self.prepare_tasks, 'task')} for images"
+        )
 
 
 def _times(need: float, there: float) -> int:
@@ -77,7 +104,7 @@ def place(
     gpus_per_actor: float | None,
     cpus_per_actor: float,
     wait_s: float = 0.0,
-) -> Placement:
+) -> Resources:
     """What a job takes of the nodes.
 
     Args:
@@ -107,13 +134,22 @@ def place(
     asked = actors or (max(1, fit) if need.gpus else 1)
     if fit < asked and not wait_s:
         raise UserError(
-            f"{asked} engine{'s' if asked > 1 else ''} with {need.gpus:g} GPUs and {need.cpus:g}"
-            f" CPUs each: {fit or 'none'} can be placed on what Ray has ({describe(nodes)}); lower"
+            f"{counted(asked, 'engine')} with {need.gpus:g} GPUs and {need.cpus:g} CPUs each:"
+            f" {fit or 'none'} can be placed on what Ray has ({describe(nodes)}); lower"
             " --actors, --gpus-per-actor or --cpus-per-actor (0 is allowed), or where nodes are"
             " still to join give --wait-for-nodes SECONDS"
         )
     fit = min(fit, asked)
-    return Placement(actors=asked, fit=fit, per_node=max([1, *_spread(slots, fit)]), need=need)
+    return Resources(
+        cpus=sum(node.cpus for node in nodes),
+        gpus=sum(node.gpus for node in nodes),
+        nodes=len(nodes),
+        actors=asked,
+        gpus_per_actor=need.gpus,
+        cpus_per_actor=need.cpus,
+        waiting=asked - fit,
+        per_node=max([1, *_spread(slots, fit)]),
+    )
 
 
 def _spread(slots: Sequence[int], engines: int) -> list[int]:
