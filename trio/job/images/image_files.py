@@ -43,32 +43,29 @@ def load_images(value: Any, base: Location | None, policy: ImagePolicy) -> list[
         raise RowError("image_missing", "the row has no image")
     images = []
     for number, item in enumerate(items, 1):
+        where = f"image {number} of {len(items)}: " if len(items) > 1 else ""
         try:
-            images.append(decode(_data(item, base, policy), policy))
+            image = decode(_data(item, base, policy), policy)
         except RowError as error:
-            if len(items) == 1:
-                raise
-            where = f"image {number} of {len(items)}: {error.message}"
-            raise RowError(error.kind, where) from error
+            raise RowError(error.kind, where + error.message) from error
+        if NOTE in image.info:
+            image.info[NOTE] = where + image.info[NOTE]
+        images.append(image)
     return images
 
 
 def note_of(images: Sequence[Image.Image]) -> str | None:
     """What had to be mended in a row's images, for the row; None where nothing had."""
-    several = len(images) > 1
-    notes = [
-        f"image {number} of {len(images)}: {image.info[NOTE]}" if several else image.info[NOTE]
-        for number, image in enumerate(images, 1)
-        if image.info.get(NOTE)
-    ]
-    return "; ".join(notes) or None
+    return "; ".join(image.info[NOTE] for image in images if NOTE in image.info) or None
 
 
 def _data(item: Any, base: Location | None, policy: ImagePolicy) -> bytes:
     """Encoded bytes of one image, wherever they are."""
     if isinstance(item, Mapping):
-        data, path = item.get("bytes"), item.get("path")
-        item = path if data is None else data.encode() if isinstance(data, str) else data
+        data = item.get("bytes")
+        if isinstance(data, str):  # base64 or nothing, never a path
+            data = data.encode()
+        item = item.get("path") if data is None else data
     if item is None:
         raise RowError("image_missing", "the row has no image")
     if isinstance(item, str):

@@ -95,7 +95,7 @@ def _connect(
 ) -> socket.socket:
     """A connection to the first address that may be used and answers."""
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    allowed = [at[:2] for *_, at in found if private or is_public(str(at[0]))]
+    allowed = [(str(at[0]), port) for *_, at in found if private or is_public(str(at[0]))]
     if not allowed:
         raise RowError(
             "image_forbidden",
