@@ -41,9 +41,10 @@ def pack(rows: Sequence[Sequence[Picture]]) -> tuple[pa.LargeBinaryArray, list[b
         headers.append(pickle.dumps((body, places)))
     data = pa.allocate_buffer(end)
     cell = np.frombuffer(data, np.uint8)
-    cell[...] = 0  # between arrays too, else what stood in that memory before
     for start, content in placed:
-        cell[start : start + content.size] = content
+        stop = start + content.size
+        cell[start:stop] = content
+        cell[stop : stop + -stop % ALIGN] = 0  # else what stood in that memory before
     return cell_of(data), headers
 
 
