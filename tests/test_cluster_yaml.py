@@ -48,8 +48,8 @@ def test_head_and_workers(config: dict[str, Any]) -> None:
         for _ in range(kind.get("max_workers", 1))
     ]
     out = place(nodes, actors=None, gpus_per_actor=None, cpus_per_actor=1.0)
-    assert out.actors == gpu["max_workers"] * gpu["resources"]["GPU"] and not out.note
-    assert spare_cpus(nodes, out.need, out.fit) == sum(node.cpus for node in nodes) - out.actors
+    assert out.actors == gpu["max_workers"] * gpu["resources"]["GPU"] and not out.waiting
+    assert spare_cpus(nodes, out.need, out.actors) == sum(node.cpus for node in nodes) - out.actors
 
 
 def test_one_ray_everywhere(config: dict[str, Any]) -> None:

@@ -67,7 +67,7 @@ PREPARED = pa.struct(
         ("note", pa.string()),
         ("kind", pa.string()),
         ("message", pa.string()),
-        ("header", pa.string()),
+        ("header", pa.binary()),
     ]
 )
 # of a row: what is known of its images, its error, and where its pixels lie

@@ -9,7 +9,7 @@ from trio.job.nodes.placement import (
     UNBOUNDED,
     Need,
     Node,
-    Placement,
+    Resources,
     describe,
     place,
     spare_cpus,
@@ -20,7 +20,7 @@ ONE = Node(cpus=8, gpus=1)
 FOUR = Node(cpus=16, gpus=4)
 
 
-def placed(nodes: list[Node], **asked: Any) -> Placement:
+def placed(nodes: list[Node], **asked: Any) -> Resources:
     defaults = {"actors": None, "gpus_per_actor": None, "cpus_per_actor": 1.0}
     return place(nodes, **defaults | asked)
 
@@ -66,7 +66,7 @@ def test_placed(
     nodes: list[Node], asked: dict[str, Any], expected: tuple[int, int, int, float]
 ) -> None:
     out = placed(nodes, **asked)
-    assert (out.actors, out.fit, out.per_node, out.need.gpus) == expected
+    assert (out.actors, out.actors - out.waiting, out.per_node, out.need.gpus) == expected
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_placed(
             {"gpus_per_actor": 2.0},
             r"1 engine with 2 GPUs and 1 CPUs each: none can be placed on what Ray has \(1 node"
             r" with 0 CPUs and 0 GPUs, 2 nodes with 8 CPUs and 1 GPUs each\); lower"
-            r" --gpus-per-actor",
+            r" --actors, --gpus-per-actor or --cpus-per-actor",
         ),
         ([FOUR, ONE], {"actors": 6}, r"6 engines with 1 GPUs .*: 5 can .*; lower --actors"),
         ([FOUR], {"gpus_per_actor": 3.0, "actors": 2}, "2 engines with 3 GPUs .*: 1 can"),
@@ -92,26 +92,6 @@ def test_placed(
 def test_refused(nodes: list[Node], asked: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         placed(nodes, **asked)
-
-
-@pytest.mark.parametrize(
-    ("nodes", "asked", "note"),
-    [
-        ([FOUR, ONE], {}, ""),
-        ([FOUR], {"actors": 2}, ""),
-        ([FOUR, ONE], {"gpus_per_actor": 2.0}, "1 GPUs stay idle: --gpus-per-actor 2 allows no"),
-        ([FOUR], {"cpus_per_actor": 6.0}, "2 GPUs stay idle: --cpus-per-actor 6 allows no"),
-        (
-            [HEAD, ONE],
-            {"actors": 3, "wait_s": 90.0},
-            "1 of them fit now on 1 node with 0 CPUs and 0 GPUs, 1 node with 8 CPUs and 1 GPUs, the"
-            " others start as nodes join; without any after 90 s the job fails",
-        ),
-    ],
-)
-def test_what_is_said(nodes: list[Node], asked: dict[str, Any], note: str) -> None:
-    said = placed(nodes, **asked).note
-    assert said.startswith(note) and bool(said) == bool(note)
 
 
 def test_no_node() -> None:

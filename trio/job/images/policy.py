@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from functools import lru_cache
-from urllib.parse import urlsplit
 
 from trio.errors import UserError
 
@@ -18,7 +17,12 @@ ROW_TIMEOUT_S = 60.0
 SCHEMES = ("https", "http", "s3", "gs", "gcs", "hf", "abfs", "abfss", "hdfs", "viewfs")
 PORTS = {"http": 80, "https": 443}
 # of the schemes that --allow-remote-images alone allows: all others are read with credentials
-_SCHEME = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]*):")
+_SCHEME = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*:")
+_ORIGIN = re.compile(
+    r"(?P<scheme>\w+)://"
+    r"(?P<host>\*|(?:\*\.)?[^\s/@?#*:\[\]]+|\[[\da-fA-F:.]+\])"
+    r"(?::(?P<port>\d+))?/?"
+)
 _SHOWN = 200
 # characters of a path or URI in a message
 _LONGEST = 1000
@@ -79,19 +83,15 @@ def parse_origin(text: str) -> Origin:
     Raises:
         UserError: anything else.
     """
-    try:
-        parts = urlsplit(text)
-        scheme, host, port = parts.scheme.lower(), parts.hostname or "", parts.port
-    except ValueError:
-        scheme, host, port = "", "", None
-    plain = "" if scheme == "" else text[len(scheme) + 3 :].rstrip("/")
-    stars = host.removeprefix("*.") if host != "*" else ""
-    if scheme not in SCHEMES or not host or "*" in stars or set(plain) & set("/@?#"):
+    match = _ORIGIN.fullmatch(text)
+    scheme = match["scheme"].lower() if match else ""
+    if match is None or scheme not in SCHEMES:
         raise UserError(
             "an origin is scheme://host, as in https://images.example.org, https://*.cdn.net or"
             f" s3://bucket, with a scheme of {', '.join(SCHEMES)} and no path; got {redact(text)!r}"
         )
-    return Origin(scheme, host.rstrip("."), port or PORTS.get(scheme))
+    host = match["host"].strip("[]").lower().rstrip(".")
+    return Origin(scheme, host, int(match["port"]) if match["port"] else PORTS.get(scheme))
 
 
 @lru_cache(maxsize=8)
@@ -110,11 +110,8 @@ def origin_for(policy: ImagePolicy, scheme: str, host: str, port: int | None) ->
 
 def redact(name: str) -> str:
     """A path or URI for a message: a URI without user, query and fragment; cut, on one line."""
-    match = _SCHEME.match(name)
-    if match:
-        head, rest = match.group(0), re.split(r"[?#]", name[match.end() :], maxsplit=1)[0]
-        slashes = rest[: len(rest) - len(rest.lstrip("/\\"))]
-        authority, slash, path = rest[len(slashes) :].partition("/")
-        name = head + slashes + authority.rpartition("@")[2] + slash + path
+    if _SCHEME.match(name):
+        name = re.sub(r"[?#].*", "", name, flags=re.DOTALL)
+        name = re.sub(r"^([^:]+:[/\\]*)[^/]*@", r"\1", name)
     name = "".join(c if c.isprintable() else "?" for c in name[: _SHOWN + 1])
     return name if len(name) <= _SHOWN else name[: _SHOWN - 3] + "..."

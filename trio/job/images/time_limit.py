@@ -51,16 +51,15 @@ class TimeLimit:
         self._arm()
         before = signal.signal(signal.SIGALRM, _late)
         try:
-            signal.setitimer(signal.ITIMER_REAL, self._seconds)
             try:
+                signal.setitimer(signal.ITIMER_REAL, self._seconds)
                 yield
-            finally:
+            finally:  # the alarm may come here too, but then it has been the only one
                 signal.setitimer(signal.ITIMER_REAL, 0)
         except _Late as error:
             reason = f"fetching and decoding took more than {self._seconds:g} s (--row-timeout)"
             raise RowError("image_timeout", reason) from error
-        finally:  # also where the alarm comes at the very end
-            signal.setitimer(signal.ITIMER_REAL, 0)
+        finally:
             signal.signal(signal.SIGALRM, before)
 
     def _arm(self) -> None:

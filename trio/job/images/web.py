@@ -11,6 +11,7 @@ import http.client
 import ipaddress
 import socket
 import ssl
+from contextlib import suppress
 from functools import cache
 from urllib.parse import SplitResult, quote, urljoin, urlsplit
 
@@ -20,7 +21,6 @@ MAX_REDIRECTS = 3
 SILENCE_S = 30.0
 # without a byte from a server; --row-timeout limits the whole
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
-_CHUNK = 1 << 18
 _HEADERS = {"User-Agent": "trio-vlm", "Accept": "image/*,*/*", "Accept-Encoding": "identity"}
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
@@ -82,47 +82,29 @@ def _body(response: http.client.HTTPResponse, shown: str, policy: ImagePolicy) -
         return location
     if response.status != 200:
         raise RowError("image_not_found", f"{shown}: HTTP status {response.status}")
-    announced, size = response.length or 0, 0
-    parts: list[bytes] = []
-    while max(announced, size) <= policy.max_bytes:
-        part = response.read(_CHUNK)
-        if not part and size < announced:
-            raise RowError("image_truncated", f"{shown}: {size} of {announced} bytes came")
-        if not part:
-            return b"".join(parts)
-        parts.append(part)
-        size += len(part)
-    raise RowError("image_oversized", f"{shown}: more than {policy.max_bytes} bytes")
+    most = policy.max_bytes
+    if (response.length or 0) > most or len(body := response.read(most + 1)) > most:
+        raise RowError("image_oversized", f"{shown}: more than {most} bytes")
+    if response.length:
+        raise RowError("image_truncated", f"{shown}: {response.length} bytes did not come")
+    return body
 
 
 def _connect(
     host: str, port: int, timeout: float | None, *, private: bool, shown: str
 ) -> socket.socket:
     """A connection to the first address that may be used and answers."""
-    failure: OSError | None = None
-    refused = False
-    for family, kind, protocol, _, address in socket.getaddrinfo(
-        host, port, type=socket.SOCK_STREAM
-    ):
-        if not private and not is_public(str(address[0])):
-            refused = True
-            continue
-        sock = socket.socket(family, kind, protocol)
-        sock.settimeout(timeout)
-        try:
-            sock.connect(address)
-            if private or is_public(sock.getpeername()[0]):
-                return sock
-            refused = True
-        except OSError as error:
-            failure = error
-        sock.close()
-    if refused or failure is None:
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    allowed = [(str(at[0]), port) for *_, at in found if private or is_public(str(at[0]))]
+    if not allowed:
         raise RowError(
             "image_forbidden",
             f"{shown}: its host has a private address; name it in --remote-images-from to allow it",
         )
-    raise failure
+    for address in allowed[:-1]:
+        with suppress(OSError):
+            return socket.create_connection(address, timeout)
+    return socket.create_connection(allowed[-1], timeout)
 
 
 def is_public(address: str) -> bool:

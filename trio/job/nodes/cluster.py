@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
+import re
 import socket
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,8 @@ from trio.job.nodes.environment import (
     export_path,
     submitted,
 )
-from trio.job.nodes.placement import Node, Placement, describe, place, spare_cpus
-from trio.job.settings import AUTO, LOCAL, Settings
+from trio.job.nodes.placement import Node, Resources, describe, place, spare_cpus
+from trio.job.settings import AUTO, LOCAL, Cluster, Settings
 
 LOCAL_CPUS = 4
 # logical, also on a smaller machine
@@ -38,43 +38,7 @@ QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_BACKEND_LOG_LEVEL": "fatal",
 }
-
-
 LOGGING: dict[str, Any] = {"logging_level": logging.ERROR, "configure_logging": True}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Resources:
-    """What a cluster has, and what the job takes of it."""
-
-    cpus: float
-    # logical
-    gpus: float
-    nodes: int
-    actors: int
-    gpus_per_actor: float
-    cpus_per_actor: float
-    attached: bool
-    # False for a Ray of our own in this process
-    per_node: int = 1
-    # most engines on one of the nodes that are there
-    prepare_tasks: int = 1
-    # that decode and preprocess images at a time
-    prepare_cpus: float = 1.0
-    # of each; 0 where engines leave none
-    note: str = ""
-    # what is to be said about the fit
-
-    def describe(self) -> str:
-        where = f"cluster of {self.nodes} nodes" if self.nodes > 1 else "1 node"
-        where = where if self.attached else "local Ray"
-        engine = f"{self.gpus_per_actor:g} GPU" if self.gpus_per_actor else "CPU"
-        return (
-            f"{where} with {self.cpus:g} CPUs and {self.gpus:g} GPUs;"
-            f" {self.actors} engine{'s' if self.actors > 1 else ''} on {engine}"
-            + f"; {self.prepare_tasks} task{'s' if self.prepare_tasks > 1 else ''} for images"
-            + (f"; {self.note}" if self.note else "")
-        )
 
 
 def start(address: str | None = None) -> bool:
@@ -93,12 +57,20 @@ def start(address: str | None = None) -> bool:
     if ray.is_initialized():
         return True
     where, source = _asked(address)
-    if where is None:
-        _tell_of_another()
     if where is None or where == LOCAL:
+        if where is None:
+            _tell_of_another()
         _start_here()
         return False
-    _attach(_started_here(source) if where == AUTO and not submitted() else where, source)
+    if where == AUTO and not submitted():
+        # Ray itself would also take one that another job has started for itself.
+        where = _cluster_here()
+        if where is None:
+            raise UserError(
+                f"{source}: no Ray of 'ray start' runs on this machine; name one as host:port, or"
+                " leave it out for a Ray of the job's own"
+            )
+    _attach(where, source)
     return True
 
 
@@ -106,7 +78,7 @@ def _asked(address: str | None) -> tuple[str | None, str]:
     """Which Ray is wanted, and what says so: ``--address`` before RAY_ADDRESS; None: nothing does.
 
     Raises:
-        UserError: another one than that to which this job was submitted, or none answers there.
+        UserError: another one than that to which this job was submitted.
     """
     named = os.environ.get("RAY_ADDRESS") or None
     if address is None or (submitted() and address in (AUTO, named)):
@@ -116,26 +88,9 @@ def _asked(address: str | None) -> tuple[str | None, str]:
             f"--address {address}: a job of 'ray job submit' runs on the cluster it was submitted"
             " to; leave --address out, also of --config"
         )
-    if address not in (AUTO, LOCAL) and not _answers(address, ANSWER_S):
-        raise UserError(f"--address {address}: no Ray cluster answers there; correct it")
     # Ray takes the variable's word against 'auto'.
     os.environ.pop("RAY_ADDRESS", None)
     return address, f"--address {address}"
-
-
-def _started_here(source: str) -> str:
-    """The Ray that `ray start` began here; Ray itself would also take one of another job's own.
-
-    Raises:
-        UserError: there is none.
-    """
-    there = _cluster_here()
-    if there is None:
-        raise UserError(
-            f"{source}: no Ray of 'ray start' runs on this machine; name one as host:port, or leave"
-            " it out for a Ray of the job's own"
-        )
-    return there
 
 
 def _start_here() -> None:
@@ -159,6 +114,8 @@ def _attach(where: str, source: str) -> None:
     if variables:
         env["env_vars"] = variables
     try:
+        if re.fullmatch(r"[^/]+:\d+", where) and not _answers(where, ANSWER_S):
+            raise ConnectionError(where)  # for which Ray itself would try much longer
         with _hushed():
             ray.init(address=where, runtime_env=env or None, log_to_driver=False, **LOGGING)
     except ConnectionError as error:
@@ -229,38 +186,19 @@ def fit(config: Settings, *, attached: bool) -> Resources:
     Raises:
         UserError: more asked for than the nodes hold and no more to come, with the numbers.
     """
-    there = nodes()
-    placement = place(
+    asked, there = config.cluster, nodes()
+    placed = place(
         there,
-        actors=config.cluster.actors,
-        gpus_per_actor=config.cluster.gpus_per_actor,
-        cpus_per_actor=config.cluster.cpus_per_actor,
-        wait_s=config.cluster.wait_for_nodes,
+        actors=asked.actors,
+        gpus_per_actor=asked.gpus_per_actor,
+        cpus_per_actor=asked.cpus_per_actor,
+        wait_s=asked.wait_for_nodes,
     )
-    notes = [placement.note]
-    tasks, cpus_each = prepare_tasks(config, there, placement)
-    if placement.fit < placement.actors and autoscales() is False:
-        notes.append("this cluster adds no nodes by itself")
-    if attached:
-        notes.append(_held_by_others(there))
-    return Resources(
-        cpus=sum(node.cpus for node in there),
-        gpus=sum(node.gpus for node in there),
-        nodes=len(there),
-        actors=placement.actors,
-        gpus_per_actor=placement.need.gpus,
-        cpus_per_actor=placement.need.cpus,
-        attached=attached,
-        per_node=placement.per_node,
-        prepare_tasks=tasks,
-        prepare_cpus=cpus_each,
-        note="; ".join(note for note in notes if note),
-    )
+    tasks, cpus_each = _prepare_tasks(asked, there, placed)
+    return replace(placed, attached=attached, prepare_tasks=tasks, prepare_cpus=cpus_each)
 
 
-def prepare_tasks(
-    config: Settings, there: Sequence[Node], placement: Placement
-) -> tuple[int, float]:
+def _prepare_tasks(asked: Cluster, there: Sequence[Node], placed: Resources) -> tuple[int, float]:
     """How many tasks prepare images at a time, and the CPUs that each reserves.
 
     Engines that leave no CPU must not starve what feeds them: then none is reserved.
@@ -268,57 +206,26 @@ def prepare_tasks(
     Raises:
         UserError: more asked for than engines leave and no node to come.
     """
-    asked, engines = config.cluster.prepare_cpus, placement.actors
-    if config.cluster.threads is not None:
-        asked = config.cluster.threads * engines
-    free = spare_cpus(there, placement.need, placement.fit)
-    if asked is None:
-        most = free if placement.need.gpus else min(free, 2 * engines)
+    wanted, engines = asked.prepare_cpus, placed.actors
+    if asked.threads is not None:  # its older name, for each engine
+        wanted = asked.threads * engines
+    free = spare_cpus(there, placed.need, engines - placed.waiting)
+    if wanted is None:
+        most = free if placed.gpus_per_actor else min(free, 2 * engines)
         return (most, 1.0) if most > 0 else (engines, 0.0)
-    if asked > free and not config.cluster.wait_for_nodes:
-        flag = "--prepare-cpus" if config.cluster.threads is None else "--threads"
+    if wanted > free and not asked.wait_for_nodes:
         raise UserError(
-            f"{flag}: {asked} CPUs for images, but the engines leave {free} of"
+            f"--prepare-cpus: {wanted} CPUs for images, but the engines leave {free} of"
             f" {describe(there)}; lower it, --actors or --cpus-per-actor (0 is allowed)"
         )
-    return asked, 1.0
+    return wanted, 1.0
 
 
 def nodes() -> list[Node]:
     """The nodes that are alive, in a stable order."""
-    return sorted((node for _, node in named_nodes()), key=lambda node: (node.gpus, node.cpus))
-
-
-def named_nodes() -> list[tuple[str, Node]]:
-    """Ids of the nodes that are alive, and what they have."""
-    alive = [(node["NodeID"], node["Resources"]) for node in ray.nodes() if node["Alive"]]
-    return [(name, Node(cpus=has.get("CPU", 0.0), gpus=has.get("GPU", 0.0))) for name, has in alive]
-
-
-def _held_by_others(there: Sequence[Node]) -> str:
-    """What of the cluster is taken: before our first engine that is other people's work."""
-    free = ray.available_resources()
-    parts = []
-    for kind, total in (("CPU", sum(n.cpus for n in there)), ("GPU", sum(n.gpus for n in there))):
-        taken = total - free.get(kind, 0.0)
-        if taken > 0:
-            parts.append(f"{taken:g} {kind}s")
-    return f"{' and '.join(parts)} of it are in use by others now" if parts else ""
-
-
-def autoscales() -> bool | None:
-    """Whether the cluster adds nodes by itself; None where it does not tell.
-
-    Ray's monitor reports the type of each node. Without an autoscaler's settings it calls each type
-    after the one node it has. The newer autoscaler (KubeRay's) leaves no such report.
-    """
-    try:
-        client: Any = ray._private.worker.global_worker.gcs_client  # type: ignore[attr-defined]
-        report = json.loads(client.internal_kv_get(b"__autoscaling_status", None) or b"{}")
-        types = report["autoscaler_report"]["node_type_mapping"]
-        return any(kind != f"node_{node}" for node, kind in types.items()) if types else None
-    except Exception:  # private to Ray, and only for a message
-        return None
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    found = [Node(cpus=has.get("CPU", 0.0), gpus=has.get("GPU", 0.0)) for has in alive]
+    return sorted(found, key=lambda node: (node.gpus, node.cpus))
 
 
 def stop(attached: bool) -> None:

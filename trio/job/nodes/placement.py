@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from trio.errors import UserError
+from trio.tables import counted
 
 UNBOUNDED = 1 << 30
 # engines on a node when they take nothing of it
@@ -28,9 +29,6 @@ class Node:
     # logical
     gpus: float
 
-    def describe(self) -> str:
-        return f"{self.cpus:g} CPUs and {self.gpus:g} GPUs"
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Need:
@@ -39,39 +37,59 @@ class Need:
     cpus: float
     gpus: float
 
-    def describe(self) -> str:
-        return f"{self.gpus:g} GPUs and {self.cpus:g} CPUs each"
-
     def fits_on(self, node: Node) -> int:
         """Engines that the node holds."""
-        return min(_by_gpus(self.gpus, node.gpus), _times(self.cpus, node.cpus))
+        by_gpus = _times(self.gpus, node.gpus)
+        if 0 < self.gpus < 1:
+            by_gpus = int(node.gpus) * _times(self.gpus, 1.0)
+        return min(by_gpus, _times(self.cpus, node.cpus))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Placement:
-    """How many engines there will be, and how many of them have a place already."""
+class Resources:
+    """What a cluster has, and what the job takes of it."""
 
+    cpus: float
+    # logical
+    gpus: float
+    nodes: int
     actors: int
-    fit: int
-    # of them on the nodes that are there now
-    per_node: int
-    # most on one of the nodes that are there, spread as evenly as they allow; at least 1
-    need: Need
-    note: str
-    # what somebody would want to know who pays for these nodes; may be empty
+    gpus_per_actor: float
+    cpus_per_actor: float
+    waiting: int = 0
+    # engines that have no place on the nodes that are there now
+    per_node: int = 1
+    # most engines on one of these nodes, spread as evenly as they allow
+    attached: bool = True
+    # False for a Ray of our own in this process
+    prepare_tasks: int = 1
+    # that decode and preprocess images at a time
+    prepare_cpus: float = 1.0
+    # of each; 0 where engines leave none
+
+    @property
+    def need(self) -> Need:
+        return Need(cpus=self.cpus_per_actor, gpus=self.gpus_per_actor)
+
+    def describe(self) -> str:
+        where = f"cluster of {self.nodes} nodes" if self.nodes > 1 else "1 node"
+        where = where if self.attached else "local Ray"
+        engine = f"{self.gpus_per_actor:g} GPU" if self.gpus_per_actor else "CPU"
+        later = f" ({self.waiting} of them as nodes join)" if self.waiting else ""
+        return (
+            f"{where} with {self.cpus:g} CPUs and {self.gpus:g} GPUs;"
+            f" {counted(self.actors, 'engine')} on {engine}{later};"
+            f" {counted(self.prepare_tasks, 'task')} for images"
+        )
 
 
 def _times(need: float, there: float) -> int:
     return math.floor(there / need + SLACK) if need else UNBOUNDED
 
 
-def _by_gpus(need: float, there: float) -> int:
-    return int(there) * _times(need, 1.0) if 0 < need < 1 else _times(need, there)
-
-
 def describe(nodes: Sequence[Node]) -> str:
     """The nodes by kind, as in ``2 nodes with 8 CPUs and 1 GPUs each``."""
-    kinds = Counter(node.describe() for node in nodes)
+    kinds = Counter(f"{node.cpus:g} CPUs and {node.gpus:g} GPUs" for node in nodes)
     each = [
         f"{count} nodes with {kind} each" if count > 1 else f"1 node with {kind}"
         for kind, count in kinds.items()
@@ -86,7 +104,7 @@ def place(
     gpus_per_actor: float | None,
     cpus_per_actor: float,
     wait_s: float = 0.0,
-) -> Placement:
+) -> Resources:
     """What a job takes of the nodes.
 
     Args:
@@ -99,22 +117,38 @@ def place(
     Raises:
         UserError: what is asked for has no place on these nodes, with the numbers.
     """
-    there = any(node.gpus for node in nodes)
-    _check_asked(actors, gpus_per_actor, wait_s, there=there)
-    gpus = gpus_per_actor if gpus_per_actor is not None else float(there)
-    need = Need(cpus=cpus_per_actor, gpus=gpus)
+    there, gpus = any(node.gpus for node in nodes), gpus_per_actor
+    if gpus is not None and gpus > 1 and gpus % 1:
+        raise UserError(
+            f"--gpus-per-actor {gpus:g}: Ray gives out a part of one GPU or whole GPUs;"
+            " give a number below 1 or a whole one"
+        )
+    if wait_s and not there and (gpus is None or (gpus > 0 and actors is None)):
+        raise UserError(
+            f"--wait-for-nodes {wait_s:g}: no node has a GPU yet, so how many there will be cannot"
+            " be seen; give both --actors and --gpus-per-actor (0 runs on the CPU)"
+        )
+    need = Need(cpus=cpus_per_actor, gpus=float(there) if gpus is None else gpus)
     slots = [need.fits_on(node) for node in nodes]
-    fit, asked = sum(slots), actors
-    if asked is None:
-        asked = max(1, fit) if gpus else 1
+    fit = sum(slots)
+    asked = actors or (max(1, fit) if need.gpus else 1)
     if fit < asked and not wait_s:
-        raise UserError(refusal(nodes, need, asked, fit))
-    return Placement(
+        raise UserError(
+            f"{counted(asked, 'engine')} with {need.gpus:g} GPUs and {need.cpus:g} CPUs each:"
+            f" {fit or 'none'} can be placed on what Ray has ({describe(nodes)}); lower"
+            " --actors, --gpus-per-actor or --cpus-per-actor (0 is allowed), or where nodes are"
+            " still to join give --wait-for-nodes SECONDS"
+        )
+    fit = min(fit, asked)
+    return Resources(
+        cpus=sum(node.cpus for node in nodes),
+        gpus=sum(node.gpus for node in nodes),
+        nodes=len(nodes),
         actors=asked,
-        fit=min(fit, asked),
-        per_node=max([1, *_spread(slots, min(fit, asked))]),
-        need=need,
-        note=_note(nodes, need, asked, fit, chosen=actors is not None, wait_s=wait_s),
+        gpus_per_actor=need.gpus,
+        cpus_per_actor=need.cpus,
+        waiting=asked - fit,
+        per_node=max([1, *_spread(slots, fit)]),
     )
 
 
@@ -136,49 +170,3 @@ def spare_cpus(nodes: Sequence[Node], need: Need, engines: int) -> int:
     held = _spread(slots, min(engines, sum(slots)))
     left = (node.cpus - here * need.cpus for node, here in zip(nodes, held, strict=True))
     return sum(math.floor(cpus + SLACK) for cpus in left)
-
-
-def _check_asked(
-    actors: int | None, gpus_per_actor: float | None, wait_s: float, *, there: bool
-) -> None:
-    if gpus_per_actor is not None and gpus_per_actor > 1 and gpus_per_actor % 1:
-        raise UserError(
-            f"--gpus-per-actor {gpus_per_actor:g}: Ray gives out a part of one GPU or whole GPUs;"
-            " give a number below 1 or a whole one"
-        )
-    unclear = gpus_per_actor is None or (gpus_per_actor > 0 and actors is None)
-    if wait_s and not there and unclear:
-        raise UserError(
-            f"--wait-for-nodes {wait_s:g}: no node has a GPU yet, so how many there will be cannot"
-            " be seen; give both --actors and --gpus-per-actor (0 runs on the CPU)"
-        )
-
-
-def refusal(nodes: Sequence[Node], need: Need, asked: int, fit: int) -> str:
-    """Why this many engines have no place, and what to do."""
-    engines = f"{asked} engines" if asked > 1 else "1 engine"
-    less = "lower --actors" if fit else "lower --gpus-per-actor (0 runs on the CPU)"
-    also = "" if need.cpus == 0 else " or --cpus-per-actor (0 is allowed)"
-    return (
-        f"{engines} with {need.describe()}: {fit or 'none'} can be placed on what Ray has"
-        f" ({describe(nodes)}); {less}{also}, or where nodes are still to join give"
-        " --wait-for-nodes SECONDS"
-    )
-
-
-def _note(
-    nodes: Sequence[Node], need: Need, asked: int, fit: int, *, chosen: bool, wait_s: float
-) -> str:
-    if fit < asked:
-        return (
-            f"{fit} of them fit now on {describe(nodes)}, the others start as nodes join;"
-            f" without any after {wait_s:g} s the job fails"
-        )
-    if chosen or not need.gpus:
-        return ""
-    idle = sum(node.gpus - need.gpus * need.fits_on(node) for node in nodes)
-    if idle < SLACK:
-        return ""
-    by_cpus = sum(_by_gpus(need.gpus, node.gpus) for node in nodes) > fit
-    reason = f"--cpus-per-actor {need.cpus:g}" if by_cpus else f"--gpus-per-actor {need.gpus:g}"
-    return f"{idle:g} GPUs stay idle: {reason} allows no more on {describe(nodes)}"
