@@ -45,7 +45,7 @@ def test_a_node_joins_late(arena: Arena, trial: Callable[..., Trial]) -> None:
     try:
         ended = job.end(driver)
         assert ended.code == 0, ended.said[-4000:]
-        assert f"{NODES} of them fit now" in ended.said
+        assert "4 engines on CPU (1 of them as nodes join)" in ended.said
         assert late in {engine.node for engine in job.engines()}
         report("late_node", 0, job.check())
     finally:
@@ -160,7 +160,7 @@ def test_no_node_but_the_head_until_later(arena: Arena, trial: Callable[..., Tri
     arena.empty()
     job = trial(*WHOLE_NODE, "--wait-for-nodes", "120", refill=False)
     driver = job.start()
-    job.until(lambda: "0 of them fit now" in job.said(), driver)
+    job.until(lambda: "of them as nodes join" in job.said(), driver)
     arena.refill()
     ended = job.end(driver)
     assert ended.code == 0, ended.said[-4000:]
