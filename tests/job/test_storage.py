@@ -17,9 +17,9 @@ from trio.job.storage import (
     bare,
     check_no_secret,
     exists,
-    glob_regex,
     list_files,
     locate,
+    matcher,
     parent,
     read_bytes,
     split_options,
@@ -48,9 +48,8 @@ from trio.job.storage import (
     ],
 )
 def test_patterns(pattern: str, yes: list[str], no: list[str]) -> None:
-    regex = glob_regex(pattern)
-    assert all(regex.fullmatch(path) for path in yes)
-    assert not any(regex.fullmatch(path) for path in no)
+    fits = matcher(pattern)
+    assert all(map(fits, yes)) and not any(map(fits, no))
 
 
 def test_listing_leaves_hidden_files_out_below_a_directory(tmp_path: Path) -> None:
@@ -112,8 +111,6 @@ def test_names_are_taken_letter_for_letter(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("uri", "path", "back"),
     [
-        ("abfs://c@a.dfs.core.windows.net/x y", "c/x y", "abfs://a.dfs.core.windows.net/c/x y"),
-        ("abfs://a.dfs.core.windows.net/c/x", "c/x", "abfs://a.dfs.core.windows.net/c/x"),
         ("gs://bucket/x y?scheme=http", "bucket/x y", "gs://bucket/x y?scheme=http"),
         ("s3://bucket?region=eu-west-1", "bucket", "s3://bucket?region=eu-west-1"),
     ],
