@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import accumulate
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -91,12 +91,17 @@ def scan(
     """
     wanted = manifest.rows if limit is None else min(limit, manifest.rows)
     most, deadline = min(wanted, most_rows), time.monotonic() + most_s
+    ends = accumulate(shard.rows for shard in manifest.shards)
+    shards = [s for s, end in zip(manifest.shards, ends, strict=True) if end - s.rows < most]
     tables = [pa.table({"id": pa.nulls(0)})]
-    with closing(_columns(manifest, column, most)) as coming:
-        for table in coming:
+    pool = ThreadPoolExecutor(THREADS)
+    try:
+        for table in pool.map(partial(_read, column), shards):
             tables.append(table)
             if time.monotonic() > deadline:
                 break
+    finally:
+        pool.shutdown(cancel_futures=True)
     ids = pa.concat_tables(tables, promote_options="permissive").column("id").slice(0, most)
     counts = pc.value_counts(ids.drop_null())
     again = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")
@@ -109,21 +114,7 @@ def scan(
     )
 
 
-def _columns(manifest: Manifest, name: str, rows: int) -> Iterator[pa.Table]:
-    """The ids of the shards that hold the first rows, in input order, read ahead by threads."""
-    wanted = []
-    for shard in manifest.shards:
-        if rows > 0:
-            wanted.append(shard)
-            rows -= shard.rows
-    pool = ThreadPoolExecutor(THREADS)
-    try:
-        yield from pool.map(lambda shard: _read(shard, name), wanted)
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _read(shard: Shard, name: str) -> pa.Table:
+def _read(name: str, shard: Shard) -> pa.Table:
     """The ids of a shard, in a type that Arrow counts."""
     location = locate(shard.path)
     try:
