@@ -53,8 +53,7 @@ def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_the_commit_of_a_hub_id(offline: Path) -> None:
     with pytest.raises(UserError, match=r"--model org/name: the hub does not give config.json"):
-        hub.commit("org/name", None)
-    assert hub.commit("org/name", OTHER) == OTHER
+        hub.pin_revision(made_of(model="org/name"))
     (offline / "snapshots" / COMMIT / "config.json").write_text("{}")
     assert hub.pin_revision(made_of(model="org/name")).model.revision == COMMIT
 
@@ -84,7 +83,7 @@ def test_without_a_network_the_cache_says_what_a_model_has(
 
 def test_a_hub_id_that_cannot_be_one_is_the_users_mistake() -> None:
     with pytest.raises(UserError, match="check the name"):
-        hub.commit("a//b", None)
+        hub.pin_revision(made_of(model="a//b"))
 
 
 @pytest.mark.parametrize("kind", [GatedRepoError, RepositoryNotFoundError, LibrarysOwnError])
@@ -113,9 +112,10 @@ def test_offline_the_cache_answers_and_the_processor_is_the_commits(tmp_path: Pa
     (repo / "refs").mkdir()
     (repo / "refs" / "main").write_text(COMMIT)
     code = (
-        "from trio.job.resume.hub import commit\n"
+        "from trio.job.resume.hub import pin_revision\n"
+        "from trio.job.settings import made_of\n"
         "from trio.engine.loading import load\n"
-        "print(commit('org/name', None))\n"
+        "print(pin_revision(made_of(model='org/name')).model.revision)\n"
         f"for revision in (None, {COMMIT!r}, {OTHER!r}):\n"
         "    print(load('org/name', device='cpu', revision=revision)[1].chat_template)\n"
     )

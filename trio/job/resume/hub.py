@@ -41,24 +41,12 @@ def _pinned(config: Settings, earlier: Settings | None, model: str, revision: st
             raise UserError(f"{revision_flag} {asked} is for a hub id as {flag}; leave it out")
         return None
     if asked is None and earlier is not None and earlier.get(model) == name:
-        kept: str | None = earlier.get(revision)
-        return kept
-    return commit(name, asked, flag)
-
-
-def commit(model: str, revision: str | None, flag: str = "--model") -> str:
-    """The commit that a revision of a hub id stands for: asked of the hub, else from the cache.
-
-    flag: that the model was given with, for messages.
-
-    Raises:
-        UserError: neither knows.
-    """
-    if revision is not None and _COMMIT.fullmatch(revision):
-        return revision
-    path = _fetch(model, "config.json", revision, flag)
+        asked = earlier.get(revision)
+    if _COMMIT.fullmatch(asked or ""):
+        return str(asked)
+    path = _fetch(name, "config.json", asked, flag)
     if path is None:
-        raise UserError(f"{flag} {model}: no config.json there, so it is no model")
+        raise UserError(f"{flag} {name}: no config.json there, so it is no model")
     return path.parent.name
 
 
