@@ -172,9 +172,9 @@ def test_leftovers_of_killed_writes_are_swept_and_nothing_else(tmp_path: Path) -
     left, others = ".0.parquet.0123abcd.tmp", ["0.parquet", ".hidden", "x.0123abcd.tmp", ".x.tmp"]
     for name in (left, *others):
         (tmp_path / name).write_text("")
-    assert sweep(locate(str(tmp_path))) == 1
+    sweep(locate(str(tmp_path)))
     assert sorted(os.listdir(tmp_path)) == sorted(others)
-    assert sweep(locate(str(tmp_path / "missing"))) == 0
+    sweep(locate(str(tmp_path / "missing")))
 
 
 def test_the_name_is_flushed_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

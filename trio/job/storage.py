@@ -320,15 +320,14 @@ def _flush_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-def sweep(directory: Location) -> int:
+def sweep(directory: Location) -> None:
     """Remove what killed writers left in a directory; only while nobody writes there.
 
-    Returns the number of files removed. Object stores have nothing of the kind.
+    Object stores have nothing of the kind.
     """
-    left = list(Path(directory.path).glob(_TEMPORARY)) if directory.local else []
-    for path in left:
-        path.unlink(missing_ok=True)
-    return len(left)
+    if directory.local:
+        for path in Path(directory.path).glob(_TEMPORARY):
+            path.unlink(missing_ok=True)
 
 
 def make_directory(location: Location) -> None:

@@ -52,9 +52,10 @@ def totals(output: Location, units: Collection[Unit], run_id: str) -> Totals:
     return out
 
 
-def sweep(output: Location) -> int:
+def sweep(output: Location) -> None:
     """Remove the temporary files of killed writers; only while the lease is held."""
-    return sum(storage.sweep(part) for part in (output, output.join(ROWS), output.join(STATS)))
+    for part in (output, output.join(ROWS), output.join(STATS)):
+        storage.sweep(part)
 
 
 def _statistics(output: Location, run_id: str, unit: Unit) -> pa.Table:

@@ -151,12 +151,12 @@ class Held:
 
     def _settle(self, other: Claim, mine: Claim, say: Callable[[str], object]) -> None:
         """Remove another claim if it is dead; refuse ours if its run is alive and goes first."""
+        alive = lives(other.name)
         try:
             who = read_bytes(self._file(other.name, CLAIM)).decode(errors="replace")
         except FileNotFoundError:  # its run has ended since
             return
         first_beat, seen_at = self._first.setdefault(other.name, (other.beaten, now()))
-        alive = lives(other.name)
         if alive is None and other.beaten != first_beat:
             alive = True
         silent_s = max(0.0, (mine.beaten - other.beaten) / 1e9)
