@@ -68,7 +68,7 @@ def test_every_row_once_in_order_with_two_actors(
     assert table.column("kept_tokens").to_pylist()[0] == [list(range(8)), list(range(4))]
     assert [len(t) for t in tables] == [8, 8, 8, 6, 8, 8, 8, 1]
     assert sorted(p.name for p in out.iterdir()) == [
-        "_SUCCESS", "manifest.parquet", "rows", "run.yaml", "stats", "summary.json",
+        ".lease", "_SUCCESS", "manifest.parquet", "rows", "run.yaml", "stats", "summary.json",
     ]  # fmt: skip
     stats = pq.read_table(out / "stats").to_pylist()
     assert len(stats) == 8 and sum(s["images"] for s in stats) == summary["images"] == 55
@@ -85,7 +85,7 @@ def test_every_row_once_in_order_with_two_actors(
         27,
     )
     assert summary["duplicate_ids"] == 2 and summary["score"] == "exact"
-    assert "2 rows have an id that an earlier row has (id 1: " in capsys.readouterr().out
+    assert "2 rows have an id that an earlier row has (1, 201)" in capsys.readouterr().out
     assert summary["retention"] == 0.25 and summary["flops_ratio"] == 4.0
     assert summary["memory_plan"]["requests"] == 20
     assert summary["memory_plan"]["requests_unpruned"] == 5

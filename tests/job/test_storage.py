@@ -17,9 +17,9 @@ from trio.job.storage import (
     bare,
     check_no_secret,
     exists,
-    glob_regex,
     list_files,
     locate,
+    matcher,
     parent,
     read_bytes,
     split_options,
@@ -48,9 +48,8 @@ from trio.job.storage import (
     ],
 )
 def test_patterns(pattern: str, yes: list[str], no: list[str]) -> None:
-    regex = glob_regex(pattern)
-    assert all(regex.fullmatch(path) for path in yes)
-    assert not any(regex.fullmatch(path) for path in no)
+    fits = matcher(pattern)
+    assert all(map(fits, yes)) and not any(map(fits, no))
 
 
 def test_listing_leaves_hidden_files_out_below_a_directory(tmp_path: Path) -> None:
@@ -112,8 +111,6 @@ def test_names_are_taken_letter_for_letter(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("uri", "path", "back"),
     [
-        ("abfs://c@a.dfs.core.windows.net/x y", "c/x y", "abfs://a.dfs.core.windows.net/c/x y"),
-        ("abfs://a.dfs.core.windows.net/c/x", "c/x", "abfs://a.dfs.core.windows.net/c/x"),
         ("gs://bucket/x y?scheme=http", "bucket/x y", "gs://bucket/x y?scheme=http"),
         ("s3://bucket?region=eu-west-1", "bucket", "s3://bucket?region=eu-west-1"),
     ],
@@ -175,9 +172,9 @@ def test_leftovers_of_killed_writes_are_swept_and_nothing_else(tmp_path: Path) -
     left, others = ".0.parquet.0123abcd.tmp", ["0.parquet", ".hidden", "x.0123abcd.tmp", ".x.tmp"]
     for name in (left, *others):
         (tmp_path / name).write_text("")
-    assert sweep(locate(str(tmp_path))) == 1
+    sweep(locate(str(tmp_path)))
     assert sorted(os.listdir(tmp_path)) == sorted(others)
-    assert sweep(locate(str(tmp_path / "missing"))) == 0
+    sweep(locate(str(tmp_path / "missing")))
 
 
 def test_the_name_is_flushed_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

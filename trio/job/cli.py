@@ -5,11 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 from trio.errors import UserError
+from trio.job import run_yaml
 from trio.job.flags import Group, parse
-from trio.job.run_yaml import checked, load
 from trio.job.settings import FIELDS, Settings, made_of
 from trio.pruning.method_registry import asks_for_text_tower
 from trio.pruning.options import Pruning
@@ -17,7 +18,9 @@ from trio.pruning.pruning_config import CHOICES, SHAPE
 from trio.values import Setting, Switch, Value, settings_of, text
 
 OK, FAILED, WRONG, ERRORS = 0, 1, 2, 3
-BY_MODEL = (*CHOICES, SHAPE, "revision")
+RESEARCH = (*CHOICES, SHAPE)
+"""Settings that stand last in the help: a checkpoint says them, else they are built in."""
+BY_MODEL = (*RESEARCH, "revision")
 """Settings that a run resolves by its model."""
 
 
@@ -32,8 +35,6 @@ class Call:
 
 
 _CALL = settings_of(Call())
-RESEARCH = (*CHOICES, SHAPE)
-"""Settings that stand last in the help: a checkpoint says them, else they are built in."""
 TITLES = [*dict.fromkeys(one.group for one in FIELDS.values() if one.group), "research"]
 
 
@@ -78,7 +79,10 @@ def settings_from(given: dict[str, Any], config: str | None) -> Settings:
     if config is None:
         return made_of(**given)
     source = f"--config {config}"
-    written = checked(load(config), source)
+    try:
+        written = run_yaml.parse(Path(config).read_bytes(), source)
+    except OSError as error:
+        raise UserError(f"{source}: cannot be read: {error}") from error
     try:
         made_of(**written)
     except UserError as error:

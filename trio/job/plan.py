@@ -16,6 +16,7 @@ from trio.job.resume import decoding_rules
 from trio.job.resume import fingerprint as prints
 from trio.job.resume.checkpoint_defaults import pruning_resolved
 from trio.job.resume.fingerprint import Fingerprint
+from trio.job.resume.hub import pin_revision
 from trio.job.settings import SCORED, Settings
 from trio.job.storage import Location, locate
 
@@ -85,10 +86,10 @@ def _settled(config: Settings, earlier: output_directory.Pinned | None) -> Setti
     """Settings in which what an earlier run decided for itself stays, where nothing else is asked
     for, and a hub model is named by its commit."""
     if earlier is None:
-        return pruning_resolved(prints.pin_revision(config))
+        return pruning_resolved(pin_revision(config))
     if config.output.rows_per_file is None:
         config = config.replace(rows_per_file=earlier.config.output.rows_per_file)
-    return pruning_resolved(prints.pin_revision(config, earlier.config))
+    return pruning_resolved(pin_revision(config, earlier.config))
 
 
 def check_finished(

@@ -3,46 +3,34 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Any
 
 import yaml
 
 from trio.errors import UserError
-from trio.job.settings import FIELDS, Settings, made_of
+from trio.job.settings import FIELDS, Settings
 
 
-def load(path: str) -> dict[str, Any]:
-    """Keys and values of a YAML file, not yet checked.
+def parse(text: str | bytes, source: str) -> dict[str, Any]:
+    """Values by name of a file's text, each read; `source` is the file's name for messages.
 
     Raises:
-        UserError: no such file, not YAML, or no mapping.
+        UserError: not YAML, no mapping, unknown keys, or values of a wrong kind.
     """
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path}: cannot be read: {error}") from error
+        values = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise UserError(f"--config {path}: not YAML: {' '.join(str(error).split())}") from error
+        raise UserError(f"{source}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
-        raise UserError(f"--config {path}: expected lines of the form 'key: value'")
-    return values
+        raise UserError(f"{source}: expected lines of the form 'key: value'")
+    unknown = next((name for name in values if name not in FIELDS), None)
+    if unknown is not None:
+        raise UserError(f"{source}: unknown key {unknown!r}{suggestion(str(unknown), FIELDS)}")
+    return {name: _read(name, value, source) for name, value in values.items()}
 
 
-def checked(values: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """The same values, each read.
-
-    Raises:
-        UserError: unknown keys, values of a wrong kind; names the source.
-    """
-    unknown = sorted(set(values) - set(FIELDS))
-    if unknown:
-        raise UserError(f"{source}: unknown key {unknown[0]!r}{suggestion(unknown[0], FIELDS)}")
-    return {name: _checked(name, value, source) for name, value in values.items()}
-
-
-def _checked(name: str, value: Any, source: str) -> Any:
+def _read(name: str, value: Any, source: str) -> Any:
     if value is None:
         # None in what `flat` gives is what may be left open.
         if _DEFAULTS[name] is None:
@@ -52,15 +40,6 @@ def _checked(name: str, value: Any, source: str) -> Any:
         return FIELDS[name].value.read(value)
     except UserError as error:
         raise UserError(f"{source}: {name}: {error}") from error
-
-
-def settings_of_mapping(values: Mapping[str, Any], source: str) -> Settings:
-    """Settings of a file's values.
-
-    Raises:
-        UserError: as of `checked`, and settings that exclude each other.
-    """
-    return made_of(**checked(values, source))
 
 
 def dump(settings: Settings, comment: str = "") -> str:

@@ -12,26 +12,26 @@ import errno
 import os
 import re
 import uuid
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from urllib.parse import parse_qsl, unquote_to_bytes
 
 import pyarrow as pa
+from fsspec.utils import glob_translate
 from pyarrow import fs as pafs
 
 from trio.errors import UserError, first_line
 
-ARROW_SCHEMES = frozenset({"s3", "gs", "gcs", "hdfs", "viewfs", "abfs", "abfss", "mock"})
-ROOTED, AZURE = ("hdfs", "viewfs"), ("abfs", "abfss")
+ARROW_SCHEMES = frozenset({"s3", "gs", "gcs"})
+# all others are fsspec's
 _SCHEME = re.compile(r"^([a-zA-Z][a-zA-Z0-9+.-]+)://")
 _SECRET = re.compile(r"secret|token|key|password|credential|signature", re.IGNORECASE)
-_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
+_TEMPORARY = f".*.{8 * '[0-9a-f]'}.tmp"
 _WILD = re.compile(r"[*?\[]")
 _OPTIONS = re.compile(r"\w+=[^&?]*(&\w+=[^&?]*)*")
-_NO_OPTIONS = "&"
-# after a "?" at the end of a URI: another "?" before it belongs to the name
-_HIDDEN = r"\.|_(?![^/]*=)"
 
 
 def scheme_of(uri: str) -> str | None:
@@ -56,7 +56,7 @@ def check_no_secret(uri: str) -> None:
     user, sign, _ = re.split(r"[/?#]", rest, maxsplit=1)[0].rpartition("@")
     options = parse_qsl(re.sub(r"[?#]", "&", rest.partition("?")[2]))
     secret = any(_SECRET.search(name) for name, _ in options)
-    if secret or ":" in user or (sign and scheme in ("s3", "gs", "gcs")):
+    if secret or ":" in user or (sign and scheme in ARROW_SCHEMES):
         raise UserError(
             f"a {scheme}:// URI carries credentials: put them into the environment"
             " (for example AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY) and leave them out of it"
@@ -78,7 +78,8 @@ class Location:
     def uri(self) -> str:
         """Text that ``locate`` takes back to this location."""
         name = self.prefix + self.path
-        return name + (self.query or _end_of_name(name))
+        no_options = "" if bare(name) == name else "?&"
+        return name + (self.query or no_options)
 
     @property
     def local(self) -> bool:
@@ -148,7 +149,7 @@ def split_options(uri: str) -> tuple[str, str]:
     name, sign, options = uri.rpartition("?")
     if not sign or scheme_of(uri) not in ARROW_SCHEMES:
         return uri, ""
-    if options == _NO_OPTIONS:
+    if options == "&":
         return name, ""
     return (name, f"?{options}") if _OPTIONS.fullmatch(options) else (uri, "")
 
@@ -158,48 +159,28 @@ def bare(uri: str) -> str:
     return split_options(uri)[0]
 
 
-def _end_of_name(name: str) -> str:
-    """What has to follow a URI without options so that no part of its name is taken for some."""
-    return "" if bare(name) == name else f"?{_NO_OPTIONS}"
-
-
 def _through_arrow(scheme: str, uri: str) -> Location:
-    """Only host and options go through Arrow's parser: it refuses or decodes letters of names."""
+    """Only bucket and options go through Arrow's parser: it refuses or decodes letters of names."""
     whole, query = split_options(uri)
-    host, _, name = whole.partition("://")[2].partition("/")
+    bucket, _, name = whole.partition("://")[2].partition("/")
+    options = query
+    if scheme == "s3":
+        # Puts a small object by one request instead of three; and a process that dies in the middle
+        # leaves nothing on the store that would have to be cleared away.
+        options += f"{'&' if query else '?'}allow_delayed_open=true"
     try:
-        filesystem, root = pafs.FileSystem.from_uri(
-            f"{scheme}://{host}{_in_one_request(scheme, query)}"
-        )
+        filesystem, _ = pafs.FileSystem.from_uri(f"{scheme}://{bucket}{options}")
     except pa.ArrowInvalid as error:
         hint = f" (options are what follows the last '?' of {query}; add '?&' if it is a name)"
         raise ValueError(f"{first_line(error, 200)}{hint if query else ''}") from error
-    prefix, root = f"{scheme}://{host.removesuffix(root)}", root.strip("/")
-    if scheme in ROOTED:
-        prefix, root = f"{scheme}://{host}", ""
-        name = "/" + name
-    elif scheme in AZURE:
-        prefix = f"{scheme}://{host.rpartition('@')[2]}/"
-    path = f"{root}/{name}" if root and name else root or name
-    return Location(filesystem=filesystem, path=path, prefix=prefix, query=query)
+    path = f"{bucket}/{name}" if name else bucket
+    return Location(filesystem=filesystem, path=path, prefix=f"{scheme}://", query=query)
 
 
 def parent(path: str) -> Location:
     """Directory of a shard: what relative image paths start from."""
     location = open_location(path)
     return location.at(location.path.rpartition("/")[0] or "/" * location.local)
-
-
-def _in_one_request(scheme: str | None, query: str) -> str:
-    """With the option that puts a small object by one request instead of three.
-
-    Such an upload also leaves nothing on the store that would have to be cleared away when the
-    process dies in the middle.
-    """
-    option = "allow_delayed_open"
-    if scheme != "s3" or option in query:
-        return query
-    return f"{query}{'&' if query else '?'}{option}=true"
 
 
 def _through_fsspec(uri: str) -> Location:
@@ -214,38 +195,25 @@ def _through_fsspec(uri: str) -> Location:
     return Location(filesystem=wrapped, path=path, prefix=prefix)
 
 
-def has_wildcard(path: str) -> bool:
-    return _WILD.search(path) is not None
+def matcher(pattern: str) -> Callable[[str], bool]:
+    """Whether a path fits a pattern: ``*`` and ``?`` stop at ``/``, ``**`` does not.
 
+    Hidden names fit only where the pattern spells their first letter out.
 
-def glob_regex(pattern: str) -> re.Pattern[str]:
-    """Shell pattern as a regular expression: ``*`` and ``?`` stop at ``/``, ``**`` does not.
-
-    A hidden name is matched only where its first letter is spelled out.
+    Raises:
+        ValueError: ``**`` within a name.
     """
-    out, index = "", 0
-    while index < len(pattern):
-        first = index == 0 or pattern[index - 1] == "/"
-        if first and pattern[index] in "*?[" and not pattern.startswith("**/", index):
-            out += f"(?!{_HIDDEN})"
-        piece, index = _piece(pattern, index)
-        out += piece
-    return re.compile(out, re.DOTALL)
+    fits = re.compile(glob_translate(pattern)).match
+    spelled_out = [part for part in pattern.split("/") if _is_hidden(part)]
+
+    def shown(name: str) -> bool:
+        return not _is_hidden(name) or any(fnmatchcase(name, part) for part in spelled_out)
+
+    return lambda path: fits(path) is not None and all(map(shown, path.split("/")))
 
 
-def _piece(pattern: str, index: int) -> tuple[str, int]:
-    """Regular expression of the wildcard or letter at a place, and the place behind it."""
-    if pattern.startswith("**/", index):
-        return f"(?:(?!{_HIDDEN})[^/]*/)*", index + 3
-    if pattern.startswith("**", index):
-        return f"[^/]*(?:/(?!{_HIDDEN})[^/]*)*", index + 2
-    if pattern[index] in "*?":
-        return "[^/]*" if pattern[index] == "*" else "[^/]", index + 1
-    if pattern[index] == "[" and "]" in pattern[index + 2 :]:
-        end = pattern.index("]", index + 2)
-        inner = re.sub(r"[\\\[&~|]", r"\\\g<0>", pattern[index + 1 : end])
-        return "[" + ("^" + inner[1:] if inner[0] in "!^" else inner) + "]", end + 1
-    return re.escape(pattern[index]), index + 1
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or (name.startswith("_") and "=" not in name)
 
 
 def list_files(location: Location) -> list[pafs.FileInfo]:
@@ -260,12 +228,12 @@ def list_files(location: Location) -> list[pafs.FileInfo]:
     if whole.type == pafs.FileType.File:
         return [whole]
     base, pattern = path, "**"
-    if whole.type == pafs.FileType.NotFound and has_wildcard(path):
+    if whole.type == pafs.FileType.NotFound and _WILD.search(path):
         base, pattern = _start_of_pattern(location)
-    regex, below = glob_regex(pattern), len(base.rstrip("/")) + 1 if base else 0
+    fits, below = matcher(pattern), len(base.rstrip("/")) + 1 if base else 0
     selector = pafs.FileSelector(base, recursive=True, allow_not_found=True)
-    infos = [info for info in filesystem.get_file_info(selector) if info.is_file]
-    found = [info for info in infos if regex.fullmatch(info.path[below:])]
+    infos = filesystem.get_file_info(selector)
+    found = [info for info in infos if info.is_file and fits(info.path[below:])]
     return sorted(found, key=lambda info: info.path)
 
 
@@ -276,16 +244,12 @@ def _start_of_pattern(location: Location) -> tuple[str, str]:
     """
     parts = location.path.split("/")
     for count, part in enumerate(parts):
-        here = location.at("/".join(parts[: count + 1]))
-        if has_wildcard(part) and not _is_directory(here):
-            break
+        if _WILD.search(part):
+            here = location.filesystem.get_file_info("/".join(parts[: count + 1]))
+            if here.type != pafs.FileType.Directory:
+                break
     base = "/".join(parts[:count]) or "/" * location.path.startswith("/")
     return base, "/".join(parts[count:])
-
-
-def _is_directory(location: Location) -> bool:
-    info = location.filesystem.get_file_info(location.path)
-    return bool(info.type == pafs.FileType.Directory)
 
 
 def read_bytes(location: Location) -> bytes:
@@ -356,17 +320,14 @@ def _flush_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-def sweep(directory: Location) -> int:
+def sweep(directory: Location) -> None:
     """Remove what killed writers left in a directory; only while nobody writes there.
 
-    Returns the number of files removed. Object stores have nothing of the kind.
+    Object stores have nothing of the kind.
     """
-    if not directory.local or not Path(directory.path).is_dir():
-        return 0
-    left = [path for path in Path(directory.path).iterdir() if _TEMPORARY.fullmatch(path.name)]
-    for path in left:
-        path.unlink(missing_ok=True)
-    return len(left)
+    if directory.local:
+        for path in Path(directory.path).glob(_TEMPORARY):
+            path.unlink(missing_ok=True)
 
 
 def make_directory(location: Location) -> None:

@@ -60,13 +60,9 @@ def test_what_comes_twice_is_counted_and_named(tmp_path: Path, kind: pa.DataType
     manifest = shards(tmp_path, kind, ["a", "b", None, "a"], [], ["c", None, "b", "b", "d"])
     found = scan(manifest, "id")
     assert (found.rows, found.complete, found.duplicates, found.nulls) == (9, True, 3, 2)
-    first, second = (shard.path for shard in (manifest.shards[0], manifest.shards[2]))
-    assert found.examples == (
-        f"id 'a': {first} row 3, as in {first} row 0",
-        f"id 'b': {second} row 2, as in {first} row 1",
-    )
+    assert found.examples == ("'a'", "'b'")
     assert found.warning is not None
-    assert "3 rows have an id that an earlier row has" in found.warning
+    assert "3 rows have an id that an earlier row has ('a', 'b')" in found.warning
     assert "2 rows have no id" in found.warning and "\n" not in found.warning
     assert IdReport.from_json(found.to_json()) == found
 
@@ -85,8 +81,8 @@ def test_shards_of_different_types_are_compared(tmp_path: Path) -> None:
             path.parent.mkdir(exist_ok=True)
             pq.write_table(pa.table({"id": ids, "image": [b"x"] * 2}), path)
         found = scan(inspect([str(tmp_path / f"{number}")])[0], "id")
-        assert (found.duplicates, found.nulls, len(found.examples)) == (2, 2, 2)
-        assert f"id {values[0]!r}: " in found.examples[0] and "2.parquet row 0" in found.examples[0]
+        assert (found.duplicates, found.nulls) == (2, 2)
+        assert found.examples == tuple(map(repr, values))
 
 
 def test_at_most_five_examples(tmp_path: Path) -> None:

@@ -1,20 +1,20 @@
 """Output directories: new, unfinished, finished, somebody else's."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import yaml
 
 from trio.errors import UserError
+from trio.job import run_yaml
 from trio.job.input.columns import Columns
 from trio.job.input.ids import IdReport
 from trio.job.input.manifest import Manifest, Shard
 from trio.job.output import output_directory
 from trio.job.resume.fingerprint import Fingerprint
-from trio.job.run_yaml import settings_of_mapping
 from trio.job.settings import made_of
 from trio.job.storage import locate
 
@@ -45,12 +45,11 @@ def test_a_claimed_directory_is_found_again(tmp_path: Path) -> None:
 def test_files_of_a_run(tmp_path: Path) -> None:
     out = locate(str(tmp_path))
     output_directory.claim(out, RUN)
-    values = yaml.safe_load((tmp_path / "run.yaml").read_text())
-    assert settings_of_mapping(values, "run.yaml") == CONFIG
+    assert made_of(**run_yaml.parse((tmp_path / "run.yaml").read_text(), "")) == CONFIG
     table = pq.read_table(tmp_path / "manifest.parquet")
     assert table.column_names == ["shard", "path", "size", "rows", "row_groups"]
     assert table.schema.metadata[b"trio.run"] == b"run1"
-    assert yaml.safe_load(table.schema.metadata[b"trio.units"])["size"] == "bytes"
+    assert json.loads(table.schema.metadata[b"trio.units"])["size"] == "bytes"
     assert not output_directory.finished(out)
     summary = {"rows": 3, "cuda_graphs": {"off: no: memory": 1, "on": 2}}
     for _ in range(2):
@@ -58,7 +57,7 @@ def test_files_of_a_run(tmp_path: Path) -> None:
     assert output_directory.finished(out) and output_directory.read_summary(out) == summary
     text = (tmp_path / "run.yaml").read_text()
     assert text.count("# CUDA graphs: off: no: memory (1 file); on (2 files)\n") == 1
-    assert settings_of_mapping(yaml.safe_load(text), "run.yaml") == CONFIG
+    assert made_of(**run_yaml.parse(text, "")) == CONFIG
 
 
 def test_a_run_without_ids_is_found_again(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """What is there already: one listing, and the statistics of what it names."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -35,22 +36,24 @@ def test_a_unit_is_done_if_its_rows_are_there(
 
 
 @pytest.mark.parametrize(
-    ("damage", "said"),
+    "damage",
     [
-        (lambda file: file.unlink(), "is missing"),
-        (lambda file: file.write_bytes(b""), "is damaged"),
-        (lambda file: file.write_bytes(file.read_bytes()[:-200]), "is damaged"),
-        (lambda file: file.write_bytes(b"PAR1" + bytes(99) + b"PAR1"), "is damaged"),
-        (lambda file: pq.write_table(pq.read_table(file).drop("rows"), file), "is damaged"),
-        (lambda file: commit(file.parent.parent, PLAN[3], "other"), "is of another run"),
-        (lambda file: (file.parent / PLAN[5].name).rename(file), "is of another unit"),
+        lambda file: file.unlink(),
+        lambda file: file.write_bytes(b""),
+        lambda file: file.write_bytes(file.read_bytes()[:-200]),
+        lambda file: file.write_bytes(b"PAR1" + bytes(99) + b"PAR1"),
+        lambda file: pq.write_table(pq.read_table(file).drop("rows"), file),
+        lambda file: commit(file.parent.parent, PLAN[3], "other"),
+        lambda file: (file.parent / PLAN[5].name).rename(file),
     ],
-)  # fmt: skip
-def test_statistics_that_cannot_be_used_are_named(tmp_path: Path, damage, said: str) -> None:  # type: ignore[no-untyped-def]
+)
+def test_statistics_that_cannot_be_used_are_named(
+    tmp_path: Path, damage: Callable[[Path], object]
+) -> None:
     for unit in PLAN:
         commit(tmp_path, unit)
     damage(tmp_path / "stats" / PLAN[3].name)
-    cure = f"stats/{PLAN[3].name} {said}.*: remove .*/rows/{PLAN[3].name} and start again"
+    cure = f"stats/{PLAN[3].name} cannot be used .*: remove .*/rows/{PLAN[3].name} and start again"
     with pytest.raises(UserError, match=cure) as caught:
         totals(locate(str(tmp_path)), PLAN[:5], "run1")
     assert "\n" not in str(caught.value)
@@ -72,5 +75,6 @@ def test_leftovers_in_all_places_are_swept(tmp_path: Path) -> None:
     commit(tmp_path, PLAN[0])
     for place in ("", "rows/", "stats/"):
         (tmp_path / f"{place}.x.0123abcd.tmp").write_text("")
-    assert sweep(locate(str(tmp_path))) == 3
+    sweep(locate(str(tmp_path)))
+    assert not list(tmp_path.rglob("*.tmp"))
     assert listed(locate(str(tmp_path))) == {PLAN[0]}

@@ -1,7 +1,7 @@
 """One run at a time: real processes that start together, are killed, stopped and continued."""
 
-import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -55,25 +55,25 @@ def claims(out: Path) -> list[Path]:
     return sorted((out / ".lease").glob("*.claim"))
 
 
-def elsewhere(claim: Path) -> Path:
-    """The claim as one of another machine: its process cannot be looked at from here."""
-    said = json.loads(claim.read_text()) if claim.exists() else lease.process_identity()
-    claim.parent.mkdir(parents=True, exist_ok=True)
-    claim.write_text(json.dumps(said | {"host": "far", "machine": "another"}))
+def written(out: Path, who: str = "process 1 on far, started 2026") -> Path:
+    """A claim whose process this machine cannot look at."""
+    claim = out / ".lease" / "other.claim"
+    claim.parent.mkdir(parents=True)
+    claim.write_text(who)
     return claim
 
 
 @pytest.fixture
 def foreign(tmp_path: Path) -> Path:
     """A claim of another machine, silent from now on."""
-    return elsewhere(tmp_path / ".lease" / "other.claim")
+    return written(tmp_path)
 
 
 def test_it_is_held_while_the_block_runs_and_leaves_nothing(tmp_path: Path) -> None:
     with hold(tmp_path / "out") as held:
         (claim,) = claims(tmp_path / "out")
-        said = json.loads(claim.read_text())
-        assert said["pid"] == os.getpid() and said["host"] and said["started_at"]
+        assert re.fullmatch(rf"process {os.getpid()} on .+, started 20.+ UTC", claim.read_text())
+        assert lease.lives(claim.stem)
         before, beat = claim.stat().st_mtime_ns, claim.with_suffix(".beat")
         first, until = beat.stat().st_mtime_ns, time.monotonic() + 30
         while beat.stat().st_mtime_ns == first:
@@ -81,7 +81,8 @@ def test_it_is_held_while_the_block_runs_and_leaves_nothing(tmp_path: Path) -> N
             time.sleep(0.02)
         held.check()
         assert claim.stat().st_mtime_ns == before
-    assert os.listdir(tmp_path / "out") == []
+    assert os.listdir(tmp_path / "out") == [".lease"] and not claims(tmp_path / "out")
+    assert lease.lives(claim.stem) is None
 
 
 def test_a_second_run_is_refused_and_told_who_is_there(
@@ -97,6 +98,7 @@ def test_a_second_run_is_refused_and_told_who_is_there(
 
 
 def test_a_killed_run_is_taken_over_at_once(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
+    (claim,) = claims(tmp_path)
     holder.kill()
     holder.wait()
     said: list[str] = []
@@ -104,13 +106,15 @@ def test_a_killed_run_is_taken_over_at_once(tmp_path: Path, holder: subprocess.P
         held.check()
         assert len(claims(tmp_path)) == 1
     assert said == []
+    assert not lease.mark(claim.stem).exists()
 
 
 def test_a_stopped_run_elsewhere_that_goes_on_later_has_lost_the_lease(
     tmp_path: Path, holder: subprocess.Popen[str]
 ) -> None:
     holder.send_signal(signal.SIGSTOP)
-    elsewhere(*claims(tmp_path))
+    (claim,) = claims(tmp_path)
+    lease.mark(claim.stem).unlink()
     with hold(tmp_path) as held:
         holder.send_signal(signal.SIGCONT)
         assert holder.stdout is not None and "lost the lease" in holder.stdout.readline()
@@ -120,10 +124,10 @@ def test_a_stopped_run_elsewhere_that_goes_on_later_has_lost_the_lease(
 
 
 def test_a_silent_run_elsewhere_is_waited_for(tmp_path: Path, foreign: Path) -> None:
-    written = foreign.stat().st_mtime
+    began = foreign.stat().st_mtime
     said: list[str] = []
     with hold(tmp_path, said.append):
-        assert time.time() - written > 0.5
+        assert time.time() - began > 0.5
     assert len(said) <= 1
     assert all("on far" in line and "waiting for up to" in line for line in said)
 
@@ -148,26 +152,29 @@ def test_a_run_elsewhere_that_beats_is_left_alone(tmp_path: Path, foreign: Path)
     assert claims(tmp_path) == [foreign]
 
 
-def test_a_younger_claim_is_waited_for_and_does_not_win(tmp_path: Path) -> None:
-    """As when both wrote theirs at the same time, and ours is a moment older."""
-    path = tmp_path / ".lease" / "other.claim"
-    path.parent.mkdir()
-    path.write_text(json.dumps(lease.process_identity()))
-    os.utime(path, (time.time() + 50, time.time() + 50))
-    timer = threading.Timer(0.3, path.unlink)
+@pytest.fixture
+def younger(tmp_path: Path) -> Iterator[Path]:
+    """As when both wrote their claims at the same time, and ours is a moment older."""
+    claim = written(tmp_path, "process 2 here")
+    os.utime(claim, (time.time() + 50, time.time() + 50))
+    with lease.living("other"):
+        yield claim
+
+
+def test_a_younger_claim_is_waited_for_and_does_not_win(tmp_path: Path, younger: Path) -> None:
+    timer = threading.Timer(0.3, younger.unlink)
     timer.start()
     with lease.hold(locate(str(tmp_path))):
-        assert not path.exists()
+        assert not younger.exists()
     timer.join()
 
 
-def test_one_that_does_not_give_way_is_not_waited_for_without_end(tmp_path: Path) -> None:
-    path = tmp_path / ".lease" / "other.claim"
-    path.parent.mkdir()
-    path.write_text(json.dumps(lease.process_identity()))
-    os.utime(path, (time.time() + 50, time.time() + 50))
-    with pytest.raises(UserError, match="in use by process"), hold(tmp_path):
+def test_one_that_does_not_give_way_is_not_waited_for_without_end(
+    tmp_path: Path, younger: Path
+) -> None:
+    with pytest.raises(UserError, match="in use by process 2"), hold(tmp_path):
         pass
+    assert claims(tmp_path) == [younger]
 
 
 def test_a_claim_that_was_removed_is_a_lost_lease(tmp_path: Path) -> None:
@@ -186,35 +193,19 @@ def test_a_storage_that_is_away_for_too_long_is_a_lost_lease(
 
     clock = [0.0]
     monkeypatch.setattr(lease, "now", lambda: clock[0])
-    with lease.hold(locate(str(tmp_path))) as held:
-        with monkeypatch.context() as gone:
-            gone.setattr(lease, "write_atomic", away)
-            for clock[0] in (0.0, 40.0, 60.0):
-                held.check()
-            clock[0] = 61.0
-            with pytest.raises(lease.LeaseLost, match=r"not be renewed for 61 s: no route"):
-                held.check()
-        held.check()
+    with lease.hold(locate(str(tmp_path))) as held, monkeypatch.context() as gone:
+        gone.setattr(lease, "write_atomic", away)
+        for clock[0] in (0.0, 40.0, 60.0):
+            held.check()
+        clock[0] = 61.0
+        with pytest.raises(lease.LeaseLost, match=r"not be renewed for 61 s: no route"):
+            held.check()
 
 
 def test_an_output_that_cannot_be_written_is_the_users_mistake(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"), hold(tmp_path / "file"):
         pass
-
-
-def test_what_a_machine_knows_of_a_process() -> None:
-    mine = lease.process_identity()
-    assert lease.process_life(mine) is True
-    assert lease.process_life(mine | {"process_start": "1"}) is False
-    assert lease.process_life(mine | {"machine": "another"}) is None
-    assert lease.process_life({}) is None
-    ended = subprocess.Popen([sys.executable, "-c", ""], stdout=subprocess.DEVNULL)
-    identity = mine | {"pid": ended.pid}
-    os.waitid(os.P_PID, ended.pid, os.WEXITED | os.WNOWAIT)
-    assert lease.process_life(identity) is False  # a zombie
-    ended.wait()
-    assert lease.process_life(identity) is False
 
 
 def test_of_runs_that_start_together_one_holds_at_a_time(tmp_path: Path) -> None:

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import accumulate
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import pyarrow.types as pt
 
 from trio.errors import UserError, first_line
 from trio.job.input.manifest import Manifest, Shard
@@ -42,7 +42,7 @@ class IdReport:
     nulls: int
     # rows without an id
     examples: tuple[str, ...]
-    # "id 'x': file.parquet row 7, as in file.parquet row 2"
+    # some of the ids that come more than once
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -59,7 +59,7 @@ class IdReport:
         if self.duplicates:
             said.append(
                 f"{self.duplicates} rows have an id that an earlier row has"
-                f" ({'; '.join(self.examples)})"
+                f" ({', '.join(self.examples)})"
             )
         if self.nulls:
             said.append(f"{self.nulls} rows have no id")
@@ -90,16 +90,19 @@ def scan(
         UserError: a shard that cannot be read.
     """
     wanted = manifest.rows if limit is None else min(limit, manifest.rows)
-    left, deadline = min(wanted, most_rows), time.monotonic() + most_s
-    shards: list[tuple[Shard, pa.Array]] = []
-    for shard, values in _columns(manifest, column, left):
-        shards.append((shard, values[:left]))
-        left -= len(shards[-1][1])
-        if time.monotonic() > deadline:
-            break
-    parts = [pa.table({"id": _comparable(values)}) for _, values in shards]
-    whole = pa.concat_tables(parts, promote_options="permissive") if parts else pa.table({"id": []})
-    ids = whole.column("id")
+    most, deadline = min(wanted, most_rows), time.monotonic() + most_s
+    ends = accumulate(shard.rows for shard in manifest.shards)
+    shards = [s for s, end in zip(manifest.shards, ends, strict=True) if end - s.rows < most]
+    tables = [pa.table({"id": pa.nulls(0)})]
+    pool = ThreadPoolExecutor(THREADS)
+    try:
+        for table in pool.map(partial(_read, column), shards):
+            tables.append(table)
+            if time.monotonic() > deadline:
+                break
+    finally:
+        pool.shutdown(cancel_futures=True)
+    ids = pa.concat_tables(tables, promote_options="permissive").column("id").slice(0, most)
     counts = pc.value_counts(ids.drop_null())
     again = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")
     return IdReport(
@@ -107,25 +110,12 @@ def scan(
         complete=len(ids) == wanted,
         duplicates=len(ids) - ids.null_count - len(counts),
         nulls=ids.null_count,
-        examples=tuple(_example(shards, ids, value) for value in again[:EXAMPLES]),
+        examples=tuple(map(_shown, again[:EXAMPLES])),
     )
 
 
-def _columns(manifest: Manifest, name: str, rows: int) -> Iterator[tuple[Shard, pa.Array]]:
-    """The ids of the shards that hold the first rows, in input order, read ahead by threads."""
-    wanted = []
-    for shard in manifest.shards:
-        if rows > 0:
-            wanted.append(shard)
-            rows -= shard.rows
-    pool = ThreadPoolExecutor(THREADS)
-    try:
-        yield from zip(wanted, pool.map(lambda shard: _read(shard, name), wanted), strict=True)
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _read(shard: Shard, name: str) -> pa.Array:
+def _read(name: str, shard: Shard) -> pa.Table:
+    """The ids of a shard, in a type that Arrow counts."""
     location = locate(shard.path)
     try:
         with location.filesystem.open_input_file(location.path) as stream:
@@ -133,42 +123,14 @@ def _read(shard: Shard, name: str) -> pa.Array:
     except (OSError, pa.ArrowException) as error:
         reason = first_line(error)
         raise UserError(f"{shard.path}: column {name!r} cannot be read ({reason})") from error
-    found = table.column(name)
-    if pt.is_dictionary(found.type):
-        found = found.cast(found.type.value_type)
-    return pa.concat_arrays(found.chunks) if found.num_chunks else pa.array([], found.type)
-
-
-def _comparable(values: pa.Array) -> pa.Array:
-    """The ids as a type that Arrow counts, and one for shards of different types of text."""
-    if isinstance(values, pa.ExtensionArray):
-        return _comparable(values.storage)
-    if pt.is_floating(values.type) or pt.is_decimal(values.type) or pt.is_temporal(values.type):
-        return values.view(pa.binary(values.type.bit_width // 8))
-    if pt.is_boolean(values.type) or pt.is_integer(values.type) or pt.is_null(values.type):
-        return values
-    return values.cast(pa.large_binary())
-
-
-def _example(shards: list[tuple[Shard, pa.Array]], ids: pa.ChunkedArray, value: pa.Scalar) -> str:
-    """The first two rows that have an id."""
-    found: list[tuple[Shard, int, pa.Array]] = []
-    for (shard, values), chunk in zip(shards, _per_shard(shards, ids), strict=True):
-        rows = pc.indices_nonzero(pc.fill_null(pc.equal(chunk, value), False))
-        found += [(shard, row, values) for row in rows[: 2 - len(found)].to_pylist()]
-        if len(found) == 2:
-            break
-    (earlier, start, _), (shard, row, values) = found
-    return f"id {_shown(values[row])}: {shard.path} row {row}, as in {earlier.path} row {start}"
-
-
-def _per_shard(
-    shards: list[tuple[Shard, pa.Array]], ids: pa.ChunkedArray
-) -> Iterator[pa.ChunkedArray]:
-    start = 0
-    for _, values in shards:
-        yield ids.slice(start, len(values))
-        start += len(values)
+    ids = table.column(name)
+    if isinstance(ids.type, pa.BaseExtensionType):
+        ids = ids.cast(ids.type.storage_type)
+    elif pa.types.is_dictionary(ids.type):
+        ids = ids.cast(ids.type.value_type)
+    elif pa.types.is_decimal(ids.type) and ids.type.bit_width < 128:
+        ids = ids.cast(pa.decimal128(ids.type.precision, ids.type.scale))
+    return pa.table({"id": ids})
 
 
 def _shown(value: pa.Scalar) -> str:

@@ -161,7 +161,7 @@ def expand(
         location = locate(uri)
         try:
             infos = list_files(location)
-        except (OSError, UnicodeError, pa.ArrowException) as error:
+        except (OSError, ValueError, pa.ArrowException) as error:
             raise UserError(f"--input {uri}: cannot be listed: {first_line(error)}") from error
         given = infos
         left: list[pafs.FileInfo] = []

@@ -20,7 +20,6 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import yaml
 
 from trio.errors import UserError
 from trio.job import run_yaml
@@ -31,7 +30,7 @@ from trio.job.input.manifest import Manifest
 from trio.job.output.schema import RUN_KEY, metadata_of
 from trio.job.output.sink import ROWS, STATS
 from trio.job.resume.fingerprint import Fingerprint
-from trio.job.settings import Settings
+from trio.job.settings import Settings, made_of
 from trio.job.storage import Location, exists, make_directory, read_bytes, write_atomic
 from trio.tables import counted
 
@@ -91,7 +90,7 @@ def earlier(output: Location) -> Pinned | None:
         return None
     try:
         table = pq.read_table(pa.BufferReader(read_bytes(output.join(MANIFEST))))
-        values = yaml.safe_load(read_bytes(output.join(CONFIG)))
+        values = run_yaml.parse(read_bytes(output.join(CONFIG)), f"{output.uri}/{CONFIG}")
         said = table.schema.metadata
         return Pinned(
             run_id=said[RUN_KEY].decode(),
@@ -99,9 +98,9 @@ def earlier(output: Location) -> Pinned | None:
             columns=_columns_from_json(said[COLUMNS_KEY]),
             fingerprint=Fingerprint.from_json(said[FINGERPRINT_KEY]),
             ids=IdReport.from_json(said[IDS_KEY]) if IDS_KEY in said else None,
-            config=run_yaml.settings_of_mapping(values, f"{output.uri}/{CONFIG}"),
+            config=made_of(**values),
         )
-    except (OSError, KeyError, TypeError, ValueError, pa.ArrowException, yaml.YAMLError) as error:
+    except (OSError, KeyError, TypeError, ValueError, pa.ArrowException) as error:
         raise UserError(
             f"--output {output.uri}: its {MANIFEST} or {CONFIG} cannot be read ({error});"
             " give another directory"

@@ -52,33 +52,31 @@ def totals(output: Location, units: Collection[Unit], run_id: str) -> Totals:
     return out
 
 
-def sweep(output: Location) -> int:
+def sweep(output: Location) -> None:
     """Remove the temporary files of killed writers; only while the lease is held."""
-    return sum(storage.sweep(part) for part in (output, output.join(ROWS), output.join(STATS)))
+    for part in (output, output.join(ROWS), output.join(STATS)):
+        storage.sweep(part)
 
 
 def _statistics(output: Location, run_id: str, unit: Unit) -> pa.Table:
     """A unit's row, as a table."""
-    place = output.join(STATS, unit.name)
+    stats, rows = (output.join(folder, unit.name) for folder in (STATS, ROWS))
+    expected = {"unit": unit.stem, "rows": unit.stop - unit.start}
     try:
         # A storage that does not answer raises here: what has been read can only be damaged.
-        data = read_bytes(place)
+        data = read_bytes(stats)
     except FileNotFoundError:
-        raise _unusable(output, unit, "is missing") from None
+        data = b""
     try:
         file = pq.ParquetFile(pa.BufferReader(data))
-        run = file.schema_arrow.metadata[RUN_KEY]
         table = file.read(COLUMNS, use_threads=False).select(COLUMNS)
-    except (OSError, pa.ArrowException, KeyError, TypeError) as error:
-        raise _unusable(output, unit, f"is damaged ({first_line(error)})") from error
-    if run != run_id.encode():
-        raise _unusable(output, unit, "is of another run")
-    expected = {"unit": unit.stem, "rows": unit.stop - unit.start}
-    if table.select(list(expected)).to_pylist() != [expected]:
-        raise _unusable(output, unit, "is of another unit")
+        run = file.schema_arrow.metadata[RUN_KEY].decode()
+        if run != run_id or table.select(list(expected)).to_pylist() != [expected]:
+            raise ValueError("it is of another run or other rows")
+    except (OSError, ValueError, pa.ArrowException, KeyError, TypeError) as error:
+        problem = first_line(error) if data else "there is none"
+        raise UserError(
+            f"{stats.uri} cannot be used ({problem}): remove {rows.uri} and start again, which does"
+            " its rows anew"
+        ) from error
     return table
-
-
-def _unusable(output: Location, unit: Unit, problem: str) -> UserError:
-    stats, rows = (output.join(folder, unit.name).uri for folder in (STATS, ROWS))
-    return UserError(f"{stats} {problem}: remove {rows} and start again, which does its rows anew")

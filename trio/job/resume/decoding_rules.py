@@ -11,7 +11,7 @@ from typing import Any
 
 from trio.engine.decoding.generation_rules import FILE, Rules
 from trio.errors import UserError, first_line
-from trio.job.resume.fingerprint import model_directory
+from trio.job.resume.hub import NotHere, model_file
 from trio.job.settings import Settings
 
 PLAIN = "decoding: greedy"
@@ -25,14 +25,15 @@ def read(config: Settings) -> Rules | None:
     Raises:
         UserError: the file is damaged, or a rule in it makes no sense.
     """
-    directory = model_directory(config.model.model)
     try:
-        said = _json(config, directory, FILE)
-        if said is None:  # as transformers does for checkpoints from before there was that file
-            said = {"_from_model_config": True} | (_json(config, directory, "config.json") or {})
-    except _NotHere:
+        path = model_file(config.model, FILE)
+        if path is not None:
+            return Rules.read(_json(path))
+        # As transformers does for checkpoints from before there was that file.
+        path = model_file(config.model, "config.json")
+        return Rules.read({"_from_model_config": True} | (_json(path) if path else {}))
+    except NotHere:
         return None
-    return Rules.read(said)
 
 
 def lines(config: Settings, rules: Rules | None) -> list[str]:
@@ -46,15 +47,7 @@ def lines(config: Settings, rules: Rules | None) -> list[str]:
     return [told] if rules.notice is None else [told, rules.notice]
 
 
-class _NotHere(Exception):
-    """A file of the hub that can be had neither from it nor from the cache."""
-
-
-def _json(config: Settings, directory: str | None, name: str) -> dict[str, Any] | None:
-    """A file's content, None where the model has no such file."""
-    path = _of_hub(config, name) if directory is None else Path(directory, name)
-    if path is None or not path.is_file():
-        return None
+def _json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_bytes())
         if not isinstance(content, dict):
@@ -64,17 +57,3 @@ def _json(config: Settings, directory: str | None, name: str) -> dict[str, Any] 
             f"{path}: cannot be read as JSON: {first_line(error)}; copy or download it again"
         ) from error
     return content
-
-
-def _of_hub(config: Settings, name: str) -> Path | None:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-
-    try:
-        return Path(hf_hub_download(config.model.model, name, revision=config.model.revision))
-    except LocalEntryNotFoundError as error:
-        raise _NotHere from error
-    except EntryNotFoundError:
-        return None
-    except Exception as error:  # without network it depends on the client's version
-        raise _NotHere from error

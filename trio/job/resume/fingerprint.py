@@ -12,7 +12,6 @@ import hashlib
 import importlib.util
 import json
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from trio import bundled
-from trio.errors import UserError, first_line
+from trio.errors import UserError
 from trio.job.settings import Settings
 from trio.version import VERSION
 
@@ -32,8 +31,6 @@ READ_SUFFIXES = frozenset(
 TEMPLATES = "additional_chat_templates"
 EDGE_BYTES = 1 << 20
 # of a weight file that are hashed, at either end
-HUB_TIMEOUT_S = 20.0
-_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,16 +56,12 @@ class Fingerprint:
         if self.version != now.version:
             return [f"another version of this package: {self.version}, now {now.version}"]
         out = []
-        for name in dict.fromkeys((*self.settings, *now.settings)):
+        for name in {**self.settings, **now.settings}:
             old, new = self.settings.get(name), now.settings.get(name)
             if old != new:
                 out.append(f"{name}: {old!r}, now {new!r}")
-        for name in sorted({*self.model_files, *now.model_files}):
-            before, after = self.model_files.get(name), now.model_files.get(name)
-            if before != after:
-                how = "is new" if before is None else "is gone" if after is None else "has changed"
-                out.append(f"model file {name} {how}")
-        return out
+        changed = {name for name, _ in self.model_files.items() ^ now.model_files.items()}
+        return out + [f"model file {name} has changed" for name in sorted(changed)]
 
     def notices(self, now: Fingerprint) -> list[str]:
         """Lines about what may change answers a little and is not refused."""
@@ -96,7 +89,7 @@ def take(config: Settings) -> Fingerprint:
             **module_files(config),
         },
         version=VERSION,
-        libraries={name: _installed(name) for name in LIBRARIES},
+        libraries={name: metadata.version(name) for name in LIBRARIES},
     )
 
 
@@ -115,13 +108,6 @@ def module_files(config: Settings) -> dict[str, str]:
         digest = hashlib.sha256(origin.read_bytes()).hexdigest() if origin.is_file() else ""
         out[f"{module} (of {flag})"] = digest
     return out
-
-
-def _installed(name: str) -> str:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return "unknown"
 
 
 def model_directory(model: str, demo: Path = bundled.MODEL) -> str | None:
@@ -165,78 +151,3 @@ def _digest(path: Path) -> str:
         stream.seek(max(EDGE_BYTES, size - EDGE_BYTES))
         digest.update(stream.read())
         return digest.hexdigest()
-
-
-def pin_revision(config: Settings, earlier: Settings | None = None) -> Settings:
-    """Settings that name the commit of each hub id, so that every node, now and later, loads it.
-
-    A run that goes on keeps to the commit it began with, unless another one is asked for.
-
-    Raises:
-        UserError: a revision of a directory, or a hub id whose commit cannot be found out.
-    """
-    pinned = {
-        revision: _pinned(config, earlier, model, revision)
-        for model, revision in (("model", "revision"), ("text_tower", "text_tower_revision"))
-    }
-    return config.replace(**pinned)
-
-
-def _pinned(config: Settings, earlier: Settings | None, model: str, revision: str) -> str | None:
-    """The commit of one hub id; `model` and `revision` are the names of its settings."""
-    flag, revision_flag = (f"--{name.replace('_', '-')}" for name in (model, revision))
-    name, asked = config.get(model), config.get(revision)
-    if name is None:
-        if asked is not None:
-            raise UserError(f"{revision_flag} {asked} goes with {flag}; give both or none")
-        return None
-    if model_directory(name) is not None:
-        if asked is not None:
-            raise UserError(
-                f"{revision_flag} {asked}: {flag} {name} is no hub id; leave {revision_flag} out"
-            )
-        return None
-    if asked is None and earlier is not None and earlier.get(model) == name:
-        kept: str | None = earlier.get(revision)
-        return kept
-    return commit(name, asked, flag)
-
-
-def commit(model: str, revision: str | None, flag: str = "--model") -> str:
-    """The commit that a revision of a hub id stands for: asked of the hub, else from the cache.
-
-    flag: that the model was given with, for messages.
-
-    Raises:
-        UserError: neither knows.
-    """
-    from huggingface_hub import HfApi, constants, snapshot_download
-    from huggingface_hub.errors import (
-        HFValidationError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    revision = revision or constants.DEFAULT_REVISION
-    if _COMMIT.fullmatch(revision):
-        return revision
-    try:
-        found = HfApi().model_info(model, revision=revision, timeout=HUB_TIMEOUT_S).sha
-    except (HFValidationError, RepositoryNotFoundError, RevisionNotFoundError) as error:
-        raise UserError(
-            f"{flag} {model}: the hub has no revision {revision!r} of it that may be read"
-            f" ({first_line(error)}); check the name, {flag}'s revision and HF_TOKEN"
-        ) from error
-    except Exception as error:  # without network it depends on the client's version
-        try:
-            cached = snapshot_download(model, revision=revision, local_files_only=True)
-        except OSError:
-            raise UserError(
-                f"{flag} {model}: the hub does not answer ({first_line(error)}), and no"
-                f" {revision!r} of it is in the cache {constants.HF_HUB_CACHE}; download it first,"
-                " or give a directory"
-            ) from error
-        return Path(cached).name
-    if found is None:
-        raise UserError(f"{flag} {model}: the hub names no commit for {revision!r}; give one")
-    return found
