@@ -1,4 +1,4 @@
-"""Command lines of the jobs mean what they meant when `recorded/` was written."""
+"""Command lines of the jobs mean what they meant when `recorded/` was written (before tyro)."""
 
 import io
 import json
@@ -79,7 +79,7 @@ def check(case: dict[str, Any], got: dict[str, Any], defaults: dict[str, Any]) -
     if "error" in case:
         words = [word.lstrip("-").partition("=")[0] for word in shlex.split(case["flags"])]
         said = got["error"].replace("_", "-")
-        assert any(word and word in said for word in words) and "\n" not in said
+        assert any(len(word) > 2 and word in said for word in words) and "\n" not in said
     elif "values" in case:
         assert got == {"values": defaults | case["values"]}
     else:

@@ -1,20 +1,28 @@
-"""Settings as flags. argparse splits the command line and writes the help; `Value`s read the words.
+"""Settings as flags. tyro splits the command line and writes the help; `Value`s read the words.
 
-To argparse a flag takes any words: what they mean is read here by what reads run.yaml, too, so that
-a mistake is one line that names its flag.
+To tyro a flag takes any words: what they mean is read here by what reads run.yaml, too, so that a
+mistake is one line that names its flag. Each group of settings is a box of the help.
 """
 
 from __future__ import annotations
 
-import argparse
 import ast
 import inspect
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
-from typing import Any, NoReturn
+from typing import Annotated, Any, ClassVar, Union
+
+import tyro
+from tyro.constructors import (
+    ConstructorRegistry,
+    PrimitiveConstructorSpec,
+    StructConstructorSpec,
+    StructFieldSpec,
+    StructTypeInfo,
+)
 
 from trio.errors import UserError
 from trio.job.run_yaml import suggestion
@@ -43,20 +51,6 @@ class Command:
     groups: Sequence[Group]
 
 
-class _Parser(argparse.ArgumentParser):
-    def __init__(self, **options: Any) -> None:
-        super().__init__(
-            usage="%(prog)s [FLAG ...]",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            argument_default=argparse.SUPPRESS,
-            allow_abbrev=False,
-            **options,
-        )
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message.removeprefix('argument ')} {HINT}")
-
-
 def parse(
     argv: Sequence[str], *, prog: str, description: str, groups: Sequence[Group]
 ) -> dict[str, Any]:
@@ -65,17 +59,7 @@ def parse(
     Raises:
         UserError: an unknown flag, a flag without its value, or a value that it cannot have.
     """
-    parser = _Parser(prog=prog, description=description)
-    settings = {one.key: one for group in groups for one in group.settings}
-    for group in groups:
-        box = parser.add_argument_group(group.title, group.about) if group.title else parser
-        for one in group.settings:
-            _add(box, one)
-    given, unknown = parser.parse_known_args(argv)
-    if unknown:
-        flags = [one.flag for one in settings.values()]
-        raise UserError(f"unrecognized arguments: {' '.join(unknown)}{_meant(unknown[0], flags)}")
-    return {settings[key].name: _read(settings[key], words) for key, words in vars(given).items()}
+    return _parse(argv, _shown(groups), groups, prog=prog, description=description)
 
 
 def parse_command(
@@ -85,28 +69,36 @@ def parse_command(
     first = argv[0] if argv else ""
     if first in commands:
         about, groups = commands[first].about, commands[first].groups
-        return first, parse(argv[1:], prog=f"{prog} {first}", description=about, groups=groups)
+        prog = f"{prog} {first}"
+        return first, parse(argv[1:], prog=prog, description=about, groups=groups)
     if first in ("-h", "--help"):
-        parser = _Parser(prog=prog, description=description)
-        listed = parser.add_subparsers(title="commands", metavar="COMMAND")
-        for name, one in commands.items():
-            listed.add_parser(name, help=one.about.partition("\n")[0].replace("%", "%%"))
-        parser.parse_args(["--help"])
+        made = [
+            Annotated[_shown(()), tyro.conf.subcommand(name, description=line)]
+            for name, one in commands.items()
+            for line in one.about.splitlines()[:1]
+        ]
+        _parse(argv, Union[tuple(made)], (), prog=prog, description=description)  # noqa: UP007
     wrong = f"{first!r} is no command" if first else "no command is given"
     raise UserError(f"{wrong}; there are: {', '.join(commands)} {HINT}")
 
 
-def _add(box: Any, setting: Setting) -> None:
-    value, unit = setting.value, setting.value.unit
-    text = f"{_docs(setting.owner)[setting.name]} {_default(setting)}".strip()
-    options: dict[str, Any] = {"dest": setting.key, "help": text.replace("%", "%%")}
-    if value.switch:
-        options["action"] = argparse.BooleanOptionalAction
-    else:
-        options["metavar"] = unit if isinstance(unit, str) else unit()
-    if value.several:
-        options |= {"action": "extend", "nargs": "+"}
-    box.add_argument(setting.flag, default=argparse.SUPPRESS, **options)
+def _parse(
+    argv: Sequence[str], shown: Any, groups: Sequence[Group], *, prog: str, description: str
+) -> dict[str, Any]:
+    words, unknown = tyro.cli(
+        shown,
+        prog=prog,
+        description=description,
+        args=list(argv),
+        config=(tyro.conf.OmitArgPrefixes,),
+        registry=_registry(),
+        return_unknown_args=True,
+    )
+    settings = {one.key: one for group in groups for one in group.settings}
+    if unknown:
+        flags = [one.flag for one in settings.values()]
+        raise UserError(f"unrecognized arguments: {' '.join(unknown)}{_meant(unknown[0], flags)}")
+    return {settings[name].name: _read(settings[name], given) for name, given in words.items()}
 
 
 def _meant(word: str, flags: Sequence[str]) -> str:
@@ -115,15 +107,70 @@ def _meant(word: str, flags: Sequence[str]) -> str:
         return f"{suggestion(word.partition('=')[0], flags)} {HINT}"
     if word.startswith("-"):
         return " (a value that begins with - is given as --flag=VALUE)"
-    return f"; a value with spaces needs quotes {HINT}"
+    return f" {HINT}"
 
 
-def _read(setting: Setting, words: Any) -> Any:
+def _read(setting: Setting, given: Any) -> Any:
     """The value of a flag's words."""
+    value = setting.value
+    if value.switch:
+        return given
+    if value.several:
+        given = [word for words in given for word in words]
     try:
-        return words if setting.value.switch else setting.value.read(words)
+        if value.several and not given:
+            raise UserError("expected at least one value")
+        if not value.several and len(given) != 1:
+            raise UserError(f"expected one value, got {' '.join(given) or 'none'} {HINT}")
+        return value.read(given if value.several else given[0])
     except UserError as error:
         raise UserError(f"{setting.flag}: {error}") from error
+
+
+class _Shown:
+    """To be a group of flags for tyro: see `_registry`."""
+
+    fields: ClassVar[tuple[StructFieldSpec, ...]]
+
+
+def _shown(groups: Sequence[Group]) -> type[_Shown]:
+    """All groups, for tyro."""
+    fields: list[StructFieldSpec] = []
+    for group in groups:
+        inner = tuple(_field(setting) for setting in group.settings)
+        if not group.title:
+            fields.extend(inner)
+            continue
+        box = type("Box", (_Shown,), {"fields": inner, "__doc__": ""})
+        fields.append(
+            StructFieldSpec(
+                name=group.title,
+                type=box,
+                default=tyro.MISSING_NONPROP,
+                helptext=group.about,
+            )
+        )
+    return type("Flags", (_Shown,), {"fields": tuple(fields), "__doc__": ""})
+
+
+def _field(setting: Setting) -> StructFieldSpec:
+    value, unit = setting.value, setting.value.unit
+    help_of: Callable[[], str] = lambda: _docs(setting.owner)[setting.name]  # noqa: E731
+    words = PrimitiveConstructorSpec(
+        nargs="*",
+        metavar=unit if isinstance(unit, str) else unit(),
+        instance_from_str=list,
+        is_instance=lambda _: True,
+        str_from_instance=lambda _: [],
+    )
+    kind: Any = Annotated[str, words]
+    default: Any = ""
+    if value.switch:
+        kind, default = Annotated[bool | None, tyro.conf.DisallowNone], None
+    elif value.several:
+        kind, default = Annotated[tuple[kind, ...], tyro.conf.UseAppendAction], ()
+    shown: Any = Annotated[kind, tyro.conf.arg(help_behavior_hint=_default(setting))]
+    return StructFieldSpec(name=setting.key, type=shown, default=default, helptext=help_of)
 
 
 def _default(setting: Setting) -> str:
@@ -151,3 +198,28 @@ def _docs(owner: type) -> dict[str, str]:
         and isinstance(text.value, ast.Constant)
         and isinstance(text.value.value, str)
     }
+
+
+@lru_cache
+def _registry() -> ConstructorRegistry:
+    """What tells tyro of `_Shown`: its flags, and that it is made into those that are given."""
+    registry = ConstructorRegistry()
+
+    @registry.struct_rule
+    def shown(info: StructTypeInfo) -> StructConstructorSpec | None:
+        if not (isinstance(info.type, type) and issubclass(info.type, _Shown)):
+            return None
+        return StructConstructorSpec(instantiate=_given, fields=info.type.fields)
+
+    return registry
+
+
+def _given(**found: Any) -> dict[str, Any]:
+    """Words by name, those of inner groups with them; what is not given is "", () or None."""
+    out: dict[str, Any] = {}
+    for name, words in found.items():
+        if isinstance(words, dict):
+            out |= words
+        elif words is not None and not isinstance(words, str) and words != ():
+            out[name] = words
+    return out
