@@ -2,7 +2,6 @@
 
 import io
 import re
-import threading
 
 import pytest
 
@@ -33,16 +32,20 @@ UNIT = Totals(
 
 def test_a_log_gets_whole_lines() -> None:
     stream, clock = io.StringIO(), Clock()
-    with Progress(40, Totals(), log_interval_s=99, stream=stream, clock=clock) as progress:
-        clock.now += 7
+    with Progress(40, Totals(), log_interval_s=5, stream=stream, clock=clock) as progress:
+        clock.now += 4
+        progress.alive(0)
+        clock.now += 3
+        progress.alive(0)
         progress.answering()
         clock.now += 2
         progress.add(UNIT)
         clock.now += 1
         progress.add(UNIT)
         assert progress.work_s == 3
-    first, last = stream.getvalue().splitlines()
+    first, second, last = stream.getvalue().splitlines()
     assert first == "0/40 rows (0 %), starting, 0:00"
+    assert second == "0/40 rows (0 %), starting, 0:07"
     assert last == (
         "20/40 rows (50 %), 6.0 images/s, 60 tokens/s, retention 0.100, waiting for images 90 %,"
         " 2 in error, ETA 0:03"
@@ -63,31 +66,6 @@ def test_rows_under_way_are_being_answered() -> None:
     assert progress.line() == "0/40 rows (0 %), answering, 12 answered so far, 0:09"
     progress.add(UNIT)
     assert progress.line().startswith("10/40 rows (25 %), 2.2 images/s")
-
-
-class Slow(io.StringIO):
-    """A stream in which another thread finds every gap between two writes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inside = threading.Semaphore(1)
-        self.mixed = False
-
-    def write(self, text: str) -> int:
-        self.mixed |= not self.inside.acquire(blocking=False)
-        threading.Event().wait(0.002)
-        self.inside.release()
-        return super().write(text)
-
-
-def test_lines_of_two_threads_do_not_mix() -> None:
-    stream = Slow()
-    with Progress(10, Totals(), log_interval_s=0.001, stream=stream) as progress:
-        for _ in range(50):
-            progress.say("said")
-    assert not stream.mixed
-    lines = stream.getvalue().splitlines()
-    assert lines.count("said") == 50 and {line.split()[0] for line in lines} == {"said", "0/10"}
 
 
 def test_a_terminal_is_rewritten_in_place_below_what_is_said(
