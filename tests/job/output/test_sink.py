@@ -67,3 +67,17 @@ def test_rows_are_the_commit_point(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.undo()
     commit(tmp_path, UNIT)
     assert totals(locate(str(tmp_path)), [UNIT], "run1") == totals_of(UNIT)
+
+
+def test_a_storage_that_fails_is_tried_again_and_then_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    sink = Sink(
+        output=str(tmp_path / "file"), run_id="r", id_type=pa.string(), save_kept=False,
+        pauses_s=(0.0,) * 4,
+    )  # fmt: skip
+    said: list[str] = []
+    with pytest.raises(JobFailed, match=f"rows/{UNIT.name} failed 5 times: "):
+        sink.commit(UNIT, answered(UNIT), STATS, totals_of(UNIT), said.append)
+    assert [line.split(": ")[0].rpartition("failed ")[2] for line in said] == [
+        f"{n} times" for n in range(1, 5)
+    ]
