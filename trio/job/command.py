@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -213,9 +212,6 @@ def _stopping_on_signals(stop: Callable[[], None]) -> Iterator[None]:
         signal.signal(number, signal.default_int_handler)
         stop()
 
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
     before = {number: signal.signal(number, first) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield

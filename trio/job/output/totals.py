@@ -71,9 +71,9 @@ class Totals:
 
     def __add__(self, other: Totals) -> Totals:
         mine, others = self.values(), other.values()
-        sums = {name: mine[name] + others[name] for name in mine if name not in COUNTS}
-        counts = {name: Counter(mine[name]) + Counter(others[name]) for name in COUNTS}
-        return Totals(**sums, **counts)
+        sums: dict[str, Any] = {n: mine[n] + others[n] for n in mine if n not in COUNTS}
+        sums |= {n: Counter(mine[n]) + Counter(others[n]) for n in COUNTS}
+        return Totals(**sums)
 
     @property
     def retention(self) -> float | None:
@@ -125,9 +125,11 @@ def of_row(
 ) -> Totals:
     """Totals of one output row; ``answers`` are the right ones, none when it is not scored;
     ``reading``: FLOPs of its prompt with encoder and choice, pruned and unpruned."""
-    error, response, retention = row.get("error"), row.get("response"), row.get("retention")
+    error, retention = row.get("error"), row.get("retention")
+    response: Any = row.get("response")
     answered = response is not None
-    sums = {name: row.get(name) or 0 for name in (*OF_ROWS, *(OF_ANSWERS if answered else ()))}
+    names = (*OF_ROWS, *OF_ANSWERS) if answered else OF_ROWS
+    sums: dict[str, Any] = {name: row.get(name) or 0 for name in names}
     captioned = bool(answers) and is_caption(answers)
     return Totals(
         rows=1,
