@@ -126,13 +126,11 @@ def _check_shard(
 
 
 def _is_id(kind: pa.DataType) -> bool:
-    """One value that Parquet can hold and that can be compared."""
+    """One value that can be compared."""
     if isinstance(kind, pa.BaseExtensionType):
         return _is_id(kind.storage_type)
     kind = kind.value_type if pt.is_dictionary(kind) else kind
-    simple = pt.is_boolean, pt.is_integer, pt.is_floating, pt.is_decimal, is_text, is_bytes
-    moment = pt.is_date, pt.is_time, pt.is_timestamp, pt.is_duration
-    return any(is_kind(kind) for is_kind in (*simple, *moment))
+    return pt.is_primitive(kind) or pt.is_decimal(kind) or is_text(kind) or is_bytes(kind)
 
 
 def _holds_image(kind: pa.DataType) -> bool:

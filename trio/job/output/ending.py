@@ -79,5 +79,5 @@ def _prompts(manifest: Manifest, column: str, limit: int | None) -> list[str]:
         with location.filesystem.open_input_file(location.path) as stream:
             prompts = pq.read_table(stream, columns=[column]).column(column).slice(0, limit)
         return list(filter(None, prompts.unique().to_pylist()))
-    except (OSError, UnicodeDecodeError, pa.ArrowException):
+    except (OSError, KeyError, UnicodeDecodeError, pa.ArrowException):
         return []
