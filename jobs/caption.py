@@ -12,13 +12,11 @@ example:
     --model llava-hf/llava-1.5-7b-hf --prompt 'Describe the image.' --retention 1/9
 """
 
-import _bootstrap
+import _bootstrap  # noqa: F401  # isort: skip
 
-ROOT = _bootstrap.ROOT
+from trio.job.command import Job, main
 
-from trio.job.command import Job, main  # noqa: E402
-
-JOB = Job(name="caption", description=__doc__, package=str(ROOT / "trio"))
+JOB = Job(name="caption", description=__doc__)
 
 if __name__ == "__main__":
     raise SystemExit(main(JOB))

@@ -50,6 +50,11 @@ def several(read: Reader, *, least: int = 0) -> Reader:
     return read_all
 
 
+def many(read: Reader, unit: str, *, least: int = 0) -> Value:
+    """Any number of values behind the flag."""
+    return Value(read=several(read, least=least), unit=unit, several=True)
+
+
 def listed(read: Reader) -> Reader:
     """A tuple of values, of text with commas."""
     return lambda value: tuple(read(part.strip()) for part in text(value).split(","))

@@ -8,13 +8,13 @@ import sys
 from functools import partial
 from typing import Any
 
-import _bootstrap
+import _bootstrap  # noqa: F401
 
 from trio.job import command, runner  # isort: skip  (first, as in a job: it quietens Ray)
 from tests.chaos.engine import Options, build, build_preprocessor
 from trio.job.runner import Makers
 
-JOB = command.Job(name="chaos", description="", package=str(_bootstrap.ROOT / "trio"))
+JOB = command.Job(name="chaos", description="")
 
 if __name__ == "__main__":
     options = Options(**json.loads(sys.argv[1]))

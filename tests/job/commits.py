@@ -40,4 +40,4 @@ def totals_of(*units: Unit) -> Totals:
 
 def commit(out: Path | str, unit: Unit, run_id: str = "run1") -> None:
     sink = Sink(output=str(out), run_id=run_id, id_type=pa.string(), save_kept=False)
-    sink.commit(unit, answered(unit), STATS, totals_of(unit))
+    sink.commit(unit, answered(unit), STATS, totals_of(unit), print)

@@ -171,13 +171,12 @@ def pin(store: Store, output: Location) -> tuple[output_directory.Pinned, list[U
     config = made_of(input=(store.uri("in"),), output=output.uri, rows_per_file=UNIT_ROWS)
     manifest, schemas = inspect(inputs)
     columns = resolve(schemas, [s.path for s in manifest.shards], {}, prompt_given=True)
-    assert columns.id is not None
     run = output_directory.Pinned(
         run_id="run1",
         manifest=manifest,
         columns=columns,
         fingerprint=fingerprint.take(config),
-        ids=ids.scan(manifest, columns.id),
+        ids=ids.scan(manifest, columns.roles["id"]),
         config=config,
     )
     output_directory.claim(output, run)

@@ -27,7 +27,7 @@ SCHEMA = pa.schema([("id", pa.int32()), ("image", pa.binary()), ("prompt", pa.st
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner, "PAUSES_S", (0.1,))
+    monkeypatch.setattr(runner, "PAUSES_S", (0.1,) * 4)
 
 
 def shard(

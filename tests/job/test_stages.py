@@ -179,7 +179,7 @@ def test_a_unit_that_cannot_be_read_becomes_errors(tmp_path: Path, desk: Any) ->
     assert {(source.id, source.prompt) for source, _ in got} == {(None, None)}
     assert [note[0] for note in desk.notes] == ["say", "say", "unread", "unread"]
     assert desk.notes[2][1:3] == (Unit(0, 0, 3), "shard_gone")
-    nameless = replace(columns, id=None, prompt=None)
+    nameless = replace(columns, roles={"image": "image"})
     names = [(source.id, source.prompt) for source, _ in through(run, task_of(nameless), desk)]
     assert names == [(f"a.parquet#{n}", "the default") for n in range(5)]
 

@@ -31,10 +31,10 @@ from trio.values import (
     Switch,
     Value,
     listed,
+    many,
     number,
     one_of,
     settings_of,
-    several,
     whole,
 )
 
@@ -82,9 +82,7 @@ class Quality(Measurement):
     """Of method trio, as for caption.py, several with commas (default: the checkpoint's)."""
     position_ids: Annotated[tuple[str, ...] | None, _words(POSITION_IDS)] = None
     """As for caption.py, several with commas (default: the checkpoint's)."""
-    schedule_shape: Annotated[
-        tuple[str, ...] | None, Value(read=several(_shape), unit="SHAPE", several=True)
-    ] = None
+    schedule_shape: Annotated[tuple[str, ...] | None, many(_shape, "SHAPE")] = None
     """One or more of family, start, 0:0.16,10:0.09@32, as for caption.py; in labels start is "from
     layer 0" (default: the checkpoint's)."""
     scenes: Count = 300

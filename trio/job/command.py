@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,7 +23,7 @@ from trio.job.input.manifest import tell
 from trio.job.output import ending, output_directory
 from trio.job.output.output_directory import UNPRUNED
 from trio.job.output.summary import share, table
-from trio.job.plan import Plan, check_finished
+from trio.job.plan import Plan
 from trio.job.plan import plan as plan_of
 from trio.job.resume import decoding_rules
 from trio.job.resume.checkpoint_defaults import pruning_resolved
@@ -44,8 +43,6 @@ class Job:
     name: str
     # "caption"; names the output and the messages
     description: str
-    package: str
-    # directory of the package that holds the demo
 
     @property
     def prog(self) -> str:
@@ -67,10 +64,9 @@ def main(job: Job, argv: Sequence[str] | None = None) -> int:
         return cli.fail(
             job.prog, "stopped; the same command with the same --output goes on", FAILED
         )
-    except OSError as error:
-        return cli.fail(job.prog, f"failed: {type(error).__name__}: {error}"[:500], FAILED)
     except Exception as error:
-        traceback.print_exc()
+        if not isinstance(error, OSError):
+            traceback.print_exc()
         return cli.fail(job.prog, f"failed: {type(error).__name__}: {error}"[:500], FAILED)
 
 
@@ -125,13 +121,6 @@ def check_model(model: str, flag: str = "--model") -> None:
         )
 
 
-def input_paths(job: Job, config: Settings) -> list[str]:
-    """Where the inputs lie; ``demo`` is inside the package."""
-    return [
-        os.path.join(job.package, "demo", "data") if p == DEMO else p for p in config.input.input
-    ]
-
-
 def unpruned(config: Settings) -> Settings:
     """The same rows without pruning."""
     assert config.output.output is not None
@@ -147,13 +136,6 @@ def unpruned(config: Settings) -> Settings:
     )
 
 
-def runs(config: Settings) -> Iterator[tuple[str, Settings]]:
-    """(heading, settings) of each run to do; the one that was asked for comes first."""
-    yield config.pruning.name, config
-    if config.output.compare_unpruned:
-        yield UNPRUNED, unpruned(config)
-
-
 def run(job: Job, config: Settings) -> int:
     """Do the run, and the comparison where asked; print the table."""
     from trio.job import runner
@@ -161,15 +143,14 @@ def run(job: Job, config: Settings) -> int:
     from trio.job.passes import Stop
     from trio.job.resume import lease
 
-    assert config.output.output is not None
-    output = locate(config.output.output)
-    plans = _plans(job, config, output)
-    to_do = [plan for _, plan in plans if isinstance(plan, Plan)]
+    plans = _plans(config)
+    output = plans[0][1].output
+    to_do = [plan for _, plan in plans if not plan.finished]
     if not to_do:
         print(
             f"{output.uri} is finished already: nothing to do. For a new run give another --output."
         )
-        return _verdict(job, config, plans[0][1])
+        return _verdict(job, config, output_directory.read_summary(output))
     stop, done = Stop(), []
     with lease.hold(output) as held:
         attached = cluster.start(config.cluster.address)
@@ -178,10 +159,12 @@ def run(job: Job, config: Settings) -> int:
             _announce(config, to_do[0], resources.describe())
             with _stopping_on_signals(stop):
                 for name, plan in plans:
-                    if isinstance(plan, Plan):
-                        label = name if len(plans) > 1 else ""
-                        plan = runner.execute(plan, resources, label=label, stop=stop, held=held)
-                    done.append((name, plan))
+                    label = name if len(plans) > 1 else ""
+                    if plan.finished:
+                        summary = output_directory.read_summary(plan.output)
+                    else:
+                        summary = runner.execute(plan, resources, label=label, stop=stop, held=held)
+                    done.append((name, summary))
         finally:
             cluster.stop(attached)
     print(f"\n{table(done)}\n")
@@ -199,25 +182,23 @@ def _show(config: Settings, output: Location) -> None:
         print(f"to see some: {command}", flush=True)
 
 
-def _plans(job: Job, config: Settings, output: Location) -> list[tuple[str, Any]]:
-    """(heading, plan) of each run, or its summary if it is finished; the main one first."""
-    wanted = [(name, each, locate(each.output.output or "")) for name, each in runs(config)]
-    whole = all(output_directory.finished(place) for _, _, place in wanted)
-    out: list[tuple[str, Any]] = []
-    for name, each, place in wanted:
-        paths = input_paths(job, each)
-        if output_directory.finished(place):
-            check_finished(each, place, None if whole else (paths, output))
-            out.append((name, output_directory.read_summary(place)))
-        else:
-            say = tell if each is config else _nothing
-            plan = plan_of(each, paths, around=output, say=say)
-            out.append((name, plan))
-    return out
+def _plans(config: Settings) -> list[tuple[str, Plan]]:
+    """(heading, plan) of each run; the one that was asked for comes first.
 
-
-def _nothing(_: str) -> None:
-    """What the comparison would say of the input, the main run says."""
+    An input that has changed since is refused unless all is finished.
+    """
+    paths = [str(bundled.SHARD) if path == DEMO else path for path in config.input.input]
+    runs = [(config.pruning.name, config)]
+    if config.output.compare_unpruned:
+        runs.append((UNPRUNED, unpruned(config)))
+    places = [locate(each.output.output or "") for _, each in runs]
+    compare = not all(map(output_directory.finished, places))
+    plans = []
+    for name, each in runs:
+        # What the comparison would say of the input, the main run says.
+        say = tell if each is config else lambda _: None
+        plans.append((name, plan_of(each, paths, around=places[0], compare=compare, say=say)))
+    return plans
 
 
 @contextmanager
@@ -231,9 +212,6 @@ def _stopping_on_signals(stop: Callable[[], None]) -> Iterator[None]:
         signal.signal(number, signal.default_int_handler)
         stop()
 
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
     before = {number: signal.signal(number, first) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
@@ -242,26 +220,27 @@ def _stopping_on_signals(stop: Callable[[], None]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _announce(config: Settings, plan: Any, resources: str) -> None:
+def _announce(config: Settings, plan: Plan, resources: str) -> None:
     manifest = plan.manifest
     keep = "nothing pruned"
     if config.pruning_asked:
         schedule, retention = config.pruning.schedule, config.pruning.retention
         keep = f"schedule {schedule}" if schedule else f"retention {retention:.4g}"
     shards, rows = counted(len(manifest.shards), "shard"), counted(plan.rows, "row")
-    print(f"input   {shards}, {rows}, {manifest.size / 1e6:.1f} MB")
-    print(f"model   {config.model.model}, {config.pruning.name}, {keep}")
-    for told in decoding_rules.lines(config, plan.decoding):
-        if told != decoding_rules.PLAIN:
-            print(told)
-    print(f"runs on {resources}")
-    print(f"output  {locate(config.output.output or '').uri}", flush=True)
+    decoding = decoding_rules.lines(config, plan.decoding)
+    lines = [
+        f"input   {shards}, {rows}, {manifest.size / 1e6:.1f} MB",
+        f"model   {config.model.model}, {config.pruning.name}, {keep}",
+        *(line for line in decoding if line != decoding_rules.PLAIN),
+        f"runs on {resources}",
+        f"output  {locate(config.output.output or '').uri}",
+    ]
     if "cluster" in resources and is_local(plan.output.uri):
-        print("        a local path: every node must see the same directory there", flush=True)
+        lines.append("        a local path: every node must see the same directory there")
     if DEMO in (config.model.model, *config.input.input) and (line := bundled.shadowed()):
-        print(line, flush=True)
-    for line in ending.prompt_notices(config, manifest, plan.columns.prompt):
-        print(line, flush=True)
+        lines.append(line)
+    lines += ending.prompt_notices(config, manifest, plan.columns.roles.get("prompt"))
+    print("\n".join(lines), flush=True)
 
 
 def _verdict(job: Job, config: Settings, summary: Mapping[str, Any]) -> int:
@@ -277,14 +256,13 @@ def _verdict(job: Job, config: Settings, summary: Mapping[str, Any]) -> int:
 
 def dry_run(job: Job, config: Settings) -> int:
     """Print what would be done: the settings as run.yaml, the input and what is left of it."""
-    output = locate(config.output.output or "")
     sys.stdout.write(run_yaml.dump(config))
-    plans = _plans(job, config, output)
-    planned = [plan for _, plan in plans if isinstance(plan, Plan)]
+    plans = _plans(config)
+    planned = [plan for _, plan in plans if not plan.finished]
     for line in decoding_rules.lines(config, planned[0].decoding) if planned else ():
         print(f"# {line}")
     for name, plan in plans:
-        if not isinstance(plan, Plan):
+        if plan.finished:
             print(f"# {name}: finished already")
             continue
         roles = ", ".join(f"{role} from {column}" for role, column in plan.columns.roles.items())

@@ -31,8 +31,10 @@ class Plan:
     output: Location
     fingerprint: Fingerprint
     earlier: output_directory.Pinned | None
-    decoding: Rules | None = None
-    # of the model; None: they cannot be read here
+    finished: bool
+    """Nothing is left to do."""
+    decoding: Rules | None
+    """Of the model; None: they cannot be read here."""
 
     @property
     def rows(self) -> int:
@@ -45,6 +47,7 @@ def plan(
     paths: Sequence[str],
     *,
     around: Location | None = None,
+    compare: bool = True,
     say: Callable[[str], None] = tell,
 ) -> Plan:
     """Check input and output.
@@ -53,6 +56,7 @@ def plan(
         config: the settings.
         paths: where their inputs lie.
         around: the directory around this run's, if another run keeps its output there: no input.
+        compare: whether the input must still be the one that an earlier run there began with.
         say: told of files that are left out.
 
     Raises:
@@ -65,7 +69,8 @@ def plan(
     config = _settled(config, earlier)
     now = prints.take(config)
     if earlier is not None:
-        output_directory.check_same(earlier, now, expand(paths, ours, say), output.uri)
+        found = expand(paths, ours, say) if compare else None
+        output_directory.check_same(earlier, now, found, output.uri)
         manifest, columns = earlier.manifest, earlier.columns
     else:
         manifest, schemas = inspect(paths, ours, say)
@@ -77,8 +82,9 @@ def plan(
             scored=config.output.score in SCORED,
         )
     return Plan(
-        config=config, manifest=manifest, columns=columns, output=output,
-        fingerprint=now, earlier=earlier, decoding=decoding_rules.read(config),
+        config=config, manifest=manifest, columns=columns, output=output, fingerprint=now,
+        earlier=earlier, finished=output_directory.finished(output),
+        decoding=decoding_rules.read(config),
     )  # fmt: skip
 
 
@@ -90,22 +96,3 @@ def _settled(config: Settings, earlier: output_directory.Pinned | None) -> Setti
     if config.output.rows_per_file is None:
         config = config.replace(rows_per_file=earlier.config.output.rows_per_file)
     return pruning_resolved(pin_revision(config, earlier.config))
-
-
-def check_finished(
-    config: Settings, output: Location, beside: tuple[Sequence[str], Location] | None = None
-) -> None:
-    """Nothing is left to do there, if it is what these settings would do.
-
-    beside: paths of the inputs and the outer directory, for a run with which another one that is
-    not done yet is to be compared: then the input must be the same still.
-
-    Raises:
-        UserError: the settings are others, or the model or such an input is.
-    """
-    earlier = output_directory.earlier(output)
-    if earlier is not None:
-        found = None if beside is None else expand(*beside)
-        output_directory.check_same(
-            earlier, prints.take(_settled(config, earlier)), found, output.uri
-        )

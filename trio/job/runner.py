@@ -243,7 +243,7 @@ def _commit_rows(
     totals = sums.merge(part for _, part in rows)
     times = [made["finished_at"] for made, _ in rows]
     stats = {"actor": "driver", "node": "", "start": min(times), "end": max(times)}
-    task.sink.persist(unit, [made for made, _ in rows], stats, totals, task.pause_s, tell)
+    task.sink.commit(unit, [made for made, _ in rows], stats, totals, tell)
     return totals
 
 
@@ -259,9 +259,9 @@ def _pinned(run: Plan, config: Settings) -> output_directory.Pinned:
         for line in pinned.fingerprint.notices(run.fingerprint):
             print(line, flush=True)
     else:
-        column = run.columns.id
+        column = run.columns.roles.get("id")
         pinned = output_directory.Pinned(
-            run_id=output_directory.new_run_id(),
+            run_id=uuid.uuid4().hex,
             manifest=run.manifest,
             columns=run.columns,
             fingerprint=dataclasses.replace(run.fingerprint, settings=config.results()),
@@ -328,6 +328,7 @@ def stages_task(
         run_id=run_id,
         id_type=run.columns.id_type,
         save_kept=config.output.save_kept,
+        pauses_s=PAUSES_S,
     )
     return Task(
         engine=engine,

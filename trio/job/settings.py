@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -31,12 +30,12 @@ from trio.values import (
     Text,
     Tokens,
     Value,
+    many,
     number,
     one_of,
     plain,
     replaced,
     settings_of,
-    several,
     text,
     whole,
 )
@@ -47,6 +46,11 @@ AUTO, LOCAL = "auto", "local"
 """Of --address: the Ray of this machine, and one of the job's own."""
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 SCORED = ("exact", "objects")
+
+
+def _place(value: Any) -> str:
+    check_no_secret(text(value))
+    return str(value)
 
 
 def _origin(value: Any) -> str:
@@ -87,9 +91,7 @@ Seconds = Annotated[float, Value(read=number(least=0), unit="SECONDS")]
 class Input:
     """Which rows are read, and which images they may bring."""
 
-    input: Annotated[
-        tuple[str, ...], Value(read=several(text, least=1), unit="PATH", several=True)
-    ] = (DEMO,)
+    input: Annotated[tuple[str, ...], many(_place, "PATH", least=1)] = (DEMO,)
     """Parquet file, directory or quoted pattern, s3://, gs:// or hf://datasets/ URI; several may be
     given; demo is the bundled shard."""
     prompt: Text | None = None
@@ -105,16 +107,12 @@ class Input:
     allow_remote_images: Switch = False
     """Fetch http and https URIs found in the image column, from hosts with public addresses, and
     what --remote-images-from names."""
-    remote_images_from: Annotated[
-        tuple[str, ...], Value(read=several(_origin), unit="ORIGIN", several=True)
-    ] = ()
+    remote_images_from: Annotated[tuple[str, ...], many(_origin, "ORIGIN")] = ()
     """With --allow-remote-images: only from these schemes and hosts, as in
     https://images.example.org, https://*.cdn.net or s3://bucket. A host named in full may have a
     private address; proxies are not used; objects of stores (s3, gs, hf and others) are read with
     the nodes' credentials, and only from buckets named here (default: any public web server)."""
-    image_roots: Annotated[
-        tuple[str, ...], Value(read=several(_directory), unit="DIR", several=True)
-    ] = ()
+    image_roots: Annotated[tuple[str, ...], many(_directory, "DIR")] = ()
     """Directories that paths in the image column may lead into, links followed, besides the
     directory of the row's shard (default: none)."""
     max_image_pixels: Pixels = MAX_PIXELS
@@ -125,7 +123,7 @@ class Input:
 class Model:
     """What answers."""
 
-    model: Annotated[str, Value(read=text, unit="MODEL")] = DEMO
+    model: Annotated[str, Value(read=_place, unit="MODEL")] = DEMO
     """Hub id or directory; demo is the bundled one."""
     revision: Annotated[str | None, Value(read=text, unit="REVISION")] = None
     """Commit, tag or branch of a hub id; run.yaml names the commit, which a resumed run keeps to
@@ -138,15 +136,13 @@ class Model:
     max_pixels: Pixels | None = None
     """Larger images are reduced to this width times height before the model sees them, which bounds
     their visual tokens; for the same models (default: the processor's)."""
-    text_tower: Annotated[str | None, Value(read=text, unit="MODEL")] = None
+    text_tower: Annotated[str | None, Value(read=_place, unit="MODEL")] = None
     """For methods eadp and cdpruner: the CLIP that the model's vision encoder comes from, hub id or
     directory, as openai/clip-vit-large-patch14-336 for LLaVA-1.5 (default: the demo model's own for
     it)."""
     text_tower_revision: Annotated[str | None, Value(read=text, unit="REVISION")] = None
     """Commit, tag or branch of a hub id given as --text-tower, as --revision."""
-    adapters: Annotated[
-        tuple[str, ...], Value(read=several(_adapter), unit="TYPE=MODULE:CLASS", several=True)
-    ] = ()
+    adapters: Annotated[tuple[str, ...], many(_adapter, "TYPE=MODULE:CLASS")] = ()
     """Families of models that this package does not have, as in my_vl=my_module:MyAdapter; the
     module must be importable where engines run (default: none)."""
 
@@ -155,7 +151,7 @@ class Model:
 class Output:
     """What is written, and where."""
 
-    output: Annotated[str | None, Value(read=text, unit="DIR")] = None
+    output: Annotated[str | None, Value(read=_place, unit="DIR")] = None
     """Directory or URI for rows/, stats/ and the rest; a run that stopped there goes on, a finished
     one is left alone (default: a new directory below trio-output/)."""
     rows_per_file: Rows | None = None
@@ -241,13 +237,6 @@ class Settings:
             raise UserError("--remote-images-from needs --allow-remote-images: give both or none")
         if model.text_tower is not None and not asks_for_text_tower(self.pruning):
             raise UserError(f"--text-tower: method {self.pruning.method} does not use it")
-        for flag, uris in (
-            ("--input", rows.input),
-            ("--output", (self.output.output,)),
-            ("--model", (model.model,)),
-            ("--text-tower", (model.text_tower,)),
-        ):
-            _check_no_secret(flag, uris)
         if self.cluster.threads is not None and self.cluster.prepare_cpus is not None:
             raise UserError("--threads and --prepare-cpus say the same: give one of them")
         parse_mapping(rows.columns or "")
@@ -291,14 +280,6 @@ class Settings:
         """A setting by its name, whatever its group."""
         group = FIELDS[name].group
         return getattr(getattr(self, group) if group else self, name)
-
-
-def _check_no_secret(flag: str, uris: Iterable[str | None]) -> None:
-    try:
-        for uri in uris:
-            check_no_secret(uri or "")
-    except UserError as error:
-        raise UserError(f"{flag}: {error}") from None
 
 
 FIELDS = settings_of(Settings())

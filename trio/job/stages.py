@@ -41,7 +41,7 @@ from trio.job.images.policy import RowError
 from trio.job.images.time_limit import TimeLimit
 from trio.job.input.columns import Columns
 from trio.job.input.manifest import Shard
-from trio.job.input.reader import RunReader, ShardChanged, ShardUnreadable, Unread
+from trio.job.input.reader import RunReader, ShardChanged, ShardUnreadable
 from trio.job.input.units import Unit
 from trio.job.output.output_rows import (
     RowSettings,
@@ -190,25 +190,25 @@ def read(run: Run, columns: Columns, desk: Desk) -> Iterator[pa.Table]:
                 break
             path = run.shards[unit.shard].path
             found = reader.read(unit)
-            if isinstance(found, Unread):
-                desk.note("unread", unit, found.kind, found.message)
+            if isinstance(found, ShardUnreadable):
+                desk.note("unread", unit, found.kind, str(found))
                 found = _errors(unit, columns, found)
             yield Block(unit, path, found).pack()
         reader.close()
 
 
-def _errors(unit: Unit, columns: Columns, unread: Unread) -> pa.Table:
+def _errors(unit: Unit, columns: Columns, fault: ShardUnreadable) -> pa.Table:
     """As many rows as the unit has, each with the error.
 
     Their ids and prompts are unknown where the data set brings some: a null is no made-up id, and
     an empty prompt is not the default one.
     """
     rows = unit.stop - unit.start
-    error = {"kind": unread.kind, "message": unread.message}
+    error = {"kind": fault.kind, "message": str(fault)}
     table = {"prepared": pa.array([error] * rows, PREPARED)}
-    if columns.id is not None:
+    if "id" in columns.roles:
         table["id"] = pa.nulls(rows)
-    if columns.prompt is not None:
+    if "prompt" in columns.roles:
         table["prompt"] = pa.array([""] * rows)
     return pa.table(table)
 
@@ -371,7 +371,7 @@ def describe(
     reader = RunReader(run.shards, roles, lambda *_: None)
     table = reader.read(unit) if roles else pa.table({"": pa.nulls(1)})
     reader.close()
-    if isinstance(table, Unread):
+    if isinstance(table, ShardUnreadable):
         return None, None, []
     (source,) = sources(table, unit, run.shards[unit.shard].path)
     right: Sequence[str] = []

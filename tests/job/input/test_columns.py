@@ -17,7 +17,7 @@ def schema(**columns: pa.DataType) -> pa.Schema:
 def found(*schemas: pa.Schema, mapping: str = "", prompt: bool = False) -> list[str | None]:
     paths = [f"s{n}.parquet" for n in range(len(schemas))]
     columns = resolve(schemas, paths, parse_mapping(mapping), prompt_given=prompt)
-    return [columns.image, columns.prompt, columns.id, columns.answers]
+    return [columns.roles.get(role) for role in ("image", "prompt", "id")]
 
 
 @pytest.mark.parametrize(
@@ -81,18 +81,18 @@ def test_types_that_hold_no_image(kind: pa.DataType) -> None:
 )
 def test_answers_without_a_plain_text_are_refused(kind: pa.DataType) -> None:
     kinds = schema(image=pa.binary(), answers=kind)
-    with pytest.raises(UserError, match=r"s0\.parquet: column 'answers' is .*; answers are str"):
-        found(kinds, prompt=True)
-    unread = resolve([kinds], ["s"], {}, prompt_given=True, scored=False)
-    assert unread.answers is None
+    with pytest.raises(UserError, match=r"s: column 'answers' is .*; answers are str"):
+        resolve([kinds], ["s"], {}, prompt_given=True, scored=True)
+    assert found(kinds, prompt=True) == ["image", None, None]
 
 
 def test_scoring_needs_answers_and_answers_scoring() -> None:
     bare, full = schema(image=pa.binary()), schema(image=pa.binary(), answers=pa.string())
     mapped = {"answers": "answers"}
-    assert resolve([full], ["s"], mapped, prompt_given=True, scored=True).answers == "answers"
+    columns = resolve([full], ["s"], mapped, prompt_given=True, scored=True)
+    assert columns.roles["answers"] == "answers"
     for schemas in ([bare], [full, bare]):
-        with pytest.raises(UserError, match=r"no column 'answers' for --score.*answers=NAME"):
+        with pytest.raises(UserError, match=r"no column 'answers'.* --score .*answers=NAME"):
             resolve(schemas, ["s", "t"][: len(schemas)], {}, prompt_given=True, scored=True)
     with pytest.raises(UserError, match="ask for it with --score"):
         resolve([full], ["s"], mapped, prompt_given=True, scored=False)
@@ -106,7 +106,7 @@ def test_question_serves_as_prompt_and_prompt_wins() -> None:
 
 def test_mapping_renames_roles() -> None:
     kinds = schema(jpg=pa.binary(), txt=pa.string(), key=pa.int32(), prompt=pa.string())
-    assert found(kinds, mapping="image=jpg,prompt=txt,id=key") == ["jpg", "txt", "key", None]
+    assert found(kinds, mapping="image=jpg,prompt=txt,id=key") == ["jpg", "txt", "key"]
 
 
 @pytest.mark.parametrize("text", ["image", "image=", "picture=jpg", "picture=", "=id"])
@@ -146,15 +146,8 @@ def test_prompts_are_text() -> None:
 
 @pytest.mark.parametrize("text", ["id=none", "id=", "answers=none,id="])
 def test_a_column_may_be_left_out(text: str) -> None:
-    kinds = schema(image=pa.binary(), id=pa.struct([("a", pa.int8())]), answers=pa.string())
-    answers = None if "answers" in text else "answers"
-    assert found(kinds, mapping=text, prompt=True) == ["image", None, None, answers]
-    named = schema(image=pa.binary(), none=pa.string(), id=pa.string())
-    if "none" in text:
-        with pytest.raises(UserError, match=r"has a column 'none'; write (id|answers)= "):
-            found(named, mapping=text, prompt=True)
-    else:
-        assert found(named, mapping=text, prompt=True)[2] is None
+    kinds = schema(image=pa.binary(), id=pa.struct([("a", pa.int8())]), none=pa.string())
+    assert found(kinds, mapping=text, prompt=True) == ["image", None, None]
     with pytest.raises(UserError, match="no column 'prompt'"):
         found(schema(image=pa.binary(), prompt=pa.string()), mapping="prompt=none")
 
@@ -174,7 +167,6 @@ SMALL, TEXT = pa.dictionary(pa.int8(), pa.int16()), pa.dictionary(pa.int8(), pa.
         ([pa.int8(), pa.int64()], pa.int64()),
         ([pa.uint32(), pa.int16(), pa.uint8()], pa.int64()),
         ([pa.uint8(), pa.uint16()], pa.int64()),
-        ([pa.uint8(), pa.uint64(), pa.uint16()], pa.uint64()),
         ([SMALL, SMALL], pa.int16()),
         ([SMALL, pa.int32()], pa.int64()),
         ([pa.string(), pa.large_string(), TEXT], pa.string()),
@@ -202,7 +194,7 @@ def test_ids_of_several_types_have_one_that_holds_all(
     [
         [pa.string(), pa.int64()],
         [pa.null(), pa.int8(), pa.int64(), TEXT],
-        [pa.uint64(), pa.uint8(), pa.int8()],
+        [pa.uint64(), pa.int8()],
         [pa.uuid(), pa.binary(16)],
         [pa.int64(), pa.int8(), pa.float64()],
         [pa.timestamp("us"), pa.timestamp("ns")],
@@ -211,7 +203,7 @@ def test_ids_of_several_types_have_one_that_holds_all(
 )
 def test_ids_that_no_type_holds(kinds: list[pa.DataType]) -> None:
     schemas = [schema(image=pa.binary(), id=kind) for kind in kinds]
-    message = rf"s{len(kinds) - 1}: column 'id' is .*, but .* in s.*--columns id=none"
+    message = rf"s{len(kinds) - 1}: column 'id' is .*, but .* in the shards before.*id=none"
     with pytest.raises(UserError, match=message):
         resolve(schemas, [f"s{n}" for n in range(len(kinds))], {}, prompt_given=True)
 
@@ -220,10 +212,10 @@ def test_ids_are_one_type_in_all_shards() -> None:
     number, text = (schema(image=pa.binary(), id=kind) for kind in (pa.int64(), pa.string()))
     with pytest.raises(UserError, match="one type"):
         found(number, text, prompt=True)
-    for kind in (pa.struct([("a", pa.int8())]), pa.list_(pa.int8()), pa.month_day_nano_interval()):
+    for kind in (pa.struct([("a", pa.int8())]), pa.list_(pa.int8())):
         with pytest.raises(UserError, match=r"an id is one value .*--columns id=none"):
             found(schema(image=pa.binary(), id=kind), prompt=True)
-    with pytest.raises(UserError, match=r"other shards have as their id.*--columns id=none"):
+    with pytest.raises(UserError, match=r"Other shards have it as their id.*--columns id=none"):
         found(number, schema(image=pa.binary()), prompt=True)
 
 

@@ -11,7 +11,7 @@ from tests.job.fakes import read_unit, reader_of, write_shard
 from trio.job.input import reader
 from trio.job.input.columns import Columns, resolve
 from trio.job.input.manifest import Manifest, Shard, inspect
-from trio.job.input.reader import TRIES, RunReader, ShardGone, ShardUnreadable, Unread
+from trio.job.input.reader import TRIES, RunReader, ShardGone, ShardUnreadable
 from trio.job.input.units import Unit, units
 
 SCHEMA = pa.schema(
@@ -77,7 +77,7 @@ def test_one_column_may_serve_as_image_and_id(tmp_path: Path) -> None:
     write_shard(tmp_path / "a.parquet", rows, schema)
     manifest, schemas = inspect([str(tmp_path)])
     mapping = {"id": "path", "image": "path", "prompt": "text", "answers": "text"}
-    columns = resolve(schemas, ["a"], mapping, prompt_given=False)
+    columns = resolve(schemas, ["a"], mapping, prompt_given=False, scored=True)
     table = read_unit(manifest, columns, Unit(0, 0, 4))
     assert table.column("image").to_pylist() == [f"{i}.png" for i in range(4)]
     assert table.column("id") == table.column("image")
@@ -176,7 +176,7 @@ class Tried:
     def again(self, shard: Shard, tried: int, fault: ShardUnreadable) -> None:
         self.faults.append((tried, fault))
 
-    def tries(self, unit: Unit) -> tuple[pa.Table | Unread, int]:
+    def tries(self, unit: Unit) -> tuple[pa.Table | ShardUnreadable, int]:
         """The rows or why not, and how often it was tried."""
         self.faults = []
         return self.reader.read(unit), len(self.faults) + 1
@@ -191,13 +191,14 @@ def test_a_shard_that_changed_or_went_is_tried_three_times_and_then_once_a_unit(
     reader = Tried(manifest, columns)
     for start, tries in ((0, TRIES), (5, 1)):
         found, tried = reader.tries(Unit(0, start, start + 5))
-        assert isinstance(found, Unread) and (found.kind, tried) == ("shard_changed", tries)
-        assert "a.parquet: the shard has changed since" in found.message
+        assert isinstance(found, ShardUnreadable)
+        assert (found.kind, tried) == ("shard_changed", tries)
+        assert "a.parquet: the shard has changed since" in str(found)
     (tmp_path / "a.parquet").unlink()
     reader = Tried(manifest, columns)
     for start, tries in ((0, TRIES), (5, 1)):
         found, tried = reader.tries(Unit(0, start, start + 5))
-        assert isinstance(found, Unread) and (found.kind, tried) == ("shard_gone", tries)
+        assert isinstance(found, ShardGone) and (found.kind, tried) == ("shard_gone", tries)
         assert all(isinstance(fault, ShardGone) for _, fault in reader.faults)
 
 
@@ -227,8 +228,9 @@ def test_a_broken_page_spoils_its_own_row_group_only(tmp_path: Path) -> None:
     reader = Tried(manifest, columns)
     for start in (0, 5):
         found, tried = reader.tries(Unit(0, start, start + 5))
-        assert isinstance(found, Unread) and (found.kind, tried) == ("shard_unreadable", TRIES)
-        assert found.message.startswith(f"{path}: ") and "\n" not in found.message
+        assert isinstance(found, ShardUnreadable)
+        assert (found.kind, tried) == ("shard_unreadable", TRIES)
+        assert str(found).startswith(f"{path}: ") and "\n" not in str(found)
     found, tried = reader.tries(Unit(0, 10, 20))
     assert isinstance(found, pa.Table) and tried == 1
     assert found.column("id").to_pylist() == list(range(10, 20))

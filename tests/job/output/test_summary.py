@@ -1,8 +1,11 @@
 """The summary and its table."""
 
 import json
+from typing import Any
 
-from trio.job.output.summary import summarise, table
+import pytest
+
+from trio.job.output.summary import bottleneck, summarise, table
 from trio.job.output.totals import SECONDS, Totals
 
 TOTALS = Totals(
@@ -59,7 +62,6 @@ def test_objects_are_told_of_only_where_asked() -> None:
     text = table([("trio", made()), ("exact", made(score="exact"))])
     lines = {line[:30].strip(): line.split() for line in text.splitlines()}
     assert lines["objects named rightly"][-3:] == ["75.0", "%", "-"]
-    assert made(score="exact")["captions"] == 0
     assert "objects" not in table([("exact", made(score="exact"))])
 
 
@@ -74,3 +76,17 @@ def test_lines_that_say_nothing_are_left_out() -> None:
     assert "engines' time" not in text and made(Totals(rows=3))["bottleneck"] is None
     assert "right" not in text and "FLOPs" not in text
     assert [line.split() for line in text.splitlines()][2] == ["rows", "in", "error", "0"]
+
+
+@pytest.mark.parametrize(
+    ("spent", "expected"),
+    [
+        ({}, None),
+        ({"prepare_s": 99.0}, None),
+        ({"preprocess_wait_s": 9.0, "encode_s": 1.0}, "waiting for images 90 %"),
+        ({"prefill_s": 4.0, "prune_s": 3.5, "decode_s": 6.0}, "decode 60 %"),
+        ({"prefill_s": 4.0, "encode_s": 1.0, "idle_s": 3.0}, "prefill 50 %"),
+    ],
+)
+def test_the_bottleneck_counts_each_second_once(spent: dict[str, Any], expected: Any) -> None:
+    assert bottleneck(Totals(**spent)) == expected

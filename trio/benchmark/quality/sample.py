@@ -13,7 +13,7 @@ from trio.job.images.policy import RowError
 from trio.job.images.time_limit import TimeLimit
 from trio.job.input.columns import parse_mapping, resolve
 from trio.job.input.manifest import Manifest, inspect
-from trio.job.input.reader import RunReader, Unread
+from trio.job.input.reader import RunReader, ShardUnreadable
 from trio.job.input.units import Unit
 from trio.job.output.output_rows import RowSettings, request_of, sources
 from trio.job.settings import Settings
@@ -47,7 +47,6 @@ def sample(
         [shard.path for shard in manifest.shards],
         mapping,
         prompt_given=config.input.prompt is not None,
-        scored=False,
     )
     settings = RowSettings(
         prompt=config.input.prompt,
@@ -62,8 +61,8 @@ def sample(
     for unit in drawn(manifest, rows, config.seed):
         path = shards[unit.shard].path
         table = reader.read(unit)
-        if isinstance(table, Unread):
-            raise UserError(table.message)
+        if isinstance(table, ShardUnreadable):
+            raise UserError(str(table))
         base = parent(path)
         with TimeLimit(settings.policy.row_timeout) as limit:
             for source in sources(table, unit, path):

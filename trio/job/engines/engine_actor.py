@@ -107,7 +107,7 @@ class Engine:
             self._desk.note("say", reason)
 
         try:
-            self._task.sink.persist(unit, answered.rows, stats, totals, self._task.pause_s, tell)
+            self._task.sink.commit(unit, answered.rows, stats, totals, tell)
         except JobFailed as error:
             self._desk.note("fail", str(error))
             self._desk.wait_for_the_end()

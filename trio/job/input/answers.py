@@ -6,10 +6,8 @@ lists of these; OUTPUT strings. 5.0 is "5", as a person would write it.
 
 from __future__ import annotations
 
-import math
-from typing import Any
+from decimal import Decimal
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.types as pt
 
@@ -19,18 +17,15 @@ EXPECTED = (
     "strings, UTF-8 bytes, numbers, structs with a field answer or text, or lists of these; others"
     " (yes or no too) have to be written as text"
 )
-_FLOATS: dict[pa.DataType, Any] = {
-    pa.float16(): np.float16,
-    pa.float32(): np.float32,
-    pa.float64(): np.float64,
-}
+TEXTS = pa.string(), pa.large_string(), pa.string_view(), pa.null()
+BYTES = pa.binary(), pa.large_binary(), pa.binary_view()
 
 
 def readable(kind: pa.DataType, *, in_list: bool = False) -> bool:
     """Whether a column's type says without doubt what its answers are."""
     if pt.is_dictionary(kind):
         return readable(kind.value_type, in_list=in_list)
-    if _is_list(kind):
+    if is_list(kind):
         return not in_list and readable(kind.value_type, in_list=True)
     if pt.is_struct(kind):
         name = _field_of(kind)
@@ -49,26 +44,21 @@ def texts(cell: pa.Scalar) -> list[str]:
         return []
     if pt.is_dictionary(kind):
         return texts(cell.value)
-    if _is_list(kind):
+    if is_list(kind):
         return [text for item in cell.values for text in texts(item)]
     if pt.is_struct(kind):
         return texts(cell[_field_of(kind)])
     if is_bytes(kind):
         return [cell.as_py().decode().rstrip("\0")]
-    return _number(cell) if _is_number(kind) else [str(cell.as_py())]
+    return _number(cell) if _is_number(kind) else [cell.as_py()]
 
 
 def _number(cell: pa.Scalar) -> list[str]:
-    value = cell.as_py()
-    if pt.is_integer(cell.type):
-        return [str(value)]
-    if pt.is_decimal(cell.type):
-        text = f"{value:f}"
-        return [text.rstrip("0").rstrip(".") if "." in text else text]
-    if math.isnan(value):  # how a missing one is written
+    """In the fewest digits that tell it from others of its type, as Arrow writes it."""
+    text = f"{Decimal(cell.cast(pa.string()).as_py()):f}"
+    if text == "NaN":  # how a missing one is written
         return []
-    # the fewest digits that tell it from others of its type
-    return [np.format_float_positional(_FLOATS[cell.type](value) + 0, trim="-")]
+    return [text.rstrip("0").rstrip(".") if "." in text else text]
 
 
 def _field_of(kind: pa.DataType) -> str | None:
@@ -76,35 +66,19 @@ def _field_of(kind: pa.DataType) -> str | None:
     return next((name for name in FIELDS if names.count(name) == 1), None)
 
 
-def _is_list(kind: pa.DataType) -> bool:
-    return bool(
-        pt.is_list(kind)
-        or pt.is_large_list(kind)
-        or pt.is_fixed_size_list(kind)
-        or pt.is_list_view(kind)
-        or pt.is_large_list_view(kind)
-    )
+def is_list(kind: pa.DataType) -> bool:
+    kinds = pt.is_list, pt.is_large_list, pt.is_fixed_size_list, pt.is_list_view
+    return any(is_kind(kind) for is_kind in (*kinds, pt.is_large_list_view))
 
 
 def is_text(kind: pa.DataType) -> bool:
     """Whether its values are text, or all null."""
-    if pt.is_dictionary(kind):
-        return is_text(kind.value_type)
-    return bool(
-        pt.is_string(kind)
-        or pt.is_large_string(kind)
-        or pt.is_string_view(kind)
-        or pt.is_null(kind)
-    )
+    return (kind.value_type if pt.is_dictionary(kind) else kind) in TEXTS
 
 
 def is_bytes(kind: pa.DataType) -> bool:
-    return bool(
-        pt.is_binary(kind)
-        or pt.is_large_binary(kind)
-        or pt.is_binary_view(kind)
-        or pt.is_fixed_size_binary(kind)
-    )
+    kind = kind.value_type if pt.is_dictionary(kind) else kind
+    return kind in BYTES or pt.is_fixed_size_binary(kind)
 
 
 def _is_number(kind: pa.DataType) -> bool:

@@ -2,37 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import base64
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
 import pyarrow.types as pt
 
 from trio.errors import UserError
-from trio.job.input.answers import EXPECTED, is_bytes, is_text, readable
+from trio.job.input.answers import EXPECTED, is_bytes, is_list, is_text, readable
 
 ROLES = ("image", "prompt", "id", "answers")
 ALIASES = {"prompt": ("prompt", "question")}
-NONE = "none"
+NONE = ("none", "")
 # as in id=none: no column has this role
 LEAVE_OUT = "leave it out with --columns id=none: ids are then <file>#<row>"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Columns:
-    """Names in the input of the columns that a job reads; None where the input has none."""
+    """What a job reads of its input."""
 
-    image: str
-    prompt: str | None
-    id: str | None
-    answers: str | None
+    roles: Mapping[str, str]
+    """Name of each role's column, for the roles that have one; a column may have several roles."""
     id_type: pa.DataType
+    """Of the ids in the output."""
 
-    @property
-    def roles(self) -> dict[str, str]:
-        """Name in the input of each role's column; one column may have several roles."""
-        pairs = zip(ROLES, (self.image, self.prompt, self.id, self.answers), strict=True)
-        return {role: name for role, name in pairs if name is not None}
+    def to_bytes(self) -> bytes:
+        schema = pa.schema([("id", self.id_type)], metadata=self.roles)
+        return base64.b64encode(schema.serialize())
+
+    @classmethod
+    def from_bytes(cls, text: bytes) -> Columns:
+        schema = pa.ipc.read_schema(pa.py_buffer(base64.b64decode(text)))
+        roles = {role.decode(): name.decode() for role, name in schema.metadata.items()}
+        return cls(roles=roles, id_type=schema.field("id").type)
 
 
 def parse_mapping(text: str) -> dict[str, str]:
@@ -50,7 +54,7 @@ def parse_mapping(text: str) -> dict[str, str]:
         if not sign or role not in ROLES or (role == "image" and not name):
             raise UserError(
                 f"--columns {pair}: write ROLE=COLUMN with one of the roles {', '.join(ROLES)};"
-                f" all but image may be ROLE={NONE}"
+                " all but image may be ROLE=none"
             )
         out[role] = name
     return out
@@ -62,7 +66,7 @@ def resolve(
     mapping: Mapping[str, str],
     *,
     prompt_given: bool,
-    scored: bool | None = None,
+    scored: bool = False,
 ) -> Columns:
     """Columns of the input, the same for all shards.
 
@@ -71,39 +75,27 @@ def resolve(
         paths: of the shards, for messages.
         mapping: of roles to column names.
         prompt_given: whether there is a prompt for rows without one.
-        scored: whether each shard has to bring answers (True), or theirs are left unread (False);
-            None: those that have some are read.
+        scored: whether each shard has to bring answers; theirs are left unread else.
 
     Raises:
         UserError: a column that is missing or of a type that cannot be one, naming the shard.
     """
-    if scored is False and mapping.get("answers", NONE) not in ("", NONE):
+    if not scored and mapping.get("answers", "") not in NONE:
         raise UserError(
             f"--columns answers={mapping['answers']}: answers are read for scoring only;"
             " ask for it with --score"
         )
-    found: dict[str, str | None] = {}
-    for role in ROLES:
-        unread = role == "answers" and scored is False
-        found[role] = None if unread else _find(role, schemas, mapping)
+    named = {role: _find(role, schemas, mapping) for role in (ROLES if scored else ROLES[:-1])}
+    roles = {role: name for role, name in named.items() if name is not None}
+    needed = {"image": True, "prompt": not prompt_given, "id": "id" in roles, "answers": scored}
     for schema, path in zip(schemas, paths, strict=True):
-        _check_shard(schema, path, found, prompt_given)
-        _check_answers(schema, path, found["answers"], needed=bool(scored))
-    id_type = _id_type(found["id"], schemas, paths)
-    image = found["image"]
-    assert image is not None
-    return Columns(
-        image=image,
-        prompt=found["prompt"],
-        id=found["id"],
-        answers=found["answers"],
-        id_type=id_type,
-    )
+        _check_shard(schema, path, roles, needed)
+    id_type = _id_type(roles["id"], schemas, paths) if "id" in roles else pa.string()
+    return Columns(roles=roles, id_type=id_type)
 
 
 def _find(role: str, schemas: Sequence[pa.Schema], mapping: Mapping[str, str]) -> str | None:
-    if role != "image" and mapping.get(role) in ("", NONE):
-        _check_none(role, mapping[role], schemas)
+    if role != "image" and mapping.get(role) in NONE:
         return None
     names = (mapping[role],) if role in mapping else ALIASES.get(role, (role,))
     for name in names:
@@ -117,125 +109,94 @@ def _find(role: str, schemas: Sequence[pa.Schema], mapping: Mapping[str, str]) -
     return None
 
 
-def _check_none(role: str, name: str, schemas: Sequence[pa.Schema]) -> None:
-    if any(name in schema.names for schema in schemas if name):
-        raise UserError(
-            f"--columns {role}={name}: the input has a column {name!r}; write {role}= (nothing"
-            " behind it) for no column, or rename that one"
-        )
-
-
 def _check_shard(
-    schema: pa.Schema, path: str, found: Mapping[str, str | None], prompt_given: bool
+    schema: pa.Schema, path: str, roles: Mapping[str, str], needed: Mapping[str, bool]
 ) -> None:
-    have = ", ".join(schema.names) or "none"
-    image, prompt = found["image"], found["prompt"]
-    if image is None or image not in schema.names:
-        raise UserError(
-            f"{path}: no column {image or 'image'!r}; it has {have}."
-            " Name the image column with --columns image=NAME"
-        )
-    _only_once(schema, path, [name for name in found.values() if name is not None])
-    if not _holds_image(schema.field(image).type):
-        raise UserError(
-            f"{path}: column {image!r} is {schema.field(image).type}; an image column holds bytes,"
-            " a struct with bytes or path, a path or URI, or a list of these"
-        )
-    if prompt is None or prompt not in schema.names:
-        if not prompt_given:
-            raise UserError(
-                f"{path}: no column 'prompt' or 'question'; it has {have}. Give one prompt for all"
-                " rows with --prompt, or name the column with --columns prompt=NAME"
-            )
-    elif not is_text(schema.field(prompt).type):
-        kind = schema.field(prompt).type
-        raise UserError(f"{path}: column {prompt!r} is {kind}; prompts must be strings")
-
-
-def _check_answers(schema: pa.Schema, path: str, name: str | None, *, needed: bool) -> None:
-    if name is None or name not in schema.names:
-        if needed:
+    for role in ROLES:
+        name = roles.get(role, role)
+        count = schema.names.count(name) if role in roles else 0
+        if count == 0 and needed[role]:
             have = ", ".join(schema.names) or "none"
-            raise UserError(
-                f"{path}: no column {name or 'answers'!r} for --score; it has {have}."
-                " Name the column with --columns answers=NAME, or leave --score out"
-            )
-    elif not readable(kind := schema.field(name).type):
-        raise UserError(f"{path}: column {name!r} is {str(kind)[:200]}; answers are {EXPECTED}")
-
-
-def _only_once(schema: pa.Schema, path: str, names: Sequence[str]) -> None:
-    for name in names:
-        if schema.names.count(name) > 1:
-            raise UserError(f"{path}: {schema.names.count(name)} columns are called {name!r}")
-
-
-def _is_blob(kind: pa.DataType) -> bool:
-    return is_bytes(kind.value_type if pt.is_dictionary(kind) else kind)
+            raise UserError(f"{path}: no column {name!r}; it has {have}. {MEND[role]}")
+        if count > 1:
+            raise UserError(f"{path}: {count} columns are called {name!r}")
+        fits, expected = FITS[role]
+        if count == 1 and not fits(kind := schema.field(name).type):
+            raise UserError(f"{path}: column {name!r} is {str(kind)[:200]}; {expected}")
 
 
 def _is_id(kind: pa.DataType) -> bool:
-    """One value that Parquet can hold and that can be compared."""
+    """One value that can be compared."""
     if isinstance(kind, pa.BaseExtensionType):
         return _is_id(kind.storage_type)
-    simple = pt.is_boolean, pt.is_integer, pt.is_floating, pt.is_decimal, is_text, is_bytes
-    moment = pt.is_date, pt.is_time, pt.is_timestamp, pt.is_duration
-    return any(is_kind(kind) for is_kind in (*simple, *moment))
+    kind = kind.value_type if pt.is_dictionary(kind) else kind
+    return pt.is_primitive(kind) or pt.is_decimal(kind) or is_text(kind) or is_bytes(kind)
 
 
 def _holds_image(kind: pa.DataType) -> bool:
     if isinstance(kind, pa.BaseExtensionType):
         return _holds_image(kind.storage_type)
-    if pt.is_dictionary(kind):
-        return _holds_image(kind.value_type)
-    if pt.is_list(kind) or pt.is_large_list(kind) or pt.is_fixed_size_list(kind):
+    if pt.is_dictionary(kind) or is_list(kind):
         return _holds_image(kind.value_type)
     if pt.is_struct(kind):
         parts = {kind.field(i).name: kind.field(i).type for i in range(kind.num_fields)}
         known = {name: part for name, part in parts.items() if name in ("bytes", "path")}
         return bool(known) and all(
-            is_text(part) or (name == "bytes" and _is_blob(part)) for name, part in known.items()
+            is_text(part) or (name == "bytes" and is_bytes(part)) for name, part in known.items()
         )
     return is_bytes(kind) or is_text(kind)
 
 
-def _id_type(name: str | None, schemas: Sequence[pa.Schema], paths: Sequence[str]) -> pa.DataType:
+FITS: dict[str, tuple[Callable[[pa.DataType], bool], str]] = {
+    "image": (
+        _holds_image,
+        "an image column holds bytes, a struct with bytes or path, a path or URI, or a list of"
+        " these",
+    ),
+    "prompt": (is_text, "prompts must be strings"),
+    "id": (
+        _is_id,
+        "an id is one value (text, bytes, UUID, number, date or time); name another with"
+        f" --columns id=NAME, or {LEAVE_OUT}",
+    ),
+    "answers": (readable, f"answers are {EXPECTED}"),
+}
+"""Whether a column's type may have a role, and what it has to be."""
+MEND = {
+    "image": "Name the image column with --columns image=NAME",
+    "prompt": "Give one prompt for all rows with --prompt, or name the column with --columns"
+    " prompt=NAME",
+    "id": f"Other shards have it as their id; {LEAVE_OUT}",
+    "answers": "Name the column for --score with --columns answers=NAME, or leave --score out",
+}
+"""What to do about a column that is missing."""
+
+
+def _id_type(name: str, schemas: Sequence[pa.Schema], paths: Sequence[str]) -> pa.DataType:
     """One type that holds the ids of all shards."""
-    if name is None:
-        return pa.string()
-    kinds: dict[pa.DataType, str] = {}
-    # each with the first shard that has it; a column of nulls says nothing
+    common = pa.null()
     for schema, path in zip(schemas, paths, strict=True):
-        if name not in schema.names:
-            raise UserError(
-                f"{path}: no column {name!r}, which other shards have as their id; {LEAVE_OUT}"
-            )
         mine = schema.field(name).type
         mine = mine.value_type if pt.is_dictionary(mine) else mine
-        if not _is_id(mine):
+        both = _common(common, mine)
+        if both is None:
             raise UserError(
-                f"{path}: column {name!r} is {mine}, and an id is one value (text, bytes, UUID,"
-                f" number, date or time); name another with --columns id=NAME, or {LEAVE_OUT}"
+                f"{path}: column {name!r} is {mine}, but {common} in the shards before it;"
+                f" give all shards one type, or {LEAVE_OUT}"
             )
-        if not pt.is_null(mine):
-            kinds.setdefault(mine, path)
-    if len(kinds) <= 1:
-        return next(iter(kinds), pa.string())
-    if all(map(is_bytes, kinds)):
+        common = both
+    return pa.string() if pt.is_null(common) else common
+
+
+def _common(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
+    """A type for ids of both; None where there is none that keeps them as they are."""
+    if one == other or pt.is_null(other):  # a column of nulls says nothing
+        return one
+    if pt.is_null(one):
+        return other
+    if is_text(one) and is_text(other):
+        return pa.string()
+    if is_bytes(one) and is_bytes(other):
         return pa.binary()
-    texts, numbers = (list(filter(is_kind, kinds)) for is_kind in (is_text, pt.is_integer))
-    others = [kind for kind in kinds if kind not in (*texts, *numbers)]
-    signed = list(filter(pt.is_signed_integer, numbers))
-    if others:
-        apart = others[0], next(kind for kind in kinds if kind != others[0])
-    elif texts and numbers:
-        apart = texts[0], numbers[0]
-    elif signed and pa.uint64() in numbers:
-        apart = pa.uint64(), signed[0]
-    else:
-        return pa.string() if texts else pa.uint64() if pa.uint64() in numbers else pa.int64()
-    first, second = sorted(apart, key=list(kinds).index)
-    raise UserError(
-        f"{kinds[second]}: column {name!r} is {second}, but {first} in {kinds[first]};"
-        f" give all shards one type, or {LEAVE_OUT}"
-    )
+    whole = pt.is_integer(one) and pt.is_integer(other)
+    return pa.int64() if whole and pa.uint64() not in (one, other) else None

@@ -21,10 +21,9 @@ EXAMPLES = 3
 MAGIC = b"PAR1"
 _UNSAID = re.compile(r"[^.]+|.+\.(parquet|parq|pq)\.(gz|gzip|snappy|zstd|zst|lz4|br|brotli)", re.I)
 # names that do not say what the file is: exports without a suffix, and pandas' .parquet.gzip
-_IMAGE = r".*\.(jpe?g|jfif|png|webp|gif|bmp|tiff?|jp2|avif|heic|ico|ppm)"
 _NO_ROWS = re.compile(
     r"(readme|licen[cs]e|changelog|dataset_infos?|dataset_dict|state)(\.\w+)?"
-    rf"|.*\.(md|crc|sha256|md5)|{_IMAGE}",
+    r"|.*\.(md|crc|sha256|md5|jpe?g|jfif|png|webp|gif|bmp|tiff?|jp2|avif|heic|ico|ppm)",
     re.I,
 )
 
@@ -69,8 +68,3 @@ def left_out(left: Sequence[pafs.FileInfo]) -> str:
         f"{files} no Parquet by name ({', '.join(SUFFIXES)}) and left out: {shown};"
         " name a file in full to have it read"
     )
-
-
-def images(infos: Sequence[pafs.FileInfo]) -> int:
-    """How many of the files are images by name."""
-    return sum(bool(re.fullmatch(_IMAGE, info.base_name, re.I)) for info in infos)

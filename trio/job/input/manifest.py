@@ -11,14 +11,14 @@ from __future__ import annotations
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pyarrow import fs as pafs
 
 from trio.errors import UserError, first_line
 from trio.job.input import listing
@@ -36,6 +36,11 @@ SCHEMA = pa.schema(
         pa.field("row_groups", pa.list_(pa.int64()), metadata={"unit": "rows"}),
     ]
 )
+COMPACT = {
+    "use_dictionary": ["row_groups.list.element"],
+    "column_encoding": {"path": "DELTA_BYTE_ARRAY"},
+}
+"""How Parquet is to write it: paths by what they share with the one before."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,50 +88,27 @@ class Manifest:
         return alike[: alike.rfind("/") + 1]
 
     def to_table(self) -> pa.Table:
-        return pa.Table.from_pydict(
+        rows = [
             {
-                "shard": [shard.number for shard in self.shards],
-                "path": [shard.path for shard in self.shards],
-                "size": [shard.size for shard in self.shards],
-                "rows": [shard.rows for shard in self.shards],
-                "row_groups": [list(shard.row_groups) for shard in self.shards],
-            },
-            schema=SCHEMA,
-        )
+                "shard": shard.number,
+                "path": shard.path,
+                "size": shard.size,
+                "rows": shard.rows,
+                "row_groups": shard.row_groups,
+            }
+            for shard in self.shards
+        ]
+        return pa.Table.from_pylist(rows, schema=SCHEMA)
 
     @classmethod
     def from_table(cls, table: pa.Table) -> Manifest:
-        groups = table.column("row_groups").combine_chunks()
-        counts = np.asarray(groups.flatten())
-        ends = np.cumsum(groups.value_lengths().to_numpy(zero_copy_only=False))
-        columns = [table.column(name).to_pylist() for name in ("shard", "path", "size", "rows")]
-        alike: dict[bytes, tuple[int, ...]] = {}
-        # Most shards are cut alike: one tuple serves them all, else these are most of the memory.
+        kept: dict[Any, Any] = {}
         shards = []
-        for number, path, size, rows, start, end in zip(
-            *columns, np.concatenate([[0], ends])[:-1], ends, strict=True
-        ):
-            mine = counts[int(start) : int(end)]
-            key = mine.tobytes()
-            if key not in alike:
-                alike[key] = tuple(mine.tolist())
-            shards.append(
-                Shard(number=number, path=path, size=size, rows=rows, row_groups=alike[key])
-            )
+        for batch in table.to_batches(max_chunksize=1000):
+            for row in batch.to_pylist():
+                groups = _once(kept, tuple(row.pop("row_groups")))
+                shards.append(Shard(number=row.pop("shard"), row_groups=groups, **row))
         return cls(shards=tuple(shards))
-
-    def to_bytes(self, metadata: Mapping[bytes, bytes]) -> pa.Buffer:
-        """The manifest as a small Parquet file: paths by what they share with the one before."""
-        sink = pa.BufferOutputStream()
-        pq.write_table(
-            self.to_table().replace_schema_metadata(metadata),
-            sink,
-            compression="zstd",
-            use_dictionary=["row_groups.list.element"],
-            column_encoding={"path": "DELTA_BYTE_ARRAY"},
-            store_schema=True,
-        )
-        return sink.getvalue()
 
     def difference(self, found: Sequence[tuple[Location, int]]) -> str | None:
         """What tells a listing of the input (see `expand`) from this one, None when nothing."""
@@ -163,24 +145,19 @@ def expand(
             infos = list_files(location)
         except (OSError, ValueError, pa.ArrowException) as error:
             raise UserError(f"--input {uri}: cannot be listed: {first_line(error)}") from error
-        given = infos
-        left: list[pafs.FileInfo] = []
+        note = ""
         if [i.path for i in infos] != [location.path]:
             if output is not None and output.prefix == location.prefix:
                 infos = [i for i in infos if not i.path.startswith(output.path.rstrip("/") + "/")]
             infos, left = listing.split(location, infos)
-        note = f": {listing.left_out(left)}" if left else ""
-        if not infos and (images := listing.images(given)):
-            raise UserError(
-                f"--input {uri}: no Parquet file there, but {counted(images, 'image')}; put them"
-                " into one first, as trio/job/README.md shows under 'Columns'"
-            )
+            note = f": {listing.left_out(left)}" if left else ""
         if not infos:
             raise UserError(
                 f"--input {uri}: no Parquet file there{note}; give a .parquet file, a directory"
-                " that holds some, a pattern in quotes, or an s3://, gs:// or hf:// URI"
+                " that holds some, a pattern in quotes, or an s3://, gs:// or hf:// URI; images"
+                " are put into one first, as trio/job/README.md shows under 'Columns'"
             )
-        if left:
+        if note:
             say(f"--input {uri}{note}")
         found += [(location.at(info.path), int(info.size)) for info in infos]
     counts = Counter(location.uri for location, _ in found)
@@ -201,37 +178,37 @@ def inspect(
         UserError: nothing found, a file that is not Parquet, or no rows at all.
     """
     found = expand(inputs, output, say)
+    kept: dict[Any, Any] = {}
     with ThreadPoolExecutor(FOOTER_THREADS) as pool:
-        footers = list(pool.map(_footer, [location for location, _ in found]))
-    # Shards of one data set are alike in schema and often in row groups: kept once each.
-    cuts: dict[tuple[int, ...], tuple[int, ...]] = {}
-    kinds: dict[bytes, pa.Schema] = {}
-    shards, schemas = [], []
-    for number, ((location, size), footer) in enumerate(zip(found, footers, strict=True)):
-        groups, unpacked, raw = footer
-        groups = cuts.setdefault(groups, groups)
-        shards.append(
-            Shard(
-                number=number, path=location.uri, size=size, rows=sum(groups), row_groups=groups,
-                unpacked=unpacked,
-            )
-        )  # fmt: skip
-        if raw not in kinds:
-            kinds[raw] = pa.ipc.read_schema(pa.py_buffer(raw))
-        schemas.append(kinds[raw])
-    return Manifest(shards=tuple(shards)), schemas
+        read = list(pool.map(partial(_footer, kept), range(len(found)), found))
+    return Manifest(shards=tuple(shard for shard, _ in read)), [schema for _, schema in read]
 
 
-def _footer(location: Location) -> tuple[tuple[int, ...], int, bytes]:
-    """Rows of each row group, bytes without compression, and the Arrow schema as bytes."""
+def _footer(
+    kept: dict[Any, Any], number: int, found: tuple[Location, int]
+) -> tuple[Shard, pa.Schema]:
+    """A shard and its schema."""
+    location, size = found
     try:
         with location.filesystem.open_input_file(location.path) as stream:
             file = pq.ParquetFile(stream)
-            meta = file.metadata
+            meta, schema = file.metadata, file.schema_arrow.remove_metadata()
             groups = [meta.row_group(i) for i in range(meta.num_row_groups)]
-            unpacked = sum(group.total_byte_size for group in groups)
-            schema = file.schema_arrow.serialize().to_pybytes()
-            return tuple(group.num_rows for group in groups), unpacked, schema
+            shard = Shard(
+                number=number,
+                path=location.uri,
+                size=size,
+                rows=meta.num_rows,
+                row_groups=_once(kept, tuple(group.num_rows for group in groups)),
+                unpacked=sum(group.total_byte_size for group in groups),
+            )
+            return shard, _once(kept, schema)
     except (OSError, pa.ArrowException) as error:
         reason = first_line(error)
         raise UserError(f"{location.uri}: not a readable Parquet file ({reason})") from error
+
+
+def _once(kept: dict[Any, Any], value: Any) -> Any:
+    """The first value that equals this one. Shards of one data set are alike in schema and often in
+    row groups, which are most of what is known of them: they are in memory once."""
+    return kept.setdefault(value, value)

@@ -7,14 +7,13 @@ neither a large row group nor one of many gigabytes is ever held whole.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Generator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Mapping
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pyarrow.types as pt
 
-from trio.errors import UserError, first_line
+from trio.errors import first_line
 from trio.job.input.listing import MAGIC
 from trio.job.input.manifest import Shard
 from trio.job.input.units import Unit, group_of
@@ -41,19 +40,10 @@ class ShardGone(ShardUnreadable):
     kind = "shard_gone"
 
 
-class ShardChanged(ShardUnreadable, UserError):
-    """The file is not the one that the manifest describes: none of its rows is that which was
-    planned. A user's mistake for who reads once."""
+class ShardChanged(ShardUnreadable):
+    """The file is not the one that was planned on, nor is any of its rows."""
 
     kind = "shard_changed"
-
-
-@dataclass(frozen=True, slots=True)
-class Unread:
-    """Why the rows of a unit cannot be had."""
-
-    kind: str
-    message: str
 
 
 class RunReader:
@@ -78,20 +68,21 @@ class RunReader:
         self._lost: set[int] = set()
         # numbers of shards that are others now, or gone
 
-    def read(self, unit: Unit) -> pa.Table | Unread:
+    def read(self, unit: Unit) -> pa.Table | ShardUnreadable:
         """The unit's rows, or why they cannot be had."""
+        shard = self._shards[unit.shard]
         tries = 1 if unit.shard in self._lost else TRIES
         for tried in range(1, tries + 1):
             try:
                 return self._cursor_at(unit).take(unit)
             except Exception as error:
-                fault = _fault(error, self._shards[unit.shard])
+                fault = _fault(error, shard)
             self.close()
             if tried < tries:
-                self._again(self._shards[unit.shard], tried, fault)
+                self._again(shard, tried, fault)
         if isinstance(fault, ShardGone | ShardChanged):
             self._lost.add(unit.shard)
-        return Unread(fault.kind, str(fault))
+        return fault
 
     def close(self) -> None:
         if self._cursor is not None:
@@ -163,7 +154,7 @@ class _Cursor:
         names = sorted(set(roles.values()))
         for number in range(group, len(groups)):
             if groups[number]:
-                rows = _batch_rows(file.metadata.row_group(number), names)
+                rows = _batch_rows(file.metadata.row_group(number))
                 for batch in file.iter_batches(rows, row_groups=[number], columns=names):
                     yield batch.select(list(roles.values())).rename_columns(list(roles))
         raise ShardUnreadable(f"{shard.path}: holds fewer rows than its footer says")
@@ -193,12 +184,7 @@ def _has_dictionary(kind: pa.DataType) -> bool:
     return pt.is_dictionary(kind) or any(map(_has_dictionary, inner))
 
 
-def _batch_rows(group: pq.RowGroupMetaData, names: Collection[str]) -> int:
+def _batch_rows(group: pq.RowGroupMetaData) -> int:
     """Rows to decode at a time: no value is larger than its column's pages, unpacked, are."""
-    columns = (group.column(number) for number in range(group.num_columns))
-    sizes = (c.total_uncompressed_size for c in columns if _top(c.path_in_schema, names))
+    sizes = (group.column(n).total_uncompressed_size for n in range(group.num_columns))
     return max(1, min(BATCH_ROWS, BATCH_BYTES // max([1, *sizes])))
-
-
-def _top(path: str, names: Collection[str]) -> bool:
-    return any(path == name or path.startswith(f"{name}.") for name in names)

@@ -9,8 +9,10 @@ one task reads, cut where a row group begins so that none is read twice.
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from trio.job.input.manifest import Manifest, Shard
 
@@ -99,9 +101,6 @@ def _may_cut(shard: Shard, last: Unit, unit: Unit) -> bool:
 
 def group_of(row_groups: Sequence[int], row: int) -> tuple[int, int]:
     """Number of the row group that holds a row, and the row with which that group begins."""
-    first = 0
-    for number, rows in enumerate(row_groups):
-        if row < first + rows:
-            return number, first
-        first += rows
-    raise AssertionError(f"row {row} lies behind the last row group")
+    ends = list(accumulate(row_groups))
+    number = bisect_right(ends, row)
+    return number, ends[number] - row_groups[number]

@@ -5,9 +5,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from typing import Any
+from collections.abc import Iterator
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -41,29 +39,20 @@ def examples(output: Location) -> str:
     Raises:
         OSError: they cannot be written or the rows not be read.
     """
-    answered = _answered(output)
-    lines = []
-    for name, data in bundled.images(SHOWN_IMAGES).items():
-        rows = [row for row in answered if row["id"].startswith(name.partition(".")[0] + "-")]
-        if not rows:
-            continue
-        image = output.join(IMAGES, name)
-        write_atomic(image, data)
-        lines += [image.uri, *map(_line, rows)]
-    return "\n".join(lines)
-
-
-def _answered(output: Location) -> list[dict[str, Any]]:
     rows = output.join(ROWS)
     columns = ["row", "id", "prompt", "response", "error"]
     table = pq.read_table(rows.path, filesystem=rows.filesystem, columns=columns)
-    found: list[dict[str, Any]] = table.sort_by("row").to_pylist()
-    return found
-
-
-def _line(row: Mapping[str, Any]) -> str:
-    said = row["response"] if row["error"] is None else f"({row['error']})"
-    return f"    {row['prompt']:<28} {said}"
+    answered, lines = table.sort_by("row").to_pylist(), []
+    for name, data in bundled.images(SHOWN_IMAGES).items():
+        mine = [row for row in answered if row["id"].startswith(name.partition(".")[0] + "-")]
+        if mine:
+            image = output.join(IMAGES, name)
+            write_atomic(image, data)
+            lines.append(image.uri)
+        for row in mine:
+            said = row["response"] if row["error"] is None else f"({row['error']})"
+            lines.append(f"    {row['prompt']:<28} {said}")
+    return "\n".join(lines)
 
 
 def prompt_notices(config: Settings, manifest: Manifest, column: str | None) -> Iterator[str]:
@@ -74,32 +63,21 @@ def prompt_notices(config: Settings, manifest: Manifest, column: str | None) -> 
     if config.input.prompt is not None and column is not None:
         yield f"rows keep their own prompt (column {column!r}); --prompt is for those without"
     if bundled.is_bundled(config.model.model):
-        prompts: Iterable[str] = filter(None, [config.input.prompt])
+        prompts = list(filter(None, [config.input.prompt]))
         if column is not None:
-            prompts = _prompts(manifest.shards, column, config.input.limit)
+            prompts = _prompts(manifest, column, config.input.limit)
         line = bundled.prompts_notice(prompts)
         if line is not None:
             yield line
 
 
-def _prompts(shards: Sequence[Any], column: str, limit: int | None) -> Iterator[str]:
-    """The input's own prompts, once for each shard that has them; unreadable ones are left to the
-    run, which makes errors of their rows."""
-    left = limit
-    for shard in shards:
-        if left is not None and left <= 0:
-            return
-        try:
-            location = open_location(shard.path)
-            with location.filesystem.open_input_file(location.path) as stream:
-                file = pq.ParquetFile(stream)
-                names = [column] if column in file.schema_arrow.names else []
-                table = file.read(names).slice(0, left)
-            found = table.column(column).unique() if names else ()
-        except (OSError, pa.ArrowException):
-            continue
-        for prompt in found:
-            with suppress(UnicodeDecodeError):
-                if text := prompt.as_py():
-                    yield text
-        left = None if left is None else left - shard.rows
+def _prompts(manifest: Manifest, column: str, limit: int | None) -> list[str]:
+    """The first shard's own prompts, each once; none where they cannot be read, of which the run
+    makes errors."""
+    try:
+        location = open_location(manifest.shards[0].path)
+        with location.filesystem.open_input_file(location.path) as stream:
+            prompts = pq.read_table(stream, columns=[column]).column(column).slice(0, limit)
+        return list(filter(None, prompts.unique().to_pylist()))
+    except (OSError, KeyError, UnicodeDecodeError, pa.ArrowException):
+        return []

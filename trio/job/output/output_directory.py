@@ -8,8 +8,6 @@ if both say the same.
 
 from __future__ import annotations
 
-import base64
-import dataclasses
 import datetime
 import json
 import uuid
@@ -20,6 +18,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pyarrow.fs import FileSelector
 
 from trio.errors import UserError
 from trio.job import run_yaml
@@ -28,18 +27,17 @@ from trio.job.input.columns import Columns
 from trio.job.input.ids import IdReport
 from trio.job.input.manifest import Manifest
 from trio.job.output.schema import RUN_KEY, metadata_of
-from trio.job.output.sink import ROWS, STATS
+from trio.job.output.sink import ROWS, STATS, serialise
 from trio.job.resume.fingerprint import Fingerprint
 from trio.job.settings import Settings, made_of
-from trio.job.storage import Location, exists, make_directory, read_bytes, write_atomic
+from trio.job.storage import Location, make_directory, read_bytes, write_atomic
 from trio.tables import counted
+from trio.version import VERSION
 
 MANIFEST, CONFIG, SUMMARY, SUCCESS = "manifest.parquet", "run.yaml", "summary.json", "_SUCCESS"
 COLUMNS_KEY, FINGERPRINT_KEY, IDS_KEY = b"trio.columns", b"trio.fingerprint", b"trio.ids"
 UNPRUNED = "unpruned"
 # the comparison's own directory
-
-
 SHOWN_DIFFERENCES = 3
 
 
@@ -60,11 +58,22 @@ def fresh_directory(job: str, base: str = "trio-output") -> str:
     """A directory that does not exist yet, named by the job and the time [UTC]."""
     stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
     path = Path(base) / f"{job}-{stamp}"
-    number = 1
     while path.exists():
-        number += 1
-        path = Path(base) / f"{job}-{stamp}-{number}"
+        path = path.with_name(f"{job}-{stamp}-{uuid.uuid4().hex[:4]}")
     return str(path)
+
+
+def _names(output: Location) -> set[str]:
+    """What lies in a directory; nothing where there is none.
+
+    Raises:
+        UserError: the place cannot be looked at, or is no directory.
+    """
+    try:
+        infos = output.filesystem.get_file_info(FileSelector(output.path, allow_not_found=True))
+    except OSError as error:
+        raise UserError(f"--output {output.uri}: cannot be read as a directory: {error}") from error
+    return {info.base_name for info in infos}
 
 
 def finished(output: Location) -> bool:
@@ -73,76 +82,49 @@ def finished(output: Location) -> bool:
     Raises:
         UserError: the place cannot be looked at.
     """
-    try:
-        return exists(output.join(SUCCESS))
-    except OSError as error:
-        raise UserError(f"--output {output.uri}: cannot be read: {error}") from error
+    return SUCCESS in _names(output)
 
 
 def earlier(output: Location) -> Pinned | None:
     """The unfinished run in a directory, None in a new or empty one.
 
     Raises:
-        UserError: the directory holds something else, or a run whose files are damaged.
+        UserError: the directory holds something else, a run of another version of this package, or
+            one whose files are damaged.
     """
-    if not exists(output.join(MANIFEST)) or not exists(output.join(CONFIG)):
-        _check_unused(output)
+    names = _names(output)
+    if not {MANIFEST, CONFIG} <= names:
+        known = {MANIFEST, CONFIG, ROWS, STATS, UNPRUNED}
+        other = sorted(name for name in names - known if not name.startswith("."))
+        if other:
+            raise UserError(
+                f"--output {output.uri} holds other files ({other[0]}); give a new or empty"
+                " directory"
+            )
         return None
     try:
         table = pq.read_table(pa.BufferReader(read_bytes(output.join(MANIFEST))))
-        values = run_yaml.parse(read_bytes(output.join(CONFIG)), f"{output.uri}/{CONFIG}")
         said = table.schema.metadata
-        return Pinned(
-            run_id=said[RUN_KEY].decode(),
-            manifest=Manifest.from_table(table),
-            columns=_columns_from_json(said[COLUMNS_KEY]),
-            fingerprint=Fingerprint.from_json(said[FINGERPRINT_KEY]),
-            ids=IdReport.from_json(said[IDS_KEY]) if IDS_KEY in said else None,
-            config=made_of(**values),
-        )
+        fingerprint = Fingerprint.from_json(said[FINGERPRINT_KEY])
+        if fingerprint.version == VERSION:
+            values = run_yaml.parse(read_bytes(output.join(CONFIG)), f"{output.uri}/{CONFIG}")
+            return Pinned(
+                run_id=said[RUN_KEY].decode(),
+                manifest=Manifest.from_table(table),
+                columns=Columns.from_bytes(said[COLUMNS_KEY]),
+                fingerprint=fingerprint,
+                ids=IdReport.from_json(said[IDS_KEY]) if IDS_KEY in said else None,
+                config=made_of(**values),
+            )
     except (OSError, KeyError, TypeError, ValueError, pa.ArrowException) as error:
         raise UserError(
             f"--output {output.uri}: its {MANIFEST} or {CONFIG} cannot be read ({error});"
             " give another directory"
         ) from error
-
-
-def _columns_to_json(columns: Columns) -> bytes:
-    """Every field as it is; Arrow types, which JSON does not know, as an encoded schema."""
-
-    def plain(value: object) -> object:
-        if not isinstance(value, pa.DataType):
-            return value
-        encoded = pa.schema([("", value)]).serialize().to_pybytes()
-        return {"type": base64.b64encode(encoded).decode()}
-
-    fields = dataclasses.fields(columns)
-    return json.dumps({f.name: plain(getattr(columns, f.name)) for f in fields}).encode()
-
-
-def _columns_from_json(text: bytes) -> Columns:
-    values = json.loads(text)
-    for name, value in values.items():
-        if isinstance(value, dict):
-            encoded = pa.py_buffer(base64.b64decode(value["type"]))
-            values[name] = pa.ipc.read_schema(encoded).field(0).type
-    return Columns(**values)
-
-
-def _check_unused(output: Location) -> None:
-    from pyarrow import fs as pafs
-
-    info = output.filesystem.get_file_info(output.path)
-    if info.type == pafs.FileType.File:
-        raise UserError(f"--output {output.uri} is a file; give a directory")
-    selector = pafs.FileSelector(output.path, allow_not_found=True)
-    names = [i.base_name for i in output.filesystem.get_file_info(selector)]
-    known = {MANIFEST, CONFIG, ROWS, STATS, UNPRUNED}
-    other = sorted(name for name in names if name not in known and not name.startswith("."))
-    if other:
-        raise UserError(
-            f"--output {output.uri} holds other files ({other[0]}); give a new or empty directory"
-        )
+    raise UserError(
+        f"--output {output.uri} holds a run of another version of this package:"
+        f" {fingerprint.version}, now {VERSION}. Go on with that version, or give another --output"
+    )
 
 
 def check_same(
@@ -161,11 +143,6 @@ def check_same(
         UserError: naming what differs.
     """
     reasons = old.fingerprint.differences(now)
-    if old.fingerprint.version != now.version:
-        raise UserError(
-            f"--output {output} holds a run of {reasons[0]}. Go on with that version, or give"
-            " another --output"
-        )
     changed = old.manifest.difference(found) if found is not None else None
     if changed is not None:
         reasons.append(f"the input: {changed}")
@@ -184,16 +161,12 @@ def check_unchanged(output: Location, old: Pinned | None) -> None:
     Raises:
         UserError: another run began or finished there in between.
     """
-    began = old is None and exists(output.join(MANIFEST)) and exists(output.join(CONFIG))
-    if began or finished(output):
+    names = _names(output)
+    if SUCCESS in names or (old is None and {MANIFEST, CONFIG} <= names):
         raise UserError(
             f"--output {output.uri}: another run was at work there in the meantime; start again to"
             " go on with it, or give another --output"
         )
-
-
-def new_run_id() -> str:
-    return uuid.uuid4().hex
 
 
 def claim(output: Location, run: Pinned, facts: Sequence[str] = ()) -> None:
@@ -203,21 +176,22 @@ def claim(output: Location, run: Pinned, facts: Sequence[str] = ()) -> None:
         UserError: the directory cannot be made or written.
     """
     said = metadata_of(manifest.SCHEMA, run.run_id) | {
-        COLUMNS_KEY: _columns_to_json(run.columns),
+        COLUMNS_KEY: run.columns.to_bytes(),
         FINGERPRINT_KEY: run.fingerprint.to_json().encode(),
     }
     if run.ids is not None:
         said[IDS_KEY] = run.ids.to_json().encode()
-    comment = (
-        f"trio-vlm {run.fingerprint.version}, run {run.run_id}\n"
-        f"Repeat: --config {CONFIG} --output NEW_DIRECTORY"
-    )
-    comment = "\n".join([comment, *facts])
+    comment = [
+        f"trio-vlm {run.fingerprint.version}, run {run.run_id}",
+        f"Repeat: --config {CONFIG} --output NEW_DIRECTORY",
+        *facts,
+    ]
     try:
         for name in (ROWS, STATS):
             make_directory(output.join(name))
-        write_atomic(output.join(CONFIG), run_yaml.dump(run.config, comment).encode())
-        write_atomic(output.join(MANIFEST), run.manifest.to_bytes(said))
+        write_atomic(output.join(CONFIG), run_yaml.dump(run.config, "\n".join(comment)).encode())
+        table = run.manifest.to_table().replace_schema_metadata(said)
+        write_atomic(output.join(MANIFEST), serialise(table, **manifest.COMPACT))
     except OSError as error:
         raise UserError(f"--output {output.uri}: cannot be written: {error}") from error
 
@@ -226,25 +200,18 @@ def close(output: Location, summary: Mapping[str, Any], images: str | None = Non
     """Write the summary, then the mark that the output is whole.
 
     What the engines said of CUDA graphs, and of `images` that they had to process themselves, is
-    noted in the settings as a comment, which nothing reads.
+    noted in the settings as comments, which nothing reads.
     """
-    if graphs := summary.get("cuda_graphs"):
-        said = (f"{state} ({counted(count, 'file')})" for state, count in graphs.items())
-        _note(output, "CUDA graphs", "; ".join(said))
-    if images is not None:
-        _note(output, "images", images)
-    text = json.dumps(summary, indent=2) + "\n"
-    write_atomic(output.join(SUMMARY), text.encode())
+    graphs = summary.get("cuda_graphs") or {}
+    said = "; ".join(f"{state} ({counted(count, 'file')})" for state, count in graphs.items())
+    notes = {"# CUDA graphs: ": said, "# images: ": images}
+    lines = read_bytes(output.join(CONFIG)).decode().splitlines()
+    lines = [line for line in lines if not line.startswith(tuple(notes))]
+    lines += [start + note for start, note in notes.items() if note]
+    write_atomic(output.join(CONFIG), "\n".join([*lines, ""]).encode())
+    write_atomic(output.join(SUMMARY), (json.dumps(summary, indent=2) + "\n").encode())
     write_atomic(output.join(SUCCESS), b"")
 
 
-def _note(output: Location, what: str, said: str) -> None:
-    lines = read_bytes(output.join(CONFIG)).decode().splitlines()
-    lines = [line for line in lines if not line.startswith(f"# {what}: ")]
-    write_atomic(output.join(CONFIG), "\n".join([*lines, f"# {what}: {said}", ""]).encode())
-
-
 def read_summary(output: Location) -> dict[str, Any]:
-    loaded = json.loads(read_bytes(output.join(SUMMARY)))
-    assert isinstance(loaded, dict)
-    return loaded
+    return dict(json.loads(read_bytes(output.join(SUMMARY))))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,24 +21,15 @@ from trio.job.images.image_files import note_of
 from trio.job.images.policy import ImagePolicy, RowError
 from trio.job.input.answers import texts
 from trio.job.input.units import Unit
-from trio.job.output.schema import row_key, split_key
+from trio.job.output.schema import row_key, rows_schema, split_key
 from trio.job.storage import bare
 
-FROM_RESULT = (
-    "visual_tokens",
-    "visual_tokens_encoder",
-    "visual_tokens_stages",
-    "retention",
-    "prompt_tokens",
-    "output_tokens",
-    "kv_bytes",
-    "kv_bytes_unpruned",
-    "prefill_s",
-    "decode_s",
-    "latency_s",
-    "logprob_mean",
+OF_RESULT = tuple(
+    name
+    for name in rows_schema(pa.null(), run_id="", save_kept=True).names
+    if hasattr(Result, name)
 )
-FLOPS = ("prefill_flops", "prefill_flops_unpruned")
+"""Columns of ``rows/`` that an engine's result holds."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,7 +64,7 @@ class Source:
     reading_flops: tuple[int, int] = (0, 0)
     # once answered: of the prompt with encoder and choice of tokens, pruned and unpruned
 
-    def cell(self, role: str) -> Any:
+    def cell(self, role: str, read: Callable[[pa.Scalar], Any] = lambda cell: cell.as_py()) -> Any:
         """The row's value in a column; None where the shard has no such column.
 
         Raises:
@@ -82,7 +73,7 @@ class Source:
         if role not in self.table.column_names:
             return None
         try:
-            return self.table.column(role)[self.index].as_py()
+            return read(self.table.column(role)[self.index])
         except UnicodeDecodeError as error:
             raise RowError(f"{role}_invalid", "the text is not UTF-8") from error
 
@@ -121,12 +112,19 @@ def identify(source: Source, settings: RowSettings) -> str:
     Raises:
         RowError: one of them cannot be read, or there is no prompt.
     """
-    source.id = _identity(source, settings)
-    source.prompt = prompt = _prompt(source, settings.prompt)
+    has_id = "id" in source.table.column_names
+    source.id = source.cell("id", _stored) if has_id else _made_up_id(source, settings)
+    own = source.cell("prompt")
+    prompt: str | None = settings.prompt if own is None else own
+    if prompt is None:
+        raise RowError("prompt_missing", "the row has no prompt, and --prompt gives none")
+    if not prompt.strip():
+        raise RowError("prompt_missing", "the row's prompt is empty")
+    source.prompt = prompt
     return prompt
 
 
-def made_up_id(source: Source, settings: RowSettings) -> str:
+def _made_up_id(source: Source, settings: RowSettings) -> str:
     """Of a row whose data set brings no ids: its file and the row in it."""
     shared = settings.shared_directory
     path = bare(source.path)
@@ -134,25 +132,11 @@ def made_up_id(source: Source, settings: RowSettings) -> str:
     return f"{file}#{split_key(source.key)[1]}"
 
 
-def _identity(source: Source, settings: RowSettings) -> Any:
-    if "id" not in source.table.column_names:
-        return made_up_id(source, settings)
-    column = source.table.column("id")
-    if isinstance(column.type, pa.BaseExtensionType):
-        stored = column[source.index].value
-        return None if stored is None else stored.as_py()
-    # Python's dates and times end at microseconds; Arrow takes these numbers back.
-    return column[source.index].value if pt.is_temporal(column.type) else source.cell("id")
-
-
-def _prompt(source: Source, default: str | None) -> str:
-    value = source.cell("prompt")
-    value = default if value is None else value
-    if value is None:
-        raise RowError("prompt_missing", "the row has no prompt, and --prompt gives none")
-    if not value.strip():
-        raise RowError("prompt_missing", "the row's prompt is empty")
-    return str(value)
+def _stored(cell: pa.Scalar) -> Any:
+    """A cell as Arrow takes it back: Python's dates and times end at microseconds."""
+    if isinstance(cell, pa.ExtensionScalar):
+        return None if cell.value is None else _stored(cell.value)
+    return cell.value if pt.is_temporal(cell.type) else cell.as_py()
 
 
 def _sampling(settings: RowSettings, key: int) -> Sampling:
@@ -170,19 +154,23 @@ def answers_of(source: Source) -> Sequence[str]:
     Raises:
         RowError: text that is not UTF-8.
     """
-    if "answers" not in source.table.column_names:
-        return []
-    try:
-        return texts(source.table.column("answers")[source.index])
-    except UnicodeDecodeError as error:
-        raise RowError("answers_invalid", "the text is not UTF-8") from error
+    return source.cell("answers", texts) or []
 
 
 def output_row(
     source: Source, outcome: Result | RowError, *, actor: str, node: str, save_kept: bool
 ) -> dict[str, Any]:
     """The row of ``rows/`` for an answer or an error."""
-    row: dict[str, Any] = {
+    if isinstance(outcome, RowError):
+        row: dict[str, Any] = {"finish_reason": "error", "error": str(outcome)}
+    else:
+        row = {name: getattr(outcome, name) for name in OF_RESULT}
+        row["response"] = None if outcome.finish_reason == "error" else outcome.response or ""
+        for name in ("prefill_flops", "prefill_flops_unpruned"):
+            row[name] = None if row[name] is None else round(row[name])
+        if not save_kept:
+            del row["kept_tokens"]
+    return row | {
         "row": source.key,
         "id": source.id,
         "prompt": source.prompt,
@@ -194,17 +182,3 @@ def output_row(
         "node": node,
         "finished_at": datetime.datetime.now(datetime.UTC),
     }
-    if isinstance(outcome, RowError):
-        return row | {"finish_reason": "error", "error": str(outcome)}
-    row |= {name: getattr(outcome, name) for name in FROM_RESULT}
-    row |= {name: _whole(getattr(outcome, name)) for name in FLOPS}
-    row |= {"finish_reason": outcome.finish_reason, "error": outcome.error}
-    if outcome.finish_reason != "error":
-        row["response"] = outcome.response or ""
-    if save_kept:
-        row["kept_tokens"] = outcome.kept_tokens
-    return row
-
-
-def _whole(value: float | None) -> int | None:
-    return None if value is None else round(value)

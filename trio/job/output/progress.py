@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import threading
 import time
 from collections.abc import Callable
 from typing import TextIO
@@ -14,8 +13,6 @@ from rich.text import Text
 
 from trio.job.output.summary import bottleneck, duration
 from trio.job.output.totals import Totals
-
-TERMINAL_INTERVAL_S = 0.5
 
 
 class Progress:
@@ -51,26 +48,28 @@ class Progress:
         self._clock = clock
         self._began = self._updated = clock()
         self._working_since: float | None = None
-        self._lock = threading.Lock()
         self._console = Console(
             file=stream or sys.stderr, highlight=False, markup=False, emoji=False
         )
-        rewritten = self._console.is_terminal and not self._console.is_dumb_terminal
-        self._live = _live(self._console) if rewritten else None
-        self._interval = TERMINAL_INTERVAL_S if rewritten else log_interval_s
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._tick, name="progress", daemon=True)
+        self._live: Live | None = None
+        self._interval, self._shown_at = log_interval_s, self._began
+        if self._console.is_terminal and not self._console.is_dumb_terminal:
+            # Prints of others are left alone: what goes to standard output must stay there.
+            self._live = Live(
+                console=self._console,
+                auto_refresh=False,
+                redirect_stdout=False,
+                redirect_stderr=False,
+            )
+            self._interval = 0.0
 
     def __enter__(self) -> Progress:
         if self._live is not None:
             self._live.start()
         self._show()
-        self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
         if self._new.rows:
             self._show()
         if self._live is not None:
@@ -78,15 +77,13 @@ class Progress:
 
     @property
     def done(self) -> Totals:
-        with self._lock:
-            return self._before + self._new
+        return self._before + self._new
 
     @property
     def work_s(self) -> float:
         """Seconds from when the first engine was ready to the last unit that came back."""
-        with self._lock:
-            since = self._working_since
-            return max(self._updated - since, 1e-9) if since is not None else 0.0
+        since = self._working_since
+        return max(self._updated - since, 1e-9) if since is not None else 0.0
 
     def say(self, text: str) -> None:
         """A line of its own, above what is rewritten."""
@@ -94,26 +91,25 @@ class Progress:
 
     def answering(self) -> None:
         """An engine is ready, and takes its first unit now."""
-        with self._lock:
-            if self._working_since is None:
-                self._working_since = self._clock()
+        if self._working_since is None:
+            self._working_since = self._clock()
 
     def alive(self, rows: int) -> None:
-        """Engines have answered so many rows whose units are not committed yet."""
+        """Once a second: engines have answered so many rows whose units are not committed yet."""
         if rows:
             self.answering()
         self._under_way = rows
+        if self._clock() - self._shown_at >= self._interval:
+            self._show()
 
     def add(self, totals: Totals) -> None:
         """A unit is committed."""
         self.answering()
-        with self._lock:
-            self._new += totals
-            self._updated = self._clock()
+        self._updated = self._clock()
+        self._new += totals
 
     def line(self) -> str:
-        with self._lock:
-            new, since = self._new, self._working_since
+        new, since = self._new, self._working_since
         done = self._before + new
         percent = 100 * done.rows / max(self._rows, 1)
         parts = [f"{self._label}{done.rows}/{self._rows} rows ({percent:.0f} %)"]
@@ -124,10 +120,8 @@ class Progress:
             return ", ".join([*parts, duration(self._clock() - self._began)])
         whole = done.rows >= self._rows
         work_s = max((self._updated if whole else self._clock()) - since, 1e-9)
-        parts += [
-            f"{new.images / work_s:.1f} images/s",
-            f"{new.output_tokens / work_s:.0f} tokens/s",
-        ]
+        parts.append(f"{new.images / work_s:.1f} images/s")
+        parts.append(f"{new.output_tokens / work_s:.0f} tokens/s")
         if done.retention is not None:
             parts.append(f"retention {done.retention:.3f}")
         if (phase := bottleneck(new)) is not None:
@@ -138,16 +132,8 @@ class Progress:
         return ", ".join([*parts, "done" if whole else f"ETA {duration(left_s)}"])
 
     def _show(self) -> None:
+        self._shown_at = self._clock()
         if self._live is not None:
             self._live.update(Text(self.line()), refresh=True)
         else:
             self._console.print(self.line(), soft_wrap=True)
-
-    def _tick(self) -> None:
-        while not self._stop.wait(self._interval):
-            self._show()
-
-
-def _live(console: Console) -> Live:
-    """Prints of others are left alone: what goes to standard output must stay there."""
-    return Live(console=console, auto_refresh=False, redirect_stdout=False, redirect_stderr=False)

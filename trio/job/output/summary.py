@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
-from trio.job.output.totals import SECONDS, Totals
+from trio.job.output.totals import SECONDS, Totals, ratio
 from trio.tables import aligned, counted
 from trio.version import VERSION
 
 PACKAGES = ("torch", "transformers", "ray", "pyarrow")
+PHASES = {
+    "waiting for images": "preprocess_wait_s",
+    "encoder": "encode_s",
+    "prefill": "prefill_s",
+    "decode": "decode_s",
+    "idle": "idle_s",
+}
+"""Of an engine, each instant in one of them; `prune_s` is part of prefill."""
 Summary = Mapping[str, Any]
-
-
-def versions() -> dict[str, str]:
-    """Versions of what the answers depend on; ``unknown`` for what is not installed."""
-    out = {"python": platform.python_version(), "trio-vlm": VERSION}
-    for name in PACKAGES:
-        try:
-            out[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            out[name] = "unknown"
-    return out
 
 
 def summarise(
@@ -50,64 +46,67 @@ def summarise(
         memory_plan: of the engine that answered first; None where no engine was needed.
         score: how responses were compared with answers; objects are told of with "objects" only.
     """
-    objects = score == "objects"
     per_s = 1.0 / work_s if work_s > 0 else 0.0
+    sums = totals.values()
+    phases = {name: sums.pop(name) for name in SECONDS}
+    share_of_objects = ratio(sums.pop("object_share_sum"), totals.captions)
     return {
         "run": run_id,
-        "rows": totals.rows,
-        "errors": totals.errors,
-        "error_kinds": dict(totals.error_kinds),
+        **sums,
         "error_rate": totals.error_rate,
-        "images": totals.images,
-        "visual_tokens": totals.visual_tokens,
-        "prompt_tokens": totals.prompt_tokens,
-        "output_tokens": totals.output_tokens,
         "rows_before": done_before.rows,
         "images_per_s": (totals.images - done_before.images) * per_s,
         "output_tokens_per_s": (totals.output_tokens - done_before.output_tokens) * per_s,
         "retention": totals.retention,
-        "flops_ratio": totals.flops_ratio,
-        "reading_flops_ratio": totals.reading_ratio,
-        "kv_ratio": totals.kv_ratio,
-        "prefill_flops": totals.prefill_flops,
-        "prefill_flops_unpruned": totals.prefill_flops_unpruned,
-        "kv_bytes": totals.kv_bytes,
-        "kv_bytes_unpruned": totals.kv_bytes_unpruned,
+        "flops_ratio": ratio(totals.prefill_flops_unpruned, totals.prefill_flops),
+        "reading_flops_ratio": ratio(totals.reading_flops_unpruned, totals.reading_flops),
+        "kv_ratio": ratio(totals.kv_bytes_unpruned, totals.kv_bytes),
         "score": score,
-        "scored": totals.scored,
-        "right": totals.right,
-        "accuracy": totals.accuracy,
-        "captions": totals.captions if objects else 0,
-        "object_share": totals.object_share if objects else None,
+        "accuracy": ratio(totals.right, totals.scored),
+        "object_share": share_of_objects if score == "objects" else None,
         "wall_s": wall_s,
         "work_s": work_s,
         "resources": resources,
         "memory_plan": memory_plan,
-        "phases": {name: getattr(totals, name) for name in SECONDS},
+        "phases": phases,
         "bottleneck": bottleneck(totals),
-        "out_of_memory": totals.out_of_memory,
-        "cuda_graphs": dict(totals.cuda_graphs),
-        "versions": versions(),
+        "versions": {"python": platform.python_version(), "trio-vlm": VERSION}
+        | {name: metadata.version(name) for name in PACKAGES},
     }
 
 
 def table(columns: Sequence[tuple[str, Summary]]) -> str:
     """Summaries side by side under their headings, as text."""
+    kinds = sorted({kind for _, summary in columns for kind in summary["error_kinds"]})
+    shown = [_shown(summary, kinds) for _, summary in columns]
     lines = [["", *(heading for heading, _ in columns)]]
-    for label, show in (*_ROWS, *_error_kinds(columns), *_FIGURES):
-        cells = [show(summary) for _, summary in columns]
-        if any(cell is not None for cell in cells):
-            lines.append([label, *(cell if cell is not None else "-" for cell in cells)])
+    for label in shown[0]:
+        cells = [column[label] for column in shown]
+        if any(cells):
+            lines.append([label, *(cell or "-" for cell in cells)])
     return aligned(lines)
 
 
-def _error_kinds(columns: Sequence[tuple[str, Summary]]) -> list[_Line]:
-    found = sorted({kind for _, summary in columns for kind in summary["error_kinds"]})
-    return [(f"  {kind}", partial(_errors_of_kind, kind)) for kind in found]
-
-
-def _errors_of_kind(kind: str, summary: Summary) -> str:
-    return str(summary["error_kinds"].get(kind, 0))
+def _shown(of: Summary, kinds: Sequence[str]) -> dict[str, str | None]:
+    """What a column says in each line; None where that does not apply."""
+    right = f"{of['right']}/{of['scored']} = {share(of['accuracy'])}" if of["scored"] else None
+    retention, out_of_memory = of["retention"], of["out_of_memory"]
+    return {
+        "rows": str(of["rows"]),
+        "rows in error": str(of["errors"]),
+        **{f"  {kind}": str(of["error_kinds"].get(kind, 0)) for kind in kinds},
+        "right responses (exact match)": right,
+        "objects named rightly": share(of["object_share"]),
+        "visual tokens kept, layer average": None if retention is None else f"{retention:.4f}",
+        "FLOPs of prompts, with encoder and choosing": _fewer(of["reading_flops_ratio"]),
+        "  in the decoder's layers alone": _fewer(of["flops_ratio"]),
+        "KV cache bytes": _fewer(of["kv_ratio"]),
+        "images/s": f"{of['images_per_s']:.2f}",
+        "wall time": duration(of["wall_s"]),
+        "engines' time": of["bottleneck"],
+        "output tokens/s": f"{of['output_tokens_per_s']:.1f}",
+        "out of memory, made do with less": counted(out_of_memory, "time") if out_of_memory else "",
+    }
 
 
 def share(value: float | None) -> str | None:
@@ -116,8 +115,10 @@ def share(value: float | None) -> str | None:
 
 def bottleneck(totals: Totals) -> str | None:
     """Where most of the engines' time went, as in "waiting for images 90 %"."""
-    found = totals.bottleneck
-    return None if found is None else f"{found[0]} {100 * found[1]:.0f} %"
+    spent = {phase: getattr(totals, name) for phase, name in PHASES.items()}
+    longest = max(spent, key=spent.__getitem__)
+    part = ratio(spent[longest], sum(spent.values()))
+    return None if part is None else f"{longest} {100 * part:.0f} %"
 
 
 def duration(seconds: float) -> str:
@@ -126,41 +127,5 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{whole % 60:02d}" if hours else f"{minutes}:{whole % 60:02d}"
 
 
-def _right(summary: Summary) -> str | None:
-    if not summary["scored"]:
-        return None
-    return f"{summary['right']}/{summary['scored']} = {share(summary['accuracy'])}"
-
-
-def _ratio(name: str, summary: Summary) -> str | None:
-    value = summary.get(name)
-    return None if value is None else f"{value:.2f} x fewer" if value > 1.005 else "as unpruned"
-
-
-def _times(number: int) -> str | None:
-    return counted(number, "time") if number else None
-
-
-def _retention(summary: Summary) -> str | None:
-    value = summary["retention"]
-    return None if value is None else f"{value:.4f}"
-
-
-_Line = tuple[str, Callable[[Summary], str | None]]
-_ROWS: tuple[_Line, ...] = (
-    ("rows", lambda s: str(s["rows"])),
-    ("rows in error", lambda s: str(s["errors"])),
-)
-_FIGURES: tuple[_Line, ...] = (
-    ("right responses (exact match)", _right),
-    ("objects named rightly", lambda s: share(s["object_share"])),
-    ("visual tokens kept, layer average", _retention),
-    ("FLOPs of prompts, with encoder and choosing", lambda s: _ratio("reading_flops_ratio", s)),
-    ("  in the decoder's layers alone", lambda s: _ratio("flops_ratio", s)),
-    ("KV cache bytes", lambda s: _ratio("kv_ratio", s)),
-    ("images/s", lambda s: f"{s['images_per_s']:.2f}"),
-    ("wall time", lambda s: duration(s["wall_s"])),
-    ("engines' time", lambda s: s["bottleneck"]),
-    ("output tokens/s", lambda s: f"{s['output_tokens_per_s']:.1f}"),
-    ("out of memory, made do with less", lambda s: _times(s["out_of_memory"])),
-)
+def _fewer(ratio: float | None) -> str | None:
+    return None if ratio is None else f"{ratio:.2f} x fewer" if ratio > 1.005 else "as unpruned"
