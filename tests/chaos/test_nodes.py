@@ -38,7 +38,7 @@ def test_a_node_dies(arena: Arena, trial: Callable[..., Trial], seed: int) -> No
 
 def test_a_node_joins_late(arena: Arena, trial: Callable[..., Trial]) -> None:
     job = trial(*WHOLE_NODE, "--actors", str(NODES + 1), "--wait-for-nodes", "120")
-    job.with_options(delay_s=1.5)  # 30 s for three engines: a node takes ten to join and start one
+    job.with_options(delay_s=3.0)  # 60 s for three engines: a node takes ten to join and start one
     driver = job.start()
     job.wait_for(5, driver)
     late = arena.add()
@@ -152,7 +152,8 @@ def test_images_are_decoded_where_there_is_room(tmp_path: Path) -> None:
             nodes[case] = set(stats.column("decode_node").to_pylist())
             assert set(stats.column("node").to_pylist()) == {with_gpu}
             report(f"decode_{case}", 0, cost | {"preprocess_wait_s": round(waits[case], 1)})
-    assert nodes["alone"] == {with_gpu} and beside in nodes["beside"]
+    # Where no CPU is left nothing is asked for, and any node may decode: the head too.
+    assert beside not in nodes["alone"] and nodes["beside"] == {beside}
     assert waits["beside"] < 0.6 * waits["alone"], waits
 
 

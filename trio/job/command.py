@@ -239,7 +239,8 @@ def _announce(config: Settings, plan: Plan, resources: str) -> None:
         lines.append("        a local path: every node must see the same directory there")
     if DEMO in (config.model.model, *config.input.input) and (line := bundled.shadowed()):
         lines.append(line)
-    lines += ending.prompt_notices(config, manifest, plan.columns.roles.get("prompt"))
+    if plan.earlier is None:  # a run that goes on reads nothing of shards that are done
+        lines += ending.prompt_notices(config, manifest, plan.columns.roles.get("prompt"))
     print("\n".join(lines), flush=True)
 
 

@@ -25,8 +25,9 @@ from pyarrow import fs as pafs
 
 from trio.errors import UserError, first_line
 
-ARROW_SCHEMES = frozenset({"s3", "gs", "gcs"})
+ARROW_SCHEMES = frozenset({"s3", "gs", "gcs", "hdfs", "viewfs", "abfs", "abfss"})
 # all others are fsspec's
+ROOTED, AZURE = ("hdfs", "viewfs"), ("abfs", "abfss")
 _SCHEME = re.compile(r"^([a-zA-Z][a-zA-Z0-9+.-]+)://")
 _SECRET = re.compile(r"secret|token|key|password|credential|signature", re.IGNORECASE)
 _TEMPORARY = f".*.{8 * '[0-9a-f]'}.tmp"
@@ -56,7 +57,7 @@ def check_no_secret(uri: str) -> None:
     user, sign, _ = re.split(r"[/?#]", rest, maxsplit=1)[0].rpartition("@")
     options = parse_qsl(re.sub(r"[?#]", "&", rest.partition("?")[2]))
     secret = any(_SECRET.search(name) for name, _ in options)
-    if secret or ":" in user or (sign and scheme in ARROW_SCHEMES):
+    if secret or ":" in user or (sign and scheme in ("s3", "gs", "gcs")):
         raise UserError(
             f"a {scheme}:// URI carries credentials: put them into the environment"
             " (for example AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY) and leave them out of it"
@@ -160,21 +161,27 @@ def bare(uri: str) -> str:
 
 
 def _through_arrow(scheme: str, uri: str) -> Location:
-    """Only bucket and options go through Arrow's parser: it refuses or decodes letters of names."""
+    """Only host and options go through Arrow's parser: it refuses or decodes letters of names."""
     whole, query = split_options(uri)
-    bucket, _, name = whole.partition("://")[2].partition("/")
+    host, _, name = whole.partition("://")[2].partition("/")
     options = query
     if scheme == "s3":
         # Puts a small object by one request instead of three; and a process that dies in the middle
         # leaves nothing on the store that would have to be cleared away.
         options += f"{'&' if query else '?'}allow_delayed_open=true"
     try:
-        filesystem, _ = pafs.FileSystem.from_uri(f"{scheme}://{bucket}{options}")
+        filesystem, root = pafs.FileSystem.from_uri(f"{scheme}://{host}{options}")
     except pa.ArrowInvalid as error:
         hint = f" (options are what follows the last '?' of {query}; add '?&' if it is a name)"
         raise ValueError(f"{first_line(error, 200)}{hint if query else ''}") from error
-    path = f"{bucket}/{name}" if name else bucket
-    return Location(filesystem=filesystem, path=path, prefix=f"{scheme}://", query=query)
+    prefix, root = f"{scheme}://{host.removesuffix(root)}", root.strip("/")
+    if scheme in ROOTED:
+        prefix, root = f"{scheme}://{host}", ""
+        name = "/" + name
+    elif scheme in AZURE:
+        prefix = f"{scheme}://{host.rpartition('@')[2]}/"
+    path = f"{root}/{name}" if root and name else root or name
+    return Location(filesystem=filesystem, path=path, prefix=prefix, query=query)
 
 
 def parent(path: str) -> Location:

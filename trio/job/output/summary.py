@@ -50,6 +50,7 @@ def summarise(
     sums = totals.values()
     phases = {name: sums.pop(name) for name in SECONDS}
     share_of_objects = ratio(sums.pop("object_share_sum"), totals.captions)
+    del sums["retention_sum"], sums["retention_rows"]
     return {
         "run": run_id,
         **sums,

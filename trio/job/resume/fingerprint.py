@@ -51,10 +51,7 @@ class Fingerprint:
         return cls(**json.loads(text))
 
     def differences(self, now: Fingerprint) -> list[str]:
-        """What would give other rows now, each named in a few words; of another version, which
-        may call its settings otherwise, that alone."""
-        if self.version != now.version:
-            return [f"another version of this package: {self.version}, now {now.version}"]
+        """What would give other rows now, each named in a few words."""
         out = []
         for name in {**self.settings, **now.settings}:
             old, new = self.settings.get(name), now.settings.get(name)
