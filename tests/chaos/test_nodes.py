@@ -37,8 +37,10 @@ def test_a_node_dies(arena: Arena, trial: Callable[..., Trial], seed: int) -> No
 
 
 def test_a_node_joins_late(arena: Arena, trial: Callable[..., Trial]) -> None:
-    job = trial(*WHOLE_NODE, "--actors", str(NODES + 1), "--wait-for-nodes", "120")
-    job.with_options(delay_s=3.0)  # 60 s for three engines: a node takes ten to join and start one
+    # Few units in the hands of each engine: else three are enough for them.
+    flags = ["--actors", str(NODES + 1), "--max-running", "10", "--wait-for-nodes", "120"]
+    job = trial(*WHOLE_NODE, *flags).with_options(delay_s=3.0)
+    # 60 s for three engines: a node takes ten to join and start one
     driver = job.start()
     job.wait_for(5, driver)
     late = arena.add()

@@ -141,6 +141,7 @@ def test_passes_in_which_nothing_moves_end_the_run(
     assert "nothing moved for" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_engines_that_do_not_start_end_the_run_with_the_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -31,6 +31,7 @@ from trio.job.nodes.cluster import nodes
 from trio.job.nodes.placement import Need, spare_cpus
 from trio.job.quarantine import PassPlan
 from trio.job.stages import OTHERS, Receipt, Run, Task
+from trio.tables import counted
 
 LOOK_S, SAY_EVERY_S = 1.0, 30.0
 START_TRIES = 3
@@ -258,10 +259,14 @@ class Passes:
         """
         if plan.why:
             self.say(plan.why)
+        work, all_engines = self._work(plan), self._room.engines
+        if plan.number == 0 and work.room.engines < all_engines:
+            few = counted(len(plan.units), "unit")
+            self.say(f"{work.room.engines} of {all_engines} engines are enough for {few} of work")
         before = alive_nodes()
         board = self._actor(later=plan.number > 0)
         try:
-            ended_early = yield from self._receipts(board, self._work(plan))
+            ended_early = yield from self._receipts(board, work)
         finally:
             ray.kill(board)
         return ended_early or _node_lost(before, patient=plan.kind == "rows")
