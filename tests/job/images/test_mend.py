@@ -79,6 +79,8 @@ MPF = segment(0xE2, b"MPF\0MM\0*\0\0\0\x08\xff\xff" + b"\x80" * 40)
         with_segments(segment(0xED, b"Photoshop 3.0\0" + b"8BIM\4\4" + b"\xff" * 9)),
         with_segments(*[segment(0xFE, b"c" * 65000)] * 9),
         with_segments(segment(0xE2, b"ICC_PROFILE\0\7\2" + b"x" * 60000)),
+        with_segments(segment(0xE2, b"ICC_PROFILE\0")),
+        with_segments(segment(0xE2, b"ICC_PROFILE\0"))[:-2],
         with_segments(segment(0xE1, b"Exif\0\0II*\0\xff\xff\xff\xff")),
         with_segments(segment(0xE1, b"Exif\0\0" + b"\xff" * 60000)),
         with_segments(segment(0xEC, b"Ducky"), b"\xff\xfe\0\2"),

@@ -72,7 +72,7 @@ def test_halves_of_cpus_hold_no_task_for_images(monkeypatch: pytest.MonkeyPatch)
     ("changes", "said"),
     [
         ({"prepare_cpus": 13}, "--prepare-cpus: 13 CPUs for images, but the engines leave 12 of"),
-        ({"threads": 4}, "--prepare-cpus: 16 CPUs for images, but the engines leave 12 of"),
+        ({"threads": 4}, "--threads: 16 CPUs for images, but the engines leave 12 of"),
     ],
 )
 def test_more_tasks_for_images_than_engines_leave(changes: dict[str, Any], said: str) -> None:

@@ -67,6 +67,9 @@ def test_without_a_network_the_cache_says_what_a_model_has(
     assert decoding_rules.read(config) is None
     snapshot = offline / "snapshots" / COMMIT
     (snapshot / "config.json").write_text('{"repetition_penalty": 1.5}')
+    with pytest.raises(UserError, match="it is not in the cache"):
+        pruning_resolved(config)  # its weights were never here
+    (snapshot / "model.safetensors").touch()
     resolved = pruning_resolved(config)
     assert "pruning_config.json" in (told := capsys.readouterr().out) and "built-in" in told
     assert resolved.pruning.fill_up == "mixed"

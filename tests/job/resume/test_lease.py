@@ -16,7 +16,7 @@ import pytest
 from tests.job.rivals import check_until_lost, start_together
 from trio.errors import UserError
 from trio.job.resume import lease
-from trio.job.storage import locate
+from trio.job.storage import Location, locate, write_atomic
 
 ROOT = Path(__file__).resolve().parents[3]
 HOLDER = """
@@ -200,6 +200,28 @@ def test_a_storage_that_is_away_for_too_long_is_a_lost_lease(
         clock[0] = 61.0
         with pytest.raises(lease.LeaseLost, match=r"not be renewed for 61 s: no route"):
             held.check()
+
+
+def test_a_claim_whose_beat_cannot_be_written_is_given_up(
+    tmp_path: Path, foreign: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(place: Location, data: bytes) -> None:
+        if place.path.endswith(lease.BEAT):
+            raise OSError("no space left")
+        write_atomic(place, data)
+
+    monkeypatch.setattr(lease, "write_atomic", full)
+    with pytest.raises(UserError, match="cannot be written: no space left"), hold(tmp_path):
+        pass
+
+
+def test_no_room_for_the_sign_of_life_of_this_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "mark", lambda name: tmp_path / "nowhere" / name)
+    refused = pytest.raises(UserError, match="in use by process")
+    with hold(tmp_path / "out"), refused, hold(tmp_path / "out"):
+        pass
 
 
 def test_an_output_that_cannot_be_written_is_the_users_mistake(tmp_path: Path) -> None:

@@ -110,14 +110,27 @@ def decode(data: bytes, policy: ImagePolicy) -> Image.Image:
     except RowError as error:
         if error.kind not in ("image_unreadable", "image_truncated"):
             raise
-        if bare := mend.bare_png(data):
-            image, note = _read(bare, policy), mend.BARE
-        elif whole := _same(mend.padded_jpegs(data), policy):
-            image, note = whole, mend.NO_END
-        else:
-            raise
+        image, note = _mended(data, policy, error)
     image.info = {NOTE: note} if note else {}
     return image
+
+
+def _mended(data: bytes, policy: ImagePolicy, error: RowError) -> tuple[Image.Image, str]:
+    """A damaged image whose pixels are all there, and what was the matter.
+
+    Raises:
+        RowError: pixels are damaged too; the given one where nothing else is.
+    """
+    if whole := _same(mend.padded_jpegs(data), policy):
+        return whole, mend.NO_END
+    bare = mend.bare_png(data) or mend.bare_jpeg(data)
+    if bare is None:
+        raise error
+    if not mend.unfinished(bare):
+        return _read(bare, policy), mend.BARE
+    if whole := _same(mend.padded_jpegs(bare), policy):
+        return whole, f"{mend.NO_END}; {mend.BARE}"
+    raise error
 
 
 def _same(variants: Sequence[bytes], policy: ImagePolicy) -> Image.Image | None:

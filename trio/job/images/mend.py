@@ -12,6 +12,8 @@ BARE = "read without data beside its pixels (text, profile, EXIF), which is dama
 NO_END = "the file lacks its end marker"
 _PNG, _PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
 _JPEG, _JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"
+_SCAN, _BESIDE = 0xDA, {*range(0xE2, 0xEE), 0xEF, 0xFE}
+# markers: the start of pixels; APP2 to APP13, APP15 and comments
 _PADDING = 64
 # bytes: more than a decoder reads ahead
 _FACTORS = (0, 37, 101, 181)
@@ -37,6 +39,21 @@ def bare_png(data: bytes) -> bytes | None:
             parts.append(data[at:stop])
         at = stop
     bare = b"".join(parts)
+    return bare if bare != data else None
+
+
+def bare_jpeg(data: bytes) -> bytes | None:
+    """A JPEG without profiles, text and what programs left; APP0 and APP14 say what the colours
+    are, APP1 which way is up. None for other formats, and where nothing can be left out."""
+    if not data.startswith(_JPEG):
+        return None
+    parts, at = [data[:2]], 2
+    while at + 4 <= len(data) and data[at] == 0xFF and data[at + 1] != _SCAN:
+        stop = at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+        if data[at + 1] not in _BESIDE:
+            parts.append(data[at:stop])
+        at = stop
+    bare = b"".join([*parts, data[at:]])
     return bare if bare != data else None
 
 

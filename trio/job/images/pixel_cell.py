@@ -6,6 +6,7 @@ torch.
 
 from __future__ import annotations
 
+import dataclasses
 import pickle
 from collections.abc import Sequence
 
@@ -30,7 +31,7 @@ def pack(rows: Sequence[Sequence[Picture]]) -> tuple[pa.LargeBinaryArray, list[b
     end = 0
     for row in rows:
         arrays: list[pickle.PickleBuffer] = []
-        plain = [np.asarray(each) if isinstance(each, Image.Image) else each for each in row]
+        plain = [_arrays(each) for each in row]
         body = pickle.dumps(plain, protocol=5, buffer_callback=arrays.append)
         places = []
         for array in arrays:
@@ -46,6 +47,14 @@ def pack(rows: Sequence[Sequence[Picture]]) -> tuple[pa.LargeBinaryArray, list[b
         cell[start:stop] = content
         cell[stop : stop + -stop % ALIGN] = 0  # else what stood in that memory before
     return cell_of(data), headers
+
+
+def _arrays(image: Picture) -> np.ndarray | ProcessedImage:
+    """With arrays that pickle takes as they lie in memory."""
+    if isinstance(image, Image.Image):
+        return np.asarray(image)
+    inputs = {name: np.asarray(array, order="C") for name, array in image.inputs.items()}
+    return dataclasses.replace(image, inputs=inputs)
 
 
 def unpack(cell: pa.LargeBinaryArray, header: bytes) -> list[Picture]:

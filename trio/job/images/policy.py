@@ -85,7 +85,7 @@ def parse_origin(text: str) -> Origin:
     """
     match = _ORIGIN.fullmatch(text)
     scheme = match["scheme"].lower() if match else ""
-    if match is None or scheme not in SCHEMES:
+    if match is None or scheme not in SCHEMES or int(match["port"] or 0) > 65535:
         raise UserError(
             "an origin is scheme://host, as in https://images.example.org, https://*.cdn.net or"
             f" s3://bucket, with a scheme of {', '.join(SCHEMES)} and no path; got {redact(text)!r}"

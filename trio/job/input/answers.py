@@ -55,9 +55,12 @@ def texts(cell: pa.Scalar) -> list[str]:
 
 def _number(cell: pa.Scalar) -> list[str]:
     """In the fewest digits that tell it from others of its type, as Arrow writes it."""
-    text = f"{Decimal(cell.cast(pa.string()).as_py()):f}"
-    if text == "NaN":  # how a missing one is written
+    value = Decimal(cell.cast(pa.string()).as_py())
+    if value.is_nan():  # how a missing one is written
         return []
+    if value.is_infinite():
+        return [str(float(value))]
+    text = f"{value if value else abs(value):f}"
     return [text.rstrip("0").rstrip(".") if "." in text else text]
 
 

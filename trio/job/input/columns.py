@@ -16,6 +16,7 @@ ROLES = ("image", "prompt", "id", "answers")
 ALIASES = {"prompt": ("prompt", "question")}
 NONE = ("none", "")
 # as in id=none: no column has this role
+SHOWN_TYPES = 3
 LEAVE_OUT = "leave it out with --columns id=none: ids are then <file>#<row>"
 
 
@@ -174,29 +175,22 @@ MEND = {
 
 def _id_type(name: str, schemas: Sequence[pa.Schema], paths: Sequence[str]) -> pa.DataType:
     """One type that holds the ids of all shards."""
-    common = pa.null()
+    kinds: dict[pa.DataType, str] = {}
+    # each with the first shard that has it; a column of nulls says nothing
     for schema, path in zip(schemas, paths, strict=True):
         mine = schema.field(name).type
         mine = mine.value_type if pt.is_dictionary(mine) else mine
-        both = _common(common, mine)
-        if both is None:
-            raise UserError(
-                f"{path}: column {name!r} is {mine}, but {common} in the shards before it;"
-                f" give all shards one type, or {LEAVE_OUT}"
-            )
-        common = both
-    return pa.string() if pt.is_null(common) else common
-
-
-def _common(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
-    """A type for ids of both; None where there is none that keeps them as they are."""
-    if one == other or pt.is_null(other):  # a column of nulls says nothing
-        return one
-    if pt.is_null(one):
-        return other
-    if is_text(one) and is_text(other):
+        if not pt.is_null(mine):
+            kinds.setdefault(mine, path)
+    if len(kinds) <= 1:
+        return next(iter(kinds), pa.string())
+    if all(map(is_text, kinds)):
         return pa.string()
-    if is_bytes(one) and is_bytes(other):
+    if all(map(is_bytes, kinds)):
         return pa.binary()
-    whole = pt.is_integer(one) and pt.is_integer(other)
-    return pa.int64() if whole and pa.uint64() not in (one, other) else None
+    if all(map(pt.is_integer, kinds)) and pa.uint64() not in kinds:
+        return pa.int64()
+    if all(map(pt.is_unsigned_integer, kinds)):
+        return pa.uint64()
+    listed = ", ".join(f"{kind} in {path}" for kind, path in list(kinds.items())[:SHOWN_TYPES])
+    raise UserError(f"column {name!r} is {listed}: give all shards one type, or {LEAVE_OUT}")

@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from trio.errors import UserError, first_line
+from trio.job.input.answers import is_bytes, is_text
 from trio.job.input.manifest import Manifest, Shard
 from trio.job.storage import locate
 
@@ -130,11 +131,15 @@ def _read(name: str, shard: Shard) -> pa.Table:
         ids = ids.cast(ids.type.value_type)
     elif pa.types.is_decimal(ids.type) and ids.type.bit_width < 128:
         ids = ids.cast(pa.decimal128(ids.type.precision, ids.type.scale))
+    if is_text(ids.type) and not pa.types.is_null(ids.type):
+        ids = ids.cast(pa.large_string())
+    elif is_bytes(ids.type):
+        ids = ids.cast(pa.large_binary())
     return pa.table({"id": ids})
 
 
 def _shown(value: pa.Scalar) -> str:
     try:
         return f"{value.as_py()!r:.100}"
-    except ValueError:  # Python's times end at microseconds
-        return str(value.value)
+    except (ValueError, OverflowError):  # Python's times end at microseconds and in 9999
+        return f"{getattr(value, 'value', value)!s:.100}"

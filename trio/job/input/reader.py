@@ -7,7 +7,7 @@ neither a large row group nor one of many gigabytes is ever held whole.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Collection, Generator, Mapping
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -154,7 +154,7 @@ class _Cursor:
         names = sorted(set(roles.values()))
         for number in range(group, len(groups)):
             if groups[number]:
-                rows = _batch_rows(file.metadata.row_group(number))
+                rows = _batch_rows(file.metadata.row_group(number), names)
                 for batch in file.iter_batches(rows, row_groups=[number], columns=names):
                     yield batch.select(list(roles.values())).rename_columns(list(roles))
         raise ShardUnreadable(f"{shard.path}: holds fewer rows than its footer says")
@@ -184,7 +184,8 @@ def _has_dictionary(kind: pa.DataType) -> bool:
     return pt.is_dictionary(kind) or any(map(_has_dictionary, inner))
 
 
-def _batch_rows(group: pq.RowGroupMetaData) -> int:
+def _batch_rows(group: pq.RowGroupMetaData, names: Collection[str]) -> int:
     """Rows to decode at a time: no value is larger than its column's pages, unpacked, are."""
-    sizes = (group.column(n).total_uncompressed_size for n in range(group.num_columns))
+    columns = map(group.column, range(group.num_columns))
+    sizes = (c.total_uncompressed_size for c in columns if c.path_in_schema.split(".")[0] in names)
     return max(1, min(BATCH_ROWS, BATCH_BYTES // max([1, *sizes])))

@@ -118,7 +118,7 @@ def _attach(where: str, source: str) -> None:
             raise ConnectionError(where)  # for which Ray itself would try much longer
         with _hushed():
             ray.init(address=where, runtime_env=env or None, log_to_driver=False, **LOGGING)
-    except ConnectionError as error:
+    except (ConnectionError, ValueError) as error:
         raise UserError(
             f"{source}: no Ray cluster answers there; correct it, or set it to '{LOCAL}'"
         ) from error
@@ -214,8 +214,9 @@ def _prepare_tasks(asked: Cluster, there: Sequence[Node], placed: Resources) -> 
         most = free if placed.gpus_per_actor else min(free, 2 * engines)
         return (most, 1.0) if most > 0 else (engines, 0.0)
     if wanted > free and not asked.wait_for_nodes:
+        flag = "--prepare-cpus" if asked.threads is None else "--threads"
         raise UserError(
-            f"--prepare-cpus: {wanted} CPUs for images, but the engines leave {free} of"
+            f"{flag}: {wanted} CPUs for images, but the engines leave {free} of"
             f" {describe(there)}; lower it, --actors or --cpus-per-actor (0 is allowed)"
         )
     return wanted, 1.0

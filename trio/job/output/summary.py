@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping, Sequence
-from importlib import metadata
 from typing import Any
 
 from trio.job.output.totals import SECONDS, Totals, ratio
 from trio.tables import aligned, counted
-from trio.version import VERSION
+from trio.version import VERSION, of_library
 
 PACKAGES = ("torch", "transformers", "ray", "pyarrow")
 PHASES = {
@@ -72,7 +71,7 @@ def summarise(
         "phases": phases,
         "bottleneck": bottleneck(totals),
         "versions": {"python": platform.python_version(), "trio-vlm": VERSION}
-        | {name: metadata.version(name) for name in PACKAGES},
+        | {name: of_library(name) for name in PACKAGES},
     }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from trio.job.resume.hub import NotHere, model_file
+from trio.job.resume.hub import NotHere, has_weights, model_file
 from trio.job.settings import Settings
 from trio.pruning.pruning_config import FILE, PruningDefaults, read_file
 
@@ -17,9 +17,10 @@ def pruning_resolved(config: Settings) -> Settings:
     """
     try:
         path = model_file(config.model, FILE)
-    except NotHere as error:
-        # Without a network a model that was downloaded before goes on working; raises for others.
-        model_file(config.model, "config.json")
-        print(f"{error}: built-in pruning defaults", flush=True)
+    except NotHere:
+        if not has_weights(config.model):
+            raise
+        # Without a network a model that was downloaded before goes on working.
+        print(f"{FILE} of {config.model.model} is not in the cache: built-in pruning defaults")
         path = None
     return config.with_pruning_defaults(PruningDefaults() if path is None else read_file(path))

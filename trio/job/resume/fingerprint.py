@@ -14,14 +14,13 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from trio import bundled
 from trio.errors import UserError
 from trio.job.settings import Settings
-from trio.version import VERSION
+from trio.version import VERSION, of_library
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "pillow")
 READ_SUFFIXES = frozenset(
@@ -86,7 +85,7 @@ def take(config: Settings) -> Fingerprint:
             **module_files(config),
         },
         version=VERSION,
-        libraries={name: metadata.version(name) for name in LIBRARIES},
+        libraries={name: of_library(name) for name in LIBRARIES},
     )
 
 

@@ -65,6 +65,12 @@ def model_file(model: Model, name: str) -> Path | None:
     return path if path.is_file() else None
 
 
+def has_weights(model: Model) -> bool:
+    """Whether the cache holds weights of a hub id's commit, so it has been loaded before."""
+    path = model_file(model, "config.json")
+    return path is not None and any(path.parent.glob("*.safetensors"))
+
+
 def _fetch(model: str, name: str, revision: str | None, flag: str) -> Path | None:
     """A file of a hub id; without a network, or of a commit, from the cache."""
     from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache

@@ -111,7 +111,7 @@ class Held:
         """
         if self._lost is None and now() - self._confirmed > self._expiry_s / 2:
             # The thread is late: the process may have been stopped, or the storage be away.
-            self._beat()
+            self._try_beat()
         if self._lost is not None:
             raise LeaseLost(self._lost)
 
@@ -212,29 +212,35 @@ class Held:
         }
 
     def _beat(self) -> None:
-        """Show that we live, then see whether that still counts."""
+        """Show that we live, then see whether that still counts.
+
+        Raises:
+            OSError: the storage does not answer.
+        """
         with self._lock:
             began = now()
-            try:
-                write_atomic(self._file(self.name, BEAT), b"")
-                counts = exists(self._file(self.name, CLAIM))
-            except OSError as error:
-                silent_s = now() - self._confirmed
-                if silent_s > self._expiry_s:
-                    self._lost = (
-                        f"the lease on {self._output.uri} could not be renewed for"
-                        f" {silent_s:.0f} s: {error}"
-                    )
-                return
-            if counts:
+            write_atomic(self._file(self.name, BEAT), b"")
+            if exists(self._file(self.name, CLAIM)):
                 self._confirmed = began
             else:
                 self._lost = self._gone()
                 self._remove(self.name, BEAT)
 
+    def _try_beat(self) -> None:
+        """The same, where a storage that is away for a while is borne."""
+        try:
+            self._beat()
+        except OSError as error:
+            silent_s = now() - self._confirmed
+            if silent_s > self._expiry_s:
+                self._lost = (
+                    f"the lease on {self._output.uri} could not be renewed for"
+                    f" {silent_s:.0f} s: {error}"
+                )
+
     def _beat_on(self) -> None:
         while self._lost is None and not self._stop.wait(self._interval_s):
-            self._beat()
+            self._try_beat()
 
     def _file(self, name: str, ending: str) -> Location:
         return self._output.join(DIRECTORY, name + ending)
@@ -254,16 +260,20 @@ def now() -> float:
 def living(name: str) -> Iterator[None]:
     """Shows other processes of this machine that the one with this claim lives, while the block
     runs: the kernel takes its lock away when it ends, however it ends."""
-    path = mark(name)
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError:  # a file system without locks: others go by the beats
+    path, file = mark(name), None
+    try:
+        file = path.open("w")
+        fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError:  # no room, or no locks: others go by the beats
+        with suppress(OSError):
             path.unlink()
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            path.unlink()
+        if file is not None:
+            file.close()
 
 
 def lives(name: str) -> bool | None:
