@@ -22,14 +22,12 @@ def ray_local() -> Iterator[None]:
     import ray
 
     from tests.job.store import CREDENTIALS
-    from trio.job.nodes.environment import export_path
+    from trio.job.nodes.environment import FEW_CPUS, export_path
 
     export_path()
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in CREDENTIALS.items():
+        for name, value in (CREDENTIALS | FEW_CPUS).items():
             patch.setenv(name, value)
-        # As the job's own Ray: else workers end between two tests, and the next starts anew.
-        patch.setenv("RAY_idle_worker_killing_time_threshold_ms", "60000")
         ray.init(address="local", num_cpus=6, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()

@@ -18,6 +18,7 @@ pytest.register_assert_rewrite("tests.chaos.harness")
 
 from tests.chaos.harness import MARK, ROOT, Trial, write_input  # noqa: E402
 from tests.job.store import CREDENTIALS, Store, bucket_of, serving  # noqa: E402
+from trio.job.nodes.environment import FEW_CPUS  # noqa: E402
 
 NODES, NODE_CPUS = 3, 2
 NOTICED_S = 60
@@ -86,9 +87,7 @@ def started(*, nodes: int = NODES, **variables: str) -> Iterator[Arena]:
         "RAY_TMPDIR": room,
         "RAY_AUTH_MODE": "disabled",
         "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_worker_niceness": "0",  # as in a Ray of the job's own; else workers starve on few CPUs
-        # Nodes of two CPUs would end what prepares images after each unit, and start it anew.
-        "RAY_idle_worker_killing_time_threshold_ms": "60000",
+        **FEW_CPUS,
         "SPT_NOENV": "1",  # Ray's workers rename themselves; their environment stays readable
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "jobs")]),
         **CREDENTIALS,

@@ -33,7 +33,6 @@ from trio.job.input import ids
 from trio.job.input.manifest import Manifest
 from trio.job.input.units import Unit, unit_rows, units
 from trio.job.nodes.cluster import Resources
-from trio.job.nodes.placement import Need
 from trio.job.output import output_directory
 from trio.job.output import totals as sums
 from trio.job.output.output_rows import RowSettings, Source, output_row
@@ -347,7 +346,7 @@ def room_of(config: Settings, resources: Resources, task: Task) -> Room:
     return Room(
         engines=resources.actors,
         calls=max(2, min(MAX_CALLS, 1 + -(-task.engine.ahead // config.output.rows_per_file))),
-        engine=Need(cpus=resources.cpus_per_actor, gpus=resources.gpus_per_actor),
+        engine=resources.need,
         prepare_tasks=resources.prepare_tasks,
         prepare_cpus=resources.prepare_cpus,
     )

@@ -27,7 +27,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -55,6 +54,7 @@ from trio.job.plan import plan as plan_of
 from trio.job.runner import Makers
 from trio.job.settings import Settings, made_of
 from trio.tables import aligned
+from trio.version import of_library
 
 SCENES = 64
 """Different images among those of the pipeline's own rows."""
@@ -98,7 +98,7 @@ def surroundings() -> dict[str, Any]:
     return {
         "cpus": usable(),
         "load": round(os.getloadavg()[0], 1),
-        **{name: metadata.version(name) for name in names},
+        **{name: of_library(name) for name in names},
     }
 
 

@@ -74,13 +74,18 @@ def is_list(kind: pa.DataType) -> bool:
     return any(is_kind(kind) for is_kind in (*kinds, pt.is_large_list_view))
 
 
+def type_of_values(kind: pa.DataType) -> pa.DataType:
+    """What a dictionary stands for; any other type itself."""
+    return kind.value_type if pt.is_dictionary(kind) else kind
+
+
 def is_text(kind: pa.DataType) -> bool:
     """Whether its values are text, or all null."""
-    return (kind.value_type if pt.is_dictionary(kind) else kind) in TEXTS
+    return type_of_values(kind) in TEXTS
 
 
 def is_bytes(kind: pa.DataType) -> bool:
-    kind = kind.value_type if pt.is_dictionary(kind) else kind
+    kind = type_of_values(kind)
     return kind in BYTES or pt.is_fixed_size_binary(kind)
 
 

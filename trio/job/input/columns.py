@@ -10,7 +10,14 @@ import pyarrow as pa
 import pyarrow.types as pt
 
 from trio.errors import UserError
-from trio.job.input.answers import EXPECTED, is_bytes, is_list, is_text, readable
+from trio.job.input.answers import (
+    EXPECTED,
+    is_bytes,
+    is_list,
+    is_text,
+    readable,
+    type_of_values,
+)
 
 ROLES = ("image", "prompt", "id", "answers")
 ALIASES = {"prompt": ("prompt", "question")}
@@ -130,7 +137,7 @@ def _is_id(kind: pa.DataType) -> bool:
     """One value that can be compared."""
     if isinstance(kind, pa.BaseExtensionType):
         return _is_id(kind.storage_type)
-    kind = kind.value_type if pt.is_dictionary(kind) else kind
+    kind = type_of_values(kind)
     return pt.is_primitive(kind) or pt.is_decimal(kind) or is_text(kind) or is_bytes(kind)
 
 
@@ -178,8 +185,7 @@ def _id_type(name: str, schemas: Sequence[pa.Schema], paths: Sequence[str]) -> p
     kinds: dict[pa.DataType, str] = {}
     # each with the first shard that has it; a column of nulls says nothing
     for schema, path in zip(schemas, paths, strict=True):
-        mine = schema.field(name).type
-        mine = mine.value_type if pt.is_dictionary(mine) else mine
+        mine = type_of_values(schema.field(name).type)
         if not pt.is_null(mine):
             kinds.setdefault(mine, path)
     if len(kinds) <= 1:

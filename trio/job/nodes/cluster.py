@@ -20,6 +20,7 @@ from trio import openmp as waiting
 from trio.errors import UserError
 from trio.job.nodes import cpus
 from trio.job.nodes.environment import (
+    FEW_CPUS,
     cluster_runtime_env,
     cluster_variables,
     export_path,
@@ -95,12 +96,8 @@ def _asked(address: str | None) -> tuple[str | None, str]:
 
 def _start_here() -> None:
     export_path()
-    # By default workers yield to all other processes (nice 15): beside two that are busy an engine
-    # on two cores is left with a thirtieth of them.
-    os.environ.setdefault("RAY_worker_niceness", "0")
-    # A node that has more workers than CPUs ends those that are idle for a second, and preparing
-    # images would start anew for each unit.
-    os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "60000")
+    for name, value in FEW_CPUS.items():
+        os.environ.setdefault(name, value)
     count = max(LOCAL_CPUS, cpus.usable())
     with _hushed():
         ray.init(

@@ -14,6 +14,15 @@ import trio
 from trio import openmp as waiting
 
 PACKAGE = Path(trio.__file__).resolve().parent
+FEW_CPUS = {
+    # By default workers yield to all other processes (nice 15): beside two that are busy an engine
+    # on two cores is left with a thirtieth of them.
+    "RAY_worker_niceness": "0",
+    # A node that has more workers than CPUs ends those that are idle for a second, and preparing
+    # images would start anew for each unit.
+    "RAY_idle_worker_killing_time_threshold_ms": "60000",
+}
+"""Of a Ray of our own, which may have few."""
 
 
 def export_path() -> None:
