@@ -14,13 +14,13 @@ from trio.benchmark.progress_line import Clock
 from trio.benchmark.quality import plots
 from trio.benchmark.quality.comparison import Setting, ask, in_reach, settings
 from trio.benchmark.quality.fill_up import survivors
-from trio.benchmark.quality.intervals import wilson
 from trio.benchmark.quality.quality_table import _relative
 from trio.families.registry import adapt
 from trio.pruning.method_registry import method_names as methods
 from trio.pruning.options import Pruning
 from trio.pruning.selection.farthest import fill_up
 from trio.pruning.selection.nms import suppress
+from trio.vqa.intervals import wilson_interval
 
 FLAGS = ["--methods", "none,random,trio", "--retention", "1/9,1/18", "--scenes", "1"]
 FLAGS += ["--proxy-layer", "previous"]
@@ -178,7 +178,7 @@ def test_a_setting_that_comes_to_the_same_as_another_is_named() -> None:
 
 def test_a_bootstrap_without_width_gives_way_to_wilson() -> None:
     scene: dict[str, Any] = {"relative": 1.0, "right_unpruned": 9, "still_right": 9}
-    scene["still_right_interval"] = wilson(9, 9)
+    scene["still_right_interval"] = wilson_interval(9, 9)
     assert _relative(scene | {"relative_interval": [1.0, 1.0]}) == "9 of 9 [70.1, 100.0]"
     assert _relative(scene | {"relative_interval": [0.9, 1.0]}) == "100.0 [90.0, 100.0]"
 

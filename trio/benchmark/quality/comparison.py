@@ -25,7 +25,6 @@ import numpy as np
 
 from trio.benchmark.quality.agreement import Agreement
 from trio.benchmark.quality.fill_up import FillUp, counting
-from trio.benchmark.quality.intervals import ClusteredBootstrap, wilson
 from trio.benchmark.quality.quality_table import FROM_START
 from trio.benchmark.speed.encoding_speed import EncodedOnce
 from trio.demo.scenes import KINDS, make_scene
@@ -42,6 +41,7 @@ from trio.job.output.scoring import exact_match, object_share
 from trio.pruning.method_registry import chooses_before_decoder, needs_of
 from trio.pruning.options import Pruning
 from trio.pruning.schedule import PUBLISHED_AFTER_ENCODER, shape_of
+from trio.vqa.intervals import ClusteredBootstrap, wilson_interval
 
 MAX_NEW_TOKENS = 32
 COUNTED = 200
@@ -493,9 +493,11 @@ class _Comparison:
             "right": int(after.sum()),
             "right_unpruned": int(before.sum()),
             "still_right": both,
-            "still_right_interval": wilson(both, int(before.sum())) if before.any() else None,
+            "still_right_interval": wilson_interval(both, int(before.sum()))
+            if before.any()
+            else None,
             "accuracy": float(after.sum() / n),
-            "interval": wilson(int(after.sum()), n),
+            "interval": wilson_interval(int(after.sum()), n),
             "relative": float(after.sum() / before.sum()) if before.any() else None,
             "relative_interval": self._bootstrap.ratio(after, before),
         }

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from trio.benchmark.quality.intervals import ClusteredBootstrap, wilson
+from trio.vqa.intervals import ClusteredBootstrap, wilson_interval
 
 
 def outcomes(rng: np.random.Generator, scenes: int) -> tuple[np.ndarray, np.ndarray]:
@@ -54,5 +54,5 @@ def test_nothing_right_before_has_no_ratio() -> None:
     # From the formula worked out by hand: at 200 of 200 the lower end is 200 / (200 + z²).
     [(200, 200, 0.98115, 1.0), (0, 10, 0.0, 0.27753), (81, 263, 0.25529, 0.36621)],
 )
-def test_wilson_of_known_shares(hits: int, n: int, low: float, high: float) -> None:
-    assert wilson(hits, n) == pytest.approx((low, high), abs=1e-4)
+def test_wilson_interval_of_known_shares(hits: int, n: int, low: float, high: float) -> None:
+    assert wilson_interval(hits, n) == pytest.approx((low, high), abs=1e-4)
