@@ -75,6 +75,7 @@ def test_sums_of_parts_give_the_figures_of_the_whole(metric: str) -> None:
 
 
 PAIR = {"category": "count", "question_id": "7", "prediction": "Yes", "answer": "Yes"}
+SEED = {"prediction": "A", "answer": "A", "data_type": "image", "question_type": 1}
 TURNED = {"prediction": "A", "answer": "A", "choices": ["one", "two"]}
 
 
@@ -84,11 +85,11 @@ TURNED = {"prediction": "A", "answer": "A", "choices": ["one", "two"]}
         (lambda: metrics.normalize_answer("a", rule="vqa"), "rule 'vqa'; known: textvqa, vqav2"),
         (lambda: metrics.vqa_accuracy("a", ["a"], rule="gqa"), "rule 'gqa'"),
         (lambda: metrics.vqa_accuracy("a", []), "answers is empty"),
-        (lambda: metrics.vqa_accuracy("a", "a"), "not the text 'a'"),
+        (lambda: metrics.vqa_accuracy("a", "a"), "answers: a list of texts is needed, not 'a'"),
         (lambda: metrics.exact_match("a", []), "answers is empty"),
         (lambda: metrics.anls("a", []), "answers is empty"),
         (lambda: metrics.ocrbench("a", []), "answers is empty"),
-        (lambda: metrics.rouge_l("a", []), "answers is empty"),
+        (lambda: metrics.rouge_l("a", []), "references is empty"),
         (lambda: metrics.yes_no("yes", rule="vqa"), "rule 'vqa'"),
         (lambda: metrics.choice_letter("A", []), "not 0"),
         (lambda: metrics.choice_letter("A", ["a"], rule="vqa"), "rule 'vqa'"),
@@ -104,12 +105,35 @@ TURNED = {"prediction": "A", "answer": "A", "choices": ["one", "two"]}
         (lambda: metrics.aggregate("pope", [PAIR | {"answer": "Yes"}]), "row 0: answer 'Yes'"),
         (lambda: metrics.aggregate("mme", [PAIR] * 3), "'7' of category 'count' has 3 rows"),
         (lambda: metrics.aggregate("ai2d", [TURNED | {"answer": "2"}]), "no place of 2 choices"),
-        (lambda: metrics.aggregate("mmbench", [TURNED | {"index": "nan"}]), "'nan' is no number"),
+        (
+            lambda: metrics.aggregate("mmbench", [TURNED | {"index": "nan"}]),
+            "'nan' is no whole number",
+        ),
         (lambda: metrics.aggregate("mmbench", [TURNED | {"index": 1000003}]), "index 3 has rota"),
         (lambda: metrics.aggregate("mmbench", [TURNED | {"index": 3}] * 2), "stands in two rows"),
         (
             lambda: metrics.aggregate("mmbench", [TURNED | {"index": 3, "answer": "nan"}]),
-            "answer 'nan'",
+            "row 0: answer 'nan'",
+        ),
+        (lambda: metrics.aggregate("mmbench", [TURNED | {"index": 3.5}]), "3.5 is no whole"),
+        (lambda: metrics.aggregate("ai2d", [TURNED | {"answer": 1.5}]), "not 1.5"),
+        (lambda: metrics.aggregate("ai2d", [TURNED | {"choices": []}]), "choices is empty"),
+        (lambda: metrics.aggregate("ai2d", [TURNED | {"prediction": 3}]), "must be a text, not 3"),
+        (
+            lambda: metrics.aggregate("vqav2", [{"prediction": "a", "answers": [{"answer": "a"}]}]),
+            "row 0: answers must be a list of texts",
+        ),
+        (
+            lambda: metrics.aggregate("refcoco", [{"prediction": "", "box": [0, 0, 1, math.nan]}]),
+            "box must be x1",
+        ),
+        (
+            lambda: metrics.aggregate("chair", [{"mentioned": "dog", "present": []}]),
+            "mentioned must be",
+        ),
+        (
+            lambda: metrics.aggregate("seed", [SEED | {"answer": "AB"}]),
+            "row 0: answer 'AB' is none of A, B, C, D",
         ),
     ],
 )
@@ -136,3 +160,27 @@ def test_a_vocabulary_of_objects(tmp_path: Path) -> None:
         read_objects(file)
     with pytest.raises(UserError, match="No such file"):
         read_objects(tmp_path / "none.txt")
+
+
+def test_a_box_of_numbers_past_all_bounds_is_none() -> None:
+    """A model that repeats a digit must not spoil the mean of a file."""
+    endless = f"[{'9' * 400}, 0, {'9' * 400}, 1]"
+    assert metrics.parse_box(endless) is None
+    assert metrics.aggregate("refcoco", [{"prediction": endless, "box": [0, 0, 1, 1]}])["iou"] == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    # What the Stanford tokeniser answers, without the punctuation that is dropped.
+    [
+        ("a sign saying '10:30' here", "a sign saying 10:30 here"),
+        ("A 3.5-inch disk, 1/2 cup & 3-4 eggs", "a 3.5-inch disk 1/2 cup & 3-4 eggs"),
+        ("y'all rock'n'roll 'tis o'clock", "y' all rock 'n' roll 't is o'clock"),
+        ("AT&T and black&white at 4:30pm", "at&t and black & white at 4:30 pm"),
+        ("£5, #1 and #tag: WOW!!!", "# 5 # 1 and #tag wow !!!"),
+        ("J. Smith of St. Louis, no. 7. No.", "j. smith of st. louis no. 7 no"),
+        ("a--b c---d, hmm.. the end.The", "a b c d hmm the end.the"),
+    ],
+)
+def test_tokens_of_captions(text: str, wanted: str) -> None:
+    assert " ".join(metrics.caption_tokens(text)) == wanted

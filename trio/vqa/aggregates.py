@@ -7,17 +7,20 @@ any order and drawn again by a bootstrap; `Metric.figures` makes of them what pa
 
 from __future__ import annotations
 
+import re
 import string
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from trio.errors import UserError
 from trio.vqa import open_answers
-from trio.vqa.boxes import box_iou, center_inside, parse_box
+from trio.vqa.boxes import box_iou, center_inside, is_box, parse_box
 from trio.vqa.caption_scores import ORDERS, bleu_counts, bleu_of, cider, rouge_l
 from trio.vqa.caption_tokens import caption_tokens
 from trio.vqa.choices import choice_letter, yes_no
@@ -28,26 +31,15 @@ Sum = Any
 
 _YES_OR_NO = ("yes", "no")
 _POPE = ("accuracy", "precision", "recall", "f1", "yes_ratio")
-_PERCEPTION = [
-    "existence",
-    "count",
-    "position",
-    "color",
-    "posters",
-    "celebrity",
-    "scene",
-    "landmark",
-    "artwork",
-    "OCR",
-]
-_COGNITION = [
-    "commonsense_reasoning",
-    "numerical_calculation",
-    "text_translation",
-    "code_reasoning",
-]
+_PERCEPTION = (
+    "existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark",
+    "artwork", "OCR",
+)  # fmt: skip
+_COGNITION = (
+    "commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning",
+)  # fmt: skip
 _ROTATION = 1_000_000
-_FOUR = "ABCD"
+_FOUR = tuple("ABCD")
 _TEXT_RECOGNITION = (
     "Regular Text Recognition",
     "Irregular Text Recognition",
@@ -58,6 +50,19 @@ _TEXT_RECOGNITION = (
 )
 _IOU_THRESHOLDS = (0.1, 0.3, 0.5, 0.7, 0.9)
 _NO_BOX = (0.0, 0.0, 0.0, 0.0)
+_TEXTS = open_answers.are_texts, "a list of texts"
+_KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "prediction": (lambda value: isinstance(value, str), "a text"),
+    "answer": (lambda value: isinstance(value, str | int), "a text or a whole number"),
+    "answers": _TEXTS,
+    "references": _TEXTS,
+    "choices": _TEXTS,
+    "mentioned": _TEXTS,
+    "present": _TEXTS,
+    "box": (is_box, "x1, y1, x2, y2"),
+}
+"""What a field must be, and that in words."""
+_MAY_BE_EMPTY = ("mentioned", "present", "prediction", "answer")
 
 
 class Ratio(NamedTuple):
@@ -102,7 +107,7 @@ def aggregate(metric: str, rows: Iterable[Row]) -> dict[str, float]:
 
     Returns:
         Shares from 0 to 1, MME scores of 0 to 200 a category, OCRBench points; `n`, the rows; for
-        yes or no and for letters `unparsed`, the share of answers in which none is found.
+        yes or no, letters and boxes `unparsed`, the share of answers in which none is found.
 
     Raises:
         UserError: unknown metric, no rows, or a row that cannot be scored.
@@ -114,29 +119,46 @@ def aggregate(metric: str, rows: Iterable[Row]) -> dict[str, float]:
 
 
 def metric_named(metric: str) -> Metric:
-    """
-    Raises:
-        UserError: unknown metric.
-    """
+    """How a metric is computed; UserError if there is none of that name."""
     if metric not in METRICS:
         raise UserError(f"unknown metric {metric!r}; known: {', '.join(METRICS)}")
     return METRICS[metric]
 
 
 def checked(metric: str, rows: Iterable[Row]) -> list[Row]:
-    """The rows, which have all fields.
+    """The rows, whose fields are there and of their kind.
 
     Raises:
-        UserError: no rows, or a field is missing.
+        UserError: no rows, or a field that is neither.
     """
     rows = list(rows)
     if not rows:
         raise UserError(f"metric {metric!r}: there are no rows")
     for number, row in enumerate(rows):
         for name in METRICS[metric].fields:
-            if row.get(name) is None:
-                raise UserError(f"metric {metric!r}, row {number}: no field {name!r}")
+            if (fault := _fault(name, row.get(name))) is not None:
+                raise UserError(f"metric {metric!r}, row {number}: {fault}")
     return rows
+
+
+def _fault(name: str, value: Any) -> str | None:
+    fits, expected = _KINDS.get(name, (lambda value: True, ""))
+    if value is None:
+        return f"no field {name!r}, or null"
+    if not fits(value):
+        return f"{name} must be {expected}, not {value!r:.60}"
+    if name in _KINDS and name not in _MAY_BE_EMPTY and not len(value):
+        return f"{name} is empty"
+    return None
+
+
+@contextmanager
+def _of_row(number: int) -> Iterator[None]:
+    """Says in which row something is."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"row {number}: {error}") from error
 
 
 def total(added: Iterable[Ratios]) -> Ratios:
@@ -165,10 +187,9 @@ def _each(score: Callable[[Row], Ratios]) -> Callable[[Sequence[Row]], Iterator[
 
     def items(rows: Sequence[Row]) -> Iterator[Item]:
         for number, row in enumerate(rows):
-            try:
-                yield Item((number,), score(row))
-            except UserError as error:
-                raise UserError(f"row {number}: {error}") from error
+            with _of_row(number):
+                adds = score(row)
+            yield Item((number,), adds)
 
     return items
 
@@ -176,6 +197,21 @@ def _each(score: Callable[[Row], Ratios]) -> Callable[[Sequence[Row]], Iterator[
 def _by(row: Row, ratio: Ratio, *fields: str) -> Ratios:
     """The ratio under each of the row's classes, as `field/class`; a field may be absent."""
     return {f"{name}/{row[name]}": ratio for name in fields if row.get(name) is not None}
+
+
+def _text(row: Row, field: str) -> str:
+    if not isinstance(row[field], str):
+        raise UserError(f"{field} must be a text, not {row[field]!r:.60}")
+    return str(row[field])
+
+
+def _whole(row: Row, field: str) -> int:
+    value = row[field]
+    if isinstance(value, Integral):
+        return int(value)
+    if isinstance(value, str) and re.fullmatch(r"\s*-?\d+\s*", value):
+        return int(value)
+    raise UserError(f"{field} {value!r:.60} is no whole number")
 
 
 def _one_of(row: Row, field: str, allowed: Sequence[str]) -> str:
@@ -196,7 +232,7 @@ def _vqa(rule: str) -> Callable[[Row], Ratios]:
 
 
 def _gqa(row: Row) -> Ratios:
-    right = open_answers.exact_match(row["prediction"], [row["answer"]])
+    right = open_answers.exact_match(row["prediction"], [_text(row, "answer")])
     is_open = row["structural"] == "query"
     return {
         "accuracy": Ratio(right),
@@ -210,7 +246,7 @@ def _docvqa(row: Row) -> Ratios:
 
 
 def _chartqa(row: Row) -> Ratios:
-    right = Ratio(open_answers.relaxed_accuracy(row["prediction"], row["answer"]))
+    right = Ratio(open_answers.relaxed_accuracy(row["prediction"], _text(row, "answer")))
     return {"accuracy": right, "human" if row["type"] == "human_test" else "augmented": right}
 
 
@@ -271,7 +307,10 @@ def _mme_pairs(rows: Sequence[Row]) -> Iterator[Item]:
                 "picture has two questions"
             )
         given = [yes_no(rows[number]["prediction"], rule="mme") for number in numbers]
-        true = [_one_of(rows[number], "answer", ("Yes", "No")).lower() for number in numbers]
+        true = []
+        for number in numbers:
+            with _of_row(number):
+                true.append(_one_of(rows[number], "answer", ("Yes", "No")).lower())
         right = sum(pair[0] == pair[1] for pair in zip(given, true, strict=True))
         yield Item(
             numbers,
@@ -309,10 +348,7 @@ def _lettered(given: str | None, true: str) -> Ratios:
 def _index(row: Row) -> str:
     """The letter of an answer that is the place of a choice."""
     letters = string.ascii_uppercase[: len(row["choices"])]
-    try:
-        place = int(row["answer"])
-    except ValueError:
-        place = -1
+    place = _whole(row, "answer")
     if not 0 <= place < len(letters):
         raise UserError(f"answer {row['answer']!r} is no place of {len(letters)} choices")
     return letters[place]
@@ -345,10 +381,8 @@ def _mmstar(row: Row) -> Ratios:
 def _mmbench_groups(rows: Sequence[Row]) -> Iterator[Item]:
     groups: dict[int, dict[int, int]] = defaultdict(dict)
     for number, row in enumerate(rows):
-        try:
-            rotation, base = divmod(int(row["index"]), _ROTATION)
-        except ValueError:
-            raise UserError(f"row {number}: index {row['index']!r} is no number") from None
+        with _of_row(number):
+            rotation, base = divmod(_whole(row, "index"), _ROTATION)
         if rotation in groups[base]:
             raise UserError(f"index {row['index']} stands in two rows")
         groups[base][rotation] = number
@@ -358,9 +392,10 @@ def _mmbench_groups(rows: Sequence[Row]) -> Iterator[Item]:
         right, unparsed = {}, 0
         for rotation, number in numbers.items():
             row = rows[number]
-            letter = choice_letter(row["prediction"], row["choices"])
-            letters = string.ascii_uppercase[: len(row["choices"])]
-            right[rotation] = letter == _one_of(row, "answer", letters)
+            letters = tuple(string.ascii_uppercase[: len(row["choices"])])
+            with _of_row(number):
+                letter = choice_letter(row["prediction"], row["choices"])
+                right[rotation] = letter == _one_of(row, "answer", letters)
             unparsed += letter is None
         all_right = Ratio(float(all(right.values())))
         yield Item(
@@ -392,7 +427,7 @@ def _refcoco(row: Row) -> Ratios:
 
 def _captions(rows: Sequence[Row]) -> Iterator[Item]:
     predictions = [_tokens(row["prediction"]) for row in rows]
-    references = [list(map(_tokens, open_answers.some(row["references"]))) for row in rows]
+    references = [list(map(_tokens, row["references"])) for row in rows]
     for number, score in enumerate(cider(predictions, references)):
         prediction, of_image = predictions[number], references[number]
         counts = bleu_counts(prediction, of_image)

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
+from numbers import Real
+from typing import Any
 
 from trio.errors import UserError
-from trio.vqa.open_answers import picked
+from trio.vqa.open_answers import rule_named
 
 Box = tuple[float, float, float, float]
 
 _NUMBER = r"-?\d+(?:\.\d+)?"
 _BRACKETS = re.compile(rf"\[\s*({_NUMBER}),\s*({_NUMBER}),\s*({_NUMBER}),\s*({_NUMBER})\s*\]")
-_QWEN = re.compile(r"\(([^()]*)\),\(([^()]*)\)")
+_QWEN = re.compile(r"\((.*?)\),\((.*?)\)")  # from the first bracket on, as its script
 
 
 def parse_box(text: str, *, rule: str = "brackets") -> Box | None:
-    """x1, y1, x2, y2 of the first box in a text; None if there is none or all four are 0.
+    """x1, y1, x2, y2 of the first box in a text; None if there is none, all four are 0, or one is
+    past what a number holds.
 
     Args:
         rule: `brackets` (lmms-eval): `[x1, y1, x2, y2]`. `qwen` (Qwen-VL): `(x1,y1),(x2,y2)`, which
@@ -25,8 +29,8 @@ def parse_box(text: str, *, rule: str = "brackets") -> Box | None:
     Returns:
         The numbers as they are written.
     """
-    box = picked(_RULES, rule)(text)
-    return box if box is not None and any(box) else None
+    box = rule_named(_RULES, rule)(text)
+    return box if box is not None and any(box) and all(map(math.isfinite, box)) else None
 
 
 def box_iou(first: Sequence[float], second: Sequence[float]) -> float:
@@ -36,13 +40,20 @@ def box_iou(first: Sequence[float], second: Sequence[float]) -> float:
         first, second: x1, y1, x2, y2, in the same unit.
     """
     for box in (first, second):
-        if len(box) != 4:
-            raise UserError(f"a box is x1, y1, x2, y2, not {list(box)!r:.80}")
+        if not is_box(box):
+            raise UserError(f"a box is x1, y1, x2, y2, finite numbers, not {box!r:.80}")
     width = min(first[2], second[2]) - max(first[0], second[0])
     height = min(first[3], second[3]) - max(first[1], second[1])
     overlap = max(0.0, width) * max(0.0, height)
     union = _area(first) + _area(second) - overlap
     return overlap / union if union else 0.0
+
+
+def is_box(value: Any) -> bool:
+    """Whether it is four finite numbers."""
+    if isinstance(value, str) or not isinstance(value, Sequence) or len(value) != 4:
+        return False
+    return all(isinstance(edge, Real) and math.isfinite(edge) for edge in value)
 
 
 def center_inside(predicted: Sequence[float], true: Sequence[float]) -> bool:

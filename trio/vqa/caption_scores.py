@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from trio.errors import UserError
-from trio.vqa.open_answers import some
+from trio.vqa.open_answers import texts
 
 ORDERS = (1, 2, 3, 4)
 _SIGMA = 6.0  # of the penalty for length, in bigrams
@@ -30,7 +30,10 @@ def cider(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> li
     Document frequencies are those of these references, so a score depends on all of them.
     """
     _same_length(predictions, references)
-    grams = [[_grams(reference) for reference in some(of_image)] for of_image in references]
+    grams = [
+        [_grams(reference) for reference in texts(of_image, "references")]
+        for of_image in references
+    ]
     frequency: _Grams = Counter()
     for of_image in grams:
         frequency.update(set().union(*of_image))
@@ -61,7 +64,7 @@ class BleuCounts:
 def bleu_counts(prediction: str, references: Sequence[str]) -> BleuCounts:
     """Of one caption, for every order."""
     most: _Grams = Counter()
-    for reference in some(references):
+    for reference in texts(references, "references"):
         most |= _grams(reference)
     grams = _grams(prediction)
     matches = grams & most
@@ -109,9 +112,8 @@ def bleu_of(matches: Sequence[Any], grams: Sequence[Any], words: Any, reference_
 def rouge_l(prediction: str, references: Sequence[str]) -> float:
     """ROUGE-L (Lin 2004, section 3), 0 to 1: best precision and best recall over the references."""
     words = prediction.split(" ")
-    pairs = [
-        (_common(words, other), len(other)) for other in (r.split(" ") for r in some(references))
-    ]
+    others = [reference.split(" ") for reference in texts(references, "references")]
+    pairs = [(_common(words, other), len(other)) for other in others]
     precision = max(common for common, _ in pairs) / len(words)
     recall = max(common / length for common, length in pairs)
     if not precision or not recall:
@@ -120,6 +122,7 @@ def rouge_l(prediction: str, references: Sequence[str]) -> float:
 
 
 def _same_length(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> None:
+    texts(predictions, "predictions")
     if len(predictions) != len(references):
         raise UserError(
             f"{len(predictions)} predictions, but references of {len(references)} images"

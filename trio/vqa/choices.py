@@ -11,7 +11,7 @@ from importlib.resources import files
 from typing import Any
 
 from trio.errors import UserError
-from trio.vqa.open_answers import picked
+from trio.vqa.open_answers import rule_named
 
 _NO = frozenset(("No", "no", "not"))
 _SCIENCEQA = "ABCDE"
@@ -29,7 +29,7 @@ def yes_no(prediction: str, *, rule: str = "pope") -> str | None:
             "No", "no" or "not", else yes. `mme` (arXiv 2306.13394, official script): what the first
             four characters contain.
     """
-    return picked(_YES_NO, rule)(prediction)
+    return rule_named(_YES_NO, rule)(prediction)
 
 
 def choice_letter(prediction: str, choices: Sequence[str], *, rule: str = "mmbench") -> str | None:
@@ -44,7 +44,7 @@ def choice_letter(prediction: str, choices: Sequence[str], *, rule: str = "mmben
         raise UserError(
             f"choices: 1 to {len(string.ascii_uppercase)} are needed, not {len(choices)}"
         )
-    letter = picked(_LETTERS, rule)(prediction, choices)
+    letter = rule_named(_LETTERS, rule)(prediction, choices)
     return letter if letter in _letters(choices) else None
 
 
@@ -95,9 +95,9 @@ def _ai2d(text: str, choices: Sequence[str]) -> str:
 
 def _mmbench(text: str, choices: Sequence[str]) -> str | None:
     table = _mmbench_table()
-    if any(refusal in text for refusal in table["refusals"]):
-        return None
     if table["api_failure"] not in text:
+        if any(refusal in text for refusal in table["refusals"]):
+            return None
         letters = _letters(choices)
         words = text.translate(str.maketrans(dict.fromkeys(table["marks_to_space"], " "))).split()
         named = [letter for letter in letters if letter in words]

@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 import re
 import string
-from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import cache, partial
 from importlib.resources import files
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from trio.errors import UserError
 
@@ -30,7 +30,7 @@ _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _HANDWRITTEN_FORMULAS = "HME100k"
 
 
-def picked(rules: Mapping[str, T], rule: str) -> T:
+def rule_named(rules: Mapping[str, T], rule: str) -> T:
     """What stands for a rule.
 
     Raises:
@@ -41,17 +41,24 @@ def picked(rules: Mapping[str, T], rule: str) -> T:
     return rules[rule]
 
 
-def some(answers: Sequence[str]) -> Sequence[str]:
-    """Answers that a score can be made against.
+def texts(values: Sequence[str], name: str = "answers") -> Sequence[str]:
+    """What a score is made against: a list of texts, not empty.
 
     Raises:
-        UserError: none, or a text in place of a list of texts.
+        UserError: it is something else; says so of `name`.
     """
-    if isinstance(answers, str):
-        raise UserError(f"answers: a list of texts is needed, not the text {answers!r:.60}")
-    if not len(answers):
-        raise UserError("answers is empty")
-    return answers
+    if not are_texts(values):
+        raise UserError(f"{name}: a list of texts is needed, not {values!r:.60}")
+    if not len(values):
+        raise UserError(f"{name} is empty")
+    return values
+
+
+def are_texts(value: Any) -> bool:
+    """Whether it is a list of texts."""
+    return not isinstance(value, str) and (
+        isinstance(value, Collection) and all(isinstance(text, str) for text in value)
+    )
 
 
 def normalize_answer(text: str, *, rule: str = "textvqa") -> str:
@@ -61,20 +68,20 @@ def normalize_answer(text: str, *, rule: str = "textvqa") -> str:
         rule: `vqav2`, as the VQA API does it (Agrawal et al. 2015, arXiv 1505.00468); `textvqa`,
             with the steps that mmf's EvalAI processor does before.
     """
-    return picked(_NORMALISED, rule)(text)
+    return rule_named(_NORMALISED, rule)(text)
 
 
 def vqa_accuracy(prediction: str, answers: Sequence[str], *, rule: str = "textvqa") -> float:
     """Agreement with the annotators of VQAv2, TextVQA or VizWiz, 0 to 1.
 
     The mean over the annotators of min(1, k / 3), where k counts the others who gave the predicted
-    answer (arXiv 1505.00468, section 5). It was made for ten: a single answer always scores 0.
+    answer (arXiv 1505.00468, section 3). It was made for ten: a single answer always scores 0.
 
     Args:
         rule: `textvqa`, `vqav2`: texts are normalised by that rule. `vqav2_official`: as the VQA
             API, which compares texts as they are if all answers are the same.
     """
-    same = picked(_COMPARED, rule)(prediction, some(answers))
+    same = rule_named(_COMPARED, rule)(prediction, texts(answers))
     n, m = len(same), sum(same)
     return (m * min(1.0, (m - 1) / 3) + (n - m) * min(1.0, m / 3)) / n
 
@@ -87,20 +94,20 @@ def exact_match(prediction: str, answers: Sequence[str], *, rule: str = "gqa") -
             for GQA's script. `ignore_punctuation`: without capitals and ASCII punctuation on both
             sides, as lmms-eval.
     """
-    text = picked(_MATCHED, rule)(prediction.strip())
-    clean = _without_punctuation if rule == "ignore_punctuation" else str
-    return float(any(text == clean(answer) for answer in some(answers)))
+    clean_prediction, clean_answer = rule_named(_MATCHED, rule)
+    text = clean_prediction(prediction.strip())
+    return float(any(text == clean_answer(answer) for answer in texts(answers)))
 
 
 def anls(prediction: str, answers: Sequence[str], *, threshold: float = 0.5) -> float:
-    """Levenshtein similarity to the nearest answer (ANLS, arXiv 1905.13648, section 4), 0 to 1.
+    """Levenshtein similarity to the nearest answer (ANLS, arXiv 1905.13648), 0 to 1.
 
     As the ICDAR script: distances of cleaned texts, divided by the length of the uncleaned ones.
 
     Args:
         threshold: of a score; below it, 0 is given.
     """
-    score = 1 - min(_distance(prediction, answer) for answer in some(answers))
+    score = 1 - min(_distance(prediction, answer) for answer in texts(answers))
     return score if score >= threshold else 0.0
 
 
@@ -121,7 +128,7 @@ def ocrbench(prediction: str, answers: Sequence[str], *, dataset: str = "") -> f
     """
     clean = _formula if dataset == _HANDWRITTEN_FORMULAS else _line
     text = clean(prediction)
-    return float(any(clean(answer) in text for answer in some(answers)))
+    return float(any(clean(answer) in text for answer in texts(answers)))
 
 
 def _vqav2(text: str) -> str:
@@ -203,11 +210,12 @@ def _formula(text: str) -> str:
 
 _NORMALISED: dict[str, Callable[[str], str]] = {"textvqa": _textvqa, "vqav2": _vqav2}
 _COMPARED: dict[str, Callable[[str, Sequence[str]], list[bool]]] = {
-    "textvqa": lambda text, answers: _compared(text, answers, "textvqa"),
-    "vqav2": lambda text, answers: _compared(text, answers, "vqav2"),
+    "textvqa": partial(_compared, rule="textvqa"),
+    "vqav2": partial(_compared, rule="vqav2"),
     "vqav2_official": _officially,
 }
-_MATCHED: dict[str, Callable[[str], str]] = {
-    "gqa": lambda text: text.rstrip(".").lower(),
-    "ignore_punctuation": _without_punctuation,
+_MATCHED: dict[str, tuple[Callable[[str], str], Callable[[str], str]]] = {
+    "gqa": (lambda text: text.rstrip(".").lower(), str),
+    "ignore_punctuation": (_without_punctuation, _without_punctuation),
 }
+"""What a rule does to the prediction, and to an answer."""
