@@ -49,6 +49,7 @@ SAYS = {
     "trio/pruning/README.md": [["[118, 69, 28] "]],
     "trio/job/README.md": [["5 images in photos.parquet"]],
     "trio/vqa/README.md": [["0.6", "1.0"]],
+    "trio/engine/README.md": [["[1.0, 0.0]"]],
 }
 """What each Python sample of a page must print, in their order."""
 TYPES = ["jpg", "JPEG", "png", "webp", "gif"]

@@ -13,7 +13,7 @@ import functools
 import importlib.util
 import inspect
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, groupby
 from typing import Any, Protocol
@@ -73,6 +73,64 @@ class Padded:
             positions = torch.arange(width, device=self.key_lengths_B.device)
             self._masks[width] = (positions < self.key_lengths_B[:, None])[:, None, None]
         return self._masks[width]
+
+
+@dataclass(slots=True, eq=False)
+class Branches:
+    """Continuations of stored prompts, several of each, packed back to back.
+
+    A token sees all stored keys of its request, and of the new ones those of its own branch up to
+    itself. Stored and new keys come in one rectangle, the new ones right of the stored.
+    """
+
+    request_T: Tensor
+    """Row of the rectangle that each token belongs to."""
+    place_T: Tensor
+    """Its place among the new tokens of that row."""
+    mask_B1WL: Tensor
+    """`[B, 1, W, L + W]`, W new tokens and L stored ones at most: True where one sees a key."""
+
+    @classmethod
+    def of(cls, branches: Sequence[Sequence[int]], device: torch.device) -> Branches:
+        """For the tokens of each branch of each request; knows of no stored keys yet."""
+        width = max(map(sum, branches))
+        branch_BW = torch.full((len(branches), width), -1)
+        for row, lengths in enumerate(branches):
+            own = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+            branch_BW[row, : len(own)] = own
+        same = branch_BW[:, :, None] == branch_BW[:, None]
+        request_T, place_T = (index.to(device) for index in (branch_BW >= 0).nonzero(as_tuple=True))
+        return cls(request_T, place_T, same.tril()[:, None].to(device))
+
+    def behind(self, stored_B: Tensor, width: int) -> Branches:
+        """The same behind so many stored keys of each request, in rectangles of that width."""
+        places = torch.arange(width, device=stored_B.device)
+        seen = (places < stored_B[:, None])[:, None, None].expand(-1, 1, self.width, -1)
+        return Branches(self.request_T, self.place_T, torch.cat([seen, self.mask_B1WL], dim=-1))
+
+    @property
+    def width(self) -> int:
+        return self.mask_B1WL.shape[2]
+
+    def rectangle(self, packed: Tensor) -> Tensor:
+        """`[1, H, T, E]` to `[B, H, W, E]`; zeros where no token stands."""
+        _, heads, _, dim = packed.shape
+        shape = len(self.mask_B1WL), heads, self.width, dim
+        out = packed.new_zeros(shape)
+        out[self.request_T, :, self.place_T] = packed[0].transpose(0, 1)
+        return out
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """`query [1, H, T, E]`, `key` and `value [B, K, L + W, E]` to `[1, T, H, E]`."""
+        out = F.scaled_dot_product_attention(
+            self.rectangle(query),
+            key,
+            value,
+            attn_mask=self.mask_B1WL,
+            scale=scale,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+        return out[self.request_T, :, self.place_T][None]
 
 
 class Layout(Protocol):

@@ -39,6 +39,9 @@ class Admission:
         """A sequence, or a failed result where the request can never be served."""
         runner, sampling = self._runner, prepared.sampling or self._sampling
         prompt, new = len(prepared.input_ids), sampling.max_new_tokens
+        stored = new
+        if prepared.candidates:
+            new, stored = max(map(len, prepared.candidates)), 1
         if not prompt:
             return failed(prepared.id, "prompt", "the prompt has no tokens")
         if len(prepared.image_inputs) != len(prepared.image_tokens):
@@ -60,7 +63,7 @@ class Admission:
         if prompt - runner.left_out(prepared.image_tokens) + new > runner.decoder.max_positions:
             message = f"{size} pass the model's context of {runner.decoder.max_positions}"
             return failed(prepared.id, "too_long", message)
-        need = runner.need(prompt, prepared.image_tokens, new)
+        need = runner.need(prompt, prepared.image_tokens, stored)
         if not runner.cache.fits(need):
             message = f"{size} pass the KV cache of {runner.cache.room.budget} bytes"
             return failed(prepared.id, "no_room", message)

@@ -18,6 +18,7 @@ from trio import openmp as waiting
 from trio.bundled import is_bundled, prompts_notice
 from trio.decoder.weights import how_to_mend
 from trio.engine.admission import Admission
+from trio.engine.decoding.candidates import candidate_logprobs
 from trio.engine.decoding.generation_rules import Rules
 from trio.engine.decoding.logits_rules import check, note, ruled
 from trio.engine.decoding.sampler import Chosen, choose, stream
@@ -375,10 +376,9 @@ class Engine:
         encoded = self._runner.now()
         if sequences:
             logits_BV, prune_s = self._runner.prefill(sequences, features)
-            chosen = _choose(sequences, logits_BV)
             _note_distributions(sequences, logits_BV)
-            complete = self._append(sequences, chosen)
-            self._runner.start([sequence for sequence in sequences if sequence.failure is None])
+            complete = self._score(*_those(sequences, logits_BV, scored=True))
+            complete += self._start(*_those(sequences, logits_BV, scored=False))
             self._counters.prune_s += prune_s
         ended = self._runner.now()
         self._counters.encode_s += encoded - began
@@ -387,6 +387,28 @@ class Engine:
         for sequence in sequences:
             sequence.prefill_s = (ended - began) * sequence.prompt_tokens / tokens
         self._finish(complete)
+
+    def _start(self, sequences: list[SequenceState], logits_BV: Tensor) -> list[SequenceState]:
+        """Gives sequences their first token; those that are complete with it are returned."""
+        if not sequences:
+            return []
+        complete = self._append(sequences, _choose(sequences, logits_BV))
+        self._runner.start([sequence for sequence in sequences if sequence.failure is None])
+        return complete
+
+    def _score(self, sequences: list[SequenceState], logits_BV: Tensor) -> list[SequenceState]:
+        """Scores the candidates of sequences whose prompts are there; returns these."""
+        if not sequences:
+            return []
+        self._note_peak()
+        most = self._scheduler.batch_tokens
+        scores = candidate_logprobs(self._runner, sequences, logits_BV, batch_tokens=most)
+        for sequence, own in zip(sequences, scores, strict=True):
+            if all(math.isfinite(logprob) for candidate in own for logprob in candidate):
+                sequence.candidate_logprobs = own
+            else:
+                sequence.failure = not_finite(sequence, self._runner.decoder.dtype)
+        return sequences
 
     def _encode(
         self, sequences: list[SequenceState]
@@ -431,8 +453,7 @@ class Engine:
         """One token each, but none to those complete without it; returns those now complete."""
         complete = []
         spoilt = False
-        counters = self._counters
-        counters.kv_used_bytes_peak = max(counters.kv_used_bytes_peak, self._cache.used_bytes)
+        self._note_peak()
         for sequence, token, logprob in zip(
             sequences, chosen.token_ids, chosen.logprobs, strict=True
         ):
@@ -450,6 +471,10 @@ class Engine:
         if spoilt:  # a step too many, by a request that is gone
             self._cache.scrub()
         return complete
+
+    def _note_peak(self) -> None:
+        counters = self._counters
+        counters.kv_used_bytes_peak = max(counters.kv_used_bytes_peak, self._cache.used_bytes)
 
     def _failure(self, sequence: SequenceState, logprob: float) -> str:
         """Why a sequence has no next token; `logprob` as in `Chosen`."""
@@ -498,6 +523,15 @@ def _choose(sequences: Sequence[SequenceState], logits_BV: Tensor) -> Chosen:
     if ruled_BV is not None:
         note(sequences, chosen.tokens_B)
     return chosen
+
+
+def _those(
+    sequences: list[SequenceState], logits_BV: Tensor, *, scored: bool
+) -> tuple[list[SequenceState], Tensor]:
+    """The sequences that have candidates, or that have none, with their logits."""
+    rows = [row for row, one in enumerate(sequences) if bool(one.prepared.candidates) == scored]
+    own = logits_BV if len(rows) == len(sequences) else logits_BV[rows]
+    return [sequences[row] for row in rows], own
 
 
 def _note_distributions(sequences: Sequence[SequenceState], logits_BV: Tensor) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trio.decoder.attention import Branches
 from trio.engine.kv_budget import KVBudget, Need, Shape
 
 
@@ -132,6 +133,10 @@ class KVCache:
         """Takes in the prompts of freshly allocated requests, packed in this order."""
         return PrefillWriter(self, [self.order.index(key) for key in keys])
 
+    def branches(self, keys: Sequence[int], branches: Branches) -> BranchReader:
+        """Reads the stored prompts of these requests, for continuations that are not stored."""
+        return BranchReader(self, keys, branches)
+
     def start(
         self, keys: Sequence[int], tokens: Sequence[int], positions: Sequence[Sequence[int]]
     ) -> None:
@@ -199,6 +204,40 @@ class PrefillWriter:
         slots_T, places_T = self._place
         self._cache._keys[layer_idx][slots_T, :, places_T] = key[0].transpose(0, 1)
         self._cache._values[layer_idx][slots_T, :, places_T] = value[0].transpose(0, 1)
+        return key, value
+
+
+class BranchReader:
+    """The cache as continuations of stored requests see it: they read it and are not stored.
+
+    `branches`: of the requests `keys`, in this order.
+    """
+
+    def __init__(self, cache: KVCache, keys: Sequence[int], branches: Branches) -> None:
+        self._cache = cache
+        slots = [cache.order.index(key) for key in keys]
+        self._slots = torch.tensor(slots, device=cache._device)
+        lengths = [[own[slot] for slot in slots] for own in cache._lengths]
+        self._widths = [max(own) for own in lengths]
+        self.layouts = [
+            branches.behind(torch.tensor(own, device=cache._device), width)
+            for own, width in zip(lengths, self._widths, strict=True)
+        ]
+        """Of each group."""
+
+    def update(
+        self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Stored and new keys and values of a layer, `[B, K, L + W, E]`, for new `[1, K, T, E]`."""
+        group = self._cache._group_of[layer_idx]
+        layout = self.layouts[group]
+        key, value = (
+            torch.cat([tensor[self._slots, :, : self._widths[group]], layout.rectangle(new)], dim=2)
+            for tensor, new in (
+                (self._cache._keys[layer_idx], key),
+                (self._cache._values[layer_idx], value),
+            )
+        )
         return key, value
 
 

@@ -127,8 +127,8 @@ def report(
         return _failed(sequence, sequence.failure)
     visual = sequence.visual_tokens
     text = sequence.prompt_tokens - visual
-    # An answer's last token need not be stored: it is never fed back.
-    added = len(sequence.token_ids) - 1
+    # An answer's last token need not be stored: it is never fed back. Candidates are not stored.
+    added = max(0, len(sequence.token_ids) - 1)
     unpruned = [sequence.prompt_tokens] * shape.num_layers
     present = [tokens - text for tokens in sequence.layer_tokens]
     flops, flops_unpruned = (
@@ -137,10 +137,13 @@ def report(
     )
     return Result(
         id=sequence.prepared.id,
-        response=decode(sequence.token_ids[:-1] if reason == "stop" else sequence.token_ids),
+        response=None
+        if reason == "scored"
+        else decode(sequence.token_ids[:-1] if reason == "stop" else sequence.token_ids),
         token_ids=sequence.token_ids,
         logprobs=sequence.logprobs,
         first_logprobs=sequence.first_logprobs,
+        candidate_logprobs=sequence.candidate_logprobs,
         finish_reason=reason,
         prompt_tokens=sequence.prompt_tokens,
         output_tokens=len(sequence.token_ids),

@@ -13,7 +13,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from trio.decoder.attention import Padded
+from trio.decoder.attention import Branches, Padded
 from trio.decoder.matmul import few_row_linears
 from trio.decoder.stopwatch import Stopwatch
 from trio.engine.contexts import Contexts
@@ -255,6 +255,31 @@ class ModelRunner:
                 layout = Padded(writer.length_GB[group])
                 hidden_BD = self.decoder.run_layers(start, stop, hidden_BD, rotary, layout, writer)
             return self.decoder.head(hidden_BD)
+
+    @torch.no_grad()
+    def branch(
+        self, sequences: Sequence[SequenceState], branches: Sequence[Sequence[Sequence[int]]]
+    ) -> Tensor:
+        """Hidden states that tokens behind stored prompts give, `[T, D]`, for `head`.
+
+        Args:
+            sequences: with their prompts in the cache; what follows is not stored.
+            branches: of each sequence, the tokens of its continuations, which stand side by side.
+        """
+        device = self.decoder.device
+        lengths = [[len(tokens) for tokens in own] for own in branches]
+        layouts = Branches.of(lengths, device)
+        reader = self.cache.branches([sequence.key for sequence in sequences], layouts)
+        ids_T = torch.tensor([token for own in branches for tokens in own for token in tokens])
+        ahead_T = torch.cat([torch.arange(n) for own in lengths for n in own]).to(device)
+        hidden_TD = self.decoder.embed(ids_T.to(device))
+        with self.decoder.ragged():
+            for group, (start, stop) in enumerate(self.cache.spans):
+                first_B = torch.tensor([one.positions[group] for one in sequences], device=device)
+                rotary = self.decoder.rotary(first_B[layouts.request_T] + ahead_T)
+                layout = reader.layouts[group]
+                hidden_TD = self.decoder.run_layers(start, stop, hidden_TD, rotary, layout, reader)
+        return hidden_TD
 
     def now(self) -> float:
         """Seconds by a clock that has waited for the device."""

@@ -7,6 +7,7 @@ prepare requests for one that has it.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
     from trio.families.adapter import Adapter, Inputs
 
+_log = logging.getLogger(__name__)
 _MARK = "\ue000user text\ue000"
 _SYSTEM_MARK = "\ue000system text\ue000"
 _TEXT_KEYS = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"}
@@ -47,6 +49,7 @@ class Preprocessor:
         self._processor = processor
         self._family = family
         self._system = system
+        self._said_apart = False
         # Our own copy: calls of the shared one change its truncation and padding under way.
         self._tokenizer = Tokenizer.from_str(backend.to_str())
         self._tokenizer.no_padding()
@@ -68,7 +71,11 @@ class Preprocessor:
         """The prepared request, or a failed result where the request itself is at fault."""
         try:
             images = self._images(request.images)
-            input_ids = self._prompt(request, [ids for ids, _ in images])
+            expansions = [ids for ids, _ in images]
+            input_ids = self._prompt(request, expansions)
+            candidates = [
+                self._candidate(request, expansions, input_ids, text) for text in request.candidates
+            ]
         except Unservable as fault:
             return failed(request.id, fault.kind, str(fault))
         return Prepared(
@@ -79,6 +86,7 @@ class Preprocessor:
             instruction_ids=tuple(self._instruction(request.prompt)),
             id=request.id,
             sampling=request.sampling,
+            candidates=tuple(candidates),
         )
 
     @property
@@ -156,14 +164,49 @@ class Preprocessor:
             message = f"{where} was not processed for this model: {first_line(fault)}"
             raise Unservable("image", message) from fault
 
-    def _prompt(self, request: Request, expansions: Sequence[list[int]]) -> list[int]:
-        """Token ids of the whole prompt, with each image's placeholders in its place."""
+    def _candidate(
+        self, request: Request, expansions: Sequence[list[int]], prompt: list[int], text: str
+    ) -> tuple[int, ...]:
+        """Tokens of an answer behind the prompt."""
+        _check_text(text, "candidate")
+        both = self._prompt(request, expansions, text)
+        ids = both[len(prompt) :]
+        if both[: len(prompt)] != prompt:
+            self._say_apart(text)
+            ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        if not ids:
+            raise Unservable("prompt", f"candidate {text!r:.60} has no tokens")
+        return (*ids, self._end_id) if request.with_eos else tuple(ids)
+
+    def _say_apart(self, text: str) -> None:
+        if not self._said_apart:
+            self._said_apart = True
+            _log.warning(
+                "candidate %.60r changes the prompt's last tokens: it is scored as tokenised by "
+                "itself, as all such candidates are",
+                text,
+            )
+
+    @property
+    def _end_id(self) -> int:
+        end: int | None = self._processor.tokenizer.eos_token_id
+        if end is None:
+            raise Unservable("prompt", "the tokenizer has no end of sequence to count")
+        return end
+
+    def _prompt(
+        self, request: Request, expansions: Sequence[list[int]], answer: str = ""
+    ) -> list[int]:
+        """Token ids of the whole prompt, with each image's placeholders in its place, and of an
+        answer right behind it."""
         _check_text(request.prompt, "prompt")
         system = self._system if request.system is None else request.system
         if system is not None:
             _check_text(system, "system message")
         text = self._render(request.prompt, len(expansions), system)
         theirs = self._their_parts(text, len(expansions), system)
+        theirs.append((len(text), len(text) + len(answer)))
+        text += answer
         bos = self._processor.tokenizer.bos_token
         add_special = not (bos and text.startswith(bos))
         encoded = self._tokenizer.encode(text, add_special_tokens=add_special)

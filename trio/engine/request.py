@@ -134,6 +134,11 @@ class Request:
     """The system message, where the chat template has a place for one; None: the engine's."""
     sampling: Sampling | None = None
     """None: the engine's default."""
+    candidates: tuple[str, ...] = ()
+    """Answers whose log-probabilities are wanted; the model then gives none of its own. Each stands
+    directly behind the prompt: some models want a space before it."""
+    with_eos: bool = False
+    """Whether the end of sequence behind a candidate counts as its last token."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -152,6 +157,8 @@ class Prepared:
     """The same as the decoder's tokens, without those that only a chat template may write."""
     id: Any = None
     sampling: Sampling | None = None
+    candidates: tuple[tuple[int, ...], ...] = ()
+    """Tokens of each answer to be scored."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -169,7 +176,10 @@ class Result:
     first_logprobs: Tensor | None = field(default=None, compare=False, repr=False)
     """Where the sampling asks for it: the same of every token that could have come first, [V]
     float32 on the CPU."""
-    finish_reason: Literal["stop", "length", "error"]
+    candidate_logprobs: list[list[float]] = field(default_factory=list)
+    """Of each candidate, natural log of each token's probability under the model, given the prompt
+    and the candidate's tokens before it."""
+    finish_reason: Literal["stop", "length", "scored", "error"]
     error: str | None = None
     """`kind: message`; the kinds are those of `FailureKind`."""
     prompt_tokens: int | None = None

@@ -37,6 +37,8 @@ class SequenceState:
     logprobs: list[float] = field(default_factory=list)
     first_logprobs: Tensor | None = None
     """As in the result."""
+    candidate_logprobs: list[list[float]] = field(default_factory=list)
+    """As in the result."""
     layer_tokens: list[int] = field(default_factory=list)
     """Prompt tokens present in each layer."""
     positions: list[int] = field(default_factory=list)
@@ -61,10 +63,12 @@ class SequenceState:
         return sum(self.prepared.image_tokens)
 
     @property
-    def finish_reason(self) -> Literal["stop", "length", "error"] | None:
+    def finish_reason(self) -> Literal["stop", "length", "scored", "error"] | None:
         """Why nothing is added to the answer; None while something is."""
         if self.failure is not None:
             return "error"
+        if self.candidate_logprobs:
+            return "scored"
         if self.token_ids and self.token_ids[-1] in self.stop_ids:
             return "stop"
         if len(self.token_ids) == self.sampling.max_new_tokens:
@@ -76,6 +80,6 @@ class SequenceState:
         self.stream, self.failure = stream, None
         if self.following is not None:
             self.following.restart()
-        answer = (self.token_ids, self.logprobs)
+        answer = (self.token_ids, self.logprobs, self.candidate_logprobs)
         for grown in (*answer, self.layer_tokens, self.positions, self.kept, self.entered):
             grown.clear()
