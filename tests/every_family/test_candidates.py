@@ -16,15 +16,18 @@ from tests.every_family.test_engine import engine
 from tests.tiny.llava import WORDS
 from trio.engine.decoding.teacher_forcing import Answer, Answers
 from trio.engine.request import Prepared, Request
-from trio.families.registry import adapt
 from trio.pruning.options import Pruning
 
 PRUNINGS = {
     "trio": Pruning(retention=0.4),
     "keep": Pruning(schedule="1:30,4:20", position_ids="keep"),
-    "fastv": Pruning(schedule="2:0.4", method="fastv"),
+    "scan": Pruning(retention=0.4, encoder="scan", position_ids="keep"),
 }
-QUICK = {"trio": ["llava", "llava_next", "llava_onevision", "qwen2_5_vl", "qwen3_vl"]}
+QUICK = {
+    "trio": ["llava", "llava_next", "llava_onevision", "qwen2_5_vl", "qwen3_vl"],
+    "keep": ["llava", "qwen3_vl"],
+    "scan": ["llava"],
+}
 
 
 def questions(count: int, *, seed: int = 0) -> list[Request]:
@@ -131,17 +134,16 @@ def test_beside_requests_that_are_answered(family: Family) -> None:
     assert both.stats()["requests"] == len(mixed)
 
 
-def test_images_stand_once_for_all_candidates(family: Family) -> None:
-    """One prefill a question: the encoder sees each picture once, however many candidates."""
-    seen: list[int] = []
+def test_one_prefill_for_all_candidates(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = engine(family, Pruning(retention=0.4))
+    prefill, prompts = own._runner.prefill, []
 
-    def count(inputs: Sequence[Any], *rest: Any) -> Any:
-        seen.append(len(inputs))
-        return adapt(family.model).encode_images(inputs, *rest)
+    def counted(sequences: Any, features: Any) -> Any:
+        prompts.extend(sequence.prepared.id for sequence in sequences)
+        return prefill(sequences, features)
 
-    own = engine(family, Pruning(retention=0.4), encode_images=count)
+    monkeypatch.setattr(own._runner, "prefill", counted)
     request = Request(prompt="how many", images=(picture(0),), candidates=(" a", " b", " c d"))
     results = by_id(own.generate(replace(request, id=number) for number in range(3)))
     assert [len(result.candidate_logprobs) for result in results.values()] == [3, 3, 3]
-    assert sum(seen) == 3
-    assert own.stats()["prompt_tokens"] == 3 * (results[0].prompt_tokens or 0)
+    assert sorted(prompts) == [0, 1, 2]

@@ -91,8 +91,28 @@ def test_nothing_right_before_has_no_relative_score() -> None:
     assert found.relative is None
     assert found.relative_interval is None
     assert found.difference_interval == (1.0, 1.0)
+
+
+def test_what_cannot_be_compared_is_named() -> None:
     with pytest.raises(UserError, match="no row"):
         compare(np.zeros(0), np.zeros(0), np.zeros(0, int))
+    with pytest.raises(UserError, match="3 pictures, but rows: 2 and 3"):
+        compare(np.zeros(2), np.zeros(3), np.zeros(3, int))
+    with pytest.raises(UserError, match="not finite"):
+        compare(np.array([1.0, np.nan]), np.zeros(2), np.zeros(2, int))
+    row = {"category": "count", "question_id": "7", "prediction": "Yes", "answer": "Yes"}
+    with pytest.raises(UserError, match=r"rows \[0, 1\] count together"):
+        compare_figures("mme", [row, row], [row, row], np.arange(2))
+
+
+def test_pictures_are_any_ids() -> None:
+    """A number that no row has is no picture."""
+    rng = np.random.default_rng(2)
+    before, after, pictures = runs(rng, 40, 0.9)
+    names = np.array([f"{picture:03d}.jpg" for picture in range(pictures.max() + 1)])
+    expected = compare(before, after, pictures)
+    assert compare(before, after, pictures * 7) == expected
+    assert compare(before, after, names[pictures]) == expected
 
 
 def test_a_share_of_rows_in_clusters() -> None:
@@ -122,6 +142,7 @@ def test_figures_that_are_no_means(name: str, monkeypatch: pytest.MonkeyPatch) -
         assert figure.unpruned == figure.pruned
         assert figure.difference_interval == (0, 0)
         assert figure.relative_interval in (None, (1, 1))
+    assert all(figure.few_changes for figure in same.values())
     one = "accuracy" if "accuracy" in figures else next(iter(figures))
     assert figures[one].unpruned != figures[one].pruned
     alone = compare_figures(name, rows, worse, np.zeros(len(rows), int))

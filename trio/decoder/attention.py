@@ -91,13 +91,12 @@ class Branches:
     """`[B, 1, W, L + W]`, W new tokens and L stored ones at most: True where one sees a key."""
 
     @classmethod
-    def of(cls, branches: Sequence[Sequence[int]], device: torch.device) -> Branches:
-        """For the tokens of each branch of each request; knows of no stored keys yet."""
-        width = max(map(sum, branches))
-        branch_BW = torch.full((len(branches), width), -1)
-        for row, lengths in enumerate(branches):
-            own = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
-            branch_BW[row, : len(own)] = own
+    def of(cls, lengths: Sequence[Sequence[int]], device: torch.device) -> Branches:
+        """For branches of these lengths, of each request; without stored keys yet."""
+        branch_BW = torch.full((len(lengths), max(map(sum, lengths))), -1)
+        for row, counts in enumerate(lengths):
+            branch_T = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+            branch_BW[row, : len(branch_T)] = branch_T
         same = branch_BW[:, :, None] == branch_BW[:, None]
         request_T, place_T = (index.to(device) for index in (branch_BW >= 0).nonzero(as_tuple=True))
         return cls(request_T, place_T, same.tril()[:, None].to(device))
@@ -121,15 +120,19 @@ class Branches:
         return out
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """`query [1, H, T, E]`, `key` and `value [B, K, L + W, E]` to `[1, T, H, E]`."""
+        """`query [1, H, T, E]`, `key` and `value [B, K, L + W, E]` to `[1, T, H, E]`.
+
+        As in decoding, the queries of a key head's group stand as rows of it: with a mask, older
+        kernels know no grouped heads.
+        """
+        requests, kv_heads, _, dim = key.shape
+        heads = query.shape[1]
+        group = heads // kv_heads
+        query_BKWE = self.rectangle(query).reshape(requests, kv_heads, group * self.width, dim)
         out = F.scaled_dot_product_attention(
-            self.rectangle(query),
-            key,
-            value,
-            attn_mask=self.mask_B1WL,
-            scale=scale,
-            enable_gqa=query.shape[1] != key.shape[1],
+            query_BKWE, key, value, attn_mask=self.mask_B1WL.repeat(1, 1, group, 1), scale=scale
         )
+        out = out.reshape(requests, heads, self.width, dim)
         return out[self.request_T, :, self.place_T][None]
 
 

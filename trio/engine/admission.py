@@ -40,6 +40,8 @@ class Admission:
         runner, sampling = self._runner, prepared.sampling or self._sampling
         prompt, new = len(prepared.input_ids), sampling.max_new_tokens
         stored = new
+        if not all(prepared.candidates):
+            return failed(prepared.id, "prompt", "a candidate without tokens")
         if prepared.candidates:
             new, stored = max(map(len, prepared.candidates)), 1
         if not prompt:

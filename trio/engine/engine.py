@@ -401,6 +401,7 @@ class Engine:
         if not sequences:
             return []
         self._note_peak()
+        began = self._runner.now()
         most = self._scheduler.batch_tokens
         scores = candidate_logprobs(self._runner, sequences, logits_BV, batch_tokens=most)
         for sequence, own in zip(sequences, scores, strict=True):
@@ -408,6 +409,7 @@ class Engine:
                 sequence.candidate_logprobs = own
             else:
                 sequence.failure = not_finite(sequence, self._runner.decoder.dtype)
+        self._counters.score_s += self._runner.now() - began
         return sequences
 
     def _encode(
@@ -495,6 +497,7 @@ class Engine:
             counters.images += len(sequence.spans)
             counters.prompt_tokens += sequence.prompt_tokens
             counters.output_tokens += len(sequence.token_ids)
+            counters.candidate_tokens += sum(map(len, sequence.candidate_logprobs))
         if any(sequence.failure is not None for sequence in sequences):
             self._cache.scrub()
 

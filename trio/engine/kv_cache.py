@@ -215,30 +215,28 @@ class BranchReader:
 
     def __init__(self, cache: KVCache, keys: Sequence[int], branches: Branches) -> None:
         self._cache = cache
-        slots = [cache.order.index(key) for key in keys]
-        self._slots = torch.tensor(slots, device=cache._device)
-        lengths = [[own[slot] for slot in slots] for own in cache._lengths]
-        self._widths = [max(own) for own in lengths]
-        self.layouts = [
-            branches.behind(torch.tensor(own, device=cache._device), width)
-            for own, width in zip(lengths, self._widths, strict=True)
-        ]
-        """Of each group."""
+        self._slots = [cache.order.index(key) for key in keys]
+        self._branches = branches
+        self._width = 0
+
+    def begin(self, group: int) -> Branches:
+        """How new tokens see the keys of the layers of this group, whose `update` follows."""
+        lengths = [self._cache._lengths[group][slot] for slot in self._slots]
+        self._width = max(lengths)
+        return self._branches.behind(torch.tensor(lengths, device=self._cache._device), self._width)
 
     def update(
         self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Stored and new keys and values of a layer, `[B, K, L + W, E]`, for new `[1, K, T, E]`."""
-        group = self._cache._group_of[layer_idx]
-        layout = self.layouts[group]
-        key, value = (
-            torch.cat([tensor[self._slots, :, : self._widths[group]], layout.rectangle(new)], dim=2)
-            for tensor, new in (
-                (self._cache._keys[layer_idx], key),
-                (self._cache._values[layer_idx], value),
-            )
-        )
-        return key, value
+        both = []
+        for tensor, new in (
+            (self._cache._keys[layer_idx], key),
+            (self._cache._values[layer_idx], value),
+        ):
+            stored = tensor[self._slots, :, : self._width]
+            both.append(torch.cat([stored, self._branches.rectangle(new)], dim=2))
+        return both[0], both[1]
 
 
 class DecodeWriter:

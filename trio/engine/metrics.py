@@ -28,9 +28,12 @@ class Counters:
     """Like the tokens of prompts and answers, of `requests`, and once for each of them."""
     prompt_tokens: int = 0
     output_tokens: int = 0
+    candidate_tokens: int = 0
     encode_s: float = 0.0
     prefill_s: float = 0.0
-    """Prefill without encoding, pruning included."""
+    """Prefill without encoding; pruning included, and scoring of candidates."""
+    score_s: float = 0.0
+    """Of candidates, behind the prefill of their prompts."""
     prune_s: float = 0.0
     decode_s: float = 0.0
     idle_s: float = 0.0

@@ -268,16 +268,17 @@ class ModelRunner:
         """
         device = self.decoder.device
         lengths = [[len(tokens) for tokens in own] for own in branches]
-        layouts = Branches.of(lengths, device)
-        reader = self.cache.branches([sequence.key for sequence in sequences], layouts)
+        layout = Branches.of(lengths, device)
+        reader = self.cache.branches([sequence.key for sequence in sequences], layout)
+        request_T = layout.request_T
         ids_T = torch.tensor([token for own in branches for tokens in own for token in tokens])
-        ahead_T = torch.cat([torch.arange(n) for own in lengths for n in own]).to(device)
+        ahead_T = torch.cat([torch.arange(count) for own in lengths for count in own]).to(device)
         hidden_TD = self.decoder.embed(ids_T.to(device))
         with self.decoder.ragged():
             for group, (start, stop) in enumerate(self.cache.spans):
                 first_B = torch.tensor([one.positions[group] for one in sequences], device=device)
-                rotary = self.decoder.rotary(first_B[layouts.request_T] + ahead_T)
-                layout = reader.layouts[group]
+                rotary = self.decoder.rotary(first_B[request_T] + ahead_T)
+                layout = reader.begin(group)
                 hidden_TD = self.decoder.run_layers(start, stop, hidden_TD, rotary, layout, reader)
         return hidden_TD
 

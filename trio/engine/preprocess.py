@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 _MARK = "\ue000user text\ue000"
 _SYSTEM_MARK = "\ue000system text\ue000"
+Span = tuple[int, int]
+"""Of a text, from a character to before another."""
 _TEXT_KEYS = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"}
 MAX_ASPECT_RATIO = 200
 """Resizing by the shorter edge makes the longer one this many times as long."""
@@ -72,10 +74,9 @@ class Preprocessor:
         try:
             images = self._images(request.images)
             expansions = [ids for ids, _ in images]
-            input_ids = self._prompt(request, expansions)
-            candidates = [
-                self._candidate(request, expansions, input_ids, text) for text in request.candidates
-            ]
+            text, theirs = self._rendered(request, len(images))
+            input_ids = self._tokens(text, theirs, expansions)
+            candidates = tuple(self._candidates(request, text, theirs, expansions, input_ids))
         except Unservable as fault:
             return failed(request.id, fault.kind, str(fault))
         return Prepared(
@@ -86,7 +87,7 @@ class Preprocessor:
             instruction_ids=tuple(self._instruction(request.prompt)),
             id=request.id,
             sampling=request.sampling,
-            candidates=tuple(candidates),
+            candidates=candidates,
         )
 
     @property
@@ -164,27 +165,36 @@ class Preprocessor:
             message = f"{where} was not processed for this model: {first_line(fault)}"
             raise Unservable("image", message) from fault
 
-    def _candidate(
-        self, request: Request, expansions: Sequence[list[int]], prompt: list[int], text: str
-    ) -> tuple[int, ...]:
-        """Tokens of an answer behind the prompt."""
-        _check_text(text, "candidate")
-        both = self._prompt(request, expansions, text)
-        ids = both[len(prompt) :]
-        if both[: len(prompt)] != prompt:
-            self._say_apart(text)
-            ids = self._tokenizer.encode(text, add_special_tokens=False).ids
-        if not ids:
-            raise Unservable("prompt", f"candidate {text!r:.60} has no tokens")
-        return (*ids, self._end_id) if request.with_eos else tuple(ids)
+    def _candidates(
+        self,
+        request: Request,
+        text: str,
+        theirs: Sequence[Span],
+        expansions: Sequence[list[int]],
+        prompt: list[int],
+    ) -> Iterator[tuple[int, ...]]:
+        """Tokens of each answer to be scored, behind the prompt that was rendered as `text`."""
+        if isinstance(request.candidates, str):
+            raise Unservable("prompt", "candidates is a text; give several texts")
+        for answer in request.candidates:
+            _check_text(answer, "candidate")
+            own = len(text), len(text) + len(answer)
+            both = self._tokens(text + answer, [*theirs, own], expansions)
+            ids = both[len(prompt) :]
+            if both[: len(prompt)] != prompt:
+                self._say_apart(answer)
+                ids = self._tokens(answer, [(0, len(answer))], (), special=False)
+            if not ids:
+                raise Unservable("prompt", f"candidate {answer!r:.60} has no tokens")
+            yield (*ids, self._end_id) if request.with_eos else tuple(ids)
 
-    def _say_apart(self, text: str) -> None:
+    def _say_apart(self, answer: str) -> None:
         if not self._said_apart:
             self._said_apart = True
             _log.warning(
                 "candidate %.60r changes the prompt's last tokens: it is scored as tokenised by "
-                "itself, as all such candidates are",
-                text,
+                "itself, which may put a space before it; so are all such candidates",
+                answer,
             )
 
     @property
@@ -194,27 +204,37 @@ class Preprocessor:
             raise Unservable("prompt", "the tokenizer has no end of sequence to count")
         return end
 
-    def _prompt(
-        self, request: Request, expansions: Sequence[list[int]], answer: str = ""
-    ) -> list[int]:
-        """Token ids of the whole prompt, with each image's placeholders in its place, and of an
-        answer right behind it."""
+    def _rendered(self, request: Request, images: int) -> tuple[str, list[Span]]:
+        """The whole prompt as text, and where the words of others than the template lie in it."""
         _check_text(request.prompt, "prompt")
         system = self._system if request.system is None else request.system
         if system is not None:
             _check_text(system, "system message")
-        text = self._render(request.prompt, len(expansions), system)
-        theirs = self._their_parts(text, len(expansions), system)
-        theirs.append((len(text), len(text) + len(answer)))
-        text += answer
-        bos = self._processor.tokenizer.bos_token
-        add_special = not (bos and text.startswith(bos))
+        text = self._render(request.prompt, images, system)
+        return text, self._their_parts(text, images, system)
+
+    def _tokens(
+        self,
+        text: str,
+        theirs: Sequence[Span],
+        expansions: Sequence[list[int]],
+        *,
+        special: bool = True,
+    ) -> list[int]:
+        """Token ids of a text, with each image's placeholders in its place.
+
+        Args:
+            theirs: where control tokens are text.
+            special: whether the tokenizer adds what begins a sequence, unless the text has it.
+        """
+        bos, unknown = self._processor.tokenizer.bos_token, self._unknown
+        add_special = special and not (bos and text.startswith(bos))
         encoded = self._tokenizer.encode(text, add_special_tokens=add_special)
         places = 0
         ids: list[int] = []
         for token, (begin, end) in zip(encoded.ids, encoded.offsets, strict=True):
-            if any(_lies_in(part, text, begin, end) for part in theirs) and (
-                token in self._control_ids or text[begin:end].strip() == self._unknown
+            if (token in self._control_ids or text[begin:end].strip() == unknown) and any(
+                _lies_in(part, text, begin, end) for part in theirs
             ):
                 ids += self._literal(text[begin:end])
             elif token == self.image_token_id:
@@ -240,7 +260,7 @@ class Preprocessor:
             message = f"the chat template refuses it: {kind_and_line(fault)}"
             raise Unservable("prompt", message) from fault
 
-    def _their_parts(self, text: str, images: int, system: str | None) -> list[tuple[int, int]]:
+    def _their_parts(self, text: str, images: int, system: str | None) -> list[Span]:
         """Where the words of others than the template lie in the rendered prompt."""
         frame = self._render(_MARK, images, None if system is None else _SYSTEM_MARK)
         before, found, rest = frame.rpartition(_SYSTEM_MARK)

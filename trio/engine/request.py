@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 FailureKind = Literal["prompt", "image", "mismatch", "too_long", "no_room", "numeric"]
 """Why a request could not be served:
 
-`prompt`   the prompt is no text, or the chat template cannot place it
+`prompt`   the prompt or a candidate is no text, or the chat template cannot place it
 `image`    an image cannot be read or has an impossible shape
 `mismatch` the image placeholders of a prompt do not fit its images
-`too_long` prompt and output together pass the model's context
+`too_long` prompt and output, or a candidate, together pass the model's context
 `no_room`  even alone, the request passes the KV cache or the device's memory
 `numeric`  the model's numbers for it are not finite: NaN, or past what its dtype holds
 """
@@ -136,9 +136,10 @@ class Request:
     """None: the engine's default."""
     candidates: tuple[str, ...] = ()
     """Answers whose log-probabilities are wanted; the model then gives none of its own. Each stands
-    directly behind the prompt: some models want a space before it."""
+    directly behind the prompt: some models want a space before it. Special tokens spelt out in them
+    stay text."""
     with_eos: bool = False
-    """Whether the end of sequence behind a candidate counts as its last token."""
+    """Whether the tokenizer's end of sequence counts as the last token of each candidate."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -204,11 +205,12 @@ class Result:
     """Keys and values stored for this request when it finished, over all layers."""
     kv_bytes_unpruned: int | None = None
     prefill_s: float | None = None
-    """This request's share, by tokens, of the time spent on encoding images and on prefill."""
+    """This request's share, by tokens of prompts, of the time spent on encoding images, on prefill
+    and on candidates."""
     decode_s: float | None = None
     """This request's share of the decode steps it took part in, in seconds."""
     latency_s: float | None = None
-    """Seconds from being handed to the engine to the last token."""
+    """Seconds from being handed to the engine to the last token, or the candidates' scores."""
     kept_tokens: list[list[int | None]] | None = None
     """Per stage, the kept visual tokens as indices into the prompt's visual tokens before any
     reduction; first those that the encoder left, if it reduced them. A merged token counts as the

@@ -49,8 +49,9 @@ def share_interval(hits: np.ndarray, clusters: np.ndarray, *, confidence: float 
 
     Args:
         hits: 0 or 1 for each row, `[R]`.
-        clusters: the cluster of each row, `[R]`, numbered from 0.
+        clusters: the cluster of each row, `[R]`, as any ids.
     """
+    clusters = numbered(clusters)
     n, count = len(hits), int(clusters.max()) + 1
     share = float(hits.mean())
     if count == n:
@@ -75,6 +76,12 @@ def ratio_variance(above: np.ndarray, below: np.ndarray, clusters: np.ndarray) -
     return float(count / (count - 1) * np.square(residuals).sum() / below.sum() ** 2)
 
 
+def numbered(ids: np.ndarray) -> np.ndarray:
+    """The same clusters, numbered from 0 without holes: a number that no row has would count as a
+    cluster without rows."""
+    return np.unique(ids, return_inverse=True)[1]
+
+
 def by_cluster(values: np.ndarray, clusters: np.ndarray) -> np.ndarray:
     """Sums of the rows of each cluster, `[C]`."""
     return np.bincount(clusters, weights=values)
@@ -87,13 +94,13 @@ class ClusteredBootstrap:
     compared, have to see the same pictures.
 
     Args:
-        clusters: the cluster of each row, `[R]`, numbered from 0.
+        clusters: the cluster of each row, `[R]`, as any ids.
         seed: of the draws.
     """
 
     def __init__(self, clusters: np.ndarray, *, seed: int, resamples: int = RESAMPLES) -> None:
-        self._clusters = clusters
-        self._count = int(clusters.max()) + 1
+        self._clusters = numbered(clusters)
+        self._count = int(self._clusters.max()) + 1
         self._seed = seed
         self._resamples = resamples
 

@@ -18,6 +18,7 @@ from trio.vqa.intervals import (
     ClusteredBootstrap,
     Interval,
     by_cluster,
+    numbered,
     percentiles,
     share_interval,
 )
@@ -29,7 +30,7 @@ FEW = 10
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Comparison:
-    """A mean score of pruned answers beside that of unpruned ones."""
+    """A mean score of pruned answers beside that of unpruned ones; all figures as fractions."""
 
     n: int
     """Rows that both runs answered."""
@@ -62,17 +63,16 @@ def compare(
 
     Args:
         unpruned, pruned: the score of each row, `[R]`, in the same order.
-        pictures: the picture of each row, `[R]`, numbered from 0.
+        pictures: the picture of each row, `[R]`, as any ids.
         seed: of the bootstrap.
 
     Raises:
-        UserError: no rows.
+        UserError: no rows, scores that are not finite, or more of one than of the others.
     """
-    if not len(unpruned):
-        raise UserError("no row was answered in both runs")
-    if not len(unpruned) == len(pruned) == len(pictures):
-        raise ValueError("a score of each run, and a picture, is needed of each row")
     x, y = (np.asarray(each, np.float64) for each in (unpruned, pruned))
+    pictures = _pictures(pictures, len(x), len(y))
+    if not np.isfinite([x, y]).all():
+        raise UserError("a score is not finite")
     binary = bool(np.isin([x, y], (0, 1)).all())
     changed = int((by_cluster(np.abs(y - x), pictures) > 0).sum())
     left_out = 0
@@ -109,6 +109,10 @@ class Figure:
     """95 %, of pruned less unpruned."""
     relative_interval: Interval | None
     """95 %, of pruned over unpruned; None if that is undefined in all draws."""
+    draws_left_out: int
+    """Of the relative figure, because the unpruned one is 0 in them."""
+    few_changes: bool
+    """Whether so few pictures changed (`FEW`) that the intervals are too short."""
 
 
 def compare_figures(
@@ -124,40 +128,70 @@ def compare_figures(
 
     Args:
         metric, unpruned, pruned: as for `aggregate`; the same rows in the same order.
-        pictures: the picture of each row, `[R]`, numbered from 0; rows that count together (both
-            questions of MME, rotations of MMBench) are of one picture.
+        pictures: the picture of each row, `[R]`, as any ids; rows that count together (both
+            questions of MME, rotations of MMBench) must be of one.
 
     Raises:
-        UserError: as `aggregate`.
+        UserError: as `aggregate`; other numbers of rows; rows that count together of two pictures.
     """
+    pictures = _pictures(pictures, len(unpruned), len(pruned))
     bootstrap = ClusteredBootstrap(pictures, seed=seed, resamples=DRAWS)
-    found = [aggregate(metric, rows) for rows in (unpruned, pruned)]
-    x, y = (_figures(metric, rows, bootstrap) for rows in (unpruned, pruned))
-    return {
-        name: Figure(
-            unpruned=found[0][name],
-            pruned=found[1][name],
+    before, after = (aggregate(metric, rows) for rows in (unpruned, pruned))
+    x_adds, y_adds = (_added(metric, rows, pictures) for rows in (unpruned, pruned))
+    few = _changed(x_adds, y_adds, pictures) < FEW
+    x, y = (_figures(metric, added, bootstrap) for added in (x_adds, y_adds))
+    figures = {}
+    for name in x.keys() & y.keys():
+        defined = x[name] > 0
+        ratios = y[name][defined] / x[name][defined]
+        figures[name] = Figure(
+            unpruned=before[name],
+            pruned=after[name],
             difference_interval=percentiles(y[name] - x[name]),
-            relative_interval=percentiles(y[name][x[name] > 0] / x[name][x[name] > 0])
-            if (x[name] > 0).any()
-            else None,
+            relative_interval=percentiles(ratios) if len(ratios) else None,
+            draws_left_out=int((~defined).sum()),
+            few_changes=few,
         )
-        for name in x
-        if name in y
-    }
+    return figures
 
 
-def _figures(
-    metric: str, rows: Sequence[Row], bootstrap: ClusteredBootstrap
-) -> dict[str, np.ndarray]:
-    """Each figure in every draw, `[draws]`."""
-    columns: dict[tuple[str, int], np.ndarray] = defaultdict(lambda: np.zeros(len(rows)))
+_Added = dict[tuple[str, int], np.ndarray]
+"""Both sides of each ratio, 0 and 1: what each row adds, `[R]`; of rows that count together, the
+first adds it."""
+
+
+def _pictures(pictures: np.ndarray, *counts: int) -> np.ndarray:
+    """Numbered from 0, one for each row."""
+    if not len(pictures):
+        raise UserError("no row was answered in both runs")
+    if any(count != len(pictures) for count in counts):
+        raise UserError(f"{len(pictures)} pictures, but rows: {' and '.join(map(str, counts))}")
+    return numbered(pictures)
+
+
+def _added(metric: str, rows: Sequence[Row], pictures: np.ndarray) -> _Added:
+    columns: _Added = defaultdict(lambda: np.zeros(len(rows)))
     for item in METRICS[metric].items(rows):
+        if len(set(pictures[list(item.rows)])) > 1:
+            raise UserError(f"rows {list(item.rows)} count together, but are of several pictures")
         for name, ratio in item.adds.items():
             for side, value in enumerate(ratio):
                 columns[name, side][item.rows[0]] = value
-    sums = dict(zip(columns, bootstrap.sums(*columns.values()), strict=True))
-    ratios = {name: Ratio(sums[name, 0], sums[name, 1]) for name, side in columns if side == 0}
+    return columns
+
+
+def _changed(x: _Added, y: _Added, pictures: np.ndarray) -> int:
+    """Pictures of which something differs."""
+    rows = np.zeros(len(pictures), bool)
+    for key in x.keys() | y.keys():
+        rows |= x[key] != y[key] if key in x and key in y else True
+    return len(set(pictures[rows]))
+
+
+def _figures(metric: str, added: _Added, bootstrap: ClusteredBootstrap) -> dict[str, np.ndarray]:
+    """Each figure in every draw, `[draws]`."""
+    sums = dict(zip(added, bootstrap.sums(*added.values()), strict=True))
+    ratios = {name: Ratio(sums[name, 0], sums[name, 1]) for name, side in added if side == 0}
     return {
         name: np.broadcast_to(value, (DRAWS,))
         for name, value in METRICS[metric].figures(ratios).items()
@@ -186,5 +220,5 @@ def _of_few(x: np.ndarray, y: np.ndarray, pictures: np.ndarray) -> tuple[Interva
     difference = won[0] - lost[1], won[1] - lost[0]
     if not x.any():
         return difference, None
-    low, high = (1 + bound / float(x.mean()) for bound in difference)
+    low, high = (max(0.0, 1 + bound / float(x.mean())) for bound in difference)
     return difference, (low, high)

@@ -1,7 +1,8 @@
 """Log-probabilities of given answers, all of a request from one prefill (teacher forcing).
 
 A candidate's first token is scored by the prompt's logits; the others are read over the prompt's
-cache, all candidates of many requests in one forward pass, and are not stored.
+cache, the candidates of many requests in one forward pass, and are not stored. Where the logits
+themselves are wanted, or a whole answer is long, `teacher_forcing` decodes along it.
 Shapes: B requests, T packed tokens, V vocabulary.
 """
 
@@ -16,7 +17,10 @@ from trio.engine.model_runner import ModelRunner
 from trio.engine.sequence import SequenceState
 
 HEAD_ROWS = 256
-"""Tokens whose logits are in memory at a time."""
+"""Tokens of candidates whose logits are in memory at a time."""
+WIDEST = 1024
+"""Tokens of one request's candidates in a pass, unless one alone has more: each sees each in the
+mask of attention."""
 _Branch = tuple[int, int, tuple[int, ...]]
 """Of a candidate: row of its request, its number, its tokens."""
 
@@ -34,53 +38,60 @@ def candidate_logprobs(
     Args:
         sequences: with their prompts in the cache.
         logits_BV: of their last prompt tokens.
-        batch_tokens: tokens of candidates that one pass computes, unless one alone has more.
+        batch_tokens: bounds what one pass reads, keys of prompts included, to twice as many.
     """
     candidates = [sequence.prepared.candidates for sequence in sequences]
-    firsts = [[tokens[0] for tokens in own] for own in candidates]
-    rows = torch.tensor([row for row, own in enumerate(firsts) for _ in own])
-    scores = iter(_of_tokens(logits_BV[rows], [token for own in firsts for token in own]))
-    found = [[[next(scores)] for _ in own] for own in firsts]
-    for part in _parts(candidates, batch_tokens):
+    rows = [row for row, own in enumerate(candidates) for _ in own]
+    firsts = [tokens[0] for own in candidates for tokens in own]
+    scores = iter(_logprobs(logits_BV)[rows, firsts].tolist())
+    found = [[[next(scores)] for _ in own] for own in candidates]
+    stored = [max(sequence.layer_tokens) for sequence in sequences]
+    for part in _parts(candidates, stored, 2 * batch_tokens):
         members = sorted({row for row, _, _ in part})
-        branches = [[list(tokens[:-1]) for row, _, tokens in part if row == own] for own in members]
+        branches = [[tokens[:-1] for row, _, tokens in part if row == own] for own in members]
         hidden_TD = runner.branch([sequences[row] for row in members], branches)
-        wanted = [token for _, _, tokens in part for token in tokens[1:]]
-        scores = iter(
-            score
-            for start in range(0, len(wanted), HEAD_ROWS)
-            for score in _of_tokens(
-                runner.decoder.head(hidden_TD[start : start + HEAD_ROWS]),
-                wanted[start : start + HEAD_ROWS],
-            )
-        )
+        scores = iter(_scores(runner, hidden_TD, [t for _, _, tokens in part for t in tokens[1:]]))
         for row, number, tokens in part:
             found[row][number] += [next(scores) for _ in tokens[1:]]
     return found
 
 
-def _of_tokens(logits_TV: Tensor, tokens: Sequence[int]) -> list[float]:
-    index_T1 = torch.tensor(tokens, device=logits_TV.device)[:, None]
+def _scores(runner: ModelRunner, hidden_TD: Tensor, tokens: Sequence[int]) -> Iterator[float]:
+    """Log-probability of each token behind its hidden state."""
+    for start in range(0, len(tokens), HEAD_ROWS):
+        wanted = tokens[start : start + HEAD_ROWS]
+        logits_TV = runner.decoder.head(hidden_TD[start : start + HEAD_ROWS])
+        yield from _logprobs(logits_TV)[range(len(wanted)), wanted].tolist()
+
+
+def _logprobs(logits_TV: Tensor) -> Tensor:
     exact = torch.promote_types(logits_TV.dtype, torch.float32)
-    logprobs_TV = logits_TV.to(exact).log_softmax(dim=-1)
-    scores: list[float] = logprobs_TV.gather(1, index_T1)[:, 0].tolist()
-    return scores
+    return logits_TV.to(exact).log_softmax(dim=-1)
 
 
 def _parts(
-    candidates: Sequence[Sequence[tuple[int, ...]]], batch_tokens: int
+    candidates: Sequence[Sequence[tuple[int, ...]]], stored: Sequence[int], most: int
 ) -> Iterator[list[_Branch]]:
-    """Candidates of more than one token, in order, as many at a time as one pass computes."""
+    """Candidates of more than one token, in order, as many at a time as one pass takes.
+
+    Args:
+        candidates: of each request.
+        stored: tokens of each prompt.
+        most: keys of a pass, which come in a rectangle as long as the longest row of its requests.
+    """
     part: list[_Branch] = []
-    size = 0
+    widths: dict[int, int] = {}
     for row, own in enumerate(candidates):
         for number, tokens in enumerate(own):
             if len(tokens) < 2:
                 continue
-            if part and size + len(tokens) - 1 > batch_tokens:
+            grown = widths | {row: widths.get(row, 0) + len(tokens) - 1}
+            widest = max(grown.values())
+            longest = max(stored[member] for member in grown) + widest
+            if part and (widest > WIDEST or len(grown) * longest > most):
                 yield part
-                part, size = [], 0
+                part, grown = [], {row: len(tokens) - 1}
             part.append((row, number, tokens))
-            size += len(tokens) - 1
+            widths = grown
     if part:
         yield part
