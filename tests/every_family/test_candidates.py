@@ -136,7 +136,8 @@ def test_beside_requests_that_are_answered(family: Family) -> None:
 
 def test_one_prefill_for_all_candidates(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
     own = engine(family, Pruning(retention=0.4))
-    prefill, prompts = own._runner.prefill, []
+    prefill = own._runner.prefill
+    prompts: list[int] = []
 
     def counted(sequences: Any, features: Any) -> Any:
         prompts.extend(sequence.prepared.id for sequence in sequences)

@@ -174,7 +174,8 @@ class Preprocessor:
         prompt: list[int],
     ) -> Iterator[tuple[int, ...]]:
         """Tokens of each answer to be scored, behind the prompt that was rendered as `text`."""
-        if isinstance(request.candidates, str):
+        given: object = request.candidates
+        if isinstance(given, str):
             raise Unservable("prompt", "candidates is a text; give several texts")
         for answer in request.candidates:
             _check_text(answer, "candidate")

@@ -99,7 +99,8 @@ def _mmbench(text: str, choices: Sequence[str]) -> str | None:
         if any(refusal in text for refusal in table["refusals"]):
             return None
         letters = _letters(choices)
-        words = text.translate(str.maketrans(dict.fromkeys(table["marks_to_space"], " "))).split()
+        marks = table["marks_to_space"]
+        words = text.translate(str.maketrans(marks, " " * len(marks))).split()
         named = [letter for letter in letters if letter in words]
         if len(named) == 1 and words.index(named[0]) >= len(words) - _LAST_WORDS:
             return named[0]

@@ -141,7 +141,7 @@ def compare_figures(
     few = _changed(x_adds, y_adds, pictures) < FEW
     x, y = (_figures(metric, added, bootstrap) for added in (x_adds, y_adds))
     figures = {}
-    for name in x.keys() & y.keys():
+    for name in filter(y.__contains__, x):
         defined = x[name] > 0
         ratios = y[name][defined] / x[name][defined]
         figures[name] = Figure(
