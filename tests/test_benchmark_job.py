@@ -35,6 +35,7 @@ from trio.pruning.options import Pruning
         (["quality", "--encoders", "glasses"], "--encoders: unknown value 'glasses'"),
         (["speed", "--shape", "huge"], "--shape huge is not available"),
         (["speed", "--encoder", "scan"], "is not measured here"),
+        (["likelihood", "--encoder", "scan"], "is not measured here"),
         (["speed", "--retention", "1/9", "--schedule", "1:9"], "not both"),
         (["speed", "--shape", "tiny", "--retention", "0.01"], "out of reach"),
         (["speed", "--device", "abacus"], "--device abacus is not to be had here; there is: cpu"),
@@ -87,6 +88,25 @@ def test_speed_compares_four_ways_on_the_same_requests_and_beside_busy_loops(
 
 
 @pytest.mark.slow
+def test_likelihood_beside_answers_and_beside_a_prefill_each(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "likelihood.json"
+    flags = ["--shape", "tiny", "--batch", "2", "--prompt-tokens", "8", "--rounds", "2"]
+    more = ["--candidates", "3", "--candidate-tokens", "2", "--json", str(file)]
+    assert benchmark.main(["likelihood", *flags, *more]) == 0
+    told = json.loads(file.read_text())
+    assert told["conditions"]["candidates"] == 3 and "torch" in told["conditions"]
+    rows = {row["name"]: row["total_s"] for row in told["rows"]}
+    assert len(rows) == 5 and all(seconds > 0 for seconds in rows.values())
+    keys = ["yes_no_vs_2_tokens", "yes_no_vs_32_tokens", "one_prefill_vs_each"]
+    assert list(told["ranges"]) == keys
+    assert all(low <= told[key] <= high for key, (low, high) in told["ranges"].items())
+    # Thirty steps more, and three prompts instead of one: that much shows on any machine.
+    assert told["yes_no_vs_32_tokens"] > 1 and told["one_prefill_vs_each"] > 1
+    assert "candidates, a prefill each" in capsys.readouterr().out
+
+
 def test_speed_of_llava_next_counts_tiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The shape `tiny` with images of 5 tiles, 144 visual tokens each, and 24 newlines."""
     tiny = shapes.SHAPES["tiny"]

@@ -79,9 +79,9 @@ def read(argv: Sequence[str], description: str) -> Measurement:
     """
     # They import this module for what they share.
     from trio.benchmark.quality_commands import Calibrate, Quality
-    from trio.benchmark.speed_commands import Cost, Pipeline, Speed, Targets
+    from trio.benchmark.speed_commands import Cost, Likelihood, Pipeline, Speed, Targets
 
-    kinds = (Quality, Speed, Cost, Targets, Pipeline, Calibrate)
+    kinds = (Quality, Speed, Likelihood, Cost, Targets, Pipeline, Calibrate)
     commands: dict[str, type[Measurement]] = {kind.__name__.lower(): kind for kind in kinds}
     shown = {
         name: Command(about=inspect.getdoc(kind) or "", groups=kind.groups())

@@ -1,5 +1,5 @@
-"""`benchmark.py speed`, `cost`, `targets` and `pipeline`. What measures is imported when it runs:
-no torch here."""
+"""`benchmark.py speed`, `likelihood`, `cost`, `targets` and `pipeline`. What measures is imported
+when it runs: no torch here."""
 
 from __future__ import annotations
 
@@ -129,10 +129,7 @@ class Speed(Measurement):
 
         names = ("batch", "prompt_tokens", "output_tokens", "seed")
         workload = Workload(**{name: getattr(self, name) for name in names})
-        if self.pruning.encoder != "none":
-            raise UserError(
-                f"--encoder {self.pruning.encoder} is not measured here; there is: none"
-            )
+        _check_encoder(self.pruning)
         pruning = one_ninth(self.pruning)
         device, dtype = _device(self.device, self.dtype)
         conditions = {
@@ -163,6 +160,77 @@ class Speed(Measurement):
         print(table(result))
         write(self.json, {"conditions": conditions, **result})
         return 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Likelihood(Measurement):
+    """Rate of scoring given answers, beside that of answering and of a prefill for each of them."""
+
+    shape: Shape = "small"
+    """As for speed."""
+    batch: Count = 16
+    """Questions, one image each, all waiting at once."""
+    prompt_tokens: Tokens = 40
+    """Text tokens of each question."""
+    candidates: Count = 4
+    """Of each question, besides yes and no."""
+    candidate_tokens: Tokens = 3
+    """Of each candidate."""
+    pruning: Pruning = field(default_factory=Pruning)
+    device: Device | None = None
+    """Where to measure (default: the GPU if there is one)."""
+    dtype: Dtype | None = None
+    """Of the weights (default: float32; bfloat16 on a GPU)."""
+    rounds: Count = 3
+    """Each with a run of every row; medians are shown."""
+    seed: Seed = 0
+    """Of words and pixels."""
+    json: NewFile | None = None
+    """Also write conditions, ratios and rows as JSON."""
+
+    def run(self) -> int:
+        import torch
+
+        from trio.benchmark.conditions import machine
+        from trio.benchmark.speed.engine_speed import Workload
+        from trio.benchmark.speed.likelihood_speed import Candidates, compare, table
+
+        _check_encoder(self.pruning)
+        pruning = one_ninth(self.pruning)
+        device, dtype = _device(self.device, self.dtype)
+        shown = ("shape", "batch", "prompt_tokens", "candidates", "candidate_tokens")
+        conditions = {
+            **{name: getattr(self, name) for name in shown},
+            **_amount(pruning),
+            "rounds": self.rounds,
+            "seed": self.seed,
+            "dtype": dtype,
+            **machine(device),
+        }
+        print(line(conditions), flush=True)
+        result = compare(
+            self.shape,
+            Workload(
+                batch=self.batch,
+                prompt_tokens=self.prompt_tokens,
+                output_tokens=(1, 1),
+                seed=self.seed,
+            ),
+            Candidates(count=self.candidates, tokens=self.candidate_tokens),
+            pruning,
+            device=device,
+            dtype=getattr(torch, dtype),
+            rounds=self.rounds,
+            tell=tell,
+        )
+        print(table(result))
+        write(self.json, {"conditions": conditions, **result})
+        return 0
+
+
+def _check_encoder(pruning: Pruning) -> None:
+    if pruning.encoder != "none":
+        raise UserError(f"--encoder {pruning.encoder} is not measured here; there is: none")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
