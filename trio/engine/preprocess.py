@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 _MARK = "\ue000user text\ue000"
 _SYSTEM_MARK = "\ue000system text\ue000"
-Span = tuple[int, int]
+Part = tuple[int, int]
 """Of a text, from a character to before another."""
 _TEXT_KEYS = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"}
 MAX_ASPECT_RATIO = 200
@@ -169,7 +169,7 @@ class Preprocessor:
         self,
         request: Request,
         text: str,
-        theirs: Sequence[Span],
+        theirs: Sequence[Part],
         expansions: Sequence[list[int]],
         prompt: list[int],
     ) -> Iterator[tuple[int, ...]]:
@@ -205,7 +205,7 @@ class Preprocessor:
             raise Unservable("prompt", "the tokenizer has no end of sequence to count")
         return end
 
-    def _rendered(self, request: Request, images: int) -> tuple[str, list[Span]]:
+    def _rendered(self, request: Request, images: int) -> tuple[str, list[Part]]:
         """The whole prompt as text, and where the words of others than the template lie in it."""
         _check_text(request.prompt, "prompt")
         system = self._system if request.system is None else request.system
@@ -217,7 +217,7 @@ class Preprocessor:
     def _tokens(
         self,
         text: str,
-        theirs: Sequence[Span],
+        theirs: Sequence[Part],
         expansions: Sequence[list[int]],
         *,
         special: bool = True,
@@ -261,7 +261,7 @@ class Preprocessor:
             message = f"the chat template refuses it: {kind_and_line(fault)}"
             raise Unservable("prompt", message) from fault
 
-    def _their_parts(self, text: str, images: int, system: str | None) -> list[Span]:
+    def _their_parts(self, text: str, images: int, system: str | None) -> list[Part]:
         """Where the words of others than the template lie in the rendered prompt."""
         frame = self._render(_MARK, images, None if system is None else _SYSTEM_MARK)
         before, found, rest = frame.rpartition(_SYSTEM_MARK)

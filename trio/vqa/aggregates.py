@@ -8,7 +8,6 @@ any order and drawn again by a bootstrap; `Metric.figures` makes of them what pa
 from __future__ import annotations
 
 import re
-import string
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from trio.vqa.boxes import box_iou, center_inside, is_box, parse_box
 from trio.vqa.caption_scores import ORDERS, bleu_counts, bleu_of, cider, rouge_l
 from trio.vqa.caption_tokens import caption_tokens
 from trio.vqa.choices import choice_letter, yes_no
+from trio.vqa.rules import are_texts, letters_of
 
 Row = Mapping[str, Any]
 Sum = Any
@@ -50,7 +50,7 @@ _TEXT_RECOGNITION = (
 )
 _IOU_THRESHOLDS = (0.1, 0.3, 0.5, 0.7, 0.9)
 _NO_BOX = (0.0, 0.0, 0.0, 0.0)
-_TEXTS = open_answers.are_texts, "a list of texts"
+_TEXTS = are_texts, "a list of texts"
 _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "prediction": (lambda value: isinstance(value, str), "a text"),
     "answer": (lambda value: isinstance(value, str | int), "a text or a whole number"),
@@ -131,11 +131,11 @@ def checked(metric: str, rows: Iterable[Row]) -> list[Row]:
     Raises:
         UserError: no rows, or a field that is neither.
     """
-    rows = list(rows)
+    fields, rows = metric_named(metric).fields, list(rows)
     if not rows:
         raise UserError(f"metric {metric!r}: there are no rows")
     for number, row in enumerate(rows):
-        for name in METRICS[metric].fields:
+        for name in fields:
             if (fault := _fault(name, row.get(name))) is not None:
                 raise UserError(f"metric {metric!r}, row {number}: {fault}")
     return rows
@@ -347,7 +347,7 @@ def _lettered(given: str | None, true: str) -> Ratios:
 
 def _index(row: Row) -> str:
     """The letter of an answer that is the place of a choice."""
-    letters = string.ascii_uppercase[: len(row["choices"])]
+    letters = letters_of(row["choices"])
     place = _whole(row, "answer")
     if not 0 <= place < len(letters):
         raise UserError(f"answer {row['answer']!r} is no place of {len(letters)} choices")
@@ -392,7 +392,7 @@ def _mmbench_groups(rows: Sequence[Row]) -> Iterator[Item]:
         right, unparsed = {}, 0
         for rotation, number in numbers.items():
             row = rows[number]
-            letters = tuple(string.ascii_uppercase[: len(row["choices"])])
+            letters = letters_of(row["choices"])
             with _of_row(number):
                 letter = choice_letter(row["prediction"], row["choices"])
                 right[rotation] = letter == _one_of(row, "answer", letters)

@@ -9,7 +9,7 @@ from numbers import Real
 from typing import Any
 
 from trio.errors import UserError
-from trio.vqa.open_answers import rule_named
+from trio.vqa.rules import rule_named
 
 Box = tuple[float, float, float, float]
 

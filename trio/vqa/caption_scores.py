@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from trio.errors import UserError
-from trio.vqa.open_answers import texts
+from trio.vqa.rules import texts
 
 ORDERS = (1, 2, 3, 4)
 _SIGMA = 6.0  # of the penalty for length, in bigrams

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
-import string
-from collections.abc import Callable, Mapping, Sequence
-from functools import cache
-from importlib.resources import files
-from typing import Any
+from collections.abc import Callable, Sequence
 
 from trio.errors import UserError
-from trio.vqa.open_answers import rule_named
+from trio.vqa.rules import LETTERS, letters_of, rule_named, table, without_punctuation
 
 _NO = frozenset(("No", "no", "not"))
 _SCIENCEQA = "ABCDE"
@@ -40,16 +35,10 @@ def choice_letter(prediction: str, choices: Sequence[str], *, rule: str = "mmben
         rule: `mmbench` (VLMEvalKit's heuristics without a judge), `scienceqa` (LLaVA's script),
             `seed` (lmms-eval), `mmstar` (official script), `ai2d` (lmms-eval).
     """
-    if not 0 < len(choices) <= len(string.ascii_uppercase):
-        raise UserError(
-            f"choices: 1 to {len(string.ascii_uppercase)} are needed, not {len(choices)}"
-        )
+    if not 0 < len(choices) <= len(LETTERS):
+        raise UserError(f"choices: 1 to {len(LETTERS)} are needed, not {len(choices)}")
     letter = rule_named(_LETTERS, rule)(prediction, choices)
-    return letter if letter in _letters(choices) else None
-
-
-def _letters(choices: Sequence[str]) -> list[str]:
-    return list(string.ascii_uppercase[: len(choices)])
+    return letter if letter in letters_of(choices) else None
 
 
 def _pope(text: str) -> str:
@@ -82,7 +71,7 @@ def _mmstar(text: str, choices: Sequence[str]) -> str | None:
     text = text.lower().strip().replace("\n", " ")
     for start in ("", "(", "option ", "the answer is "):
         letter = text.removeprefix(start)[:1].upper() if text.startswith(start) else ""
-        if letter in _letters(choices):
+        if letter in letters_of(choices):
             return letter
     return None
 
@@ -90,16 +79,16 @@ def _mmstar(text: str, choices: Sequence[str]) -> str | None:
 def _ai2d(text: str, choices: Sequence[str]) -> str:
     found = _AI2D_LETTER.match(text)
     text = found[1] if found else text
-    return text.strip().lower().translate(str.maketrans("", "", string.punctuation)).upper()
+    return without_punctuation(text.strip()).upper()
 
 
 def _mmbench(text: str, choices: Sequence[str]) -> str | None:
-    table = _mmbench_table()
-    if table["api_failure"] not in text:
-        if any(refusal in text for refusal in table["refusals"]):
+    known = table("mmbench")
+    if known["api_failure"] not in text:
+        if any(refusal in text for refusal in known["refusals"]):
             return None
-        letters = _letters(choices)
-        marks = table["marks_to_space"]
+        letters = letters_of(choices)
+        marks = known["marks_to_space"]
         words = text.translate(str.maketrans(marks, " " * len(marks))).split()
         named = [letter for letter in letters if letter in words]
         if len(named) == 1 and words.index(named[0]) >= len(words) - _LAST_WORDS:
@@ -117,17 +106,10 @@ def _named_by_text(text: str, choices: Sequence[str]) -> str | None:
         return None
     named = [
         letter
-        for letter, choice in zip(_letters(choices), choices, strict=True)
+        for letter, choice in zip(letters_of(choices), choices, strict=True)
         if choice.lower() in text
     ]
     return named[0] if len(named) == 1 else None
-
-
-@cache
-def _mmbench_table() -> Mapping[str, Any]:
-    text = files("trio.vqa").joinpath("tables/mmbench.json").read_text(encoding="utf-8")
-    table: Mapping[str, Any] = json.loads(text)
-    return table
 
 
 _YES_NO: dict[str, Callable[[str], str | None]] = {"pope": _pope, "mme": _mme}

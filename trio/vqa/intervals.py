@@ -6,6 +6,7 @@ Questions about one picture are right or wrong together, so rows are not indepen
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from statistics import NormalDist
 
 import numpy as np
@@ -103,19 +104,26 @@ class ClusteredBootstrap:
         self._count = int(self._clusters.max()) + 1
         self._seed = seed
         self._resamples = resamples
+        few = self._count * resamples <= _BLOCK
+        self._held = list(self._draw()) if few else None
+        """The draws, where they are not too many to be held."""
+
+    def _draw(self) -> Iterator[np.ndarray]:
+        """How often each draw has each cluster, `[., C]`, some draws at a time."""
+        rng = np.random.default_rng(self._seed)
+        block = max(1, _BLOCK // self._count)
+        for start in range(0, self._resamples, block):
+            drawn = rng.integers(
+                self._count, size=(min(block, self._resamples - start), self._count)
+            )
+            times = [np.bincount(each, minlength=self._count) for each in drawn]
+            yield np.stack(times).astype(np.float64)
 
     def sums(self, *values: np.ndarray) -> np.ndarray:
         """Sums over each draw's rows, `[V, draws]`, of a number for each row, `[R]` each."""
         columns = np.stack([by_cluster(each, self._clusters) for each in values], axis=1)
-        rng = np.random.default_rng(self._seed)
-        block = max(1, _BLOCK // self._count)
-        sums = []
-        for start in range(0, self._resamples, block):
-            draws = min(block, self._resamples - start)
-            drawn = rng.integers(self._count, size=(draws, self._count))
-            times = [np.bincount(each, minlength=self._count) for each in drawn]
-            sums.append(np.stack(times).astype(np.float64) @ columns)
-        return np.concatenate(sums).T
+        draws = self._draw() if self._held is None else self._held
+        return np.concatenate([times @ columns for times in draws]).T
 
     def ratio(self, above: np.ndarray, below: np.ndarray) -> Interval | None:
         """95 % interval of `above.sum() / below.sum()`.
@@ -126,10 +134,14 @@ class ClusteredBootstrap:
         Returns:
             None where `below` sums up to nothing.
         """
-        if not below.any():
-            return None
-        sums = self.sums(above, below)
-        return percentiles((sums[0] / np.where(sums[1] > 0, sums[1], np.nan))[sums[1] > 0])
+        return of_quotients(*self.sums(above, below))
+
+
+def of_quotients(above: np.ndarray, below: np.ndarray) -> Interval | None:
+    """The middle 95 % of one sum over another in each draw, `[draws]` each, but for draws in which
+    the lower one is nothing; None where it is that in all."""
+    some = below > 0
+    return percentiles(above[some] / below[some]) if some.any() else None
 
 
 def percentiles(values: np.ndarray) -> Interval:

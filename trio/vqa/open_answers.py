@@ -6,17 +6,12 @@ comparable if they are made alike.
 
 from __future__ import annotations
 
-import json
 import re
-import string
-from collections.abc import Callable, Collection, Mapping, Sequence
-from functools import cache, partial
-from importlib.resources import files
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from trio.errors import UserError
-
-T = TypeVar("T")
+from trio.vqa.rules import rule_named, table, texts, without_punctuation
 
 _NUMBERS = {"none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4"} | {
     "five": "5", "six": "6", "seven": "7", "eight": "8", "nine": "9", "ten": "10"
@@ -26,39 +21,7 @@ _MARKS = ';/[]"{}()=+\\_-><@`,?!'
 _COMMA_IN_NUMBER = re.compile(r"\d,\d")
 _PERIOD = re.compile(r"\.(?!\d)")
 _PERIODS_DELETED = 32  # the VQA API passes a flag where the count stands
-_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _HANDWRITTEN_FORMULAS = "HME100k"
-
-
-def rule_named(rules: Mapping[str, T], rule: str) -> T:
-    """What stands for a rule.
-
-    Raises:
-        UserError: no such rule.
-    """
-    if rule not in rules:
-        raise UserError(f"unknown rule {rule!r}; known: {', '.join(rules)}")
-    return rules[rule]
-
-
-def texts(values: Sequence[str], name: str = "answers") -> Sequence[str]:
-    """What a score is made against: a list of texts, not empty.
-
-    Raises:
-        UserError: it is something else; says so of `name`.
-    """
-    if not are_texts(values):
-        raise UserError(f"{name}: a list of texts is needed, not {values!r:.60}")
-    if not len(values):
-        raise UserError(f"{name} is empty")
-    return values
-
-
-def are_texts(value: Any) -> bool:
-    """Whether it is a list of texts."""
-    return not isinstance(value, str) and (
-        isinstance(value, Collection) and all(isinstance(text, str) for text in value)
-    )
 
 
 def normalize_answer(text: str, *, rule: str = "textvqa") -> str:
@@ -134,7 +97,8 @@ def ocrbench(prediction: str, answers: Sequence[str], *, dataset: str = "") -> f
 def _vqav2(text: str) -> str:
     text = _PERIOD.sub("", _without_marks(_one_line(text)), count=_PERIODS_DELETED)
     words = (_NUMBERS.get(word, word) for word in text.lower().split())
-    return " ".join(_contractions().get(word, word) for word in words if word not in _ARTICLES)
+    whole = table("contractions")["map"]
+    return " ".join(whole.get(word, word) for word in words if word not in _ARTICLES)
 
 
 def _textvqa(text: str) -> str:
@@ -157,14 +121,6 @@ def _without_marks(text: str) -> str:
     return left
 
 
-@cache
-def _contractions() -> Mapping[str, str]:
-    table: Mapping[str, str] = json.loads(
-        files("trio.vqa").joinpath("tables/contractions.json").read_text(encoding="utf-8")
-    )["map"]
-    return table
-
-
 def _compared(prediction: str, answers: Sequence[str], rule: str) -> list[bool]:
     text = normalize_answer(prediction, rule=rule)
     return [text == normalize_answer(answer, rule=rule) for answer in answers]
@@ -175,10 +131,6 @@ def _officially(prediction: str, answers: Sequence[str]) -> list[bool]:
     if len(set(raw)) > 1:
         return _compared(prediction, answers, "vqav2")
     return [_one_line(prediction) == answer for answer in raw]
-
-
-def _without_punctuation(text: str) -> str:
-    return text.lower().translate(_NO_PUNCTUATION)
 
 
 def _distance(prediction: str, answer: str) -> float:
@@ -216,6 +168,6 @@ _COMPARED: dict[str, Callable[[str, Sequence[str]], list[bool]]] = {
 }
 _MATCHED: dict[str, tuple[Callable[[str], str], Callable[[str], str]]] = {
     "gqa": (lambda text: text.rstrip(".").lower(), str),
-    "ignore_punctuation": (_without_punctuation, _without_punctuation),
+    "ignore_punctuation": (without_punctuation, without_punctuation),
 }
 """What a rule does to the prediction, and to an answer."""

@@ -7,18 +7,20 @@ are drawn together, and two separate intervals are never compared.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from trio.errors import UserError
-from trio.vqa.aggregates import METRICS, Ratio, Row, aggregate
+from trio.vqa.aggregates import Ratio, Row, checked, metric_named
 from trio.vqa.intervals import (
     ClusteredBootstrap,
     Interval,
     by_cluster,
     numbered,
+    of_quotients,
     percentiles,
     share_interval,
 )
@@ -136,23 +138,27 @@ def compare_figures(
     """
     pictures = _pictures(pictures, len(unpruned), len(pruned))
     bootstrap = ClusteredBootstrap(pictures, seed=seed, resamples=DRAWS)
-    before, after = (aggregate(metric, rows) for rows in (unpruned, pruned))
-    x_adds, y_adds = (_added(metric, rows, pictures) for rows in (unpruned, pruned))
-    few = _changed(x_adds, y_adds, pictures) < FEW
-    x, y = (_figures(metric, added, bootstrap) for added in (x_adds, y_adds))
-    figures = {}
-    for name in filter(y.__contains__, x):
-        defined = x[name] > 0
-        ratios = y[name][defined] / x[name][defined]
-        figures[name] = Figure(
-            unpruned=before[name],
-            pruned=after[name],
+    added = [_added(metric, checked(metric, rows), pictures) for rows in (unpruned, pruned)]
+    few = _changed(added[0], added[1], pictures) < FEW
+    before, after = (_figures(metric, one, [v.sum() for v in one.values()]) for one in added)
+    x, y = (
+        {
+            name: np.broadcast_to(value, (DRAWS,))
+            for name, value in _figures(metric, one, bootstrap.sums(*one.values())).items()
+        }
+        for one in added
+    )
+    return {
+        name: Figure(
+            unpruned=float(before[name]),
+            pruned=float(after[name]),
             difference_interval=percentiles(y[name] - x[name]),
-            relative_interval=percentiles(ratios) if len(ratios) else None,
-            draws_left_out=int((~defined).sum()),
+            relative_interval=of_quotients(y[name], x[name]),
+            draws_left_out=int((x[name] <= 0).sum()),
             few_changes=few,
         )
-    return figures
+        for name in filter(y.__contains__, x)
+    }
 
 
 _Added = dict[tuple[str, int], np.ndarray]
@@ -171,7 +177,7 @@ def _pictures(pictures: np.ndarray, *counts: int) -> np.ndarray:
 
 def _added(metric: str, rows: Sequence[Row], pictures: np.ndarray) -> _Added:
     columns: _Added = defaultdict(lambda: np.zeros(len(rows)))
-    for item in METRICS[metric].items(rows):
+    for item in metric_named(metric).items(rows):
         if len(set(pictures[list(item.rows)])) > 1:
             raise UserError(f"rows {list(item.rows)} count together, but are of several pictures")
         for name, ratio in item.adds.items():
@@ -188,14 +194,11 @@ def _changed(x: _Added, y: _Added, pictures: np.ndarray) -> int:
     return len(set(pictures[rows]))
 
 
-def _figures(metric: str, added: _Added, bootstrap: ClusteredBootstrap) -> dict[str, np.ndarray]:
-    """Each figure in every draw, `[draws]`."""
-    sums = dict(zip(added, bootstrap.sums(*added.values()), strict=True))
-    ratios = {name: Ratio(sums[name, 0], sums[name, 1]) for name, side in added if side == 0}
-    return {
-        name: np.broadcast_to(value, (DRAWS,))
-        for name, value in METRICS[metric].figures(ratios).items()
-    }
+def _figures(metric: str, added: _Added, sums: Iterable[Any]) -> dict[str, Any]:
+    """Of the sum of each column of `added`; of arrays of sums, one for each draw, arrays."""
+    found = dict(zip(added, sums, strict=True))
+    ratios = {name: Ratio(found[name, 0], found[name, 1]) for name, side in added if side == 0}
+    return metric_named(metric).figures(ratios)
 
 
 def _drawn(
@@ -204,10 +207,8 @@ def _drawn(
     bootstrap = ClusteredBootstrap(pictures, seed=seed, resamples=DRAWS)
     before, after, rows = bootstrap.sums(x, y, np.ones(len(x)))
     difference = percentiles((after - before) / rows)
-    if not x.any():
-        return difference, None, 0
-    scored = before > 0
-    return difference, percentiles(after[scored] / before[scored]), int((~scored).sum())
+    left_out = int((before <= 0).sum()) if x.any() else 0
+    return difference, of_quotients(after, before), left_out
 
 
 def _of_few(x: np.ndarray, y: np.ndarray, pictures: np.ndarray) -> tuple[Interval, Interval | None]:
