@@ -85,6 +85,8 @@ class Item(NamedTuple):
     rows: Sequence[int]
     """Their places in the data set."""
     adds: Ratios
+    scores: Sequence[float] = ()
+    """Of each row alone, as `Metric.score` gives it; nothing where it gives none."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,8 +96,17 @@ class Metric:
     fields: tuple[str, ...]
     """That each row must have."""
     items: Callable[[Sequence[Row]], Iterator[Item]]
+    """A row whose `prediction` is None failed, and counts as a wrong answer."""
     figures: Callable[[Ratios], dict[str, Sum]]
     """Of the sums over all items."""
+    score: Callable[[Row], float] | None
+    """What a row is worth alone, 0 to 1; None where rows alone are worth nothing."""
+    headline: str = "accuracy"
+    """The figure to quote first."""
+    incomplete: Callable[[Sequence[Row]], list[int]] = lambda rows: []
+    """Places of rows that cannot count, as others that count together with them are missing."""
+    of_all: bool = False
+    """Whether what a row adds depends on all others, so that a part is to be scored anew."""
 
 
 def aggregate(metric: str, rows: Iterable[Row]) -> dict[str, float]:
@@ -123,6 +134,25 @@ def metric_named(metric: str) -> Metric:
     if metric not in METRICS:
         raise UserError(f"unknown metric {metric!r}; known: {', '.join(METRICS)}")
     return METRICS[metric]
+
+
+def row_score(metric: str, row: Row) -> float | None:
+    """What a row is worth alone: its accuracy, ANLS or IoU, or right or wrong.
+
+    A question of MME or MMBench counts without its picture's other one and without its rotations.
+
+    Args:
+        metric: one of `METRICS`.
+        row: the fields that the metric needs.
+
+    Returns:
+        0 to 1; None of captions and objects, which are scored as a whole.
+
+    Raises:
+        UserError: unknown metric, or a row that cannot be scored.
+    """
+    score = metric_named(metric).score
+    return None if score is None else score(checked(metric, [row])[0])
 
 
 def checked(metric: str, rows: Iterable[Row]) -> list[Row]:
@@ -182,14 +212,21 @@ def _values(ratios: Ratios) -> dict[str, Sum]:
     return {name: ratio.value for name, ratio in ratios.items()}
 
 
-def _each(score: Callable[[Row], Ratios]) -> Callable[[Sequence[Row]], Iterator[Item]]:
+def _failed(row: Row) -> bool:
+    return "prediction" in row and row["prediction"] is None
+
+
+def _each(
+    score: Callable[[Row], Ratios], wrong: Callable[[Row], Ratios], row_ratio: str | None
+) -> Callable[[Sequence[Row]], Iterator[Item]]:
     """Rows that count alone."""
 
     def items(rows: Sequence[Row]) -> Iterator[Item]:
         for number, row in enumerate(rows):
             with _of_row(number):
-                adds = score(row)
-            yield Item((number,), adds)
+                adds = wrong(row) if _failed(row) else score(row)
+            scores = () if row_ratio is None else (adds[row_ratio.format_map(row)].above,)
+            yield Item((number,), adds, scores)
 
     return items
 
@@ -266,6 +303,11 @@ def _points(ratios: Ratios) -> dict[str, Sum]:
     return {"points": accuracy.above, "accuracy": accuracy.value} | points
 
 
+def _exact(row: Row) -> Ratios:
+    right = open_answers.exact_match(row["prediction"], row["answers"], rule="ignore_punctuation")
+    return {"accuracy": Ratio(right)}
+
+
 # Yes or no
 
 
@@ -283,6 +325,11 @@ def _pope(row: Row) -> Ratios:
     }
 
 
+def _pope_wrong(row: Row) -> Ratios:
+    """POPE takes an empty answer for yes, so none is the opposite of the truth."""
+    return _pope({**row, "prediction": "no" if row["answer"] == "yes" else "yes"})
+
+
 def _pope_figures(ratios: Ratios) -> dict[str, Sum]:
     figures = _values(ratios)
     categories = [name.removesuffix("/recall") for name in ratios if name.endswith("/recall")]
@@ -296,29 +343,45 @@ def _pope_figures(ratios: Ratios) -> dict[str, Sum]:
     return means | figures
 
 
-def _mme_pairs(rows: Sequence[Row]) -> Iterator[Item]:
+def _mme_pictures(rows: Sequence[Row]) -> dict[tuple[Any, Any], list[int]]:
     pictures = defaultdict(list)
     for number, row in enumerate(rows):
         pictures[row["category"], row["question_id"]].append(number)
-    for (category, picture), numbers in pictures.items():
+    return pictures
+
+
+def _mme_unpaired(rows: Sequence[Row]) -> list[int]:
+    return [numbers[0] for numbers in _mme_pictures(rows).values() if len(numbers) == 1]
+
+
+def _mme(row: Row) -> tuple[str | None, float]:
+    """What is answered, and whether it is right."""
+    true = _one_of(row, "answer", ("Yes", "No")).lower()
+    given = None if _failed(row) else yes_no(row["prediction"], rule="mme")
+    return given, float(given == true)
+
+
+def _mme_pairs(rows: Sequence[Row]) -> Iterator[Item]:
+    for (category, picture), numbers in _mme_pictures(rows).items():
         if len(numbers) != 2:
             raise UserError(
                 f"question_id {picture!r} of category {category!r} has {len(numbers)} rows; a "
                 "picture has two questions"
             )
-        given = [yes_no(rows[number]["prediction"], rule="mme") for number in numbers]
-        true = []
+        given, right = [], []
         for number in numbers:
             with _of_row(number):
-                true.append(_one_of(rows[number], "answer", ("Yes", "No")).lower())
-        right = sum(pair[0] == pair[1] for pair in zip(given, true, strict=True))
+                answer, is_right = _mme(rows[number])
+            given.append(answer)
+            right.append(is_right)
         yield Item(
             numbers,
             {
-                f"{category}/accuracy": Ratio(float(right), 2.0),
-                f"{category}/accuracy_plus": Ratio(float(right == 2)),
+                f"{category}/accuracy": Ratio(sum(right), 2.0),
+                f"{category}/accuracy_plus": Ratio(float(all(right))),
                 "unparsed": Ratio(float(given.count(None)), 2.0),
             },
+            right,
         )
 
 
@@ -354,6 +417,30 @@ def _index(row: Row) -> str:
     return letters[place]
 
 
+def _any_index(row: Row) -> str:
+    """The letter of an answer that is the place, the letter or the text of a choice.
+
+    Raises:
+        UserError: it is none of these, or two of them that are different choices.
+    """
+    letters, answer = letters_of(row["choices"]), row["answer"]
+    named = {
+        letter
+        for letter, choice in zip(letters, row["choices"], strict=False)
+        if answer in (letter, choice)
+    }
+    if isinstance(answer, Integral) or re.fullmatch(r"\s*\d+\s*", answer):
+        named |= {letter for place, letter in enumerate(letters) if place == int(answer)}
+    if len(named) != 1:
+        fault = "names several" if named else "is neither place, letter nor text of any"
+        raise UserError(f"answer {answer!r:.60} {fault} of the choices {row['choices']!r:.120}")
+    return named.pop()
+
+
+def _multiple_choice(row: Row) -> Ratios:
+    return _lettered(choice_letter(row["prediction"], row["choices"]), _any_index(row))
+
+
 def _scienceqa(row: Row) -> Ratios:
     letter = choice_letter(row["prediction"], row["choices"], rule="scienceqa")
     ratios = _lettered(letter, _index(row))
@@ -378,7 +465,8 @@ def _mmstar(row: Row) -> Ratios:
     return ratios | _by(row, ratios["accuracy"], "category", "l2_category")
 
 
-def _mmbench_groups(rows: Sequence[Row]) -> Iterator[Item]:
+def _mmbench_rotations(rows: Sequence[Row]) -> dict[int, dict[int, int]]:
+    """The place of each rotation of each question."""
     groups: dict[int, dict[int, int]] = defaultdict(dict)
     for number, row in enumerate(rows):
         with _of_row(number):
@@ -386,27 +474,41 @@ def _mmbench_groups(rows: Sequence[Row]) -> Iterator[Item]:
         if rotation in groups[base]:
             raise UserError(f"index {row['index']} stands in two rows")
         groups[base][rotation] = number
-    for base, numbers in groups.items():
+    return groups
+
+
+def _mmbench_baseless(rows: Sequence[Row]) -> list[int]:
+    groups = _mmbench_rotations(rows).values()
+    return [number for group in groups if 0 not in group for number in group.values()]
+
+
+def _mmbench(row: Row) -> tuple[str | None, float]:
+    """The letter that is chosen, and whether it is right."""
+    true = _one_of(row, "answer", letters_of(row["choices"]))
+    letter = None if _failed(row) else choice_letter(row["prediction"], row["choices"])
+    return letter, float(letter == true)
+
+
+def _mmbench_groups(rows: Sequence[Row]) -> Iterator[Item]:
+    for base, numbers in _mmbench_rotations(rows).items():
         if 0 not in numbers:
             raise UserError(f"index {base} has rotations, but is no row itself")
         right, unparsed = {}, 0
         for rotation, number in numbers.items():
-            row = rows[number]
-            letters = letters_of(row["choices"])
             with _of_row(number):
-                letter = choice_letter(row["prediction"], row["choices"])
-                right[rotation] = letter == _one_of(row, "answer", letters)
+                letter, right[rotation] = _mmbench(rows[number])
             unparsed += letter is None
         all_right = Ratio(float(all(right.values())))
         yield Item(
             list(numbers.values()),
             {
                 "accuracy": all_right,
-                "vanilla": Ratio(float(right[0])),
-                "rows": Ratio(float(sum(right.values())), float(len(right))),
+                "vanilla": Ratio(right[0]),
+                "rows": Ratio(sum(right.values()), float(len(right))),
                 "unparsed": Ratio(float(unparsed), float(len(right))),
             }
             | _by(rows[numbers[0]], all_right, "category", "l2_category"),
+            list(right.values()),
         )
 
 
@@ -426,7 +528,7 @@ def _refcoco(row: Row) -> Ratios:
 
 
 def _captions(rows: Sequence[Row]) -> Iterator[Item]:
-    predictions = [_tokens(row["prediction"]) for row in rows]
+    predictions = [_tokens(row["prediction"] or "") for row in rows]
     references = [list(map(_tokens, row["references"])) for row in rows]
     for number, score in enumerate(cider(predictions, references)):
         prediction, of_image = predictions[number], references[number]
@@ -472,8 +574,31 @@ def _rows(
     score: Callable[[Row], Ratios],
     *fields: str,
     figures: Callable[[Ratios], dict[str, Sum]] = _values,
+    wrong: Callable[[Row], Ratios] | None = None,
+    row_ratio: str | None = "accuracy",
+    headline: str = "accuracy",
 ) -> Metric:
-    return Metric(fields=fields, items=_each(score), figures=figures)
+    """Of rows that count alone.
+
+    Args:
+        wrong: what a row adds that failed; without it, nothing above.
+        row_ratio: whose upper side is the row's own score; may name fields of the row.
+    """
+
+    def nothing_right(row: Row) -> Ratios:
+        ratios = score({**row, "prediction": ""})
+        return {name: Ratio(0.0, ratio.below) for name, ratio in ratios.items()}
+
+    def alone(row: Row) -> float:
+        return float(score(row)[str(row_ratio).format_map(row)].above)
+
+    return Metric(
+        fields=fields,
+        items=_each(score, wrong or nothing_right, row_ratio),
+        figures=figures,
+        score=None if row_ratio is None else alone,
+        headline=headline,
+    )
 
 
 METRICS: dict[str, Metric] = {
@@ -481,29 +606,47 @@ METRICS: dict[str, Metric] = {
     "vizwiz": _rows(_vqa("textvqa"), "prediction", "answers"),
     "vqav2": _rows(_vqa("vqav2"), "prediction", "answers"),
     "gqa": _rows(_gqa, "prediction", "answer", "structural"),
-    "pope": _rows(_pope, "prediction", "answer", "category", figures=_pope_figures),
+    "exact_match": _rows(_exact, "prediction", "answers"),
+    "pope": _rows(
+        _pope, "prediction", "answer", "category",
+        figures=_pope_figures, wrong=_pope_wrong, row_ratio="{category}/accuracy",
+    ),
     "mme": Metric(
         fields=("prediction", "answer", "category", "question_id"),
         items=_mme_pairs,
         figures=_mme_figures,
+        score=lambda row: _mme(row)[1],
+        headline="total",
+        incomplete=_mme_unpaired,
     ),
     "scienceqa": _rows(_scienceqa, "prediction", "choices", "answer", "image"),
     "mmbench": Metric(
         fields=("index", "prediction", "answer", "choices"),
         items=_mmbench_groups,
         figures=_values,
+        score=lambda row: _mmbench(row)[1],
+        incomplete=_mmbench_baseless,
     ),
     "seed": _rows(_seed, "prediction", "answer", "data_type", "question_type"),
     "mmstar": _rows(_mmstar, "prediction", "answer", "category", "l2_category"),
     "ai2d": _rows(_ai2d, "prediction", "choices", "answer"),
-    "docvqa": _rows(_docvqa, "prediction", "answers"),
+    "multiple_choice": _rows(_multiple_choice, "prediction", "choices", "answer"),
+    "docvqa": _rows(_docvqa, "prediction", "answers", row_ratio="anls", headline="anls"),
     "chartqa": _rows(_chartqa, "prediction", "answer", "type"),
     "ocrbench": _rows(
         _ocrbench, "prediction", "answers", "dataset", "question_type", figures=_points
     ),
-    "refcoco": _rows(_refcoco, "prediction", "box"),
+    "refcoco": _rows(_refcoco, "prediction", "box", row_ratio="iou"),
     "captions": Metric(
-        fields=("prediction", "references"), items=_captions, figures=_caption_figures
+        fields=("prediction", "references"),
+        items=_captions,
+        figures=_caption_figures,
+        score=None,
+        headline="cider",
+        of_all=True,
     ),
-    "chair": _rows(_chair, "mentioned", "present"),
-}
+    "chair": _rows(
+        _chair, "mentioned", "present",
+        wrong=lambda row: _chair({**row, "mentioned": []}), row_ratio=None, headline="chair_i",
+    ),
+}  # fmt: skip

@@ -6,15 +6,14 @@ are drawn together, and two separate intervals are never compared.
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from trio.errors import UserError
-from trio.vqa.aggregates import Ratio, Row, checked, metric_named
+from trio.vqa.aggregates import Row
+from trio.vqa.figures.row_sums import Key, RowSums, refuse_parted, row_sums
 from trio.vqa.intervals import (
     ClusteredBootstrap,
     Interval,
@@ -26,6 +25,8 @@ from trio.vqa.intervals import (
 )
 
 DRAWS = 10_000
+LOTS, LOT = 5_000, 10
+"""Of pictures, where there are so many that a lot has at least `LOT`."""
 FEW = 10
 """Pictures with a changed score; with fewer, a bootstrap's intervals are too short."""
 
@@ -137,21 +138,33 @@ def compare_figures(
         UserError: as `aggregate`; other numbers of rows; rows that count together of two pictures.
     """
     pictures = _pictures(pictures, len(unpruned), len(pruned))
-    bootstrap = ClusteredBootstrap(pictures, seed=seed, resamples=DRAWS)
-    added = [_added(metric, checked(metric, rows), pictures) for rows in (unpruned, pruned)]
-    few = _changed(added[0], added[1], pictures) < FEW
-    before, after = (_figures(metric, one, [v.sum() for v in one.values()]) for one in added)
+    return compare_sums(row_sums(metric, unpruned), row_sums(metric, pruned), pictures, seed=seed)
+
+
+def compare_sums(
+    unpruned: RowSums, pruned: RowSums, pictures: np.ndarray, *, seed: int = 0
+) -> dict[str, Figure]:
+    """`compare_figures` of rows that are scored already.
+
+    Raises:
+        UserError: no rows; other numbers of rows; rows that count together of two pictures.
+    """
+    pictures = _pictures(pictures, len(unpruned.first), len(pruned.first))
+    for sums in (unpruned, pruned):
+        refuse_parted(sums, pictures)
+    before, after = unpruned.values, pruned.values
+    few = _changed(unpruned, pruned, pictures) < FEW
     x, y = (
         {
             name: np.broadcast_to(value, (DRAWS,))
-            for name, value in _figures(metric, one, bootstrap.sums(*one.values())).items()
+            for name, value in sums.figures(drawn_sums(sums, pictures, seed=seed)).items()
         }
-        for one in added
+        for sums in (unpruned, pruned)
     )
     return {
         name: Figure(
-            unpruned=float(before[name]),
-            pruned=float(after[name]),
+            unpruned=before[name],
+            pruned=after[name],
             difference_interval=percentiles(y[name] - x[name]),
             relative_interval=of_quotients(y[name], x[name]),
             draws_left_out=int((x[name] <= 0).sum()),
@@ -161,9 +174,32 @@ def compare_figures(
     }
 
 
-_Added = dict[tuple[str, int], np.ndarray]
-"""Both sides of each ratio, 0 and 1: what each row adds, `[R]`; of rows that count together, the
-first adds it."""
+def drawn_sums(sums: RowSums, pictures: np.ndarray, *, seed: int) -> dict[Key, np.ndarray]:
+    """The sum of each column in every draw, `[draws]`; of one seed, draws are the same pictures.
+
+    Args:
+        pictures: of each row, `[R]`, numbered from 0 without holes.
+    """
+    added = sums.by_picture(pictures)
+    return dict(zip(added, drawn(*added.values(), seed=seed), strict=True))
+
+
+def drawn(*values: np.ndarray, seed: int) -> np.ndarray:
+    """Sums over each draw's pictures, `[V, draws]`.
+
+    Very many pictures are drawn in `LOTS` random lots of about the same size (random groups, Wolter
+    2007, chapter 2): intervals are as long but for one per cent, and take time in proportion to the
+    pictures.
+
+    Args:
+        values: a number for each picture, `[P]` each.
+    """
+    count = len(values[0])
+    if count >= LOT * LOTS:
+        lots = np.random.default_rng(seed).permutation(count) % LOTS
+        values = tuple(by_cluster(each, lots) for each in values)
+    bootstrap = ClusteredBootstrap(np.arange(len(values[0])), seed=seed, resamples=DRAWS)
+    return bootstrap.sums(*values)
 
 
 def _pictures(pictures: np.ndarray, *counts: int) -> np.ndarray:
@@ -175,37 +211,19 @@ def _pictures(pictures: np.ndarray, *counts: int) -> np.ndarray:
     return numbered(pictures)
 
 
-def _added(metric: str, rows: Sequence[Row], pictures: np.ndarray) -> _Added:
-    columns: _Added = defaultdict(lambda: np.zeros(len(rows)))
-    for item in metric_named(metric).items(rows):
-        if len(set(pictures[list(item.rows)])) > 1:
-            raise UserError(f"rows {list(item.rows)} count together, but are of several pictures")
-        for name, ratio in item.adds.items():
-            for side, value in enumerate(ratio):
-                columns[name, side][item.rows[0]] = value
-    return columns
-
-
-def _changed(x: _Added, y: _Added, pictures: np.ndarray) -> int:
+def _changed(x: RowSums, y: RowSums, pictures: np.ndarray) -> int:
     """Pictures of which something differs."""
-    rows = np.zeros(len(pictures), bool)
-    for key in x.keys() | y.keys():
-        rows |= x[key] != y[key] if key in x and key in y else True
-    return len(set(pictures[rows]))
-
-
-def _figures(metric: str, added: _Added, sums: Iterable[Any]) -> dict[str, Any]:
-    """Of the sum of each column of `added`; of arrays of sums, one for each draw, arrays."""
-    found = dict(zip(added, sums, strict=True))
-    ratios = {name: Ratio(found[name, 0], found[name, 1]) for name, side in added if side == 0}
-    return metric_named(metric).figures(ratios)
+    changed = np.zeros(len(pictures), bool)
+    for name in x.columns.keys() | y.columns.keys():
+        changed |= (x.dense(name) != y.dense(name)).any(axis=0)
+    return len(np.unique(pictures[changed]))
 
 
 def _drawn(
     x: np.ndarray, y: np.ndarray, pictures: np.ndarray, seed: int
 ) -> tuple[Interval, Interval | None, int]:
-    bootstrap = ClusteredBootstrap(pictures, seed=seed, resamples=DRAWS)
-    before, after, rows = bootstrap.sums(x, y, np.ones(len(x)))
+    sides = (by_cluster(each, pictures) for each in (x, y, np.ones(len(x))))
+    before, after, rows = drawn(*sides, seed=seed)
     difference = percentiles((after - before) / rows)
     left_out = int((before <= 0).sum()) if x.any() else 0
     return difference, of_quotients(after, before), left_out
