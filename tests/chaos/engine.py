@@ -53,8 +53,8 @@ class Options:
     # that an image takes to be preprocessed
 
 
-def build(options: Options, settings: EngineSettings) -> ChaosEngine:
-    """The factory, with its options bound."""
+def build(options: Options, settings: EngineSettings) -> list[ChaosEngine]:
+    """The factory of engines, with its options bound."""
     _leave(options, ENGINES, _process())
     if options.start == "raise":
         raise RuntimeError("no weights on this node")
@@ -62,7 +62,7 @@ def build(options: Options, settings: EngineSettings) -> ChaosEngine:
         raise UserError("--model demo: not for this test")
     if options.start == "exit":
         os._exit(9)
-    return ChaosEngine(options)
+    return [ChaosEngine(options) for _ in settings.prunings]
 
 
 class ChaosEngine(FakeEngine):
@@ -138,7 +138,7 @@ class ChaosPreprocessor:
 
 
 def build_preprocessor(options: Options, settings: EngineSettings) -> ChaosPreprocessor:
-    """The factory, with its options bound."""
+    """The factory of engines, with its options bound."""
     return ChaosPreprocessor(options)
 
 

@@ -18,7 +18,14 @@ STATS: dict[str, Any] = {"actor": "a", "node": "n", "start": NOW, "end": NOW}
 
 
 def answered(unit: Unit) -> list[dict[str, Any]]:
-    base = {"response": "x", "finish_reason": "stop", "actor": "a", "node": "n", "finished_at": NOW}
+    base: dict[str, Any] = {
+        "response": "x",
+        "finish_reason": "stop",
+        "actor": "a",
+        "node": "n",
+        "finished_at": NOW,
+    }
+    base |= {"prompt_number": 0, "setting": 0}
     keys = (row_key(unit.shard, row) for row in range(unit.start, unit.stop))
     return [{"row": key, "id": f"id{key}", **base} for key in keys]
 
@@ -28,6 +35,7 @@ def totals_of(*units: Unit) -> Totals:
     return merge(
         Totals(
             rows=unit.stop - unit.start,
+            inputs=unit.stop - unit.start,
             images=1 + unit.start,
             error_kinds={"image": 1, f"odd{unit.start}": 2},
             prefill_flops=6 * 10**18,
@@ -39,5 +47,5 @@ def totals_of(*units: Unit) -> Totals:
 
 
 def commit(out: Path | str, unit: Unit, run_id: str = "run1") -> None:
-    sink = Sink(output=str(out), run_id=run_id, id_type=pa.string(), save_kept=False)
-    sink.commit(unit, answered(unit), STATS, totals_of(unit), print)
+    sink = Sink(output=str(out), run_id=run_id, id_type=pa.string())
+    sink.commit(unit, answered(unit), [STATS], [totals_of(unit)], print)

@@ -123,6 +123,8 @@ class FakeEngine:
         del self._running[self._next]
         return [_result(prepared, said) for prepared, said in taken]
 
+    def release(self, prepared: Prepared) -> None: ...
+
     def stats(self) -> Mapping[str, Any]:
         return {
             "encode_s": 0.25 * self._steps,
@@ -161,9 +163,8 @@ def _result(prepared: Prepared, said: str) -> Result:
     )
 
 
-def fake_engine(settings: EngineSettings) -> FakeEngine:
-    assert settings.pruning is not None
-    return FakeEngine()
+def fake_engine(settings: EngineSettings) -> list[FakeEngine]:
+    return [FakeEngine() for _ in settings.prunings]
 
 
 def png(colour: tuple[int, int, int] = (200, 10, 10), size: tuple[int, int] = (12, 9)) -> bytes:

@@ -67,13 +67,14 @@ def _build(
     starts: Path | None,
     fail: int,
     odd_counters: bool,
-) -> FaultyEngine:
+) -> list[FaultyEngine]:
     if starts is not None:
         with starts.open("a") as stream:
             stream.write(f"{os.getpid()}\n")
         if len(starts.read_text().splitlines()) <= fail:
             raise RuntimeError("CUDA error: no device")
-    return FaultyEngine(delay_s=delay_s, seen=seen, odd_counters=odd_counters)
+    made = partial(FaultyEngine, delay_s=delay_s, seen=seen, odd_counters=odd_counters)
+    return [made() for _ in settings.prunings]
 
 
 def faulty(

@@ -50,7 +50,6 @@ PROMPT = RowSettings(
     sampling=Sampling(max_new_tokens=1),
     policy=ImagePolicy(),
     seed=0,
-    save_kept=False,
 )
 
 

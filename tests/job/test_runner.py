@@ -17,7 +17,6 @@ from trio.job.input.manifest import Manifest, Shard
 from trio.job.nodes import cluster
 from trio.job.output import output_directory
 from trio.job.output.schema import row_key
-from trio.job.plan import plan
 from trio.job.resume import lease
 from trio.job.settings import made_of
 from trio.job.storage import locate
@@ -121,17 +120,6 @@ def test_a_stopped_run_goes_on_without_doing_anything_twice(shards: Path, tmp_pa
         execute(shards, out, seed=9, **asked)
     with lease.hold(locate(str(out))), pytest.raises(UserError, match="in use by process"):
         execute(shards, out, **asked)
-
-
-def test_no_output_of_ours_is_input(shards: Path) -> None:
-    """A comparison's own directory lies inside the output around it."""
-    out = shards / "out"
-    for name in ("manifest.parquet", "rows/0.parquet"):
-        write_shard(out / name, [], SCHEMA)
-    config = made_of(input=(str(shards),), output=str(out / "unpruned"), retention=0.25)
-    assert len(plan(config, config.input.input).manifest.shards) == len(SIZES) + 2
-    made = plan(config, config.input.input, around=locate(str(out)))
-    assert len(made.manifest.shards) == len(SIZES)
 
 
 @pytest.mark.usefixtures("ray_local")

@@ -25,7 +25,7 @@ from trio.job.input.columns import Columns, resolve
 from trio.job.input.manifest import inspect
 from trio.job.input.units import Unit, units
 from trio.job.nodes.cluster import Resources
-from trio.job.output.output_rows import RowSettings, Source, request_of
+from trio.job.output.output_rows import Ask, RowSettings, Source, requests_of
 from trio.job.output.sink import Sink
 from trio.job.runner import engine_settings
 from trio.job.settings import made_of
@@ -102,10 +102,9 @@ def task_of(columns: Columns, model: str | None = None, **policy: Any) -> Task:
             sampling=Sampling(),
             policy=ImagePolicy(**policy),
             seed=0,
-            save_kept=False,
         ),
         columns=columns,
-        sink=Sink(output="/nowhere", run_id="r", id_type=columns.id_type, save_kept=False),
+        sink=Sink(output="/nowhere", run_id="r", id_type=columns.id_type),
         factory=fake_engine,
         preprocessor=build_preprocessor if model else None,
         stall_s=1.0,
@@ -124,7 +123,8 @@ def through(run: Run, task: Task, desk: Any) -> Images:
         out += taker._sources(prepared)
     for source, images in out:
         if not isinstance(images, RowError):
-            assert request_of(source, images, task.rows).images == tuple(images)
+            (request,) = requests_of(source, images, task.rows)
+            assert request.images == tuple(images)
     return out
 
 
@@ -154,7 +154,7 @@ def test_each_row_has_its_images_or_its_own_error(tmp_path: Path, desk: Any) -> 
     assert reds == {0: [1], 2: [2, 3], 7: [7]}
     (two,) = (source for source, _ in got if source.id == 2)
     assert (two.num_images, two.size) == (2, (12, 9))
-    assert [got[n][0].prompt for n in (1, 4)] == ["what?"] * 2 and not desk.notes
+    assert [got[n][0].asks[0].prompt for n in (1, 4)] == ["what?"] * 2 and not desk.notes
 
 
 def test_a_row_that_takes_too_long_is_its_own_error(
@@ -176,11 +176,13 @@ def test_a_unit_that_cannot_be_read_becomes_errors(tmp_path: Path, desk: Any) ->
     (tmp_path / "a.parquet").unlink()
     got = through(run, task_of(columns), desk)
     assert [images.kind for _, images in got] == ["shard_gone"] * 5
-    assert {(source.id, source.prompt) for source, _ in got} == {(None, None)}
+    assert {(source.id, source.asks[0].prompt) for source, _ in got} == {(None, None)}
     assert [note[0] for note in desk.notes] == ["say", "say", "unread", "unread"]
     assert desk.notes[2][1:3] == (Unit(0, 0, 3), "shard_gone")
     nameless = replace(columns, roles={"image": "image"})
-    names = [(source.id, source.prompt) for source, _ in through(run, task_of(nameless), desk)]
+    names = [
+        (source.id, source.asks[0].prompt) for source, _ in through(run, task_of(nameless), desk)
+    ]
     assert names == [(f"a.parquet#{n}", "the default") for n in range(5)]
 
 
@@ -287,9 +289,8 @@ def test_an_image_column_alone_goes_through(tmp_path: Path, desk: Any) -> None:
 def test_a_row_is_described_without_its_images(tmp_path: Path) -> None:
     run, columns = planned(tmp_path, row(7, b"", prompt="why?"), row(8, b"", prompt=None))
     settings = task_of(columns).rows
-    said: tuple[int, str, list[str]]
-    for start, said in ((0, (7, "why?", [])), (1, (8, "the default", []))):
+    for start, said in ((0, (7, "why?")), (1, (8, "the default"))):
         one = replace(run, units=(Unit(0, start, start + 1),))
-        assert stages.describe(one, columns, settings) == said
+        assert stages.describe(one, columns, settings) == (said[0], (Ask(prompt=said[1]),))
     (tmp_path / "a.parquet").unlink()
-    assert stages.describe(one, columns, settings) == (None, None, [])
+    assert stages.describe(one, columns, settings) == (None, (Ask(),))

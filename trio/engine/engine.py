@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from trio.engine.preprocess import Preprocessor
 from trio.engine.request import Prepared, Request, Result, Sampling, failed
 from trio.engine.scheduler import Limit, Scheduler
 from trio.engine.sequence import SequenceState
+from trio.engine.shared_encoder import SharedEncoder
 from trio.errors import UserError
 from trio.families.adapter import Adapter, Features
 from trio.families.pixel_limits import most_visual_tokens
@@ -102,6 +104,16 @@ class Engine:
             self._cache, batch_tokens=batch_tokens
         )
         self._max_running = max_running
+        self._another = partial(
+            Engine,
+            model,
+            processor,
+            sampling=sampling,
+            batch_tokens=batch_tokens,
+            max_running=max_running,
+            system=system,
+            text_tower=text_tower,
+        )
         self._shape = adapter.shape()
         eos = end_of_sequence(model, processor)
         self.decoding = Rules.of(model)
@@ -168,6 +180,29 @@ class Engine:
         if text_tower is not None:
             options["text_tower"] = load_text_tower(loaded[0], text_tower, text_tower_revision)
         return cls(*loaded, **options)
+
+    def beside(self, prunings: Sequence[Pruning]) -> list[Engine]:
+        """Engines on this one's model: one with its pruning, and one for each of others.
+
+        They are to work one after the other: they share the memory for keys and values, and an
+        image that they read as the same `Prepared` is encoded once. What that spares an engine is
+        in its `encode_s` all the same. `release` gives such images back. This one is to be given
+        up; without others it is what is returned.
+        """
+        if not prunings:
+            return [self]
+        shared = SharedEncoder(self._runner.adapter)
+        share = self._cache.room.budget // (1 + len(prunings))
+        made = [
+            self._another(pruning=pruning, kv_bytes=share, encode_images=shared)
+            for pruning in (self._runner.pruning, *prunings)
+        ]
+        shared.join = next((e._runner.join for e in made if e._runner.join is not None), None)
+        return made
+
+    def release(self, prepared: Prepared) -> None:
+        """No engine `beside` this one is to read these images again."""
+        self._runner.release(prepared)
 
     def generate(self, requests: Iterable[Request | Prepared]) -> Generator[Result, None, None]:
         """Serve requests, pulled as there is room for them; results come as they finish."""
@@ -372,7 +407,7 @@ class Engine:
         if self._under_way:
             self._counters.decode_s += began - waited
         complete: list[SequenceState] = []
-        sequences, features = self._encode(sequences)
+        sequences, features, saved_s = self._encode(sequences)
         encoded = self._runner.now()
         if sequences:
             logits_BV, prune_s = self._runner.prefill(sequences, features)
@@ -381,11 +416,11 @@ class Engine:
             complete += self._start(*_those(sequences, logits_BV, scored=False))
             self._counters.prune_s += prune_s
         ended = self._runner.now()
-        self._counters.encode_s += encoded - began
+        self._counters.encode_s += encoded - began + saved_s
         self._counters.prefill_s += ended - encoded
         tokens = sum(sequence.prompt_tokens for sequence in sequences)
         for sequence in sequences:
-            sequence.prefill_s = (ended - began) * sequence.prompt_tokens / tokens
+            sequence.prefill_s = (ended - began + saved_s) * sequence.prompt_tokens / tokens
         self._finish(complete)
 
     def _start(self, sequences: list[SequenceState], logits_BV: Tensor) -> list[SequenceState]:
@@ -414,9 +449,10 @@ class Engine:
 
     def _encode(
         self, sequences: list[SequenceState]
-    ) -> tuple[list[SequenceState], list[list[Features]]]:
-        """Visual features of the sequences; those whose placeholders do not fit them are failed."""
-        fitting = []
+    ) -> tuple[list[SequenceState], list[list[Features]], float]:
+        """Visual features of the sequences; those whose placeholders do not fit them are failed.
+        Also the seconds that another engine's reading of the images has spared."""
+        fitting, before = [], self._runner.shared
         for sequence, features in zip(sequences, self._runner.encode(sequences), strict=True):
             counts, expected = [len(image) for image in features], self._runner.encoded(sequence)
             if counts == expected:
@@ -425,7 +461,11 @@ class Engine:
             self._scheduler.finish(sequence)
             message = f"placeholders for images of {expected} tokens, but features of {counts}"
             self._fail(failed(sequence.prepared.id, "mismatch", message))
-        return [sequence for sequence, _ in fitting], [features for _, features in fitting]
+        images, saved_s = sum(len(one.prepared.image_inputs) for one in sequences), 0.0
+        if before is not None and (after := self._runner.shared) is not None:
+            images, saved_s = after[0] - before[0], after[1] - before[1]
+        self._counters.images_encoded += images
+        return [one for one, _ in fitting], [features for _, features in fitting], saved_s
 
     def _decode(self, sequences: list[SequenceState]) -> None:
         began = time.perf_counter()

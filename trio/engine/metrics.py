@@ -29,7 +29,10 @@ class Counters:
     prompt_tokens: int = 0
     output_tokens: int = 0
     candidate_tokens: int = 0
+    images_encoded: int = 0
+    """Images that the encoder read: not those whose features another engine had it make."""
     encode_s: float = 0.0
+    """As if this engine were alone, where several share an encoder."""
     prefill_s: float = 0.0
     """Prefill without encoding; pruning included, and scoring of candidates."""
     score_s: float = 0.0

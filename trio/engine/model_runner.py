@@ -24,6 +24,7 @@ from trio.engine.metrics import beside_decoder
 from trio.engine.packing import Entry, coordinates, entered
 from trio.engine.request import Prepared
 from trio.engine.sequence import SequenceState
+from trio.engine.shared_encoder import SharedEncoder
 from trio.families.adapter import Adapter, Features, Inputs, Join, Span, joined
 from trio.families.coordinates import packed
 from trio.families.text_tower import TextTower
@@ -58,6 +59,7 @@ class ModelRunner:
     ) -> None:
         self.adapter = adapter
         self._encode_images = encode_images or adapter.encode_images
+        self._shared = encode_images if isinstance(encode_images, SharedEncoder) else None
         self.decoder = adapter.decoder
         self.pruning = adapter.settle(pruning)
         self.method = create(self.pruning) if self.pruning.chooses else None
@@ -130,9 +132,24 @@ class ModelRunner:
             return [[] for _ in sequences]
         keeps = [keep for sequence in sequences for keep in self.encoded(sequence)]
         encoder = self.pruning.encoder
-        join = self._contexts.join if self._contexts else None
-        features = iter(self._encode_images(inputs, encoder, keeps, join))
+        features = iter(self._encode_images(inputs, encoder, keeps, self.join))
         return [[next(features) for _ in sequence.prepared.image_inputs] for sequence in sequences]
+
+    @property
+    def join(self) -> Join | None:
+        """What the method needs of the encoder's features beside them."""
+        return self._contexts.join if self._contexts else None
+
+    def release(self, prepared: Prepared) -> None:
+        """Give back the features of images that engines shared."""
+        if self._shared is not None:
+            self._shared.release(prepared.image_inputs)
+
+    @property
+    def shared(self) -> tuple[int, float] | None:
+        """Of an encoder that several engines share: images that it has read, and seconds that
+        reading them again would have taken."""
+        return None if self._shared is None else (self._shared.images, self._shared.saved_s)
 
     def encoded(self, sequence: SequenceState) -> list[int]:
         """Visual tokens of each of the sequence's images that enter the decoder."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -59,13 +59,18 @@ def _about(title: str) -> str:
     return (group.__doc__ or "").partition("\n")[0] if group else ""
 
 
-def read_call(argv: Sequence[str], *, prog: str, description: str) -> tuple[Settings, bool]:
+def read_call(
+    argv: Sequence[str], *, prog: str, description: str, hidden: Collection[str] = ()
+) -> tuple[Settings, bool]:
     """Settings of a job's arguments, and whether it is a dry run.
+
+    hidden: names of settings, or of groups of them, that are none of this job's.
 
     Raises:
         UserError: anything in them that is wrong.
     """
-    given = parse(argv, prog=prog, description=description, groups=groups())
+    names = [n for n, one in FIELDS.items() if not {n, one.group} & set(hidden)]
+    given = parse(argv, prog=prog, description=description, groups=groups(names))
     dry_run = given.pop("dry_run", False)
     return settings_from(given, given.pop("config", None)), dry_run
 

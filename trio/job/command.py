@@ -19,18 +19,18 @@ from trio import bundled
 from trio.errors import JobFailed, UserError
 from trio.job import cli, run_yaml
 from trio.job.cli import ERRORS, FAILED, OK, WRONG
-from trio.job.input.manifest import tell
+from trio.job.comparing import metrics_file
+from trio.job.comparing.compared import GIVEN
 from trio.job.output import ending, output_directory
-from trio.job.output.output_directory import UNPRUNED
 from trio.job.output.summary import share, table
 from trio.job.plan import Plan
 from trio.job.plan import plan as plan_of
+from trio.job.questions.question_settings import GENERATE
 from trio.job.resume import decoding_rules
 from trio.job.resume.checkpoint_defaults import pruning_resolved
 from trio.job.resume.fingerprint import model_directory
 from trio.job.settings import DEMO, Settings
 from trio.job.storage import Location, is_local, locate
-from trio.pruning.method_registry import asks_for_text_tower
 from trio.tables import counted
 
 DEFAULT_RETENTION = 1 / 9
@@ -43,6 +43,13 @@ class Job:
     name: str
     # "caption"; names the output and the messages
     description: str
+    asks: bool = False
+    # questions of data sets, rather than one prompt a row
+
+    @property
+    def hidden(self) -> tuple[str, ...]:
+        """Settings that are none of its own."""
+        return ("prompt", "score") if self.asks else ("questions",)
 
     @property
     def prog(self) -> str:
@@ -53,7 +60,9 @@ def main(job: Job, argv: Sequence[str] | None = None) -> int:
     """Run a job from its arguments; returns the exit code."""
     arguments = sys.argv[1:] if argv is None else argv
     try:
-        config, dry = cli.read_call(arguments, prog=job.prog, description=job.description)
+        config, dry = cli.read_call(
+            arguments, prog=job.prog, description=job.description, hidden=job.hidden
+        )
         config = resolve(job, config)
         return dry_run(job, config) if dry else run(job, config)
     except UserError as error:
@@ -72,26 +81,29 @@ def main(job: Job, argv: Sequence[str] | None = None) -> int:
 
 def resolve(job: Job, config: Settings) -> Settings:
     """Settings with every default that needs no cluster filled in."""
-    changes: dict[str, Any] = {}
+    changes: dict[str, Any] = _asked(job, config)
     pruning, model = config.pruning, config.model
-    if pruning.retention is None and pruning.schedule is None and config.pruning_asked:
+    items = config.output.compare
+    on_demo = config.input.input == (DEMO,) and config.questions.preset is None
+    if items is None and on_demo and config.pruning_asked and not job.asks:
+        items = changes["compare"] = ("1", GIVEN)
+    is_open = pruning.retention is None and pruning.schedule is None
+    if is_open and config.pruning_asked and (items is None or GIVEN in items):
         changes["retention"] = DEFAULT_RETENTION
-    comparing = asks_for_text_tower(pruning)
+    comparing = config.text_tower_method
     if model.model == DEMO and comparing and model.text_tower is None:
         changes["text_tower"] = DEMO
-    if config.output.compare_unpruned is None:
-        changes["compare_unpruned"] = config.input.input == (DEMO,) and config.pruning_asked
     if config.output.score is None:
-        as_bundled = config.input.input == (DEMO,) and config.input.columns is None
+        as_bundled = on_demo and config.input.columns is None and not job.asks
         changes["score"] = "objects" if as_bundled else "none"
     if config.output.output is None:
         changes["output"] = output_directory.fresh_directory(job.name)
     check_model(model.model)
     if model.text_tower is not None:
         check_model(model.text_tower, "--text-tower")
-    elif comparing and model.model != DEMO and config.pruning_asked:
+    elif comparing and model.model != DEMO and (items or config.pruning_asked):
         raise UserError(
-            f"--method {pruning.method} compares images with prompts by CLIP: give as --text-tower"
+            f"--method {comparing} compares images with prompts by CLIP: give as --text-tower"
             " the CLIP that the model's vision encoder comes from,"
             f" {HUB_IDS['--text-tower']} for LLaVA-1.5"
         )
@@ -99,6 +111,20 @@ def resolve(job: Job, config: Settings) -> Settings:
     # Of a hub id it is known when its commit is.
     here = model_directory(model.model) is not None
     return pruning_resolved(config) if here else config
+
+
+def _asked(job: Job, config: Settings) -> dict[str, Any]:
+    """What is asked where nothing else is said."""
+    questions = config.questions
+    if not job.asks:
+        if questions.mode is not None:
+            raise UserError("these are settings of vqa.py: 'mode' is none of this job's")
+        return {}
+    changes = {"mode": questions.mode or GENERATE}
+    bundled_rows = config.input.input == (DEMO,) and questions.preset is None
+    if bundled_rows and questions.metric is None:
+        changes["metric"] = "exact_match"
+    return changes
 
 
 HUB_IDS = {
@@ -121,84 +147,54 @@ def check_model(model: str, flag: str = "--model") -> None:
         )
 
 
-def unpruned(config: Settings) -> Settings:
-    """The same rows without pruning."""
-    assert config.output.output is not None
-    return config.replace(
-        output=locate(config.output.output).join(UNPRUNED).uri,
-        method="none",
-        encoder="none",
-        text_tower=None,
-        text_tower_revision=None,
-        retention=1.0,
-        schedule=None,
-        compare_unpruned=False,
-    )
-
-
 def run(job: Job, config: Settings) -> int:
-    """Do the run, and the comparison where asked; print the table."""
+    """Do the run; print the table."""
     from trio.job import runner
     from trio.job.nodes import cluster
     from trio.job.passes import Stop
     from trio.job.resume import lease
 
-    plans = _plans(config)
-    output = plans[0][1].output
-    to_do = [plan for _, plan in plans if not plan.finished]
-    if not to_do:
+    plan = _plan(config)
+    if plan.finished:
         print(
-            f"{output.uri} is finished already: nothing to do. For a new run give another --output."
+            f"{plan.output.uri} is finished already: nothing to do. For a new run give another"
+            " --output."
         )
-        return _verdict(job, config, output_directory.read_summary(output))
-    stop, done = Stop(), []
-    with lease.hold(output) as held:
+        return _verdict(job, config, output_directory.read_summary(plan.output))
+    stop = Stop()
+    with lease.hold(plan.output) as held:
         attached = cluster.start(config.cluster.address)
         try:
             resources = cluster.fit(config, attached=attached)
-            _announce(config, to_do[0], resources.describe())
+            _announce(config, plan, resources.describe())
             with _stopping_on_signals(stop):
-                for name, plan in plans:
-                    label = name if len(plans) > 1 else ""
-                    if plan.finished:
-                        summary = output_directory.read_summary(plan.output)
-                    else:
-                        summary = runner.execute(plan, resources, label=label, stop=stop, held=held)
-                    done.append((name, summary))
+                summary = runner.execute(plan, resources, stop=stop, held=held)
         finally:
             cluster.stop(attached)
-    print(f"\n{table(done)}\n")
-    _show(config, output)
-    return _verdict(job, config, done[0][1])
+    print(f"\n{table(summary)}\n")
+    if (text := output_directory.read_text(plan.output, metrics_file.TABLE)) is not None:
+        print(text)
+    _show(config, plan.output)
+    return _verdict(job, config, summary)
 
 
 def _show(config: Settings, output: Location) -> None:
     """Where the rows are, how to open them, and some of the demo's."""
     if config.input.input == (DEMO,) and not config.input.columns:
-        print(f"{ending.examples(output)}\n")
+        print(f"{ending.examples(output, [one.name for one in config.compared])}\n")
     print(f"rows: {output.join('rows').uri}")
     command = ending.opening(output)
     if command is not None:
         print(f"to see some: {command}", flush=True)
 
 
-def _plans(config: Settings) -> list[tuple[str, Plan]]:
-    """(heading, plan) of each run; the one that was asked for comes first.
-
-    An input that has changed since is refused unless all is finished.
-    """
+def _plan(config: Settings) -> Plan:
+    """An input that has changed since is refused unless all is finished."""
     paths = [str(bundled.SHARD) if path == DEMO else path for path in config.input.input]
-    runs = [(config.pruning.name, config)]
-    if config.output.compare_unpruned:
-        runs.append((UNPRUNED, unpruned(config)))
-    places = [locate(each.output.output or "") for _, each in runs]
-    compare = not all(map(output_directory.finished, places))
-    plans = []
-    for name, each in runs:
-        # What the comparison would say of the input, the main run says.
-        say = tell if each is config else lambda _: None
-        plans.append((name, plan_of(each, paths, around=places[0], compare=compare, say=say)))
-    return plans
+    if config.questions.preset is not None and config.input.input == (DEMO,):
+        paths = []  # its own repository
+    done = output_directory.finished(locate(config.output.output or ""))
+    return plan_of(config, paths, compare=not done)
 
 
 @contextmanager
@@ -223,14 +219,17 @@ def _stopping_on_signals(stop: Callable[[], None]) -> Iterator[None]:
 def _announce(config: Settings, plan: Plan, resources: str) -> None:
     manifest = plan.manifest
     keep = "nothing pruned"
-    if config.pruning_asked:
+    if config.pruning_asked and config.output.compare is None:
         schedule, retention = config.pruning.schedule, config.pruning.retention
         keep = f"schedule {schedule}" if schedule else f"retention {retention:.4g}"
     shards, rows = counted(len(manifest.shards), "shard"), counted(plan.rows, "row")
     decoding = decoding_rules.lines(config, plan.decoding)
+    asked = f"{config.pruning.name}, {keep}"
+    if config.output.compare is not None:
+        asked = f"compared: {', '.join(one.name for one in config.compared)}"
     lines = [
         f"input   {shards}, {rows}, {manifest.size / 1e6:.1f} MB",
-        f"model   {config.model.model}, {config.pruning.name}, {keep}",
+        f"model   {config.model.model}, {asked}",
         *(line for line in decoding if line != decoding_rules.PLAIN),
         f"runs on {resources}",
         f"output  {locate(config.output.output or '').uri}",
@@ -258,17 +257,17 @@ def _verdict(job: Job, config: Settings, summary: Mapping[str, Any]) -> int:
 def dry_run(job: Job, config: Settings) -> int:
     """Print what would be done: the settings as run.yaml, the input and what is left of it."""
     sys.stdout.write(run_yaml.dump(config))
-    plans = _plans(config)
-    planned = [plan for _, plan in plans if not plan.finished]
-    for line in decoding_rules.lines(config, planned[0].decoding) if planned else ():
+    plan = _plan(config)
+    if plan.finished:
+        print("# finished already")
+        return OK
+    for line in decoding_rules.lines(config, plan.decoding):
         print(f"# {line}")
-    for name, plan in plans:
-        if plan.finished:
-            print(f"# {name}: finished already")
-            continue
-        roles = ", ".join(f"{role} from {column}" for role, column in plan.columns.roles.items())
-        state = "goes on with an unfinished run" if plan.earlier else "new"
-        shards = counted(len(plan.manifest.shards), "shard")
-        print(f"# {name}: {counted(plan.rows, 'row')} of {shards}; {roles}")
-        print(f"# {name}: output {plan.output.uri}, {state}")
+    roles = ", ".join(f"{role} from {column}" for role, column in plan.columns.roles.items())
+    state = "goes on with an unfinished run" if plan.earlier else "new"
+    shards = counted(len(plan.manifest.shards), "shard")
+    print(f"# {counted(plan.rows, 'row')} of {shards}; {roles}")
+    if config.output.compare is not None:
+        print(f"# each with {', '.join(one.name for one in config.compared)}")
+    print(f"# output {plan.output.uri}, {state}")
     return OK

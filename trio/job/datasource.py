@@ -10,16 +10,15 @@ from ray.data.block import BlockMetadata
 
 from trio.job import stages
 from trio.job.desk import Desk
-from trio.job.input.columns import Columns
-from trio.job.stages import Run
+from trio.job.stages import Run, Task
 
 
 class Units(Datasource):
     """Ray calls the stage `ReadUnits`."""
 
-    def __init__(self, runs: Sequence[Run], columns: Columns, desk: Desk) -> None:
+    def __init__(self, runs: Sequence[Run], task: Task, desk: Desk) -> None:
         super().__init__()
-        self._runs, self._columns, self._desk = runs, columns, desk
+        self._runs, self._told, self._desk = runs, task, desk
 
     def get_name(self) -> str:
         return "Units"
@@ -34,4 +33,5 @@ class Units(Datasource):
         metadata = BlockMetadata(
             num_rows=len(run.units), size_bytes=None, exec_stats=None, input_files=None
         )
-        return ReadTask(partial(stages.read, run, self._columns, self._desk), metadata)
+        columns, pictures = self._told.columns, self._told.pictures
+        return ReadTask(partial(stages.read, run, columns, self._desk, pictures), metadata)

@@ -124,7 +124,7 @@ class Pass(Board):
 
         _set_context()
         desk, room = Desk(ray.get_runtime_context().current_actor), work.room
-        source = Units(work.runs, work.task.columns, desk)
+        source = Units(work.runs, work.task, desk)
         data = ray.data.read_datasource(
             source,
             num_cpus=0,

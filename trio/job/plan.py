@@ -8,10 +8,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import pyarrow as pa
+
 from trio.engine.decoding.generation_rules import Rules
-from trio.job.input.columns import Columns, parse_mapping, resolve
+from trio.job.input.columns import OWN, Columns, parse_mapping, resolve
+from trio.job.input.joined_pictures import PictureFiles
 from trio.job.input.manifest import Manifest, expand, inspect, tell
 from trio.job.output import output_directory
+from trio.job.questions.asking import Asking, asking_of
+from trio.job.questions.dataset_files import digests, picture_files, question_paths
 from trio.job.resume import decoding_rules
 from trio.job.resume import fingerprint as prints
 from trio.job.resume.checkpoint_defaults import pruning_resolved
@@ -35,6 +40,10 @@ class Plan:
     """Nothing is left to do."""
     decoding: Rules | None
     """Of the model; None: they cannot be read here."""
+    asking: Asking | None = None
+    """Of `jobs/vqa.py`."""
+    pictures: PictureFiles | None = None
+    """That rows are joined with."""
 
     @property
     def rows(self) -> int:
@@ -46,7 +55,6 @@ def plan(
     config: Settings,
     paths: Sequence[str],
     *,
-    around: Location | None = None,
     compare: bool = True,
     say: Callable[[str], None] = tell,
 ) -> Plan:
@@ -55,7 +63,6 @@ def plan(
     Args:
         config: the settings.
         paths: where their inputs lie.
-        around: the directory around this run's, if another run keeps its output there: no input.
         compare: whether the input must still be the one that an earlier run there began with.
         say: told of files that are left out.
 
@@ -64,28 +71,54 @@ def plan(
     """
     assert config.output.output is not None, "the job chooses an output"
     output = locate(config.output.output)
-    ours = around or output
     earlier = output_directory.earlier(output)
     config = _settled(config, earlier)
-    now = prints.take(config)
+    questions, asking, pictures = config.questions, None, None
+    if questions.preset is not None:
+        asking = asking_of(questions)
+        if compare:
+            paths = question_paths(asking.preset, paths, say)
+            pictures = picture_files(asking.preset, questions, paths, say)
+    now = prints.take(config, digests(questions, pictures))
     if earlier is not None:
-        found = expand(paths, ours, say) if compare else None
+        found = expand(paths, output, say) if compare else None
         output_directory.check_same(earlier, now, found, output.uri)
         manifest, columns = earlier.manifest, earlier.columns
+        if questions.mode is not None and asking is None:
+            asking = asking_of(questions, [role[1:] for role in columns.roles if role[0] == OWN])
     else:
-        manifest, schemas = inspect(paths, ours, say)
-        columns = resolve(
-            schemas,
-            [shard.path for shard in manifest.shards],
-            parse_mapping(config.input.columns or ""),
-            prompt_given=config.input.prompt is not None,
-            scored=config.output.score in SCORED,
-        )
+        manifest, schemas = inspect(paths, output, say)
+        if questions.mode is not None and asking is None:
+            asking = asking_of(questions, schemas[0].names)
+        columns = _columns(config, asking, manifest, schemas)
     return Plan(
         config=config, manifest=manifest, columns=columns, output=output, fingerprint=now,
         earlier=earlier, finished=output_directory.finished(output),
-        decoding=decoding_rules.read(config),
+        decoding=decoding_rules.read(config), asking=asking, pictures=pictures,
     )  # fmt: skip
+
+
+def _columns(
+    config: Settings, asking: Asking | None, manifest: Manifest, schemas: Sequence[pa.Schema]
+) -> Columns:
+    """What is read of the shards."""
+    paths = [shard.path for shard in manifest.shards]
+    mapping = parse_mapping(config.input.columns or "")
+    if asking is None:
+        return resolve(
+            schemas, paths, mapping,
+            prompt_given=config.input.prompt is not None,
+            scored=config.output.score in SCORED,
+        )  # fmt: skip
+    asking.check(schemas, paths)
+    return resolve(
+        schemas,
+        paths,
+        asking.roles() | mapping | {"prompt": "none"},
+        prompt_given=True,
+        joined=asking.preset.images is not None,
+        also=asking.columns,
+    )
 
 
 def _settled(config: Settings, earlier: output_directory.Pinned | None) -> Settings:

@@ -25,8 +25,8 @@ BARREN = 3
 SYSTEMATIC = 16
 # rows that are lost alone, and none was ever answered: more of them do not all kill
 Kind = Literal["long", "alone", "rows"]
-Row = tuple[dict[str, Any], Totals]
-# an output row, and what it adds up to
+Row = tuple[tuple[dict[str, Any], ...], tuple[Totals, ...]]
+# the output rows of an input row, and what those of each setting add up to
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -44,7 +44,10 @@ def _read(name: str, value: Any, source: str) -> Any:
 
 def dump(settings: Settings, comment: str = "") -> str:
     """The text of ``run.yaml``, which ``--config`` reads back to the same settings."""
-    body: str = yaml.safe_dump(settings.flat(), sort_keys=False, allow_unicode=True)
+    values = settings.flat()
+    if settings.questions.mode is None:  # as of captions, which ask none
+        values = {n: value for n, value in values.items() if FIELDS[n].group != "questions"}
+    body: str = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     return "".join(f"# {line}\n" for line in comment.splitlines()) + body
 
 

@@ -21,11 +21,12 @@ from ray.exceptions import GetTimeoutError, RayError
 from trio.engine.kv_budget import describe
 from trio.errors import JobFailed
 from trio.job import stages
+from trio.job.comparing.metrics_file import metrics_files
 from trio.job.engines.engine_settings import (
     EngineFactory,
     EngineSettings,
     PreprocessorFactory,
-    build_engine,
+    build_engines,
     build_preprocessor,
 )
 from trio.job.images.policy import RowError
@@ -35,17 +36,17 @@ from trio.job.input.units import Unit, unit_rows, units
 from trio.job.nodes.cluster import Resources
 from trio.job.output import output_directory
 from trio.job.output import totals as sums
-from trio.job.output.output_rows import RowSettings, Source, output_row
+from trio.job.output.output_rows import Ask, RowSettings, Source, output_row
 from trio.job.output.progress import Progress
-from trio.job.output.schema import row_key
+from trio.job.output.schema import KEEP, KEPT, LIKELIHOOD, QUESTION, SCORE, row_key
 from trio.job.output.sink import ROWS, Sink
-from trio.job.output.summary import summarise
+from trio.job.output.summary import of_setting, summarise
 from trio.job.output.totals import Totals
 from trio.job.passes import LEAST_ROOM_S, ROOM_S, STILL_S, Limits, Passes, Room, Stop
 from trio.job.plan import Plan
 from trio.job.quarantine import ROW_LOSSES, Attempts, Row
 from trio.job.resume import committed, decoding_rules, lease
-from trio.job.settings import Settings
+from trio.job.settings import SCORED, Settings
 from trio.job.stages import Receipt, Task
 from trio.job.storage import exists
 
@@ -77,7 +78,7 @@ def resolve_resources(config: Settings, manifest: Manifest, resources: Resources
 class Makers:
     """What workers make: an engine, and ahead of it the model's preprocessor."""
 
-    engine: EngineFactory = build_engine
+    engine: EngineFactory = build_engines
     preprocessor: PreprocessorFactory | None = build_preprocessor
     """None: the engine takes decoded images as they are."""
 
@@ -154,19 +155,22 @@ def execute(
     _check_complete(run, wanted, progress.done)
     summary = summarise(
         progress.done,
+        name=config.pruning.name,
         run_id=pinned.run_id,
         wall_s=time.time() - began,
         done_before=before,
         work_s=progress.work_s,
         resources=resources.describe(),
         memory_plan=facts.get("memory_plan"),
-        score=config.output.score,
+        score=config.scored_by,
+        settings=_settings(run, config, wanted, pinned.run_id),
     )
     if pinned.ids is not None:
         summary["duplicate_ids"] = pinned.ids.duplicates
     held.check()
     committed.sweep(run.output)
-    output_directory.close(run.output, summary, facts.get("images"))
+    also = metrics_files(run, pinned.run_id, summary.get("settings") or [summary])
+    output_directory.close(run.output, summary, facts.get("images"), also)
     return summary
 
 
@@ -185,9 +189,9 @@ def _receipts(
         for row in attempts.ended(disturbed=disturbed):
             attempts.answered(row, _given_up(row, passes, task))
         for unit, rows in attempts.whole():
-            totals = _commit_rows(unit, rows, task, passes.say)
+            parts = _commit_rows(unit, rows, task, passes.say)
             attempts.committed(unit)
-            yield Receipt(unit, True, "", totals)
+            yield Receipt(unit, True, "", parts)
 
 
 def _of_pass(
@@ -201,8 +205,7 @@ def _of_pass(
             except StopIteration as end:
                 return bool(end.value)
             if receipt.rows is not None:
-                (row,) = receipt.rows
-                attempts.answered(receipt.unit, (row, receipt.totals))
+                attempts.answered(receipt.unit, (receipt.rows, receipt.parts))
             elif receipt.done and receipt.unit in attempts.open:
                 attempts.committed(receipt.unit)
                 yield receipt
@@ -214,13 +217,13 @@ def _without_receipt(run: Plan, attempts: Attempts, task: Task) -> Iterator[Rece
     for unit in sorted(found):
         totals = committed.totals(run.output, {unit}, task.sink.run_id)
         attempts.committed(unit)
-        yield Receipt(unit, True, "", totals)
+        yield Receipt(unit, True, "", (totals,))
 
 
 def _given_up(row: Unit, passes: Passes, task: Task) -> Row:
-    """The output row of one that killed its process each time it was alone."""
+    """The output rows of one that killed its process each time it was alone."""
     error = RowError("quarantined", f"the process died {ROW_LOSSES} times while on this row alone")
-    said: tuple[Any, str | None, list[str]] = (None, None, [])
+    said: tuple[Any, Sequence[Ask]] = (None, (Ask(),))
     remote: Any = ray.remote(num_cpus=0, max_retries=0)(stages.describe)
     coming = remote.remote(passes.a_run([row]), task.columns, task.rows)
     try:
@@ -230,20 +233,46 @@ def _given_up(row: Unit, passes: Passes, task: Task) -> Row:
     except RayError:  # it may be the reader that it kills
         pass
     source = Source(key=row_key(row.shard, row.start), table=pa.table({}), index=0, path="")
-    source.id, source.prompt, answers = said
-    made = output_row(source, error, actor="driver", node="", save_kept=task.rows.save_kept)
-    return made, sums.of_row(made, answers)
+    source.id, source.asks = said
+    made = [
+        output_row(source, error, task.rows, actor="driver", node="", prompt_number=n, setting=s)
+        for n, _ in enumerate(source.asks)
+        for s, _ in enumerate(task.engine.prunings)
+    ]
+    parts = [Totals() for _ in task.engine.prunings]
+    for one in made:
+        parts[one["setting"]] += sums.of_row(one, source.asks[one["prompt_number"]].answers)
+    return tuple(made), tuple(parts)
 
 
 def _commit_rows(
     unit: Unit, rows: Sequence[Row], task: Task, tell: Callable[[str], None]
-) -> Totals:
+) -> tuple[Totals, ...]:
     """Commit a unit whose rows were answered one by one."""
-    totals = sums.merge(part for _, part in rows)
-    times = [made["finished_at"] for made, _ in rows]
+    parts = tuple(map(sums.merge, zip(*(parts for _, parts in rows), strict=True)))
+    made = [one for own, _ in rows for one in own]
+    times = [one["finished_at"] for one in made]
     stats = {"actor": "driver", "node": "", "start": min(times), "end": max(times)}
-    task.sink.commit(unit, [made for made, _ in rows], stats, totals, tell)
-    return totals
+    task.sink.commit(unit, made, [stats] * len(parts), parts, tell)
+    return parts
+
+
+def _settings(
+    run: Plan, config: Settings, wanted: Sequence[Unit], run_id: str
+) -> list[dict[str, Any]]:
+    """Figures of each setting where several are compared."""
+    if config.output.compare is None:
+        return []
+    assert config.cluster.actors is not None
+    return [
+        of_setting(
+            committed.totals(run.output, wanted, run_id, number),
+            one.name,
+            engines=config.cluster.actors,
+            score=config.scored_by,
+        )
+        for number, one in enumerate(config.compared)
+    ]
 
 
 def _pinned(run: Plan, config: Settings) -> output_directory.Pinned:
@@ -302,10 +331,11 @@ def _check_errors(config: Settings, before: Totals, totals: Totals) -> None:
 
 def _check_complete(run: Plan, wanted: Sequence[Unit], totals: Totals) -> None:
     missing = sorted(set(wanted) - committed.listed(run.output))
-    if missing or totals.rows != run.rows:
+    if missing or totals.inputs != run.rows:
         names = ", ".join(unit.name for unit in missing[:3])
         raise JobFailed(
-            f"{totals.rows} of {run.rows} rows were written ({len(missing)} files missing: {names})"
+            f"{totals.inputs} of {run.rows} rows were written"
+            f" ({len(missing)} files missing: {names})"
         )
 
 
@@ -313,32 +343,48 @@ def stages_task(
     run: Plan, config: Settings, resources: Resources, run_id: str, makers: Makers
 ) -> Task:
     """What the stages of a run are told."""
-    engine = engine_settings(config, resources)
+    engine, also = engine_settings(config, resources), optional_columns(config)
     rows = RowSettings(
         prompt=config.input.prompt,
         sampling=engine.sampling,
         policy=config.image_policy(),
         seed=config.seed,
-        save_kept=config.output.save_kept,
+        also=also,
         shared_directory=run.manifest.shared_directory(),
+        asking=run.asking,
     )
     sink = Sink(
         output=run.output.uri,
         run_id=run_id,
         id_type=run.columns.id_type,
-        save_kept=config.output.save_kept,
+        also=also,
+        settings=len(engine.prunings),
         pauses_s=PAUSES_S,
     )
     return Task(
         engine=engine,
         rows=rows,
         columns=run.columns,
+        pictures=run.pictures,
         sink=sink,
         factory=makers.engine,
         preprocessor=makers.preprocessor,
         stall_s=config.limits.stall_timeout,
         pauses_s=PAUSES_S,
     )
+
+
+def optional_columns(config: Settings) -> tuple[str, ...]:
+    """Groups of columns of this run's rows beside those of all runs."""
+    mode, questions = config.questions.mode, config.questions
+    asked = {
+        KEPT: config.output.save_kept,
+        SCORE: config.output.score in SCORED or mode is not None,
+        QUESTION: mode is not None,
+        LIKELIHOOD: mode == "likelihood",
+        KEEP: questions.keep_if is not None,
+    }
+    return tuple(group for group, wanted in asked.items() if wanted)
 
 
 def room_of(config: Settings, resources: Resources, task: Task) -> Room:
@@ -367,7 +413,7 @@ def engine_settings(config: Settings, resources: Resources) -> EngineSettings:
     dtype = {"auto": None if gpu else "float32"}.get(config.model.dtype, config.model.dtype)
     return EngineSettings(
         model=config.model.model,
-        pruning=config.pruning,
+        prunings=tuple(one.pruning for one in config.compared),
         text_tower=config.model.text_tower,
         text_tower_revision=config.model.text_tower_revision,
         sampling=config.sampling,

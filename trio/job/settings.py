@@ -15,8 +15,10 @@ from typing import Annotated, Any
 from trio import bundled
 from trio.engine.request import Sampling
 from trio.errors import UserError
+from trio.job.comparing.compared import GIVEN, Compared, read_compared, settings_compared
 from trio.job.images.policy import MAX_PIXELS, ROW_TIMEOUT_S, ImagePolicy, parse_origin, redact
 from trio.job.input.columns import parse_mapping
+from trio.job.questions.question_settings import Questions
 from trio.job.storage import check_no_secret, is_local, local_path
 from trio.pruning.method_registry import asks_for_text_tower
 from trio.pruning.options import BuiltIn, BuiltInNumber, Pruning
@@ -163,9 +165,12 @@ class Output:
     answers, both in lower case, without articles and punctuation; this is not VQA's accuracy),
     objects (that, and for answers such as "a red 7 and a blue 3" the share of objects named
     rightly) or none (default: objects for the bundled shard with its own columns, else none)."""
-    compare_unpruned: Switch | None = None
-    """Run the same rows without pruning as well, into DIR/unpruned, and put both side by side
-    (default: only for the bundled shard)."""
+    compare: Annotated[tuple[str, ...] | None, Value(read=read_compared, unit="RETENTION,...")] = (
+        None
+    )
+    """Ask every row with each of these settings, one after the other, and say what each costs: 1 is
+    the unpruned model, 1/9 a retention, fastv:1/9 and visionzip+trio:1/9 name what chooses, given
+    stands for what the other flags say (default: 1,given for the bundled shard)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -223,6 +228,7 @@ class Settings:
     sampling: Sampling = field(default_factory=Sampling)
     seed: Seed = 0
     """Of sampling and of --method random."""
+    questions: Questions = field(default_factory=Questions)
     output: Output = field(default_factory=Output)
     cluster: Cluster = field(default_factory=Cluster)
     limits: Limits = field(default_factory=Limits)
@@ -235,13 +241,45 @@ class Settings:
             )
         if rows.remote_images_from and not rows.allow_remote_images:
             raise UserError("--remote-images-from needs --allow-remote-images: give both or none")
-        if model.text_tower is not None and not asks_for_text_tower(self.pruning):
+        self._check_compared()
+        if model.text_tower is not None and self.text_tower_method is None:
             raise UserError(f"--text-tower: method {self.pruning.method} does not use it")
         if self.cluster.threads is not None and self.cluster.prepare_cpus is not None:
             raise UserError("--threads and --prepare-cpus say the same: give one of them")
         parse_mapping(rows.columns or "")
         seeded = dataclasses.replace(self.pruning, seed=self.seed)
         object.__setattr__(self, "pruning", seeded)
+
+    def _check_compared(self) -> None:
+        items, pruning = self.output.compare, self.pruning
+        if items is None or GIVEN in items:
+            return
+        for name in ("retention", "schedule"):
+            if getattr(pruning, name) is not None:
+                raise UserError(
+                    f"--{name} and --compare {','.join(items)} exclude each other; to have it"
+                    f" compared as well, write {GIVEN} among them"
+                )
+
+    @property
+    def scored_by(self) -> str | None:
+        """How answers are scored: a rule of captions, or a metric of questions."""
+        if self.questions.mode is not None:
+            return self.questions.scored_by
+        return self.output.score
+
+    @property
+    def compared(self) -> tuple[Compared, ...]:
+        """The settings that each row is asked with, in the order of their numbers."""
+        if self.output.compare is None:
+            return (Compared(name=self.pruning.name, pruning=self.pruning),)
+        return settings_compared(self.output.compare, self.pruning)
+
+    @property
+    def text_tower_method(self) -> str | None:
+        """The method in use that compares images with prompts by CLIP, if there is one."""
+        used = (one.pruning for one in self.compared)
+        return next((one.method for one in used if asks_for_text_tower(one)), None)
 
     @property
     def pruning_asked(self) -> bool:
@@ -250,8 +288,15 @@ class Settings:
         return (pruning.method, pruning.encoder) != ("none", "none") and pruning.retention != 1.0
 
     def with_pruning_defaults(self, defaults: PruningDefaults) -> Settings:
-        """The settings with a checkpoint's pruning defaults, and the built-in ones, written out."""
-        return dataclasses.replace(self, pruning=defaults.fill(self.pruning))
+        """The settings with a checkpoint's pruning defaults, and the built-in ones, written out.
+
+        The shape of schedules is a matter of each retention: where several are compared it stays
+        open, and engines fill it in.
+        """
+        filled = defaults.fill(self.pruning)
+        if self.output.compare is not None:
+            filled = dataclasses.replace(filled, schedule_shape=self.pruning.schedule_shape)
+        return dataclasses.replace(self, pruning=filled)
 
     def image_policy(self) -> ImagePolicy:
         """What the images of rows may be and where they may come from."""
@@ -284,7 +329,7 @@ class Settings:
 
 FIELDS = settings_of(Settings())
 """Every setting by name, that of its flag and of run.yaml."""
-_NOT_RESULTS = {"output", "compare_unpruned"} | {
+_NOT_RESULTS = {"output"} | {
     name for name, setting in FIELDS.items() if setting.group in ("cluster", "limits")
 }
 

@@ -17,7 +17,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -40,19 +40,21 @@ from trio.job.images.image_files import load_images
 from trio.job.images.policy import RowError
 from trio.job.images.time_limit import TimeLimit
 from trio.job.input.columns import Columns
+from trio.job.input.joined_pictures import JoinedPictures, PictureFiles
 from trio.job.input.manifest import Shard
 from trio.job.input.reader import RunReader, ShardChanged, ShardUnreadable
 from trio.job.input.units import Unit
 from trio.job.output.output_rows import (
+    Ask,
     RowSettings,
     Source,
-    answers_of,
     identify,
     note_images,
+    picture_of,
     sources,
 )
 from trio.job.output.sink import Sink
-from trio.job.output.totals import Totals
+from trio.job.output.totals import Totals, merge
 from trio.job.storage import exists, open_location, parent
 
 OTHERS = 3
@@ -65,6 +67,7 @@ PREPARED = pa.struct(
         ("width", pa.int32()),
         ("height", pa.int32()),
         ("note", pa.string()),
+        ("picture", pa.string()),
         ("kind", pa.string()),
         ("message", pa.string()),
         ("header", pa.binary()),
@@ -80,6 +83,8 @@ class Task:
     engine: EngineSettings
     rows: RowSettings
     columns: Columns
+    pictures: PictureFiles | None = None
+    """That are joined with the rows."""
     sink: Sink
     factory: EngineFactory
     preprocessor: PreprocessorFactory | None
@@ -154,9 +159,14 @@ class Receipt:
     done: bool
     """False: nobody looked at it, as the run is to stop."""
     node: str
-    totals: Totals = field(default_factory=Totals)
+    parts: tuple[Totals, ...] = ()
+    """Of each setting."""
     rows: tuple[dict[str, Any], ...] | None = None
     """The rows themselves; None where they are committed."""
+
+    @property
+    def totals(self) -> Totals:
+        return merge(self.parts)
 
     def pack(self) -> pa.Table:
         return pa.table({"receipt": pa.array([pickle.dumps(self)], pa.large_binary())})
@@ -180,9 +190,11 @@ def _telling(desk: Desk, stage: str) -> Iterator[None]:
 # read
 
 
-def read(run: Run, columns: Columns, desk: Desk) -> Iterator[pa.Table]:
+def read(
+    run: Run, columns: Columns, desk: Desk, pictures: PictureFiles | None = None
+) -> Iterator[pa.Table]:
     """The units of a run, one after the other, until the run is to stop."""
-    poll = Poll(desk)
+    poll, joined = Poll(desk), JoinedPictures(pictures) if pictures else None
     reader = RunReader(run.shards, columns.roles, partial(_wait_and_look, run, desk))
     with _telling(desk, "read"):
         for unit in run.units:
@@ -193,6 +205,8 @@ def read(run: Run, columns: Columns, desk: Desk) -> Iterator[pa.Table]:
             if isinstance(found, ShardUnreadable):
                 desk.note("unread", unit, found.kind, str(found))
                 found = _errors(unit, columns, found)
+            elif joined is not None:
+                found = joined.beside(found)
             yield Block(unit, path, found).pack()
         reader.close()
 
@@ -278,7 +292,7 @@ def _prepared(row: pa.Table, task: Task, desk: Desk) -> pa.Table:
 def _noted(source: Source) -> dict[str, Any]:
     width, height = source.size or (None, None)
     sizes = {"num_images": source.num_images, "width": width, "height": height}
-    return sizes | {"note": source.note}
+    return sizes | {"note": source.note, "picture": source.picture}
 
 
 def _preprocessor(task: Task, desk: Desk) -> PreprocessorLike | None:
@@ -303,9 +317,14 @@ def _images(
     Raises:
         RowError: whatever a row does to a library is its own failure.
     """
+    cell = source.cell("image")
+    source.picture = picture_of(cell, base)
     identify(source, task.rows)
+    if cell is None and task.rows.asking is not None and task.rows.asking.without_picture:
+        source.num_images = 0
+        return ()
     try:
-        images = load_images(source.cell("image"), base, task.rows.policy)
+        images = load_images(cell, base, task.rows.policy)
         note_images(source, images)
         return images if preprocessor is None else preprocessor.process(images)
     except RowError:
@@ -339,10 +358,10 @@ class answer:
             return Receipt(block.unit, False, self._engine.node).pack()
         answered = self._engine.answer(block.unit, self._sources(block))
         if not self._commits:
-            _, totals = self._engine.taken(answered, block.prepare_s)
-            return Receipt(block.unit, True, self._engine.node, totals, answered.rows).pack()
-        totals = self._engine.commit(block.unit, answered, block.node, block.prepare_s)
-        return Receipt(block.unit, True, self._engine.node, totals).pack()
+            _, parts = self._engine.taken(answered, block.prepare_s)
+            return Receipt(block.unit, True, self._engine.node, parts, answered.rows).pack()
+        parts = self._engine.commit(block.unit, answered, block.node, block.prepare_s)
+        return Receipt(block.unit, True, self._engine.node, parts).pack()
 
     def _sources(self, block: Block) -> Iterator[tuple[Source, Sequence[Any] | RowError]]:
         """Rows with their images, or with their error."""
@@ -351,6 +370,7 @@ class answer:
             sources(block.table, block.unit, block.path), prepared, strict=True
         ):
             source.num_images, source.note = said["num_images"], said["note"]
+            source.picture = said["picture"]
             if said["width"] is not None:
                 source.size = (said["width"], said["height"])
             if said["kind"] is None:
@@ -361,22 +381,16 @@ class answer:
                 yield source, RowError(said["kind"], said["message"])
 
 
-def describe(
-    run: Run, columns: Columns, settings: RowSettings
-) -> tuple[Any, str | None, list[str]]:
-    """Id, prompt and right answers of a single row, its images unread: of one that killed
-    processes."""
+def describe(run: Run, columns: Columns, settings: RowSettings) -> tuple[Any, Sequence[Ask]]:
+    """Id and prompts of a single row, its images unread: of one that killed processes."""
     roles = {role: name for role, name in columns.roles.items() if role != "image"}
     (unit,) = run.units
     reader = RunReader(run.shards, roles, lambda *_: None)
     table = reader.read(unit) if roles else pa.table({"": pa.nulls(1)})
     reader.close()
     if isinstance(table, ShardUnreadable):
-        return None, None, []
+        return None, (Ask(),)
     (source,) = sources(table, unit, run.shards[unit.shard].path)
-    right: Sequence[str] = []
-    with suppress(RowError):
-        right = answers_of(source)
     with suppress(RowError):
         identify(source, settings)
-    return source.id, source.prompt, list(right)
+    return source.id, source.asks

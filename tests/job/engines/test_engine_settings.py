@@ -40,7 +40,7 @@ def test_limits_on_the_size_of_images_reach_the_engine(
         cpus=1, gpus=0, nodes=1, actors=1, gpus_per_actor=0, cpus_per_actor=1, attached=False
     )
     settings = engine_settings(config, resources)
-    engine, preprocessor = made.build_engine(settings), made.build_preprocessor(settings)
+    (engine,), preprocessor = made.build_engines(settings), made.build_preprocessor(settings)
     assert isinstance(engine, Engine) and preprocessor is made.build_preprocessor(settings)
     for size, tokens in (((16, 16), 25), ((240, 200), 30)):
         image = Image.new("RGB", size)

@@ -12,7 +12,7 @@ import pytest
 from tests.job.fakes import FakeEngine
 from trio.engine.request import Prepared, Request, Result
 from trio.errors import UserError
-from trio.job.engines.engine_thread import EngineDied, EngineThread, Outcome
+from trio.job.engines.engine_thread import Asked, EngineDied, EngineThread, Outcome
 from trio.job.images.policy import RowError
 
 
@@ -21,10 +21,10 @@ def said(outcomes: list[Outcome]) -> list[str | None]:
 
 
 def thread(build: Callable[[], FakeEngine] = FakeEngine, *, ahead: int = 8) -> EngineThread:
-    return EngineThread(build, ahead=ahead)
+    return EngineThread(lambda: [build()], ahead=ahead)
 
 
-def asked(prompts: Sequence[str]) -> list[Request | RowError]:
+def asked(prompts: Sequence[str]) -> list[Asked]:
     return [Request(prompt=prompt) for prompt in prompts]
 
 
@@ -43,7 +43,7 @@ def test_bad_rows_leave_their_neighbours_alone() -> None:
                 raise UserError("three tokens")
             super().submit(prepared)
 
-    rows: list[Request | RowError] = asked(["a", "please explode", "b" * 300, "odd", "c"])
+    rows: list[Asked] = asked(["a", "please explode", "b" * 300, "odd", "c"])
     rows.insert(1, RowError("image_empty", "made up"))
     assert said(thread(Picky).answer(rows)) == [
         "a []",

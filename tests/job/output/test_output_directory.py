@@ -101,11 +101,9 @@ def test_a_run_of_another_version_is_refused_whatever_it_holds(tmp_path: Path) -
         output_directory.earlier(out)
 
 
-def test_a_run_stopped_during_its_comparison_goes_on(tmp_path: Path) -> None:
-    """An unpruned run may lie inside already; a hidden file may be left of a killed write."""
-    output_directory.claim(locate(str(tmp_path / "o" / "unpruned")), RUN)
-    (tmp_path / "o" / ".run.yaml.1234.tmp").write_text("")
-    assert output_directory.earlier(locate(str(tmp_path / "o"))) is None
+def test_a_file_of_a_killed_write_is_no_run(tmp_path: Path) -> None:
+    (tmp_path / ".run.yaml.1234.tmp").write_text("")
+    assert output_directory.earlier(locate(str(tmp_path))) is None
 
 
 def test_an_output_that_cannot_be_written_is_the_users_mistake(tmp_path: Path) -> None:

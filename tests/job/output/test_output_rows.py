@@ -19,15 +19,16 @@ from trio.job.input.columns import resolve
 from trio.job.input.manifest import inspect
 from trio.job.input.units import Unit
 from trio.job.output.output_rows import (
+    Ask,
     RowSettings,
     Source,
-    answers_of,
+    identify,
     note_images,
     output_row,
-    request_of,
+    requests_of,
     sources,
 )
-from trio.job.output.schema import build_table, row_key, rows_schema, split_key
+from trio.job.output.schema import KEPT, build_table, row_key, rows_schema, split_key
 from trio.job.storage import Location, parent
 
 UNIT = Unit(2, 10, 11)
@@ -39,7 +40,6 @@ def settings(**changes: Any) -> RowSettings:
         "sampling": Sampling(),
         "policy": ImagePolicy(),
         "seed": 0,
-        "save_kept": False,
     }
     return RowSettings(**values | changes)
 
@@ -53,14 +53,20 @@ def asked(row: Source, base: RowSettings, shards: Location | None = None) -> Req
     """The request of a row whose images are loaded first, as in the job."""
     images = load_images(row.cell("image"), shards, base.policy)
     note_images(row, images)
-    return request_of(row, images, base)
+    (request,) = requests_of(row, images, base)
+    return request
 
 
 def test_a_row_becomes_a_request() -> None:
     row = source(image=png(), prompt="what?", id=7)
     request = asked(row, settings())
     assert request.prompt == "what?" and request.images[0].size == (12, 9)
-    assert (row.key, row.id, row.prompt, row.size) == (row_key(2, 10), 7, "what?", (12, 9))
+    assert (row.key, row.id, row.asks, row.size) == (
+        row_key(2, 10),
+        7,
+        (Ask(prompt="what?"),),
+        (12, 9),
+    )
 
 
 def test_what_a_row_leaves_out() -> None:
@@ -82,7 +88,7 @@ def test_what_a_row_leaves_out() -> None:
 def test_rows_that_cannot_be_asked(cells: dict[str, Any], kind: str) -> None:
     row = source(id="mine", **cells)
     with pytest.raises(RowError) as caught:
-        request_of(row, [], settings())
+        list(requests_of(row, [], settings()))
     assert caught.value.kind == kind and row.id == "mine"
 
 
@@ -170,9 +176,14 @@ def test_answers_of_every_type_that_planning_lets_through(
     table = pa.table({"image": [b"x"] * 3, "prompt": ["p"] * 3, "answers": array})
     columns = resolve([table.schema], ["f"], {}, prompt_given=False, scored=True)
     assert columns.roles["answers"] == "answers"
-    assert answers_of(sources(table[1:2], UNIT, "x")[0]) == answers
-    assert answers_of(sources(table[2:], UNIT, "x")[0]) == []
-    assert answers_of(source(image=png())) == []
+    assert read_answers(sources(table[1:2], UNIT, "x")[0]) == answers
+    assert read_answers(sources(table[2:], UNIT, "x")[0]) == []
+    assert read_answers(source(image=png())) == []
+
+
+def read_answers(row: Source) -> list[str]:
+    identify(row, settings(prompt="p"))
+    return list(row.asks[0].answers)
 
 
 def test_answers_that_are_not_utf8_end_their_row() -> None:
@@ -185,7 +196,7 @@ def test_a_mended_image_leaves_a_note() -> None:
     row = source(image=encoded(Image.new("RGB", (9, 9)), "JPEG")[:-2], prompt="x")
     asked(row, settings())
     result = Result(id=None, response="", finish_reason="stop")
-    written = output_row(row, result, actor="a", node="n", save_kept=False)
+    written = output_row(row, result, settings(), actor="a", node="n")
     (got,) = build_table([written], rows_schema(pa.string(), run_id="r")).to_pylist()
     assert (got["note"], got["error"]) == ("the file lacks its end marker", None)
 
@@ -236,8 +247,8 @@ def test_output_rows_fit_the_schema() -> None:
         prefill_flops=1.6e9, kept_tokens=[[1, 2]], visual_tokens_stages=[2],
     )  # fmt: skip
     outcomes: list[Result | RowError] = [result, RowError("image_empty", "zero bytes")]
-    rows = [output_row(row, each, actor="a", node="n", save_kept=True) for each in outcomes]
-    schema = rows_schema(pa.int64(), run_id="r", save_kept=True)
+    rows = [output_row(row, each, settings(also=(KEPT,)), actor="a", node="n") for each in outcomes]
+    schema = rows_schema(pa.int64(), run_id="r", also=[KEPT])
     good, bad = build_table(rows, schema).to_pylist()
     assert (good["response"], good["logprob_mean"], good["prefill_flops"]) == ("", -2.0, 1600000000)
     assert (good["image_width"], good["image_height"], good["num_images"]) == (12, 9, 1)

@@ -24,7 +24,7 @@ class Clock:
 
 
 UNIT = Totals(
-    rows=10, errors=1, images=9, output_tokens=90, retention_sum=0.9, retention_rows=9,
+    rows=10, inputs=10, errors=1, images=9, output_tokens=90, retention_sum=0.9, retention_rows=9,
     preprocess_wait_s=9.0, prefill_s=1.0,
 )  # fmt: skip
 
@@ -83,11 +83,11 @@ def test_a_terminal_is_rewritten_in_place_below_what_is_said(
 
 
 def test_rows_of_an_earlier_attempt_count_as_done_but_not_as_speed() -> None:
-    before, clock = Totals(rows=900, images=900), Clock()
+    before, clock = Totals(rows=900, inputs=900, images=900), Clock()
     progress = Progress(1000, before, log_interval_s=9, stream=io.StringIO(), clock=clock)
     progress.answering()
     clock.now += 10
-    progress.add(Totals(rows=50, images=50))
+    progress.add(Totals(rows=50, inputs=50, images=50))
     line = progress.line()
     assert line.startswith("950/1000 rows (95 %), 5.0 images/s")
     assert line.endswith("ETA 0:10")

@@ -8,9 +8,11 @@ import pyarrow as pa
 import pytest
 
 from trio.job.output.schema import (
+    KEPT,
     UNITS_KEY,
     build_table,
     check_rows,
+    key_of,
     row_key,
     rows_schema,
     split_key,
@@ -19,16 +21,17 @@ from trio.job.output.schema import (
 from trio.job.output.sink import serialise
 
 ROWS = (
-    "row id prompt response finish_reason error note num_images image_width image_height"
+    "row id prompt response finish_reason error note num_images picture image_width image_height"
     " visual_tokens visual_tokens_encoder visual_tokens_stages retention prompt_tokens"
     " output_tokens prefill_flops prefill_flops_unpruned kv_bytes kv_bytes_unpruned prefill_s"
-    " decode_s latency_s logprob_mean actor node finished_at"
+    " decode_s latency_s logprob_mean actor node finished_at prompt_number setting"
 )
 STATS = (
-    "unit actor node decode_node start end rows errors error_kinds images prompt_tokens"
-    " output_tokens visual_tokens retention_sum retention_rows prefill_flops"
+    "unit setting actor node decode_node start end rows inputs errors error_kinds images"
+    " prompt_tokens output_tokens visual_tokens retention_sum retention_rows prefill_flops"
     " prefill_flops_unpruned reading_flops reading_flops_unpruned kv_bytes kv_bytes_unpruned"
-    " scored right captions object_share_sum prepare_s preprocess_wait_s encode_s prefill_s"
+    " scored right score_sum captions object_share_sum images_encoded prepare_s preprocess_wait_s"
+    " encode_s prefill_s"
     " prune_s decode_s idle_s out_of_memory cuda_graphs running_mean kv_used_bytes_peak"
     " device_bytes_peak max_running batch_tokens kv_budget_bytes"
 )
@@ -42,13 +45,19 @@ def answer(**changes: Any) -> dict[str, Any]:
         "actor": "a",
         "node": "n",
         "finished_at": datetime.datetime(2026, 1, 2, tzinfo=datetime.UTC),
+        "prompt_number": 0,
+        "setting": 0,
     }
     return row | changes
 
 
 def test_columns_are_those_users_rely_on() -> None:
     assert " ".join(rows_schema(pa.int64(), run_id="r").names) == ROWS
-    assert rows_schema(pa.int64(), run_id="r", save_kept=True).names[-1] == "kept_tokens"
+    assert rows_schema(pa.int64(), run_id="r", also=[KEPT]).names[-3:] == [
+        "kept_tokens",
+        "prompt_number",
+        "setting",
+    ]
     assert " ".join(stats_schema(run_id="r").names) == STATS
 
 
@@ -114,3 +123,19 @@ def test_a_unit_has_each_row_once_and_in_order(keys: list[int]) -> None:
     check_rows([answer(row=key) for key in (4, 5, 6)], 0, 4, 7)
     with pytest.raises(AssertionError, match="other keys"):
         check_rows([answer(row=key) for key in keys], 0, 4, 7)
+
+
+def several(*keys: tuple[int, int, int]) -> list[dict[str, Any]]:
+    return [answer(row=row, prompt_number=number, setting=one) for row, number, one in keys]
+
+
+def test_each_prompt_is_asked_once_in_each_setting() -> None:
+    whole = [(4, 0, 0), (4, 0, 1), (4, 1, 0), (4, 1, 1), (5, 0, 0), (5, 0, 1)]
+    check_rows(several(*whole), 0, 4, 6, settings=2)
+    assert len({key_of(row) for row in several(*whole)}) == 6
+    for number in range(len(whole)):
+        missing = whole[:number] + whole[number + 1 :]
+        for wrong in (missing, [*missing, whole[number]], [*whole, whole[number]]):
+            if wrong != whole:
+                with pytest.raises(AssertionError, match="other keys"):
+                    check_rows(several(*wrong), 0, 4, 6, settings=2)

@@ -45,9 +45,9 @@ def test_rows_and_statistics_are_there_after_a_commit(tmp_path: Path) -> None:
 def test_a_unit_that_does_not_add_up_is_not_written(
     tmp_path: Path, rows: Any, told: Totals
 ) -> None:
-    sink = Sink(output=str(tmp_path), run_id="run1", id_type=pa.string(), save_kept=False)
+    sink = Sink(output=str(tmp_path), run_id="run1", id_type=pa.string())
     with pytest.raises(AssertionError):
-        sink.commit(UNIT, rows, STATS, told, print)
+        sink.commit(UNIT, rows, [STATS], [told], print)
     assert os.listdir(tmp_path) == []
 
 
@@ -72,12 +72,12 @@ def test_rows_are_the_commit_point(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_a_storage_that_fails_is_tried_again_and_then_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     sink = Sink(
-        output=str(tmp_path / "file"), run_id="r", id_type=pa.string(), save_kept=False,
+        output=str(tmp_path / "file"), run_id="r", id_type=pa.string(),
         pauses_s=(0.0,) * 4,
     )  # fmt: skip
     said: list[str] = []
     with pytest.raises(JobFailed, match=f"rows/{UNIT.name} failed 5 times: "):
-        sink.commit(UNIT, answered(UNIT), STATS, totals_of(UNIT), said.append)
+        sink.commit(UNIT, answered(UNIT), [STATS], [totals_of(UNIT)], said.append)
     assert [line.split(": ")[0].rpartition("failed ")[2] for line in said] == [
         f"{n} times" for n in range(1, 5)
     ]

@@ -23,8 +23,9 @@ GOOD: dict[str, Any] = {
     "prefill_flops_unpruned": 300,
     "kv_bytes": 10,
     "kv_bytes_unpruned": 50,
+    "score": 1.0,
 }
-BAD = {"response": None, "error": "image_empty: zero: bytes"}
+BAD = {"response": None, "error": "image_empty: zero: bytes", "score": 0.0}
 
 
 def test_one_row() -> None:
@@ -42,7 +43,15 @@ def test_a_row_in_error_counts_as_wrong() -> None:
 
 
 def test_without_answers_nothing_is_scored() -> None:
-    assert of_row(GOOD, []).scored == 0 and of_row(GOOD, []).right == 0
+    unscored = of_row(GOOD | {"score": None}, [])
+    assert (unscored.scored, unscored.right, unscored.captions) == (0, 0, 0)
+
+
+def test_a_row_of_the_input_counts_once() -> None:
+    keys = [(0, 0), (0, 1), (1, 0), (1, 1)]
+    rows = [GOOD | {"prompt_number": prompt, "setting": setting} for prompt, setting in keys]
+    whole = merge(of_row(row, []) for row in rows)
+    assert (whole.rows, whole.inputs, whole.images) == (4, 1, 8)
 
 
 def numbers(kind: Any) -> st.SearchStrategy[Any]:
@@ -68,7 +77,7 @@ SCHEMA = stats_schema(run_id="r")
 
 
 def stored(part: Totals) -> pa.Table:
-    return build_table([{"unit": "u", **STATS, **part.to_stats()}], SCHEMA)
+    return build_table([{"unit": "u", "setting": 0, **STATS, **part.to_stats()}], SCHEMA)
 
 
 @given(PARTS, st.integers(0, 6), st.randoms())

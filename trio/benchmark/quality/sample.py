@@ -15,7 +15,7 @@ from trio.job.input.columns import parse_mapping, resolve
 from trio.job.input.manifest import Manifest, inspect
 from trio.job.input.reader import RunReader, ShardUnreadable
 from trio.job.input.units import Unit
-from trio.job.output.output_rows import RowSettings, request_of, sources
+from trio.job.output.output_rows import RowSettings, requests_of, sources
 from trio.job.settings import Settings
 from trio.job.storage import parent
 
@@ -53,7 +53,6 @@ def sample(
         sampling=Sampling(max_new_tokens=config.sampling.max_new_tokens),
         policy=config.image_policy(),
         seed=config.seed,
-        save_kept=False,
     )
     shards = {shard.number: shard for shard in manifest.shards}
     reader = RunReader(shards, columns.roles, lambda *_: None)
@@ -69,7 +68,7 @@ def sample(
                 try:
                     with limit.row():
                         images = load_images(source.cell("image"), base, settings.policy)
-                    requests.append(request_of(source, images, settings))
+                    requests += requests_of(source, images, settings)
                 except RowError as error:
                     errors.append(error)
     reader.close()

@@ -46,13 +46,15 @@ class InstantEngine:
         waiting, self._waiting = self._waiting, []
         return [_answer(prepared.id) for prepared in waiting]
 
+    def release(self, prepared: Prepared) -> None: ...
+
     def stats(self) -> Mapping[str, Any]:
         return {"encode_s": 0.0, "prefill_s": 0.0, "prune_s": 0.0, "decode_s": 0.0}
 
 
-def instant_engine(settings: EngineSettings) -> InstantEngine:
+def instant_engines(settings: EngineSettings) -> list[InstantEngine]:
     """The factory that a job takes in place of the one for real engines."""
-    return InstantEngine()
+    return [InstantEngine() for _ in settings.prunings]
 
 
 def _answer(request_id: Any) -> Result:

@@ -37,14 +37,14 @@ import pyarrow.parquet as pq
 import ray
 import torch
 
-from trio.benchmark.speed.instant import instant_engine
+from trio.benchmark.speed.instant import instant_engines
 from trio.demo.scenes import make_scene
 from trio.demo.shard import write_shard
 from trio.engine.engine import Engine
 from trio.engine.request import Prepared, Request
 from trio.job import runner
 from trio.job.command import check_model
-from trio.job.engines.engine_settings import EngineSettings, build_engine, engine_threads
+from trio.job.engines.engine_settings import EngineSettings, build_engines, engine_threads
 from trio.job.images.image_files import load_images
 from trio.job.images.policy import ImagePolicy
 from trio.job.nodes import cluster
@@ -61,7 +61,7 @@ SCENES = 64
 ROW_GROUP = 100
 WARM_UP = 16
 PROMPT = "Describe the image in one sentence."
-INSTANTLY = Makers(engine=instant_engine, preprocessor=None)
+INSTANTLY = Makers(engine=instant_engines, preprocessor=None)
 JOB, PREPARED, INSTANT = "job", "engine, prepared", "job, instant engine"
 
 
@@ -196,7 +196,7 @@ class EngineAlone:
     """The job's engine, and the job's rows as requests with decoded images."""
 
     def __init__(self, settings: EngineSettings, path: str, rows: int) -> None:
-        engine = build_engine(settings)
+        (engine,) = build_engines(settings)
         assert isinstance(engine, Engine)
         self._engine = engine
         chosen = {engine_threads(settings), max(1, usable() // 2), usable()}

@@ -11,21 +11,20 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import ray
 
-from trio.engine.request import Request, Result
+from trio.engine.request import Result
 from trio.errors import JobFailed, UserError, kind_and_line
 from trio.job.desk import ALIVE_S, Desk, Poll
-from trio.job.engines.engine_thread import EngineDied, EngineThread, Outcome
+from trio.job.engines.engine_thread import Asked, EngineDied, EngineThread, Outcome
 from trio.job.images.policy import RowError
 from trio.job.input.units import Unit
 from trio.job.output import totals as sums
-from trio.job.output.output_rows import Source, answers_of, output_row, request_of
+from trio.job.output.output_rows import Source, output_row, requests_of
 from trio.job.output.totals import Totals
 
 if TYPE_CHECKING:
@@ -50,10 +49,10 @@ AS_THEY_ARE = (
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """The output rows of a unit, and what they add up to."""
+    """The output rows of a unit, and what those of each setting add up to."""
 
     rows: tuple[dict[str, Any], ...]
-    totals: Totals
+    parts: tuple[Totals, ...]
 
 
 class Engine:
@@ -68,7 +67,10 @@ class Engine:
         if again and task.engine.gpu:
             time.sleep(GPU_PAUSE_S)
         self._thread = self._started(again)
-        self._report = _Report(self._thread.counters)
+        self._reports = [
+            _Report(partial(self._thread.counters, setting))
+            for setting, _ in enumerate(task.engine.prunings)
+        ]
         desk.note("ready", self.name, self._facts())
         threading.Thread(target=self._watch, name="watch", daemon=True).start()
 
@@ -79,20 +81,27 @@ class Engine:
         self, unit: Unit, found: Iterable[tuple[Source, Sequence[Any] | RowError]]
     ) -> Answered:
         """The unit's rows, each answered or in error; `found` are sources with their images."""
-        read = list(found)
-        requests = [self._request(source, images) for source, images in read]
+        asked = [one for source, images in found for one in self._asked(source, images)]
+        requests = [request for _, _, request in asked]
+        settings = range(len(self._reports))
         try:
-            outcomes = self._thread.answer(requests)
+            outcomes = [self._thread.answer(requests, setting) for setting in settings]
         except EngineDied as error:
             self._end(str(error))
-        rows, parts = [], []
-        for (source, _), outcome in zip(read, outcomes, strict=True):
-            rows.append(self._row(source, outcome))
-            parts.append(_totals(rows[-1], source))
-        return Answered(tuple(rows), sums.merge(parts))
+        self._thread.release(requests)
+        rows: list[dict[str, Any]] = []
+        parts = [Totals() for _ in settings]
+        together = zip(asked, zip(*outcomes, strict=True), strict=True)
+        for (source, number, _), of_settings in together:
+            for setting, outcome in enumerate(of_settings):
+                rows.append(self._row(source, number, setting, outcome))
+                parts[setting] += _totals(rows[-1], source, outcome)
+        return Answered(tuple(rows), tuple(parts))
 
-    def commit(self, unit: Unit, answered: Answered, decode_node: str, prepare_s: float) -> Totals:
-        """Write a unit, its statistics with it; returns its totals with what they took.
+    def commit(
+        self, unit: Unit, answered: Answered, decode_node: str, prepare_s: float
+    ) -> tuple[Totals, ...]:
+        """Write a unit, its statistics with it; returns each setting's totals with what they took.
 
         Args:
             unit: whose rows these are.
@@ -100,24 +109,32 @@ class Engine:
             decode_node: where its images were decoded.
             prepare_s: seconds that this took.
         """
-        stats, totals = self.taken(answered, prepare_s)
-        stats |= {"actor": self.name, "node": self.node, "decode_node": decode_node}
+        stats, parts = self.taken(answered, prepare_s)
+        where = {"actor": self.name, "node": self.node, "decode_node": decode_node}
+        stats = [own | where for own in stats]
 
         def tell(reason: str) -> None:
             self._desk.note("say", reason)
 
         try:
-            self._task.sink.commit(unit, answered.rows, stats, totals, tell)
+            self._task.sink.commit(unit, answered.rows, stats, parts, tell)
         except JobFailed as error:
             self._desk.note("fail", str(error))
             self._desk.wait_for_the_end()
-        return totals
+        return parts
 
-    def taken(self, answered: Answered, prepare_s: float) -> tuple[dict[str, Any], Totals]:
-        """What a unit took since the last one: the engine's part of its statistics, and its
-        totals."""
-        stats, totals = self._report.interval(answered.totals)
-        return stats, totals + Totals(prepare_s=prepare_s)
+    def taken(
+        self, answered: Answered, prepare_s: float
+    ) -> tuple[list[dict[str, Any]], tuple[Totals, ...]]:
+        """What a unit took since the last one, by setting: the engine's part of its statistics, and
+        its totals. Its images were prepared once, which is counted in the first."""
+        found = [
+            report.interval(part)
+            for report, part in zip(self._reports, answered.parts, strict=True)
+        ]
+        (_, first), *others = found
+        parts = first + Totals(prepare_s=prepare_s), *(part for _, part in others)
+        return [stats for stats, _ in found], parts
 
     def _started(self, again: int) -> EngineThread:
         """The engine in its thread; where it does not start, the process ends after a pause."""
@@ -139,20 +156,28 @@ class Engine:
             "images": getattr(prepare, "why_not_cut", None),
         }
 
-    def _request(self, source: Source, images: Sequence[Any] | RowError) -> Request | RowError:
-        if isinstance(images, RowError):
-            return images
+    def _asked(
+        self, source: Source, images: Sequence[Any] | RowError
+    ) -> list[tuple[Source, int, Asked]]:
+        """A row's requests with the number of their prompt; its error where it cannot be asked."""
+        requests: Sequence[Asked] = [images] if isinstance(images, RowError) else []
         try:
-            return request_of(source, images, self._task.rows)
+            requests = requests or list(requests_of(source, images, self._task.rows))
         except RowError as error:
-            return error
+            requests = [error]
+        return [(source, number, request) for number, request in enumerate(requests)]
 
-    def _row(self, source: Source, outcome: Outcome) -> dict[str, Any]:
-        if isinstance(outcome, Result):
-            flops = outcome.reading_flops, outcome.reading_flops_unpruned
-            source.reading_flops = (round(flops[0] or 0), round(flops[1] or 0))
+    def _row(
+        self, source: Source, prompt_number: int, setting: int, outcome: Outcome
+    ) -> dict[str, Any]:
         return output_row(
-            source, outcome, actor=self.name, node=self.node, save_kept=self._task.rows.save_kept
+            source,
+            outcome,
+            self._task.rows,
+            actor=self.name,
+            node=self.node,
+            prompt_number=prompt_number,
+            setting=setting,
         )
 
     def _watch(self) -> None:
@@ -176,10 +201,12 @@ class Engine:
         os._exit(1)
 
 
-def _totals(row: Mapping[str, Any], source: Source) -> Totals:
-    with suppress(RowError):  # the row is in error for it
-        return sums.of_row(row, answers_of(source), source.reading_flops)
-    return sums.of_row(row, [], source.reading_flops)
+def _totals(row: Mapping[str, Any], source: Source, outcome: Outcome) -> Totals:
+    reading = (0, 0)
+    if isinstance(outcome, Result):
+        flops = outcome.reading_flops, outcome.reading_flops_unpruned
+        reading = round(flops[0] or 0), round(flops[1] or 0)
+    return sums.of_row(row, source.asks[row["prompt_number"]].answers, reading)
 
 
 class _Report:
@@ -202,7 +229,7 @@ class _Report:
             now, counters = datetime.datetime.now(datetime.UTC), self._counters()
             before, self._before = self._before, counters
             start, self._since = self._since, now
-        growing = (*SECONDS, *DECODING, "out_of_memory")
+        growing = (*SECONDS, *DECODING, "out_of_memory", "images_encoded")
         spent = {n: counters[n] - before.get(n, 0) for n in growing if n in counters}
         rows, steps = (spent.pop(name, 0) for name in DECODING)
         graphs = counters.get("cuda_graphs")

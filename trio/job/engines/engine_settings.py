@@ -23,7 +23,8 @@ class EngineSettings:
 
     model: str
     """Hub id, directory, or "demo"."""
-    pruning: Pruning
+    prunings: tuple[Pruning, ...]
+    """Of each engine that the worker makes; they share the model."""
     text_tower: str | None
     """Of the model's encoder: hub id, directory, or "demo"; None where no method needs it."""
     text_tower_revision: str | None
@@ -65,6 +66,7 @@ class EngineLike(Protocol):
     def submit(self, prepared: Prepared) -> None: ...
     def step(self) -> list[Result]: ...
     def stats(self) -> Mapping[str, Any]: ...
+    def release(self, prepared: Prepared) -> None: ...
 
 
 class PreprocessorLike(Protocol):
@@ -75,12 +77,13 @@ class PreprocessorLike(Protocol):
     def process(self, images: Sequence[Any]) -> Sequence[Any]: ...
 
 
-EngineFactory = Callable[[EngineSettings], EngineLike]
+EngineFactory = Callable[[EngineSettings], Sequence[EngineLike]]
+"""Makes an engine for each of the settings' prunings."""
 PreprocessorFactory = Callable[[EngineSettings], PreprocessorLike]
 
 
-def build_engine(settings: EngineSettings) -> EngineLike:
-    """The engine on this process's device."""
+def build_engines(settings: EngineSettings) -> Sequence[EngineLike]:
+    """The engines on this process's device."""
     # A Ray that was started by other hands need not have it in its environment.
     openmp.passively()
     import torch
@@ -91,11 +94,11 @@ def build_engine(settings: EngineSettings) -> EngineLike:
         torch.set_num_threads(engine_threads(settings))
     _register_families(settings)
     optional = {"batch_tokens": settings.batch_tokens, "max_running": settings.max_running}
-    return Engine.from_pretrained(
+    first = Engine.from_pretrained(
         settings.model,
         text_tower=settings.text_tower,
         text_tower_revision=settings.text_tower_revision,
-        pruning=settings.pruning,
+        pruning=settings.prunings[0],
         device="cuda" if settings.gpu else "cpu",
         dtype=getattr(torch, settings.dtype) if settings.dtype else None,
         sampling=settings.sampling,
@@ -106,6 +109,7 @@ def build_engine(settings: EngineSettings) -> EngineLike:
         system=settings.system,
         **{name: value for name, value in optional.items() if value is not None},
     )
+    return first.beside(settings.prunings[1:])
 
 
 def build_preprocessor(settings: EngineSettings) -> Preprocessor:

@@ -1,8 +1,11 @@
-"""An engine in a thread of its own, fed by the threads that ask it. No Ray in here.
+"""Engines in a thread of their own, fed by the threads that ask them. No Ray in here.
 
 INPUT batches of requests from any number of calling threads; OUTPUT each batch's outcomes in its
 own order, one for each request. Requests of all batches share the engine, so a slow one delays only
 its own batch; how far preparation runs ahead of the engine is bounded.
+
+There is an engine for each setting that is compared. They take turns: the next one begins when the
+one before has nothing left, so that none is slowed down by another and each can be timed.
 """
 
 from __future__ import annotations
@@ -40,16 +43,20 @@ class _Ticket:
 
     batch: _Batch
     index: int
+    setting: int
+
+
+Asked = Request | Prepared | RowError
 
 
 class EngineThread:
-    """Owner of an engine; ``answer`` may be called from several threads at a time."""
+    """Owner of engines; ``answer`` may be called from several threads at a time."""
 
-    def __init__(self, build: Callable[[], EngineLike], *, ahead: int) -> None:
-        """Start the thread and build the engine in it.
+    def __init__(self, build: Callable[[], Sequence[EngineLike]], *, ahead: int) -> None:
+        """Start the thread and build the engines in it.
 
         Args:
-            build: makes the engine.
+            build: makes the engines, one for each setting.
             ahead: most requests that are prepared or in the engine at a time.
 
         Raises:
@@ -60,8 +67,12 @@ class EngineThread:
         self._slots = threading.BoundedSemaphore(ahead)
         self._lock = threading.Lock()
         self._batches: dict[int, _Batch] = {}
-        self._waits = {"preprocess_wait_s": 0.0, "idle_s": 0.0}
-        self._counters: dict[str, Any] = {}
+        self._engines: Sequence[EngineLike] = ()
+        self._queues: list[list[tuple[_Ticket, Prepared]]] = []
+        """For each engine, what it has not begun."""
+        self._turn = 0
+        self._waits: list[dict[str, float]] = []
+        self._counters: list[dict[str, Any]] = []
         self._asked_at: float | None = None
         # when the first requests came
         self._activity = self._settled = 0
@@ -73,9 +84,13 @@ class EngineThread:
         if self._error is not None:
             raise self._error
 
-    def answer(self, requests: Sequence[Request | RowError]) -> list[Outcome]:
+    def answer(self, requests: list[Asked], setting: int = 0) -> list[Outcome]:
         """Outcomes of the requests, in their order, an error being its own; blocks until all are
         there.
+
+        Args:
+            requests: with several engines, what has been prepared takes the place of its request.
+            setting: number of the engine.
 
         Raises:
             EngineDied: the engine failed, now or earlier.
@@ -90,7 +105,9 @@ class EngineThread:
             for index, request in enumerate(requests):
                 if not self._slot():
                     break
-                self._prepare(_Ticket(batch, index), request)
+                prepared = self._prepare(_Ticket(batch, index, setting), request)
+                if prepared is not None and len(self._engines) > 1:
+                    requests[index] = prepared
             # An engine that failed before this batch was known will not end its waiting.
             if self._error is None:
                 batch.done.wait()
@@ -110,9 +127,16 @@ class EngineThread:
                 return True
         return False
 
+    def release(self, requests: Sequence[Asked]) -> None:
+        """No setting is to read these again."""
+        for prepared in requests:
+            if isinstance(prepared, Prepared):
+                self.engine.release(prepared)
+
     @property
     def engine(self) -> EngineLike:
-        return self._engine
+        """The first one."""
+        return self._engines[0]
 
     @property
     def busy(self) -> bool:
@@ -129,26 +153,28 @@ class EngineThread:
         """Rows that have their outcome."""
         return self._settled
 
-    def counters(self) -> dict[str, Any]:
-        """The engine's counters and the thread's waiting times [s], since the start."""
+    def counters(self, setting: int = 0) -> dict[str, Any]:
+        """An engine's counters and the thread's waiting times at its turn [s], since the start."""
         with self._lock:
-            return self._counters | self._waits
+            return self._counters[setting] | self._waits[setting]
 
-    def _prepare(self, ticket: _Ticket, request: Request | RowError) -> None:
+    def _prepare(self, ticket: _Ticket, request: Asked) -> Prepared | None:
+        """Puts a request into the inbox, prepared; None where it has its outcome already."""
         if isinstance(request, RowError):
             self._settle(ticket, request)
-            return
+            return None
         try:
-            prepared = self._engine.prepare(request)
+            prepared = request if isinstance(request, Prepared) else self.engine.prepare(request)
         except UserError as error:
             self._settle(ticket, RowError("prompt", str(error)))
         except Exception as error:  # whatever a row does to a processor is that row's own failure
             self._settle(ticket, RowError("prepare_failed", kind_and_line(error)))
         else:
-            if isinstance(prepared, Result):
-                self._settle(ticket, prepared)
-            else:
+            if not isinstance(prepared, Result):
                 self._inbox.put((ticket, dataclasses.replace(prepared, id=ticket)))
+                return prepared
+            self._settle(ticket, prepared)
+        return None
 
     def _settle(self, ticket: _Ticket, outcome: Outcome) -> None:
         batch = ticket.batch
@@ -165,17 +191,25 @@ class EngineThread:
 
     def _run(self) -> None:
         try:
-            self._engine = self._build()
+            self._engines = self._build()
+            self._queues = [[] for _ in self._engines]
+            self._counters = [{} for _ in self._engines]
+            self._waits = [{"preprocess_wait_s": 0.0, "idle_s": 0.0} for _ in self._engines]
             self._ready.set()
-            self._loop(self._engine)
+            self._loop()
         except BaseException as error:  # carried to every caller, who raises it in its own thread
             self._fail(error)
         finally:
             self._ready.set()
 
-    def _loop(self, engine: EngineLike) -> None:
+    def _loop(self) -> None:
         while True:
-            for ticket, prepared in self._receive(wait=not engine.has_work):
+            busy = self._engines[self._turn].has_work or any(self._queues)
+            for ticket, prepared in self._receive(wait=not busy):
+                self._queues[ticket.setting].append((ticket, prepared))
+            engine = self._at_its_turn()
+            queue, self._queues[self._turn] = self._queues[self._turn], []
+            for ticket, prepared in queue:
                 try:
                     engine.submit(prepared)
                 except UserError as error:
@@ -184,9 +218,16 @@ class EngineThread:
             with self._lock:
                 self._activity += 1
                 if results:
-                    self._counters = dict(engine.stats())
+                    self._counters[self._turn] = dict(engine.stats())
             for result in results:
                 self._settle(result.id, result)
+
+    def _at_its_turn(self) -> EngineLike:
+        count = len(self._engines)
+        if not self._engines[self._turn].has_work:
+            turns = ((self._turn + ahead) % count for ahead in range(count))
+            self._turn = next((turn for turn in turns if self._queues[turn]), self._turn)
+        return self._engines[self._turn]
 
     def _receive(self, *, wait: bool) -> list[tuple[_Ticket, Prepared]]:
         """All that is in the inbox; when ``wait``, at least one item.
@@ -201,8 +242,9 @@ class EngineThread:
             ended = time.perf_counter()
             with self._lock:
                 asked = min(max(began, self._asked_at or ended), ended)
-                self._waits["idle_s"] += asked - began
-                self._waits["preprocess_wait_s"] += ended - asked
+                waits = self._waits[self._turn]
+                waits["idle_s"] += asked - began
+                waits["preprocess_wait_s"] += ended - asked
         while True:
             try:
                 items.append(self._inbox.get_nowait())

@@ -21,6 +21,7 @@ from trio.job.input.answers import (
 
 ROLES = ("image", "prompt", "id", "answers")
 ALIASES = {"prompt": ("prompt", "question")}
+OWN = "."
 NONE = ("none", "")
 # as in id=none: no column has this role
 SHOWN_TYPES = 3
@@ -75,6 +76,8 @@ def resolve(
     *,
     prompt_given: bool,
     scored: bool = False,
+    joined: bool = False,
+    also: Sequence[str] = (),
 ) -> Columns:
     """Columns of the input, the same for all shards.
 
@@ -84,6 +87,9 @@ def resolve(
         mapping: of roles to column names.
         prompt_given: whether there is a prompt for rows without one.
         scored: whether each shard has to bring answers; theirs are left unread else.
+        joined: images lie in other files.
+        also: columns that are read under their own names, `OWN` before them; the caller has looked
+            whether they are there.
 
     Raises:
         UserError: a column that is missing or of a type that cannot be one, naming the shard.
@@ -93,13 +99,22 @@ def resolve(
             f"--columns answers={mapping['answers']}: answers are read for scoring only;"
             " ask for it with --score"
         )
-    named = {role: _find(role, schemas, mapping) for role in (ROLES if scored else ROLES[:-1])}
+    wanted = [role for role in ROLES if (scored or role != "answers")]
+    if joined:
+        wanted.remove("image")
+    named = {role: _find(role, schemas, mapping) for role in wanted}
     roles = {role: name for role, name in named.items() if name is not None}
-    needed = {"image": True, "prompt": not prompt_given, "id": "id" in roles, "answers": scored}
+    needed = {
+        "image": not joined,
+        "prompt": not prompt_given,
+        "id": "id" in roles,
+        "answers": scored,
+    }
     for schema, path in zip(schemas, paths, strict=True):
         _check_shard(schema, path, roles, needed)
     id_type = _id_type(roles["id"], schemas, paths) if "id" in roles else pa.string()
-    return Columns(roles=roles, id_type=id_type)
+    own = {OWN + name: name for name in also if any(name in one.names for one in schemas)}
+    return Columns(roles=roles | own, id_type=id_type)
 
 
 def _find(role: str, schemas: Sequence[pa.Schema], mapping: Mapping[str, str]) -> str | None:

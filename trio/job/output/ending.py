@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from operator import itemgetter
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -33,25 +35,30 @@ def opening(output: Location) -> str | None:
     return f"python -c {shlex.quote(code)}"
 
 
-def examples(output: Location) -> str:
+def examples(output: Location, settings: Sequence[str]) -> str:
     """Writes a few of the bundled images beside a run's rows; says what was answered about them.
+
+    settings: names of those that the rows were asked with.
 
     Raises:
         OSError: they cannot be written or the rows not be read.
     """
     rows = output.join(ROWS)
-    columns = ["row", "id", "prompt", "response", "error"]
+    columns = ["row", "id", "prompt", "response", "error", "setting"]
     table = pq.read_table(rows.path, filesystem=rows.filesystem, columns=columns)
-    answered, lines = table.sort_by("row").to_pylist(), []
+    order = [("row", "ascending"), ("setting", "ascending")]
+    answered, lines = table.sort_by(order).to_pylist(), []
     for name, data in bundled.images(SHOWN_IMAGES).items():
         mine = [row for row in answered if row["id"].startswith(name.partition(".")[0] + "-")]
         if mine:
             image = output.join(IMAGES, name)
             write_atomic(image, data)
             lines.append(image.uri)
-        for row in mine:
-            said = row["response"] if row["error"] is None else f"({row['error']})"
-            lines.append(f"    {row['prompt']:<28} {said}")
+        for prompt, own in groupby(mine, key=itemgetter("prompt")):
+            said = [f"({row['error']})" if row["error"] else row["response"] for row in own]
+            if len(set(said)) > 1:
+                said = [f"{name}: {one}" for name, one in zip(settings, said, strict=True)]
+            lines.append(f"    {prompt:<28} {'; '.join(dict.fromkeys(said))}")
     return "\n".join(lines)
 
 

@@ -36,8 +36,6 @@ from trio.version import VERSION
 
 MANIFEST, CONFIG, SUMMARY, SUCCESS = "manifest.parquet", "run.yaml", "summary.json", "_SUCCESS"
 COLUMNS_KEY, FINGERPRINT_KEY, IDS_KEY = b"trio.columns", b"trio.fingerprint", b"trio.ids"
-UNPRUNED = "unpruned"
-# the comparison's own directory
 SHOWN_DIFFERENCES = 3
 
 
@@ -94,7 +92,7 @@ def earlier(output: Location) -> Pinned | None:
     """
     names = _names(output)
     if not {MANIFEST, CONFIG} <= names:
-        known = {MANIFEST, CONFIG, ROWS, STATS, UNPRUNED}
+        known = {MANIFEST, CONFIG, ROWS, STATS}
         other = sorted(name for name in names - known if not name.startswith("."))
         if other:
             raise UserError(
@@ -196,8 +194,13 @@ def claim(output: Location, run: Pinned, facts: Sequence[str] = ()) -> None:
         raise UserError(f"--output {output.uri}: cannot be written: {error}") from error
 
 
-def close(output: Location, summary: Mapping[str, Any], images: str | None = None) -> None:
-    """Write the summary, then the mark that the output is whole.
+def close(
+    output: Location,
+    summary: Mapping[str, Any],
+    images: str | None = None,
+    also: Mapping[str, str] | None = None,
+) -> None:
+    """Write the summary, then other files (text by name), then the mark that all is there.
 
     What the engines said of CUDA graphs, and of `images` that they had to process themselves, is
     noted in the settings as comments, which nothing reads.
@@ -210,8 +213,18 @@ def close(output: Location, summary: Mapping[str, Any], images: str | None = Non
     lines += [start + note for start, note in notes.items() if note]
     write_atomic(output.join(CONFIG), "\n".join([*lines, ""]).encode())
     write_atomic(output.join(SUMMARY), (json.dumps(summary, indent=2) + "\n").encode())
+    for name, text in (also or {}).items():
+        write_atomic(output.join(name), text.encode())
     write_atomic(output.join(SUCCESS), b"")
 
 
 def read_summary(output: Location) -> dict[str, Any]:
     return dict(json.loads(read_bytes(output.join(SUMMARY))))
+
+
+def read_text(output: Location, name: str) -> str | None:
+    """One of the files beside the rows; None where the run has none of that name."""
+    try:
+        return read_bytes(output.join(name)).decode()
+    except FileNotFoundError:
+        return None

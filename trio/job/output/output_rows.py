@@ -7,10 +7,11 @@ engine has answered, the dict that ``schema.build_table`` takes.
 from __future__ import annotations
 
 import datetime
+import hashlib
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.types as pt
@@ -21,13 +22,15 @@ from trio.job.images.image_files import note_of
 from trio.job.images.policy import ImagePolicy, RowError
 from trio.job.input.answers import texts
 from trio.job.input.units import Unit
-from trio.job.output.schema import row_key, rows_schema, split_key
-from trio.job.storage import bare
+from trio.job.output.schema import KEPT, SCORE, row_key, rows_schema, split_key
+from trio.job.output.scoring import exact_match
+from trio.job.storage import Location, bare
+
+if TYPE_CHECKING:
+    from trio.job.questions.asking import Asking
 
 OF_RESULT = tuple(
-    name
-    for name in rows_schema(pa.null(), run_id="", save_kept=True).names
-    if hasattr(Result, name)
+    name for name in rows_schema(pa.null(), run_id="", also=[KEPT]).names if hasattr(Result, name)
 )
 """Columns of ``rows/`` that an engine's result holds."""
 
@@ -41,9 +44,28 @@ class RowSettings:
     sampling: Sampling
     policy: ImagePolicy
     seed: int
-    save_kept: bool
+    also: tuple[str, ...] = ()
+    # groups of columns that the output has beside those of all runs
     shared_directory: str | None = None
     # of the shards, to be left out of ids; None where file names alone tell them apart
+    asking: Asking | None = None
+    # None: each row has one prompt, and answers are not scored by a metric
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ask:
+    """One prompt of a row: it becomes an output row in each setting."""
+
+    prompt: str | None = None
+    # None: it could not be read
+    answers: Sequence[str] = ()
+    # right ones, for scoring
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    # what a metric needs beside the answer
+    groups: Mapping[str, str] = field(default_factory=dict)
+    # values of columns by which figures are given
+    candidates: tuple[str, ...] = ()
+    # answers to be scored in place of one of the model's own
 
 
 @dataclass(slots=True)
@@ -55,14 +77,14 @@ class Source:
     index: int
     path: str
     id: Any = None
-    prompt: str | None = None
+    asks: Sequence[Ask] = (Ask(),)
+    picture: str | None = None
+    # what tells its images from those of other rows
     size: tuple[int, int] | None = None
     # width and height in pixels of the first image
     num_images: int | None = None
     note: str | None = None
     # what had to be mended in its images
-    reading_flops: tuple[int, int] = (0, 0)
-    # once answered: of the prompt with encoder and choice of tokens, pruned and unpruned
 
     def cell(self, role: str, read: Callable[[pa.Scalar], Any] = lambda cell: cell.as_py()) -> Any:
         """The row's value in a column; None where the shard has no such column.
@@ -87,6 +109,25 @@ def sources(table: pa.Table, unit: Unit, path: str) -> list[Source]:
     ]
 
 
+def picture_of(cell: Any, base: Location) -> str | None:
+    """A digest that rows with the same images share; None without images.
+
+    Args:
+        cell: of the image column.
+        base: directory of the shard, from which paths lead.
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    parts = cell if isinstance(cell, list) else [cell]
+    for part in parts:
+        data = (part.get("bytes") or part.get("path")) if isinstance(part, dict) else part
+        if data is None:
+            return None
+        text = isinstance(data, str)
+        digest.update(f"{base.uri if text else ''} {len(data)} ".encode())
+        digest.update(data.encode("utf-8", "surrogatepass") if text else data)
+    return digest.hexdigest() if parts else None
+
+
 def note_images(source: Source, images: Sequence[Image]) -> None:
     """Note on a source what its images are."""
     source.num_images = len(images)
@@ -94,34 +135,50 @@ def note_images(source: Source, images: Sequence[Image]) -> None:
     source.note = note_of(images)
 
 
-def request_of(source: Source, images: Sequence[Any], settings: RowSettings) -> Request:
-    """The row's request, with its images; notes on the source what it reads.
+def requests_of(source: Source, images: Sequence[Any], settings: RowSettings) -> Iterator[Request]:
+    """The requests of a row's prompts, with its images; notes on the source what it reads.
 
     Raises:
         RowError: the row cannot be asked.
     """
-    prompt = identify(source, settings)
-    answers_of(source)
-    sampling = _sampling(settings, source.key)
-    return Request(prompt=prompt, images=tuple(images), id=source.key, sampling=sampling)
+    identify(source, settings)
+    for number, ask in enumerate(source.asks):
+        assert ask.prompt is not None
+        yield Request(
+            prompt=ask.prompt,
+            images=tuple(images),
+            id=source.key,
+            sampling=_sampling(settings, source.key, number),
+            candidates=ask.candidates,
+            with_eos=settings.asking is not None and settings.asking.questions.with_eos,
+        )
 
 
-def identify(source: Source, settings: RowSettings) -> str:
-    """Note id and prompt on a source; returns the prompt.
+def identify(source: Source, settings: RowSettings) -> None:
+    """Note on a source its id, its prompts and what belongs to them.
 
     Raises:
-        RowError: one of them cannot be read, or there is no prompt.
+        RowError: something of it cannot be read, or there is no prompt.
     """
-    has_id = "id" in source.table.column_names
-    source.id = source.cell("id", _stored) if has_id else _made_up_id(source, settings)
+    source.id = _id_of(source, settings)
+    if settings.asking is not None:
+        source.asks = settings.asking.asks(source)
+        return
     own = source.cell("prompt")
     prompt: str | None = settings.prompt if own is None else own
     if prompt is None:
         raise RowError("prompt_missing", "the row has no prompt, and --prompt gives none")
     if not prompt.strip():
         raise RowError("prompt_missing", "the row's prompt is empty")
-    source.prompt = prompt
-    return prompt
+    source.asks = (Ask(prompt=prompt),)  # should its answers not be readable
+    source.asks = (Ask(prompt=prompt, answers=source.cell("answers", texts) or ()),)
+
+
+def _id_of(source: Source, settings: RowSettings) -> Any:
+    if "id" in source.table.column_names:
+        return source.cell("id", _stored)
+    key = settings.asking.key(source) if settings.asking is not None else None
+    return _made_up_id(source, settings) if key is None else key
 
 
 def _made_up_id(source: Source, settings: RowSettings) -> str:
@@ -139,28 +196,29 @@ def _stored(cell: pa.Scalar) -> Any:
     return cell.value if pt.is_temporal(cell.type) else cell.as_py()
 
 
-def _sampling(settings: RowSettings, key: int) -> Sampling:
-    """Each row draws from its own stream, so neither batching nor a retry changes its answer."""
+def _sampling(settings: RowSettings, key: int, prompt_number: int) -> Sampling:
+    """Each prompt draws from its own stream, so neither batching nor a retry changes its answer.
+    Settings that are compared share it."""
     base = settings.sampling
     if base.temperature == 0:
         return base
     mixed = (settings.seed * 0x9E3779B97F4A7C15 + key * 0xBF58476D1CE4E5B9) % (1 << 62)
+    mixed = (mixed + prompt_number * 0x94D049BB133111EB) % (1 << 62)
     return replace(base, seed=mixed)
 
 
-def answers_of(source: Source) -> Sequence[str]:
-    """Right answers that the row brings for scoring; empty when it brings none.
-
-    Raises:
-        RowError: text that is not UTF-8.
-    """
-    return source.cell("answers", texts) or []
-
-
 def output_row(
-    source: Source, outcome: Result | RowError, *, actor: str, node: str, save_kept: bool
+    source: Source,
+    outcome: Result | RowError,
+    settings: RowSettings,
+    *,
+    actor: str,
+    node: str,
+    prompt_number: int = 0,
+    setting: int = 0,
 ) -> dict[str, Any]:
-    """The row of ``rows/`` for an answer or an error."""
+    """The row of ``rows/`` for an answer or an error to one of the row's prompts."""
+    ask = source.asks[prompt_number]
     if isinstance(outcome, RowError):
         row: dict[str, Any] = {"finish_reason": "error", "error": str(outcome)}
     else:
@@ -168,17 +226,27 @@ def output_row(
         row["response"] = None if outcome.finish_reason == "error" else outcome.response or ""
         for name in ("prefill_flops", "prefill_flops_unpruned"):
             row[name] = None if row[name] is None else round(row[name])
-        if not save_kept:
+        if KEPT not in settings.also:
             del row["kept_tokens"]
+    if settings.asking is not None:
+        row |= settings.asking.columns_of(ask, source, outcome)
+        if row.get("response") is not None:
+            row["response"] = row["prediction"]
+    elif SCORE in settings.also and ask.answers:
+        answered = row.get("response")
+        row["score"] = float(answered is not None and exact_match(answered, ask.answers))
     return row | {
         "row": source.key,
         "id": source.id,
-        "prompt": source.prompt,
+        "prompt": ask.prompt,
         "note": source.note,
         "num_images": source.num_images,
+        "picture": source.picture,
         "image_width": source.size[0] if source.size else None,
         "image_height": source.size[1] if source.size else None,
         "actor": actor,
         "node": node,
         "finished_at": datetime.datetime.now(datetime.UTC),
+        "prompt_number": prompt_number,
+        "setting": setting,
     }

@@ -35,7 +35,7 @@ class Progress:
         """Prepare to show.
 
         Args:
-            rows: of the whole run.
+            rows: of the input.
             done_before: totals of the rows that earlier attempts committed.
             log_interval_s: between two lines where the stream is no terminal, in seconds.
             label: put before each line.
@@ -111,14 +111,14 @@ class Progress:
     def line(self) -> str:
         new, since = self._new, self._working_since
         done = self._before + new
-        percent = 100 * done.rows / max(self._rows, 1)
-        parts = [f"{self._label}{done.rows}/{self._rows} rows ({percent:.0f} %)"]
+        percent = 100 * done.inputs / max(self._rows, 1)
+        parts = [f"{self._label}{done.inputs}/{self._rows} rows ({percent:.0f} %)"]
         if since is None or not new.rows:
             parts.append("starting" if since is None else "answering")
             if self._under_way:
                 parts.append(f"{self._under_way} answered so far")
             return ", ".join([*parts, duration(self._clock() - self._began)])
-        whole = done.rows >= self._rows
+        whole = done.inputs >= self._rows
         work_s = max((self._updated if whole else self._clock()) - since, 1e-9)
         parts.append(f"{new.images / work_s:.1f} images/s")
         parts.append(f"{new.output_tokens / work_s:.0f} tokens/s")
@@ -128,7 +128,7 @@ class Progress:
             parts.append(phase)
         if done.errors:
             parts.append(f"{done.errors} in error")
-        left_s = (self._rows - done.rows) * work_s / new.rows
+        left_s = (self._rows - done.inputs) * work_s / new.inputs
         return ", ".join([*parts, "done" if whole else f"ETA {duration(left_s)}"])
 
     def _show(self) -> None:

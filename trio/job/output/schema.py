@@ -6,6 +6,7 @@ INPUT dicts of one row each; OUTPUT an Arrow table in exactly the schema. No tor
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, get_args, get_type_hints
 
@@ -40,8 +41,44 @@ def _field(name: str, kind: pa.DataType, unit: str | None = None, null: bool = T
     return pa.field(name, kind, nullable=null, metadata={"unit": unit} if unit else None)
 
 
-def rows_schema(id_type: pa.DataType, *, run_id: str, save_kept: bool = False) -> pa.Schema:
-    """Schema of ``rows/*.parquet``; ``id_type`` is the type of the user's ``id`` column."""
+KEPT, SCORE, QUESTION, LIKELIHOOD, KEEP = "kept", "score", "question", "likelihood", "keep"
+OPTIONAL: dict[str, list[pa.Field]] = {
+    KEPT: [
+        _field(
+            "kept_tokens",
+            pa.list_(pa.list_(pa.int32())),
+            "indices of visual tokens, one list per stage",
+        )
+    ],
+    SCORE: [_field("score", pa.float64(), "fraction")],
+    QUESTION: [
+        _field("answers", pa.list_(pa.string())),
+        _field("metric", pa.string()),
+        _field("fields", pa.string(), "JSON"),
+        _field("groups", pa.map_(pa.string(), pa.string())),
+        _field("prediction", pa.string()),
+    ],
+    LIKELIHOOD: [
+        _field("choices", pa.list_(pa.string())),
+        _field("choice_logprobs", pa.list_(pa.float64()), "nats"),
+        _field("choice_tokens", pa.list_(pa.int32()), "tokens"),
+        _field("p_choice", pa.list_(pa.float64()), "probability"),
+        _field("p_first", pa.float64(), "probability"),
+        _field("margin", pa.float64(), "nats"),
+    ],
+    KEEP: [_field("keep", pa.bool_())],
+}
+"""Columns that not every run has, by what asks for them."""
+
+
+def rows_schema(id_type: pa.DataType, *, run_id: str, also: Sequence[str] = ()) -> pa.Schema:
+    """Schema of ``rows/*.parquet``.
+
+    Args:
+        id_type: of the user's ``id`` column.
+        run_id: the run's id.
+        also: of the groups of columns in `OPTIONAL` those that the run has.
+    """
     fields = [
         _field("row", pa.int64(), null=False),
         _field("id", id_type),
@@ -51,6 +88,7 @@ def rows_schema(id_type: pa.DataType, *, run_id: str, save_kept: bool = False) -
         _field("error", pa.string()),
         _field("note", pa.string()),
         _field("num_images", pa.int32(), "images"),
+        _field("picture", pa.string()),
         _field("image_width", pa.int32(), "pixels"),
         _field("image_height", pa.int32(), "pixels"),
         _field("visual_tokens", pa.int32(), "tokens"),
@@ -70,19 +108,21 @@ def rows_schema(id_type: pa.DataType, *, run_id: str, save_kept: bool = False) -
         _field("actor", pa.string(), null=False),
         _field("node", pa.string(), null=False),
         _field("finished_at", TIMESTAMP, "UTC", null=False),
+        *(field for group, own in OPTIONAL.items() if group in also for field in own),
+        _field("prompt_number", pa.int16(), null=False),
+        _field("setting", pa.int16(), null=False),
     ]
-    if save_kept:
-        kept = pa.list_(pa.list_(pa.int32()))
-        fields.append(_field("kept_tokens", kept, "indices of visual tokens, one list per stage"))
     return pa.schema(fields, metadata=metadata_of(fields, run_id))
 
 
 def stats_schema(*, run_id: str) -> pa.Schema:
-    """Schema of ``stats/*.parquet``: one row per unit, with a column for each field of `Totals`."""
+    """Schema of ``stats/*.parquet``: one row per unit and setting, with a column for each field of
+    `Totals`."""
     hints = get_type_hints(Totals, include_extras=True)
     sums = {name: get_args(hint) for name, hint in hints.items() if name != "cuda_graphs"}
     fields = [
         _field("unit", pa.string(), null=False),
+        _field("setting", pa.int16(), null=False),
         _field("actor", pa.string(), null=False),
         _field("node", pa.string(), null=False),
         _field("decode_node", pa.string()),
@@ -114,10 +154,24 @@ def build_table(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> pa.Tabl
     return pa.Table.from_pylist(list(rows), schema=schema)
 
 
-def check_rows(rows: Sequence[Mapping[str, Any]], shard: int, start: int, stop: int) -> None:
-    """Every row of the unit once and in input order, each either an answer or an error."""
-    keys = [row["row"] for row in rows]
-    expected = [row_key(shard, index) for index in range(start, stop)]
+def key_of(row: Mapping[str, Any]) -> tuple[int, int, int]:
+    """What no other row of a run has."""
+    return row["row"], row["prompt_number"], row["setting"]
+
+
+def check_rows(
+    rows: Sequence[Mapping[str, Any]], shard: int, start: int, stop: int, settings: int = 1
+) -> None:
+    """Every row of the unit in order, with each of its prompts once in each setting, each either an
+    answer or an error."""
+    prompts = Counter(row["row"] for row in rows if not row["setting"])
+    expected = [
+        (key, prompt, setting)
+        for key in (row_key(shard, index) for index in range(start, stop))
+        for prompt in range(max(1, prompts[key]))
+        for setting in range(settings)
+    ]
+    keys = list(map(key_of, rows))
     assert keys == expected, f"shard {shard}, rows {start} to {stop}: got {len(keys)} other keys"
     for row in rows:
         failed = row.get("error") is not None

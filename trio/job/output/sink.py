@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from trio.errors import JobFailed, kind_and_line
 from trio.job.input.units import Unit
 from trio.job.output.schema import build_table, check_rows, rows_schema, stats_schema
-from trio.job.output.totals import Totals
+from trio.job.output.totals import Totals, merge
 from trio.job.storage import open_location, write_atomic
 
 ROWS, STATS = "rows", "stats"
@@ -33,7 +33,10 @@ class Sink:
     """Directory or URI."""
     run_id: str
     id_type: pa.DataType
-    save_kept: bool
+    also: tuple[str, ...] = ()
+    """Groups of columns that the rows have beside those of all runs."""
+    settings: int = 1
+    """That each prompt is asked with."""
     pauses_s: tuple[float, ...] = ()
     """Before each further try where the storage fails."""
 
@@ -41,8 +44,8 @@ class Sink:
         self,
         unit: Unit,
         rows: Sequence[Mapping[str, Any]],
-        stats: Mapping[str, Any],
-        totals: Totals,
+        stats: Sequence[Mapping[str, Any]],
+        totals: Sequence[Totals],
         tell: Callable[[str], None],
     ) -> None:
         """Write a unit; when this returns, its rows are there for good.
@@ -50,19 +53,24 @@ class Sink:
         Args:
             unit: whose rows these are.
             rows: all of them, in order.
-            stats: columns of ``stats/`` that are no sums: who did it, when, peaks and limits.
-            totals: of the rows, and what they took.
+            stats: of each setting, the columns of ``stats/`` that are no sums: who did it, when,
+                peaks and limits.
+            totals: of each setting's rows, and what they took.
             tell: takes a line for each failure but the last.
 
         Raises:
             JobFailed: the last try failed, too.
         """
-        check_rows(rows, unit.shard, unit.start, unit.stop)
-        assert totals.rows == len(rows), f"totals of {totals.rows} rows, not of {len(rows)}"
-        schema = rows_schema(self.id_type, run_id=self.run_id, save_kept=self.save_kept)
+        check_rows(rows, unit.shard, unit.start, unit.stop, self.settings)
+        counted = merge(totals)
+        assert counted.rows == len(rows), f"totals of {counted.rows} rows, not of {len(rows)}"
+        schema = rows_schema(self.id_type, run_id=self.run_id, also=self.also)
         table = serialise(build_table(rows, schema))
-        figures = {"unit": unit.stem, **stats, **totals.to_stats()}
-        summed = serialise(build_table([figures], stats_schema(run_id=self.run_id)), **PLAIN)
+        figures = [
+            {"unit": unit.stem, "setting": setting, **own, **part.to_stats()}
+            for setting, (own, part) in enumerate(zip(stats, totals, strict=True))
+        ]
+        summed = serialise(build_table(figures, stats_schema(run_id=self.run_id)), **PLAIN)
         for tried, pause_s in enumerate((*self.pauses_s, None), start=1):
             try:
                 out = open_location(self.output)

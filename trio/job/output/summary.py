@@ -19,12 +19,14 @@ PHASES = {
     "idle": "idle_s",
 }
 """Of an engine, each instant in one of them; `prune_s` is part of prefill."""
+CAPTION_SCORES = ("exact", "objects")
 Summary = Mapping[str, Any]
 
 
 def summarise(
     totals: Totals,
     *,
+    name: str,
     run_id: str,
     wall_s: float,
     done_before: Totals,
@@ -32,11 +34,13 @@ def summarise(
     resources: str,
     memory_plan: Mapping[str, Any] | None = None,
     score: str | None = None,
+    settings: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
     """The object of ``summary.json``.
 
     Args:
         totals: of all rows, earlier attempts of this run included.
+        name: heading of these figures.
         run_id: the run's id.
         wall_s: of this attempt, from start to end, in seconds.
         done_before: what earlier attempts had committed.
@@ -44,65 +48,106 @@ def summarise(
         resources: what it ran on, in words.
         memory_plan: of the engine that answered first; None where no engine was needed.
         score: how responses were compared with answers; objects are told of with "objects" only.
+        settings: where several are compared, `of_setting` of each.
     """
     per_s = 1.0 / work_s if work_s > 0 else 0.0
-    sums = totals.values()
-    phases = {name: sums.pop(name) for name in SECONDS}
-    share_of_objects = ratio(sums.pop("object_share_sum"), totals.captions)
-    del sums["retention_sum"], sums["retention_rows"]
     return {
         "run": run_id,
-        **sums,
-        "error_rate": totals.error_rate,
+        **_figures(totals, name, score),
         "rows_before": done_before.rows,
         "images_per_s": (totals.images - done_before.images) * per_s,
         "output_tokens_per_s": (totals.output_tokens - done_before.output_tokens) * per_s,
+        "wall_s": wall_s,
+        "work_s": work_s,
+        "resources": resources,
+        "memory_plan": memory_plan,
+        **({"settings": list(settings)} if settings else {}),
+        "versions": {"python": platform.python_version(), "trio-vlm": VERSION}
+        | {package: of_library(package) for package in PACKAGES},
+    }
+
+
+def of_setting(
+    totals: Totals, name: str, *, engines: int, score: str | None = None
+) -> dict[str, Any]:
+    """Figures of one of several settings, its rates as if it were alone: per second in which the
+    engines worked on it, an image that another setting had them encode included.
+
+    Args:
+        totals: of its rows.
+        name: its heading.
+        engines: that worked side by side.
+        score: as for `summarise`.
+    """
+    engine_s = totals.encode_s + totals.prefill_s + totals.decode_s
+    per_s = engines / engine_s if engine_s > 0 else 0.0
+    return {
+        **_figures(totals, name, score),
+        "engine_s": engine_s,
+        "images_per_s": totals.images * per_s,
+        "output_tokens_per_s": totals.output_tokens * per_s,
+    }
+
+
+def _figures(totals: Totals, name: str, score: str | None) -> dict[str, Any]:
+    """What does not depend on the clock of the job."""
+    sums = totals.values()
+    phases = {phase: sums.pop(phase) for phase in SECONDS}
+    share_of_objects = ratio(totals.object_share_sum, totals.captions)
+    for spread in ("object_share_sum", "score_sum", "retention_sum", "retention_rows"):
+        del sums[spread]
+    return {
+        "name": name,
+        **sums,
+        "error_rate": totals.error_rate,
         "retention": totals.retention,
         "flops_ratio": ratio(totals.prefill_flops_unpruned, totals.prefill_flops),
         "reading_flops_ratio": ratio(totals.reading_flops_unpruned, totals.reading_flops),
         "kv_ratio": ratio(totals.kv_bytes_unpruned, totals.kv_bytes),
         "score": score,
-        "accuracy": ratio(totals.right, totals.scored),
+        "accuracy": ratio(totals.score_sum, totals.scored),
         "object_share": share_of_objects if score == "objects" else None,
-        "wall_s": wall_s,
-        "work_s": work_s,
-        "resources": resources,
-        "memory_plan": memory_plan,
         "phases": phases,
         "bottleneck": bottleneck(totals),
-        "versions": {"python": platform.python_version(), "trio-vlm": VERSION}
-        | {name: of_library(name) for name in PACKAGES},
     }
 
 
-def table(columns: Sequence[tuple[str, Summary]]) -> str:
-    """Summaries side by side under their headings, as text."""
-    kinds = sorted({kind for _, summary in columns for kind in summary["error_kinds"]})
-    shown = [_shown(summary, kinds) for _, summary in columns]
-    lines = [["", *(heading for heading, _ in columns)]]
+def table(summary: Summary) -> str:
+    """A run's figures as text; settings that were compared side by side."""
+    columns = summary.get("settings") or [summary]
+    kinds = sorted({kind for column in columns for kind in column["error_kinds"]})
+    shown = [_shown(column, kinds) for column in columns]
+    lines = [["", *(column["name"] for column in columns)]]
     for label in shown[0]:
         cells = [column[label] for column in shown]
         if any(cells):
             lines.append([label, *(cell or "-" for cell in cells)])
-    return aligned(lines)
+    if columns == [summary]:
+        return aligned(lines)
+    return f"{aligned(lines)}\nthe whole job took {duration(summary['wall_s'])}"
 
 
 def _shown(of: Summary, kinds: Sequence[str]) -> dict[str, str | None]:
     """What a column says in each line; None where that does not apply."""
-    right = f"{of['right']}/{of['scored']} = {share(of['accuracy'])}" if of["scored"] else None
+    right, of_metric = None, None
+    if of["scored"] and of["score"] in CAPTION_SCORES:
+        right = f"{of['right']}/{of['scored']} = {share(of['accuracy'])}"
+    elif of["scored"]:
+        of_metric = f"{share(of['accuracy'])} of {of['scored']}"
     retention, out_of_memory = of["retention"], of["out_of_memory"]
     return {
         "rows": str(of["rows"]),
         "rows in error": str(of["errors"]),
         **{f"  {kind}": str(of["error_kinds"].get(kind, 0)) for kind in kinds},
         "right responses (exact match)": right,
+        f"mean score of rows ({of['score']})": of_metric,
         "objects named rightly": share(of["object_share"]),
         "visual tokens kept, layer average": None if retention is None else f"{retention:.4f}",
         "FLOPs of prompts, with encoder and choosing": _fewer(of["reading_flops_ratio"]),
         "  in the decoder's layers alone": _fewer(of["flops_ratio"]),
         "KV cache bytes": _fewer(of["kv_ratio"]),
         "images/s": f"{of['images_per_s']:.2f}",
-        "wall time": duration(of["wall_s"]),
+        "wall time": duration(of["wall_s"]) if "wall_s" in of else None,
         "engines' time": of["bottleneck"],
         "output tokens/s": f"{of['output_tokens_per_s']:.1f}",
         "out of memory, made do with less": counted(out_of_memory, "time") if out_of_memory else "",

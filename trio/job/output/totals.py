@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import pyarrow as pa
 
-from trio.job.output.scoring import exact_match, is_caption, object_share
+from trio.job.output.scoring import is_caption, object_share
 
 Rows = Annotated[int, "rows"]
 Tokens = Annotated[int, "tokens"]
@@ -28,6 +28,9 @@ class Totals:
     the unit that stands with its type."""
 
     rows: Rows = 0
+    """Rows of the output."""
+    inputs: Rows = 0
+    """Rows of the input: each once, however many prompts and settings it is asked with."""
     errors: Rows = 0
     error_kinds: Annotated[Mapping[str, int], "rows"] = field(default_factory=dict)
     images: Annotated[int, "images"] = 0
@@ -47,11 +50,15 @@ class Totals:
     kv_bytes: Bytes = 0
     kv_bytes_unpruned: Bytes = 0
     scored: Rows = 0
-    """Rows that bring answers, failed ones included."""
+    """Rows that have a score: those that bring answers, failed ones included."""
     right: Rows = 0
+    """Rows whose score is 1."""
+    score_sum: Annotated[float, "fraction"] = 0.0
     captions: Rows = 0
     """Scored rows whose answer is a list of objects."""
     object_share_sum: Annotated[float, "fraction"] = 0.0
+    images_encoded: Annotated[int, "images"] = 0
+    """Images that the encoder read: settings that are compared share what it gives."""
     prepare_s: Seconds = 0.0
     """Decoding and preprocessing of images, on whichever node."""
     preprocess_wait_s: Seconds = 0.0
@@ -123,9 +130,9 @@ def ratio(part: float, whole: float) -> float | None:
 def of_row(
     row: Mapping[str, Any], answers: Sequence[str], reading: tuple[int, int] = (0, 0)
 ) -> Totals:
-    """Totals of one output row; ``answers`` are the right ones, none when it is not scored;
+    """Totals of one output row; ``answers`` are the right ones, for captions among them;
     ``reading``: FLOPs of its prompt with encoder and choice, pruned and unpruned."""
-    error, retention = row.get("error"), row.get("retention")
+    error, retention, score = row.get("error"), row.get("retention"), row.get("score")
     response: Any = row.get("response")
     answered = response is not None
     names = (*OF_ROWS, *OF_ANSWERS) if answered else OF_ROWS
@@ -133,6 +140,7 @@ def of_row(
     captioned = bool(answers) and is_caption(answers)
     return Totals(
         rows=1,
+        inputs=int(not (row.get("prompt_number") or row.get("setting"))),
         errors=int(error is not None),
         error_kinds={error.partition(":")[0]: 1} if error is not None else {},
         images=(row.get("num_images") or 0) if answered else 0,
@@ -140,8 +148,9 @@ def of_row(
         retention_rows=int(retention is not None),
         reading_flops=reading[0],
         reading_flops_unpruned=reading[1],
-        scored=int(bool(answers)),
-        right=int(answered and exact_match(response, answers)),
+        scored=int(score is not None),
+        right=int(score == 1),
+        score_sum=score or 0.0,
         captions=int(captioned),
         object_share_sum=object_share(response, answers) if captioned and answered else 0.0,
         **sums,

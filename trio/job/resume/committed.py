@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pyarrow import fs as pafs
 
@@ -26,7 +27,7 @@ from trio.job.storage import Location, read_bytes
 THREADS = 16
 BATCH = 1000
 """Files whose statistics are held at a time."""
-COLUMNS = ["unit", *(field.name for field in dataclasses.fields(Totals))]
+COLUMNS = ["unit", "setting", *(field.name for field in dataclasses.fields(Totals))]
 
 
 def listed(output: Location) -> set[Unit]:
@@ -37,8 +38,16 @@ def listed(output: Location) -> set[Unit]:
     return {unit for unit in units if unit is not None}
 
 
-def totals(output: Location, units: Collection[Unit], run_id: str) -> Totals:
+def totals(
+    output: Location, units: Collection[Unit], run_id: str, setting: int | None = None
+) -> Totals:
     """What committed units add up to: one small file is read for each, and no row.
+
+    Args:
+        output: the run's directory.
+        units: that are committed.
+        run_id: the run's id.
+        setting: number of the one that is asked for; None: all.
 
     Raises:
         UserError: statistics are missing, damaged or of another run.
@@ -48,7 +57,10 @@ def totals(output: Location, units: Collection[Unit], run_id: str) -> Totals:
     with ThreadPoolExecutor(THREADS) as pool:
         for at in range(0, len(ordered), BATCH):
             parts = pool.map(partial(_statistics, output, run_id), ordered[at : at + BATCH])
-            out += Totals.from_stats(pa.concat_tables(parts))
+            table = pa.concat_tables(parts)
+            if setting is not None:
+                table = table.filter(pc.equal(table["setting"], setting))
+            out += Totals.from_stats(table)
     return out
 
 
@@ -59,9 +71,9 @@ def sweep(output: Location) -> None:
 
 
 def _statistics(output: Location, run_id: str, unit: Unit) -> pa.Table:
-    """A unit's row, as a table."""
+    """A unit's rows, one for each setting, as a table."""
     stats, rows = (output.join(folder, unit.name) for folder in (STATS, ROWS))
-    expected = {"unit": unit.stem, "rows": unit.stop - unit.start}
+    expected = {unit.stem}, unit.stop - unit.start
     try:
         # A storage that does not answer raises here: what has been read can only be damaged.
         data = read_bytes(stats)
@@ -71,7 +83,8 @@ def _statistics(output: Location, run_id: str, unit: Unit) -> pa.Table:
         file = pq.ParquetFile(pa.BufferReader(data))
         table = file.read(COLUMNS, use_threads=False).select(COLUMNS)
         run = file.schema_arrow.metadata[RUN_KEY].decode()
-        if run != run_id or table.select(list(expected)).to_pylist() != [expected]:
+        said = set(table["unit"].to_pylist()), sum(table["inputs"].to_pylist())
+        if run != run_id or said != expected:
             raise ValueError("it is of another run or other rows")
     except (OSError, ValueError, pa.ArrowException, KeyError, TypeError) as error:
         problem = first_line(error) if data else "there is none"

@@ -57,7 +57,7 @@ class Fingerprint:
             if old != new:
                 out.append(f"{name}: {old!r}, now {new!r}")
         changed = {name for name, _ in self.model_files.items() ^ now.model_files.items()}
-        return out + [f"model file {name} has changed" for name in sorted(changed)]
+        return out + [f"file {name} has changed" for name in sorted(changed)]
 
     def notices(self, now: Fingerprint) -> list[str]:
         """Lines about what may change answers a little and is not refused."""
@@ -69,8 +69,12 @@ class Fingerprint:
         ]
 
 
-def take(config: Settings) -> Fingerprint:
+def take(config: Settings, also: Mapping[str, str] | None = None) -> Fingerprint:
     """The fingerprint of a run with these settings, here and now.
+
+    Args:
+        config: the settings.
+        also: digests of further files that decide the rows, by name.
 
     Raises:
         UserError: a file of the model cannot be read.
@@ -83,6 +87,7 @@ def take(config: Settings) -> Fingerprint:
             **(model_files(directory) if directory else {}),
             **(model_files(tower, "--text-tower", " (of --text-tower)") if tower else {}),
             **module_files(config),
+            **(also or {}),
         },
         version=VERSION,
         libraries={name: of_library(name) for name in LIBRARIES},
