@@ -24,10 +24,17 @@ def parse(text: str | bytes, source: str) -> dict[str, Any]:
         raise UserError(f"{source}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise UserError(f"{source}: expected lines of the form 'key: value'")
+    _renew(values)
     unknown = next((name for name in values if name not in FIELDS), None)
     if unknown is not None:
         raise UserError(f"{source}: unknown key {unknown!r}{suggestion(str(unknown), FIELDS)}")
     return {name: _read(name, value, source) for name, value in values.items()}
+
+
+def _renew(values: dict[str, Any]) -> None:
+    """Keys of earlier versions, as they are now."""
+    if values.pop("compare_unpruned", None):
+        values.setdefault("compare", ["1", "given"])
 
 
 def _read(name: str, value: Any, source: str) -> Any:
