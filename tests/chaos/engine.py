@@ -62,7 +62,7 @@ def build(options: Options, settings: EngineSettings) -> list[ChaosEngine]:
         raise UserError("--model demo: not for this test")
     if options.start == "exit":
         os._exit(9)
-    return [ChaosEngine(options) for _ in settings.prunings]
+    return [ChaosEngine(options) for _ in settings.engines]
 
 
 class ChaosEngine(FakeEngine):

@@ -164,7 +164,7 @@ def _result(prepared: Prepared, said: str) -> Result:
 
 
 def fake_engine(settings: EngineSettings) -> list[FakeEngine]:
-    return [FakeEngine() for _ in settings.prunings]
+    return [FakeEngine() for _ in settings.engines]
 
 
 def png(colour: tuple[int, int, int] = (200, 10, 10), size: tuple[int, int] = (12, 9)) -> bytes:

@@ -74,7 +74,7 @@ def _build(
         if len(starts.read_text().splitlines()) <= fail:
             raise RuntimeError("CUDA error: no device")
     made = partial(FaultyEngine, delay_s=delay_s, seen=seen, odd_counters=odd_counters)
-    return [made() for _ in settings.prunings]
+    return [made() for _ in settings.engines]
 
 
 def faulty(

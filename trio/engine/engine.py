@@ -19,7 +19,7 @@ from trio import openmp as waiting
 from trio.bundled import is_bundled, prompts_notice
 from trio.decoder.weights import how_to_mend
 from trio.engine.admission import Admission
-from trio.engine.decoding.candidates import candidate_logprobs
+from trio.engine.decoding.candidates import candidate_scores
 from trio.engine.decoding.generation_rules import Rules
 from trio.engine.decoding.logits_rules import check, note, ruled
 from trio.engine.decoding.sampler import Chosen, choose, stream
@@ -181,8 +181,10 @@ class Engine:
             options["text_tower"] = load_text_tower(loaded[0], text_tower, text_tower_revision)
         return cls(*loaded, **options)
 
-    def beside(self, prunings: Sequence[Pruning]) -> list[Engine]:
+    def beside(self, prunings: Sequence[Pruning], *, share: float | None = None) -> list[Engine]:
         """Engines on this one's model: one with its pruning, and one for each of others.
+
+        share: of the memory for keys and values, that each of the others gets; None: all the same.
 
         They are to work one after the other: they share the memory for keys and values, and an
         image that they read as the same `Prepared` is encoded once. What that spares an engine is
@@ -192,10 +194,15 @@ class Engine:
         if not prunings:
             return [self]
         shared = SharedEncoder(self._runner.adapter)
-        share = self._cache.room.budget // (1 + len(prunings))
+        part = 1 / (1 + len(prunings)) if share is None else share
+        parts = [1 - part * len(prunings), *[part] * len(prunings)]
         made = [
-            self._another(pruning=pruning, kv_bytes=share, encode_images=shared)
-            for pruning in (self._runner.pruning, *prunings)
+            self._another(
+                pruning=pruning,
+                kv_bytes=int(part * self._cache.room.budget),
+                encode_images=shared,
+            )
+            for pruning, part in zip((self._runner.pruning, *prunings), parts, strict=True)
         ]
         shared.join = next((e._runner.join for e in made if e._runner.join is not None), None)
         return made
@@ -438,10 +445,11 @@ class Engine:
         self._note_peak()
         began = self._runner.now()
         most = self._scheduler.batch_tokens
-        scores = candidate_logprobs(self._runner, sequences, logits_BV, batch_tokens=most)
+        scores = candidate_scores(self._runner, sequences, logits_BV, batch_tokens=most)
         for sequence, own in zip(sequences, scores, strict=True):
-            if all(math.isfinite(logprob) for candidate in own for logprob in candidate):
-                sequence.candidate_logprobs = own
+            if all(math.isfinite(token.logprob) for candidate in own for token in candidate):
+                sequence.candidate_logprobs = [[one.logprob for one in each] for each in own]
+                sequence.candidate_is_top = [[one.is_top for one in each] for each in own]
             else:
                 sequence.failure = not_finite(sequence, self._runner.decoder.dtype)
         self._counters.score_s += self._runner.now() - began
@@ -465,6 +473,7 @@ class Engine:
         if before is not None and (after := self._runner.shared) is not None:
             images, saved_s = after[0] - before[0], after[1] - before[1]
         self._counters.images_encoded += images
+        self._counters.encode_saved_s += saved_s
         return [one for one, _ in fitting], [features for _, features in fitting], saved_s
 
     def _decode(self, sequences: list[SequenceState]) -> None:

@@ -33,6 +33,8 @@ class Counters:
     """Images that the encoder read: not those whose features another engine had it make."""
     encode_s: float = 0.0
     """As if this engine were alone, where several share an encoder."""
+    encode_saved_s: float = 0.0
+    """Of these, what another engine's reading of the same images has spared."""
     prefill_s: float = 0.0
     """Prefill without encoding; pruning included, and scoring of candidates."""
     score_s: float = 0.0
@@ -150,6 +152,7 @@ def report(
         logprobs=sequence.logprobs,
         first_logprobs=sequence.first_logprobs,
         candidate_logprobs=sequence.candidate_logprobs,
+        candidate_is_top=sequence.candidate_is_top,
         finish_reason=reason,
         prompt_tokens=sequence.prompt_tokens,
         output_tokens=len(sequence.token_ids),

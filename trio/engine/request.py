@@ -180,6 +180,8 @@ class Result:
     candidate_logprobs: list[list[float]] = field(default_factory=list)
     """Of each candidate, natural log of each token's probability under the model, given the prompt
     and the candidate's tokens before it."""
+    candidate_is_top: list[list[bool]] = field(default_factory=list)
+    """Of the same tokens, whether the model itself finds none likelier there."""
     finish_reason: Literal["stop", "length", "scored", "error"]
     error: str | None = None
     """`kind: message`; the kinds are those of `FailureKind`."""

@@ -38,6 +38,7 @@ class SequenceState:
     first_logprobs: Tensor | None = None
     """As in the result."""
     candidate_logprobs: list[list[float]] = field(default_factory=list)
+    candidate_is_top: list[list[bool]] = field(default_factory=list)
     """As in the result."""
     layer_tokens: list[int] = field(default_factory=list)
     """Prompt tokens present in each layer."""
@@ -80,6 +81,6 @@ class SequenceState:
         self.stream, self.failure = stream, None
         if self.following is not None:
             self.following.restart()
-        answer = (self.token_ids, self.logprobs, self.candidate_logprobs)
+        answer = (self.token_ids, self.logprobs, self.candidate_logprobs, self.candidate_is_top)
         for grown in (*answer, self.layer_tokens, self.positions, self.kept, self.entered):
             grown.clear()

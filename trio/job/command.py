@@ -19,7 +19,7 @@ from trio import bundled
 from trio.errors import JobFailed, UserError
 from trio.job import cli, run_yaml
 from trio.job.cli import ERRORS, FAILED, OK, WRONG
-from trio.job.comparing import metrics_file
+from trio.job.comparing import audit, metrics_file
 from trio.job.comparing.compared import GIVEN
 from trio.job.output import ending, output_directory
 from trio.job.output.summary import share, table
@@ -85,7 +85,8 @@ def resolve(job: Job, config: Settings) -> Settings:
     pruning, model = config.pruning, config.model
     items = config.output.compare
     on_demo = config.input.input == (DEMO,) and config.questions.preset is None
-    if items is None and on_demo and config.pruning_asked and not job.asks:
+    audited = bool(config.output.audit)
+    if items is None and on_demo and config.pruning_asked and not (job.asks or audited):
         items = changes["compare"] = ("1", GIVEN)
     is_open = pruning.retention is None and pruning.schedule is None
     if is_open and config.pruning_asked and (items is None or GIVEN in items):
@@ -108,6 +109,8 @@ def resolve(job: Job, config: Settings) -> Settings:
             f" {HUB_IDS['--text-tower']} for LLaVA-1.5"
         )
     config = config.replace(**changes)
+    if config.output.audit and not config.pruning_asked:
+        raise UserError("--audit: nothing is pruned here, so there is nothing to audit")
     # Of a hub id it is known when its commit is.
     here = model_directory(model.model) is not None
     return pruning_resolved(config) if here else config
@@ -172,6 +175,8 @@ def run(job: Job, config: Settings) -> int:
         finally:
             cluster.stop(attached)
     print(f"\n{table(summary)}\n")
+    if summary.get("audit") is not None:
+        print(f"{audit.described(summary['audit'])}\n")
     if (text := output_directory.read_text(plan.output, metrics_file.TABLE)) is not None:
         print(text)
     _show(config, plan.output)
@@ -251,6 +256,17 @@ def _verdict(job: Job, config: Settings, summary: Mapping[str, Any]) -> int:
             f" {config.limits.max_error_rate:g}; their column 'error' says why"
         )
         return cli.fail(job.prog, message, ERRORS)
+    least, found = config.limits.min_agreement, summary.get("audit")
+    if least is not None and found is not None:
+        agreement = found["agreement"]
+        if agreement is None:
+            return cli.fail(job.prog, "finished, but no row was audited", ERRORS)
+        if agreement["value"] < least:
+            message = (
+                f"finished, but only {share(agreement['value'])} of the audited answers are those"
+                f" of the unpruned model, less than --min-agreement {least:g}"
+            )
+            return cli.fail(job.prog, message, ERRORS)
     return OK
 
 

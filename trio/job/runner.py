@@ -21,7 +21,8 @@ from ray.exceptions import GetTimeoutError, RayError
 from trio.engine.kv_budget import describe
 from trio.errors import JobFailed
 from trio.job import stages
-from trio.job.comparing.metrics_file import metrics_files
+from trio.job.comparing.audit import Audit
+from trio.job.comparing.metrics_file import audit_of, metrics_files
 from trio.job.engines.engine_settings import (
     EngineFactory,
     EngineSettings,
@@ -38,7 +39,7 @@ from trio.job.output import output_directory
 from trio.job.output import totals as sums
 from trio.job.output.output_rows import Ask, RowSettings, Source, output_row
 from trio.job.output.progress import Progress
-from trio.job.output.schema import KEEP, KEPT, LIKELIHOOD, QUESTION, SCORE, row_key
+from trio.job.output.schema import AUDIT, KEEP, KEPT, LIKELIHOOD, QUESTION, SCORE, row_key
 from trio.job.output.sink import ROWS, Sink
 from trio.job.output.summary import of_setting, summarise
 from trio.job.output.totals import Totals
@@ -159,12 +160,14 @@ def execute(
         run_id=pinned.run_id,
         wall_s=time.time() - began,
         done_before=before,
-        work_s=progress.work_s,
+        work_s=progress.work_s - progress.audit_s / resources.actors,
         resources=resources.describe(),
         memory_plan=facts.get("memory_plan"),
         score=config.scored_by,
         settings=_settings(run, config, wanted, pinned.run_id),
     )
+    if config.output.audit:
+        summary["audit"] = audit_of(run, progress.done.audit_s)
     if pinned.ids is not None:
         summary["duplicate_ids"] = pinned.ids.duplicates
     held.check()
@@ -352,6 +355,7 @@ def stages_task(
         also=also,
         shared_directory=run.manifest.shared_directory(),
         asking=run.asking,
+        audit=Audit(rate=config.output.audit, seed=config.seed) if config.output.audit else None,
     )
     sink = Sink(
         output=run.output.uri,
@@ -383,6 +387,7 @@ def optional_columns(config: Settings) -> tuple[str, ...]:
         QUESTION: mode is not None,
         LIKELIHOOD: mode == "likelihood",
         KEEP: questions.keep_if is not None,
+        AUDIT: bool(config.output.audit),
     }
     return tuple(group for group, wanted in asked.items() if wanted)
 
@@ -414,6 +419,7 @@ def engine_settings(config: Settings, resources: Resources) -> EngineSettings:
     return EngineSettings(
         model=config.model.model,
         prunings=tuple(one.pruning for one in config.compared),
+        audit=config.audited_with,
         text_tower=config.model.text_tower,
         text_tower_revision=config.model.text_tower_revision,
         sampling=config.sampling,

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 from trio import bundled
 from trio.engine.request import Sampling
 from trio.errors import UserError
-from trio.job.comparing.compared import GIVEN, Compared, read_compared, settings_compared
+from trio.job.comparing.compared import GIVEN, Compared, compared, read_compared, settings_compared
 from trio.job.images.policy import MAX_PIXELS, ROW_TIMEOUT_S, ImagePolicy, parse_origin, redact
 from trio.job.input.columns import parse_mapping
 from trio.job.questions.question_settings import Questions
@@ -172,6 +172,10 @@ class Output:
     the unpruned model, 1/9 a retention, fastv:1/9 and visionzip+trio:1/9 name what chooses, given
     stands for what the other flags say (default: 1,given for the bundled shard)."""
 
+    audit: Share | None = None
+    """Ask this share of the rows unpruned as well, and say how many answers stay the same; the
+    rows are chosen by --seed (default: none)."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cluster:
@@ -206,6 +210,9 @@ class Limits:
 
     max_error_rate: Share = 0.5
     """Share of rows in error above which the exit code is 3."""
+    min_agreement: Share | None = None
+    """With --audit: share of answers that stay as unpruned, below which the exit code is 3
+    (default: any will do)."""
     row_timeout: Annotated[float, Value(read=number(least=0.1, most=86_400), unit="SECONDS")] = (
         ROW_TIMEOUT_S
     )
@@ -252,6 +259,10 @@ class Settings:
 
     def _check_compared(self) -> None:
         items, pruning = self.output.compare, self.pruning
+        if self.limits.min_agreement is not None and not self.output.audit:
+            raise UserError("--min-agreement needs --audit RATE")
+        if self.output.audit and items is not None:
+            raise UserError("--audit and --compare exclude each other: the latter asks all rows")
         if items is None or GIVEN in items:
             return
         for name in ("retention", "schedule"):
@@ -274,6 +285,11 @@ class Settings:
         if self.output.compare is None:
             return (Compared(name=self.pruning.name, pruning=self.pruning),)
         return settings_compared(self.output.compare, self.pruning)
+
+    @property
+    def audited_with(self) -> Pruning | None:
+        """What some rows are asked with beside; None where there is no audit."""
+        return compared("1", self.pruning).pruning if self.output.audit else None
 
     @property
     def text_tower_method(self) -> str | None:

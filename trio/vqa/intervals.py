@@ -6,7 +6,7 @@ Questions about one picture are right or wrong together, so rows are not indepen
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from statistics import NormalDist
 
 import numpy as np
@@ -15,6 +15,8 @@ from trio.errors import UserError
 
 RESAMPLES = 2000
 Interval = tuple[float, float]
+_MANY = 1000
+"""Rows of the rarer kind, from which on no exact interval is needed."""
 _BLOCK = 1 << 22
 """Numbers that a bootstrap draws at a time."""
 
@@ -52,17 +54,90 @@ def share_interval(hits: np.ndarray, clusters: np.ndarray, *, confidence: float 
         hits: 0 or 1 for each row, `[R]`.
         clusters: the cluster of each row, `[R]`, as any ids.
     """
+    worth = _worth(hits, clusters)
+    return wilson_interval(float(hits.mean()) * worth, worth, confidence=confidence)
+
+
+def _worth(hits: np.ndarray, clusters: np.ndarray) -> float:
+    """How many independent rows say as much as these."""
     clusters = numbered(clusters)
     n, count = len(hits), int(clusters.max()) + 1
     share = float(hits.mean())
     if count == n:
-        worth = float(n)
-    elif count == 1 or share in (0, 1):
-        worth = float(count)
+        return float(n)
+    if count == 1 or share in (0, 1):
+        return float(count)
+    variance = ratio_variance(hits, np.ones(n), clusters)
+    return n / max(1.0, variance / (share * (1 - share) / n))
+
+
+def finite_share_interval(
+    hits: np.ndarray, clusters: np.ndarray, *, population: int, confidence: float = 0.95
+) -> Interval:
+    """Bounds of a share over a finite set of rows, of which some were drawn one by one.
+
+    The wider of two: Wilson's with the clusters' design effect and the finite population correction
+    (Cochran 1977, section 2.6), and the exact one of rows drawn without replacement (the
+    hypergeometric test inverted, as Clopper and Pearson 1934), which holds where next to nothing
+    differs.
+
+    Args:
+        hits: 0 or 1 for each drawn row, `[R]`.
+        clusters: the cluster of each, `[R]`, as any ids.
+        population: rows that they were drawn from.
+    """
+    n, found = len(hits), int(hits.sum())
+    if not 0 < n <= population:
+        raise UserError(f"{n} rows of {population} were drawn: no share")
+    if n == population:
+        return found / n, found / n
+    share = float(hits.mean())
+    worth = _worth(hits, clusters) / (1 - n / population)
+    around = wilson_interval(share * worth, worth, confidence=confidence)
+    if min(found, n - found) > _MANY:
+        return around
+    if found > n - found:
+        low, high = _hypergeometric(n - found, n, population, confidence)
+        low, high = 1 - high, 1 - low
     else:
-        variance = ratio_variance(hits, np.ones(n), clusters)
-        worth = n / max(1.0, variance / (share * (1 - share) / n))
-    return wilson_interval(share * worth, worth, confidence=confidence)
+        low, high = _hypergeometric(found, n, population, confidence)
+    return max(0.0, min(low, around[0])), min(1.0, max(high, around[1]))
+
+
+def _hypergeometric(found: int, drawn: int, population: int, confidence: float) -> Interval:
+    """Shares of a population under which so few, or so many, as `found` are not too unlikely."""
+    least = (1 - confidence) / 2
+
+    def at_most(count: int, marked: int) -> float:
+        """Chance that at most `count` of the drawn rows are marked."""
+        terms = [
+            _log_choose(marked, k)
+            + _log_choose(population - marked, drawn - k)
+            - _log_choose(population, drawn)
+            for k in range(max(0, drawn - population + marked), min(count, marked) + 1)
+        ]
+        return math.fsum(map(math.exp, terms))
+
+    low = _first(
+        lambda marked: 1 - at_most(found - 1, marked) > least, found, population - drawn + found
+    )
+    high = _first(lambda marked: at_most(found, marked) <= least, low, population) - 1
+    return low / population, high / population
+
+
+def _first(holds: Callable[[int], bool], low: int, high: int) -> int:
+    """The first whole number for which something holds that goes on holding; one more than the
+    last if it does for none."""
+    while low <= high:
+        middle = (low + high) // 2
+        low, high = (low, middle - 1) if holds(middle) else (middle + 1, high)
+    return low
+
+
+def _log_choose(n: int, k: int) -> float:
+    if not 0 <= k <= n:
+        return -math.inf
+    return math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
 
 
 def ratio_variance(above: np.ndarray, below: np.ndarray, clusters: np.ndarray) -> float:

@@ -54,7 +54,7 @@ class InstantEngine:
 
 def instant_engines(settings: EngineSettings) -> list[InstantEngine]:
     """The factory that a job takes in place of the one for real engines."""
-    return [InstantEngine() for _ in settings.prunings]
+    return [InstantEngine() for _ in settings.engines]
 
 
 def _answer(request_id: Any) -> Result:

@@ -9,6 +9,7 @@ Shapes: B requests, T packed tokens, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,19 +22,29 @@ HEAD_ROWS = 256
 WIDEST = 1024
 """Tokens of one request's candidates in a pass, unless one alone has more: each sees each in the
 mask of attention."""
+
+
+class TokenScore(NamedTuple):
+    """Of one token of a candidate."""
+
+    logprob: float
+    is_top: bool
+    """Whether the model itself finds no token likelier here."""
+
+
 _Branch = tuple[int, int, tuple[int, ...]]
 """Of a candidate: row of its request, its number, its tokens."""
 
 
 @torch.no_grad()
-def candidate_logprobs(
+def candidate_scores(
     runner: ModelRunner,
     sequences: Sequence[SequenceState],
     logits_BV: Tensor,
     *,
     batch_tokens: int,
-) -> list[list[list[float]]]:
-    """Of each sequence and each of its candidates, the log-probability of each token.
+) -> list[list[list[TokenScore]]]:
+    """Of each sequence and each of its candidates, how likely each token is.
 
     Args:
         sequences: with their prompts in the cache.
@@ -43,7 +54,7 @@ def candidate_logprobs(
     candidates = [sequence.prepared.candidates for sequence in sequences]
     rows = [row for row, own in enumerate(candidates) for _ in own]
     firsts = [tokens[0] for own in candidates for tokens in own]
-    scores = iter(_logprobs(logits_BV)[rows, firsts].tolist())
+    scores = _of_tokens(logits_BV, rows, firsts)
     found = [[[next(scores)] for _ in own] for own in candidates]
     stored = [max(sequence.layer_tokens) for sequence in sequences]
     for part in _parts(candidates, stored, 2 * batch_tokens):
@@ -56,17 +67,24 @@ def candidate_logprobs(
     return found
 
 
-def _scores(runner: ModelRunner, hidden_TD: Tensor, tokens: Sequence[int]) -> Iterator[float]:
-    """Log-probability of each token behind its hidden state."""
+def _scores(runner: ModelRunner, hidden_TD: Tensor, tokens: Sequence[int]) -> Iterator[TokenScore]:
+    """Of each token behind its hidden state."""
     for start in range(0, len(tokens), HEAD_ROWS):
         wanted = tokens[start : start + HEAD_ROWS]
         logits_TV = runner.decoder.head(hidden_TD[start : start + HEAD_ROWS])
-        yield from _logprobs(logits_TV)[range(len(wanted)), wanted].tolist()
+        yield from _of_tokens(logits_TV, range(len(wanted)), wanted)
 
 
-def _logprobs(logits_TV: Tensor) -> Tensor:
+def _of_tokens(
+    logits_TV: Tensor, rows: Sequence[int], tokens: Sequence[int]
+) -> Iterator[TokenScore]:
+    """Of tokens by rows of logits, which several may share."""
     exact = torch.promote_types(logits_TV.dtype, torch.float32)
-    return logits_TV.to(exact).log_softmax(dim=-1)
+    logprobs_TV = logits_TV.to(exact).log_softmax(dim=-1)
+    own_N = logprobs_TV[rows, tokens]
+    is_top_N = own_N >= logprobs_TV.amax(dim=-1)[rows]
+    pairs = zip(own_N.tolist(), is_top_N.tolist(), strict=True)
+    return (TokenScore(logprob, is_top) for logprob, is_top in pairs)
 
 
 def _parts(

@@ -30,7 +30,9 @@ def read_compared(value: Any) -> tuple[str, ...]:
     """The items of `--compare`, checked: text with commas, or a list."""
     items = value if isinstance(value, list | tuple) else text(value).split(",")
     found = tuple(str(item).strip() for item in items)
-    settings_compared(found, Pruning(retention=0.5))
+    # Of what the other flags say nothing is known yet: 1/3 and trio:1/3 may be the same.
+    is_plain = [compared(item, Pruning(retention=0.5)).name == UNPRUNED for item in found]
+    _check([UNPRUNED if p else item for p, item in zip(is_plain, found, strict=True)])
     return found
 
 
@@ -45,6 +47,8 @@ def compared(item: str, base: Pruning) -> Compared:
         UserError: it is not written so.
     """
     if item == GIVEN:
+        if base.retention is None and base.schedule is None and base.name != "none":
+            return Compared(name=base.name, pruning=base)  # its default is not filled in yet
         how = base.schedule or _fraction(base.retention or 1.0)
         return Compared(name=f"{base.name} {how}" if base.active else UNPRUNED, pruning=base)
     chosen, colon, share = item.rpartition(":")
@@ -55,10 +59,12 @@ def compared(item: str, base: Pruning) -> Compared:
     if retention == 1:
         if colon:
             raise UserError(f"{item!r}: at retention 1 nothing is chosen; write 1")
-        plain = replace(base, method="none", encoder="none", method_options=None)
-        return Compared(name=UNPRUNED, pruning=replace(plain, retention=1.0, schedule=None))
-    pruning = replace(base, **_choice(item, chosen)) if colon else base
-    pruning = replace(pruning, retention=retention, schedule=None)
+        nothing = {"method": "none", "encoder": "none", "method_options": None}
+        return Compared(
+            name=UNPRUNED, pruning=replace(base, **nothing, retention=1.0, schedule=None)
+        )
+    choice = _choice(item, chosen) if colon else {}
+    pruning = replace(base, **choice, retention=retention, schedule=None)
     return Compared(name=f"{pruning.name} {_fraction(retention)}", pruning=pruning)
 
 
@@ -86,12 +92,13 @@ def settings_compared(items: Sequence[str], base: Pruning) -> tuple[Compared, ..
         UserError: one is none, one stands twice, or nothing is compared with the unpruned model.
     """
     found = tuple(compared(item, base) for item in items)
-    names = [one.name for one in found]
+    _check([one.name for one in found])
+    return found
+
+
+def _check(names: Sequence[str]) -> None:
     for name in names:
         if names.count(name) > 1:
-            raise UserError(f"--compare: {name} stands twice")
-    if UNPRUNED not in names or len(found) < 2:
-        raise UserError(
-            "--compare: give 1 (the unpruned model) and at least one other, as in 1,1/9"
-        )
-    return found
+            raise UserError(f"{name} stands twice among what is compared")
+    if UNPRUNED not in names or len(names) < 2:
+        raise UserError("compare 1 (the unpruned model) with at least one other, as in 1,1/9")

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow.dataset as ds
 
+from trio.job.comparing import audit
 from trio.job.comparing.compared import UNPRUNED
 from trio.job.output.sink import ROWS
 from trio.job.plan import Plan
@@ -74,6 +75,14 @@ def metrics_of(run: Plan, run_id: str, settings: Sequence[Mapping[str, Any]]) ->
                     metric, unpruned, found.get(number, []), run.config.seed
                 )
     return {"run": run_id, "mode": questions.mode, "metric": metric, "settings": made}
+
+
+def audit_of(run: Plan, seconds: float) -> dict[str, Any]:
+    """What the audit of a run found; `seconds`: that engines spent on it."""
+    rate = run.config.output.audit
+    assert rate is not None
+    columns = ["error", "picture", *audit.COLUMNS]
+    return audit.audit_summary(list(_read(run.output.join(ROWS), columns)), rate, seconds)
 
 
 def table_of(metrics: Mapping[str, Any]) -> str:

@@ -6,6 +6,7 @@ hand is done in a later pass.
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import os
 import threading
@@ -17,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
-from trio.engine.request import Result
+from trio.engine.request import Prepared, Result
 from trio.errors import JobFailed, UserError, kind_and_line
+from trio.job.comparing.audit import columns_of
 from trio.job.desk import ALIVE_S, Desk, Poll
 from trio.job.engines.engine_thread import Asked, EngineDied, EngineThread, Outcome
 from trio.job.images.policy import RowError
@@ -34,7 +36,9 @@ WATCH_S = 1.0
 # between two looks at an engine
 GPU_PAUSE_S = 5.0
 # before a process that was restarted takes a GPU: the dead one's memory may still be held
-SECONDS = ("preprocess_wait_s", "encode_s", "prefill_s", "prune_s", "decode_s", "idle_s")
+SECONDS = (
+    "preprocess_wait_s", "encode_s", "encode_saved_s", "prefill_s", "prune_s", "decode_s", "idle_s",
+)  # fmt: skip
 DECODING = ("decode_rows", "decode_steps")
 # sums over steps of the requests that ran together, and of the steps
 AS_THEY_ARE = (
@@ -69,8 +73,9 @@ class Engine:
         self._thread = self._started(again)
         self._reports = [
             _Report(partial(self._thread.counters, setting))
-            for setting, _ in enumerate(task.engine.prunings)
+            for setting, _ in enumerate(task.engine.engines)
         ]
+        self._of_audit = None if task.engine.audit is None else self._reports.pop()
         desk.note("ready", self.name, self._facts())
         threading.Thread(target=self._watch, name="watch", daemon=True).start()
 
@@ -88,6 +93,7 @@ class Engine:
             outcomes = [self._thread.answer(requests, setting) for setting in settings]
         except EngineDied as error:
             self._end(str(error))
+        audits = self._audited(asked, requests, outcomes[0])
         self._thread.release(requests)
         rows: list[dict[str, Any]] = []
         parts = [Totals() for _ in settings]
@@ -96,7 +102,55 @@ class Engine:
             for setting, outcome in enumerate(of_settings):
                 rows.append(self._row(source, number, setting, outcome))
                 parts[setting] += _totals(rows[-1], source, outcome)
+        for place, columns in audits.items():
+            rows[place] |= columns
+        parts[0] += Totals(audited=len(audits))
         return Answered(tuple(rows), tuple(parts))
+
+    def _audited(
+        self,
+        asked: Sequence[tuple[Source, int, Asked]],
+        requests: Sequence[Asked],
+        outcomes: Sequence[Outcome],
+    ) -> dict[int, dict[str, Any]]:
+        """Further columns of the rows that are asked unpruned as well, by their place."""
+        audit = self._task.rows.audit
+        if audit is None:
+            return {}
+        pruned = {
+            place: (source, number, prepared, outcome)
+            for place, ((source, number, _), prepared, outcome) in enumerate(
+                zip(asked, requests, outcomes, strict=True)
+            )
+            if audit.chooses(source.key)
+            and isinstance(prepared, Prepared)
+            and isinstance(outcome, Result)
+            and outcome.finish_reason != "error"
+        }
+        twice = [place for place, (source, *_) in pruned.items() if audit.repeats(source.key)]
+        forced = {
+            place: dataclasses.replace(prepared, candidates=(tuple(outcome.token_ids),))
+            for place, (_, _, prepared, outcome) in pruned.items()
+            if outcome.token_ids
+        }
+        again = [pruned[place][2] for place in reversed(twice)]
+        setting = len(self._task.engine.prunings)
+        try:
+            once = self._thread.answer([one[2] for one in pruned.values()], setting)
+            more = self._thread.answer([*again, *forced.values()], setting)
+        except EngineDied as error:
+            self._end(str(error))
+        repeats = dict(zip(reversed(twice), more, strict=False))
+        tops = dict(zip(forced, more[len(twice) :], strict=True))
+        found = {}
+        for (place, (source, number, _, outcome)), unpruned in zip(
+            pruned.items(), once, strict=True
+        ):
+            said = [self._row(source, number, 0, one)["response"] for one in (outcome, unpruned)]
+            found[place] = columns_of(
+                outcome, unpruned, repeats.get(place), tops.get(place), (said[0], said[1])
+            )
+        return found
 
     def commit(
         self, unit: Unit, answered: Answered, decode_node: str, prepare_s: float
@@ -133,7 +187,15 @@ class Engine:
             for report, part in zip(self._reports, answered.parts, strict=True)
         ]
         (_, first), *others = found
-        parts = first + Totals(prepare_s=prepare_s), *(part for _, part in others)
+        first += Totals(prepare_s=prepare_s)
+        if self._of_audit is not None:
+            _, spent = self._of_audit.interval(Totals())
+            first += Totals(
+                audit_s=spent.encode_s - spent.encode_saved_s + spent.prefill_s + spent.decode_s,
+                preprocess_wait_s=spent.preprocess_wait_s,
+                idle_s=spent.idle_s,
+            )
+        parts = first, *(part for _, part in others)
         return [stats for stats, _ in found], parts
 
     def _started(self, again: int) -> EngineThread:

@@ -24,7 +24,7 @@ class EngineSettings:
     model: str
     """Hub id, directory, or "demo"."""
     prunings: tuple[Pruning, ...]
-    """Of each engine that the worker makes; they share the model."""
+    """Of each setting that rows are asked with."""
     text_tower: str | None
     """Of the model's encoder: hub id, directory, or "demo"; None where no method needs it."""
     text_tower_revision: str | None
@@ -49,6 +49,13 @@ class EngineSettings:
     """Message of all requests; None: the chat template's own."""
     adapters: tuple[str, ...] = ()
     """Families to register, "model_type=module:Class"."""
+    audit: Pruning | None = None
+    """Of an engine that some rows are asked with beside the first setting's."""
+
+    @property
+    def engines(self) -> tuple[Pruning, ...]:
+        """Of each engine that the worker makes, on one model: settings first."""
+        return self.prunings if self.audit is None else (*self.prunings, self.audit)
 
     @property
     def gpu(self) -> bool:
@@ -77,8 +84,10 @@ class PreprocessorLike(Protocol):
     def process(self, images: Sequence[Any]) -> Sequence[Any]: ...
 
 
+AUDIT_SHARE = 0.25
+"""Of the memory for keys and values: an audit has few rows at a time, and no hurry."""
 EngineFactory = Callable[[EngineSettings], Sequence[EngineLike]]
-"""Makes an engine for each of the settings' prunings."""
+"""Makes an engine for each of `EngineSettings.engines`."""
 PreprocessorFactory = Callable[[EngineSettings], PreprocessorLike]
 
 
@@ -109,7 +118,8 @@ def build_engines(settings: EngineSettings) -> Sequence[EngineLike]:
         system=settings.system,
         **{name: value for name, value in optional.items() if value is not None},
     )
-    return first.beside(settings.prunings[1:])
+    share = None if settings.audit is None else AUDIT_SHARE
+    return first.beside(settings.engines[1:], share=share)
 
 
 def build_preprocessor(settings: EngineSettings) -> Preprocessor:

@@ -27,6 +27,7 @@ from trio.job.output.scoring import exact_match
 from trio.job.storage import Location, bare
 
 if TYPE_CHECKING:
+    from trio.job.comparing.audit import Audit
     from trio.job.questions.asking import Asking
 
 OF_RESULT = tuple(
@@ -50,6 +51,7 @@ class RowSettings:
     # of the shards, to be left out of ids; None where file names alone tell them apart
     asking: Asking | None = None
     # None: each row has one prompt, and answers are not scored by a metric
+    audit: Audit | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -144,11 +146,14 @@ def requests_of(source: Source, images: Sequence[Any], settings: RowSettings) ->
     identify(source, settings)
     for number, ask in enumerate(source.asks):
         assert ask.prompt is not None
+        sampling = _sampling(settings, source.key, number)
+        if settings.audit is not None and settings.audit.chooses(source.key):
+            sampling = replace(sampling, first_logprobs=True)
         yield Request(
             prompt=ask.prompt,
             images=tuple(images),
             id=source.key,
-            sampling=_sampling(settings, source.key, number),
+            sampling=sampling,
             candidates=ask.candidates,
             with_eos=settings.asking is not None and settings.asking.questions.with_eos,
         )

@@ -85,6 +85,11 @@ class Progress:
         since = self._working_since
         return max(self._updated - since, 1e-9) if since is not None else 0.0
 
+    @property
+    def audit_s(self) -> float:
+        """Of this attempt, seconds that engines spent on auditing."""
+        return self._new.audit_s
+
     def say(self, text: str) -> None:
         """A line of its own, above what is rewritten."""
         self._console.print(self._label + text, soft_wrap=True)

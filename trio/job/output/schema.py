@@ -42,6 +42,7 @@ def _field(name: str, kind: pa.DataType, unit: str | None = None, null: bool = T
 
 
 KEPT, SCORE, QUESTION, LIKELIHOOD, KEEP = "kept", "score", "question", "likelihood", "keep"
+AUDIT = "audit"
 OPTIONAL: dict[str, list[pa.Field]] = {
     KEPT: [
         _field(
@@ -67,6 +68,15 @@ OPTIONAL: dict[str, list[pa.Field]] = {
         _field("margin", pa.float64(), "nats"),
     ],
     KEEP: [_field("keep", pa.bool_())],
+    AUDIT: [
+        _field("audit_response", pa.string()),
+        _field("audit_match", pa.bool_()),
+        _field("audit_overlap", pa.float64(), "fraction"),
+        _field("audit_top1", pa.float64(), "fraction"),
+        _field("audit_kl", pa.float64(), "nats"),
+        _field("audit_repeat_match", pa.bool_()),
+        _field("audit_error", pa.string()),
+    ],
 }
 """Columns that not every run has, by what asks for them."""
 

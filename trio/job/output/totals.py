@@ -64,6 +64,9 @@ class Totals:
     preprocess_wait_s: Seconds = 0.0
     """Engines that have rows wait for their images."""
     encode_s: Seconds = 0.0
+    """As if a setting were alone, where several share what the encoder gives."""
+    encode_saved_s: Seconds = 0.0
+    """Of these, what another setting's reading of the same images has spared."""
     prefill_s: Seconds = 0.0
     """Without the encoder, with pruning."""
     prune_s: Seconds = 0.0
@@ -71,6 +74,10 @@ class Totals:
     decode_s: Seconds = 0.0
     idle_s: Seconds = 0.0
     """Engines without rows."""
+    audited: Rows = 0
+    """Rows that were asked unpruned as well; nothing of that is in the other sums."""
+    audit_s: Seconds = 0.0
+    """What engines spent on it."""
     out_of_memory: Annotated[int, "times"] = 0
     """Times that a device ran out of memory."""
     cuda_graphs: Annotated[Mapping[str, int], "units"] = field(default_factory=dict)
