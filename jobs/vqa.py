@@ -3,6 +3,8 @@
 Reads Parquet shards, asks a vision-language model that drops the image tokens its prompt does not
 need, and writes an answer with its score for every question, or how likely each of given answers
 is; the data set's figures go to metrics.json. Without arguments: the bundled shard and model.
+"vqa.py average OUT OUT ..." prints finished comparisons side by side, relative to the unpruned
+model, and their average.
 
 exit codes: 0 all rows written; 1 the job failed; 2 arguments, configuration or input schema are
 wrong; 3 finished with more rows in error than --max-error-rate

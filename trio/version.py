@@ -2,7 +2,7 @@
 
 from importlib import metadata
 
-VERSION = "0.9.0"
+VERSION = "0.10.0"
 
 
 def of_library(name: str) -> str:

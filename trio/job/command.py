@@ -20,11 +20,13 @@ from trio.errors import JobFailed, UserError
 from trio.job import cli, run_yaml
 from trio.job.cli import ERRORS, FAILED, OK, WRONG
 from trio.job.comparing import audit, metrics_file
+from trio.job.comparing.benchmark_table import benchmark_table
 from trio.job.comparing.compared import GIVEN
 from trio.job.output import ending, output_directory
 from trio.job.output.summary import share, table
 from trio.job.plan import Plan
 from trio.job.plan import plan as plan_of
+from trio.job.questions.prompt_notices import prompt_notices
 from trio.job.questions.question_settings import GENERATE
 from trio.job.resume import decoding_rules
 from trio.job.resume.checkpoint_defaults import pruning_resolved
@@ -34,6 +36,8 @@ from trio.job.storage import Location, is_local, locate
 from trio.tables import counted
 
 DEFAULT_RETENTION = 1 / 9
+AVERAGE = "average"
+"""First word of a call of vqa.py that puts finished comparisons side by side."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,6 +64,9 @@ def main(job: Job, argv: Sequence[str] | None = None) -> int:
     """Run a job from its arguments; returns the exit code."""
     arguments = sys.argv[1:] if argv is None else argv
     try:
+        if job.asks and arguments[:1] == [AVERAGE]:
+            print(benchmark_table(_outputs(arguments[1:])))
+            return OK
         config, dry = cli.read_call(
             arguments, prog=job.prog, description=job.description, hidden=job.hidden
         )
@@ -77,6 +84,13 @@ def main(job: Job, argv: Sequence[str] | None = None) -> int:
         if not isinstance(error, OSError):
             traceback.print_exc()
         return cli.fail(job.prog, f"failed: {type(error).__name__}: {error}"[:500], FAILED)
+
+
+def _outputs(words: Sequence[str]) -> Sequence[str]:
+    """Of `vqa.py average`."""
+    if not words or any(word.startswith("-") for word in words):
+        raise UserError(f"{AVERAGE}: give output directories of finished comparisons, nothing else")
+    return words
 
 
 def resolve(job: Job, config: Settings) -> Settings:
@@ -244,7 +258,7 @@ def _announce(config: Settings, plan: Plan, resources: str) -> None:
     if DEMO in (config.model.model, *config.input.input) and (line := bundled.shadowed()):
         lines.append(line)
     if plan.earlier is None:  # a run that goes on reads nothing of shards that are done
-        lines += ending.prompt_notices(config, manifest, plan.columns.roles.get("prompt"))
+        lines += prompt_notices(plan)
     print("\n".join(lines), flush=True)
 
 

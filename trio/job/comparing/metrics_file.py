@@ -56,7 +56,7 @@ def metrics_of(run: Plan, run_id: str, settings: Sequence[Mapping[str, Any]]) ->
     """
     questions, asking = run.config.questions, run.asking
     metric = questions.scored_by if asking else None
-    found = _rows(run.output, questions, scored=run.config.output.score not in (None, "none"))
+    found = rows_of(run.output, questions, scored=run.config.output.score not in (None, "none"))
     about = _about(run.config.questions, asking)
     made = []
     for number, (one, of_setting) in enumerate(zip(run.config.compared, settings, strict=True)):
@@ -102,10 +102,12 @@ def _percent(agreement: Mapping[str, Any]) -> str:
 
 
 _Row = tuple[Answered, Mapping[str, Any]]
+Rows = list[_Row]
+"""As metrics take them, with their columns."""
 
 
-def _rows(output: Location, questions: Questions, *, scored: bool) -> dict[int, list[_Row]]:
-    """The rows of each setting."""
+def rows_of(output: Location, questions: Questions, *, scored: bool = False) -> dict[int, Rows]:
+    """The rows of a run by setting; `scored`: captions with a score."""
     names = [*OF_ALL]
     if questions.mode is not None:
         names += (*OF_SCORED, *OF_QUESTIONS)
@@ -114,7 +116,7 @@ def _rows(output: Location, questions: Questions, *, scored: bool) -> dict[int, 
     if questions.mode == LIKELIHOOD:
         names += OF_LIKELIHOOD
     objects = read_objects(questions.objects) if questions.objects else None
-    found: dict[int, list[_Row]] = {}
+    found: dict[int, Rows] = {}
     for row in _read(output.join(ROWS), names):
         found.setdefault(row["setting"], []).append((_answered(row, objects), row))
     return found

@@ -1,22 +1,19 @@
-"""What a run says beside its figures: how to open its rows, answers to a few of the bundled images,
-and which prompts the bundled model was not taught. No torch."""
+"""What a run says beside its figures: how to open its rows, and answers to a few of the bundled
+images. No torch."""
 
 from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 from operator import itemgetter
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from trio import bundled
-from trio.job.input.manifest import Manifest
 from trio.job.output.sink import ROWS
-from trio.job.settings import Settings
-from trio.job.storage import ARROW_SCHEMES, Location, open_location, scheme_of, write_atomic
+from trio.job.storage import ARROW_SCHEMES, Location, scheme_of, write_atomic
 
 IMAGES = "images"
 SHOWN_IMAGES, SHOWN_ROWS = 3, 5
@@ -60,31 +57,3 @@ def examples(output: Location, settings: Sequence[str]) -> str:
                 said = [f"{name}: {one}" for name, one in zip(settings, said, strict=True)]
             lines.append(f"    {prompt:<28} {'; '.join(dict.fromkeys(said))}")
     return "\n".join(lines)
-
-
-def prompt_notices(config: Settings, manifest: Manifest, column: str | None) -> Iterator[str]:
-    """Lines on prompts that are not what they seem.
-
-    column: the input's own prompts, if it has any.
-    """
-    if config.input.prompt is not None and column is not None:
-        yield f"rows keep their own prompt (column {column!r}); --prompt is for those without"
-    if bundled.is_bundled(config.model.model):
-        prompts = list(filter(None, [config.input.prompt]))
-        if column is not None:
-            prompts = _prompts(manifest, column, config.input.limit)
-        line = bundled.prompts_notice(prompts)
-        if line is not None:
-            yield line
-
-
-def _prompts(manifest: Manifest, column: str, limit: int | None) -> list[str]:
-    """The first shard's own prompts, each once; none where they cannot be read, of which the run
-    makes errors."""
-    try:
-        location = open_location(manifest.shards[0].path)
-        with location.filesystem.open_input_file(location.path) as stream:
-            prompts = pq.read_table(stream, columns=[column]).column(column).slice(0, limit)
-        return list(filter(None, prompts.unique().to_pylist()))
-    except (OSError, KeyError, UnicodeDecodeError, pa.ArrowException):
-        return []

@@ -81,7 +81,7 @@ def _evaluated(node: ast.expr, figures: Mapping[str, float | None], text: str) -
 def _number(node: ast.expr, figures: Mapping[str, float | None], text: str) -> float:
     match node:
         case ast.Constant(value=int() | float() as value) if not isinstance(value, bool):
-            return float(value)
+            return value
         case ast.UnaryOp(op=ast.USub(), operand=operand):
             return -_number(operand, figures, text)
         case ast.Name(id=name) if name in figures:

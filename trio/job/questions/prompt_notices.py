@@ -1,0 +1,99 @@
+"""Lines on prompts that are not what they seem, said before a run. No torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tokenizers import Tokenizer
+
+from trio import bundled
+from trio.errors import first_line
+from trio.job.images.policy import RowError
+from trio.job.input.columns import OWN
+from trio.job.output.output_rows import Source
+from trio.job.plan import Plan
+from trio.job.resume.hub import NotHere, model_file
+from trio.job.settings import Model
+from trio.job.storage import open_location
+
+LOOKED_AT = 200
+"""Rows of the first shard whose prompts are looked at."""
+UNKNOWN = 0.2
+"""Share of a prompt's tokens."""
+
+
+def prompt_notices(plan: Plan) -> Iterator[str]:
+    """A line for each thing that is odd about the prompts of a run."""
+    config, column = plan.config, plan.columns.roles.get("prompt")
+    if config.input.prompt is not None and column is not None:
+        yield f"rows keep their own prompt (column {column!r}); --prompt is for those without"
+    prompts = list(dict.fromkeys(_prompts(plan)))
+    if bundled.is_bundled(config.model.model):
+        line = bundled.prompts_notice(prompts)
+    else:
+        line = _unknown(config.model, prompts)
+    if line is not None:
+        yield line
+    if plan.asking is not None and plan.asking.preset.notice is not None:
+        yield f"preset {plan.asking.preset.name}: {plan.asking.preset.notice}"
+
+
+def _prompts(plan: Plan) -> list[str]:
+    """Of the first rows; none where they cannot be read, of which the run makes errors."""
+    config, column = plan.config, plan.columns.roles.get("prompt")
+    if plan.asking is None and column is None:
+        return [config.input.prompt] if config.input.prompt else []
+    names = [column] if plan.asking is None else list(plan.asking.columns)
+    try:
+        location = open_location(plan.manifest.shards[0].path)
+        with location.filesystem.open_input_file(location.path) as stream:
+            file = pq.ParquetFile(stream)
+            there = [name for name in names if name in file.schema_arrow.names]
+            batch = next(file.iter_batches(LOOKED_AT, columns=there), None)
+        if batch is None:
+            return []
+        table = pa.Table.from_batches([batch]).slice(0, config.input.limit)
+        if plan.asking is None:
+            return list(filter(None, table.column(column).to_pylist()))
+        return list(_asked(plan, table.rename_columns([OWN + name for name in there])))
+    except (OSError, KeyError, IndexError, UnicodeDecodeError, pa.ArrowException):
+        return []
+
+
+def _asked(plan: Plan, table: pa.Table) -> Iterator[str]:
+    assert plan.asking is not None
+    for index in range(table.num_rows):
+        source = Source(key=index, table=table, index=index, path="", picture="")
+        try:
+            yield from (ask.prompt or "" for ask in plan.asking.asks(source))
+        except RowError:
+            continue
+
+
+def _unknown(model: Model, prompts: Sequence[str]) -> str | None:
+    """One line where words of a prompt are none to the model."""
+    try:
+        path = model_file(model, "tokenizer.json")
+    except NotHere:  # engines will say more
+        return None
+    if path is None or not prompts:
+        return None
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+        word = json.loads(path.read_text(encoding="utf-8"))["model"].get("unk_token")
+    except Exception as error:  # what the library raises is not documented
+        return f"{path}: cannot be read ({first_line(error)}): prompts are not checked"
+    unknown = None if word is None else tokenizer.token_to_id(word)
+    if unknown is None:  # it spells what it does not know
+        return None
+    for prompt in prompts:
+        ids = tokenizer.encode(prompt, add_special_tokens=False).ids
+        if ids and ids.count(unknown) > UNKNOWN * len(ids):
+            return (
+                f"of the prompt {prompt[:80]!r} the model knows {len(ids) - ids.count(unknown)} of"
+                f" {len(ids)} tokens: do not trust its answers"
+            )
+    return None
