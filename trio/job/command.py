@@ -258,7 +258,7 @@ def _announce(config: Settings, plan: Plan, resources: str) -> None:
     if DEMO in (config.model.model, *config.input.input) and (line := bundled.shadowed()):
         lines.append(line)
     if plan.earlier is None:  # a run that goes on reads nothing of shards that are done
-        lines += prompt_notices(plan)
+        lines += prompt_notices(config, manifest, plan.columns, plan.asking)
     print("\n".join(lines), flush=True)
 
 

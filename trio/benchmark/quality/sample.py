@@ -56,7 +56,8 @@ def sample(
     )
     shards = {shard.number: shard for shard in manifest.shards}
     reader = RunReader(shards, columns.roles, lambda *_: None)
-    requests, errors = [], []
+    requests: list[Request] = []
+    errors: list[RowError] = []
     for unit in drawn(manifest, rows, config.seed):
         path = shards[unit.shard].path
         table = reader.read(unit)

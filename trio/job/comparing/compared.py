@@ -59,11 +59,11 @@ def compared(item: str, base: Pruning) -> Compared:
     if retention == 1:
         if colon:
             raise UserError(f"{item!r}: at retention 1 nothing is chosen; write 1")
-        nothing = {"method": "none", "encoder": "none", "method_options": None}
+        nothing: dict[str, Any] = {"method": "none", "encoder": "none", "method_options": None}
         return Compared(
             name=UNPRUNED, pruning=replace(base, **nothing, retention=1.0, schedule=None)
         )
-    choice = _choice(item, chosen) if colon else {}
+    choice: dict[str, Any] = _choice(item, chosen) if colon else {}
     pruning = replace(base, **choice, retention=retention, schedule=None)
     return Compared(name=f"{pruning.name} {_fraction(retention)}", pruning=pruning)
 

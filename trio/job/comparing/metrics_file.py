@@ -69,9 +69,9 @@ def metrics_of(run: Plan, run_id: str, settings: Sequence[Mapping[str, Any]]) ->
     names = [one.name for one in run.config.compared]
     if UNPRUNED in names and len(names) > 1:
         unpruned = found.get(names.index(UNPRUNED), [])
-        for number, one in enumerate(made):
-            if one["name"] != UNPRUNED:
-                one["comparison"] = _compared(
+        for number, figures in enumerate(made):
+            if figures["name"] != UNPRUNED:
+                figures["comparison"] = _compared(
                     metric, unpruned, found.get(number, []), run.config.seed
                 )
     return {"run": run_id, "mode": questions.mode, "metric": metric, "settings": made}

@@ -222,9 +222,11 @@ class Engine:
         self, source: Source, images: Sequence[Any] | RowError
     ) -> list[tuple[Source, int, Asked]]:
         """A row's requests with the number of their prompt; its error where it cannot be asked."""
-        requests: Sequence[Asked] = [images] if isinstance(images, RowError) else []
+        requests: Sequence[Asked]
         try:
-            requests = requests or list(requests_of(source, images, self._task.rows))
+            if isinstance(images, RowError):
+                raise images
+            requests = list(requests_of(source, images, self._task.rows))
         except RowError as error:
             requests = [error]
         return [(source, number, request) for number, request in enumerate(requests)]

@@ -74,6 +74,7 @@ def _keys(path: str, files: PictureFiles) -> list[tuple[str, int, int]]:
         (str(name), group, row)
         for group, table in enumerate(tables)
         for row, name in enumerate(table.column(files.key).to_pylist())
+        if name is not None
     ]
 
 
@@ -88,7 +89,7 @@ class JoinedPictures:
         """The rows with a column `image`, null where there is no such picture."""
         index = _index(self._files)
         names = table.column(self._files.by).to_pylist()
-        places = [index.get(str(name)) for name in names]
+        places = [None if name is None else index.get(str(name)) for name in names]
         found: list[pa.Array | None] = [None] * len(places)
         for number, place in sorted(
             ((n, p) for n, p in enumerate(places) if p is not None), key=lambda pair: pair[1]

@@ -180,9 +180,12 @@ def asking_of(questions: Questions, names: Sequence[str] | None = None) -> Askin
         preset = _without_preset(questions, names or ())
     else:
         preset = preset_named(questions.preset)
-        changes = {"config": questions.subset, "split": questions.split}
-        changes = {name: value for name, value in changes.items() if value is not None}
-        preset = dataclasses.replace(preset, metric=metric, **changes)
+        preset = dataclasses.replace(
+            preset,
+            metric=metric,
+            config=questions.subset or preset.config,
+            split=questions.split or preset.split,
+        )
         if questions.prompt_template is not None:
             template = PromptTemplate(questions.prompt_template)
             preset = dataclasses.replace(preset, prompt=template)

@@ -85,10 +85,10 @@ def _number(node: ast.expr, figures: Mapping[str, float | None], text: str) -> f
         case ast.UnaryOp(op=ast.USub(), operand=operand):
             return -_number(operand, figures, text)
         case ast.Name(id=name) if name in figures:
-            value = figures[name]
-            if value is None:
+            figure = figures[name]
+            if figure is None:
                 raise _Absent
-            return value
+            return figure
         case ast.Name(id=name):
             known = ", ".join((*OF_LIKELIHOOD, *OF_ALL))
             raise UserError(f"{text!r:.80}: there is no figure {name!r}; there are {known}")

@@ -12,11 +12,12 @@ from tokenizers import Tokenizer
 from trio import bundled
 from trio.errors import first_line
 from trio.job.images.policy import RowError
-from trio.job.input.columns import OWN
+from trio.job.input.columns import OWN, Columns
+from trio.job.input.manifest import Manifest
 from trio.job.output.output_rows import Source
-from trio.job.plan import Plan
+from trio.job.questions.asking import Asking
 from trio.job.resume.hub import NotHere, model_file
-from trio.job.settings import Model
+from trio.job.settings import Model, Settings
 from trio.job.storage import open_location
 
 LOOKED_AT = 200
@@ -25,30 +26,33 @@ UNKNOWN = 0.2
 """Share of a prompt's tokens."""
 
 
-def prompt_notices(plan: Plan) -> Iterator[str]:
+def prompt_notices(
+    config: Settings, manifest: Manifest, columns: Columns, asking: Asking | None = None
+) -> Iterator[str]:
     """A line for each thing that is odd about the prompts of a run."""
-    config, column = plan.config, plan.columns.roles.get("prompt")
+    column = columns.roles.get("prompt")
     if config.input.prompt is not None and column is not None:
         yield f"rows keep their own prompt (column {column!r}); --prompt is for those without"
-    prompts = list(dict.fromkeys(_prompts(plan)))
+    prompts = [config.input.prompt] if config.input.prompt else []
+    if asking is not None or column is not None:
+        prompts = list(dict.fromkeys(_prompts(config, manifest, column, asking)))
     if bundled.is_bundled(config.model.model):
         line = bundled.prompts_notice(prompts)
     else:
         line = _unknown(config.model, prompts)
     if line is not None:
         yield line
-    if plan.asking is not None and plan.asking.preset.notice is not None:
-        yield f"preset {plan.asking.preset.name}: {plan.asking.preset.notice}"
+    if asking is not None and asking.preset.notice is not None:
+        yield f"preset {asking.preset.name}: {asking.preset.notice}"
 
 
-def _prompts(plan: Plan) -> list[str]:
+def _prompts(
+    config: Settings, manifest: Manifest, column: str | None, asking: Asking | None
+) -> list[str]:
     """Of the first rows; none where they cannot be read, of which the run makes errors."""
-    config, column = plan.config, plan.columns.roles.get("prompt")
-    if plan.asking is None and column is None:
-        return [config.input.prompt] if config.input.prompt else []
-    names = [column] if plan.asking is None else list(plan.asking.columns)
+    names = [str(column)] if asking is None else list(asking.columns)
     try:
-        location = open_location(plan.manifest.shards[0].path)
+        location = open_location(manifest.shards[0].path)
         with location.filesystem.open_input_file(location.path) as stream:
             file = pq.ParquetFile(stream)
             there = [name for name in names if name in file.schema_arrow.names]
@@ -56,19 +60,18 @@ def _prompts(plan: Plan) -> list[str]:
         if batch is None:
             return []
         table = pa.Table.from_batches([batch]).slice(0, config.input.limit)
-        if plan.asking is None:
-            return list(filter(None, table.column(column).to_pylist()))
-        return list(_asked(plan, table.rename_columns([OWN + name for name in there])))
+        if asking is None:
+            return list(filter(None, table.column(0).to_pylist()))
+        return list(_asked(asking, table.rename_columns([OWN + name for name in there])))
     except (OSError, KeyError, IndexError, UnicodeDecodeError, pa.ArrowException):
         return []
 
 
-def _asked(plan: Plan, table: pa.Table) -> Iterator[str]:
-    assert plan.asking is not None
+def _asked(asking: Asking, table: pa.Table) -> Iterator[str]:
     for index in range(table.num_rows):
         source = Source(key=index, table=table, index=index, path="", picture="")
         try:
-            yield from (ask.prompt or "" for ask in plan.asking.asks(source))
+            yield from (ask.prompt or "" for ask in asking.asks(source))
         except RowError:
             continue
 

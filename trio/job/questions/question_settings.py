@@ -90,8 +90,8 @@ class Questions:
         for name, given in of_likelihood.items():
             if given and not asked:
                 raise UserError(f"--{name.replace('_', '-')} is for --mode likelihood")
-        for name in ("subset", "split"):
-            if getattr(self, name) is not None and self.preset is None:
+        for name in ("subset", "split", "pictures"):
+            if getattr(self, name) and self.preset is None:
                 raise UserError(f"--{name} needs --preset")
         if self.keep_if is not None:
             Condition.parse(self.keep_if).check(likelihood=asked)
