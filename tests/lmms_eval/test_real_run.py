@@ -15,11 +15,13 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import vqa
 from PIL import Image
 
 from tests.lmms_eval.local_task import CHOICE, OPEN, write_tasks
 from trio.engine.engine import Engine
 from trio.engine.request import Request
+from trio.job.command import main
 from trio.pruning.options import Pruning
 from trio.vqa.metrics import exact_match
 
@@ -73,10 +75,12 @@ def test_the_class_is_imported_only_when_asked_for() -> None:
     assert done.stdout.splitlines()[-1:] == ["trio.lmms_eval.engine_model.TrioVlm"], done.stderr
 
 
+@pytest.mark.ray
 @pytest.mark.timeout(600)
-@pytest.mark.usefixtures("installed")
-def test_answers_and_scores_are_those_of_the_engine(tmp_path: Path) -> None:
-    rows = pq.read_table(write_tasks(tmp_path / "tasks")).to_pylist()
+@pytest.mark.usefixtures("installed", "ray_local")
+def test_answers_and_scores_are_those_of_the_engine_and_of_the_job(tmp_path: Path) -> None:
+    path = write_tasks(tmp_path / "tasks")
+    rows = pq.read_table(path).to_pylist()
     done = run(
         *("-m", "lmms_eval", "--model", "trio_vlm", "--verbosity", "DEBUG"),
         *("--model_args", f"pretrained=demo,retention={RETENTION},device=cpu"),
@@ -98,6 +102,7 @@ def test_answers_and_scores_are_those_of_the_engine(tmp_path: Path) -> None:
     ]
     assert figures[OPEN]["exact_match,none"] == pytest.approx(sum(right) / 100)
     assert 0 < sum(right) < 100
+    assert of_job(path, tmp_path / "job") == (ours, pytest.approx(sum(right) / 100))
 
     asked = [row for row in rows if row["kind"] == "presence"]
     losses = [[-sum(own) for own in scores] for scores in scored(engine, asked)]
@@ -108,6 +113,16 @@ def test_answers_and_scores_are_those_of_the_engine(tmp_path: Path) -> None:
     picked = ["yes" if yes < no else "no" for yes, no in losses]
     right = [said == row["answers"][0] for said, row in zip(picked, asked, strict=True)]
     assert figures[CHOICE]["acc,none"] == pytest.approx(sum(right) / len(asked))
+
+
+def of_job(rows: Path, output: Path) -> tuple[list[str], float]:
+    """Answers of jobs/vqa.py in order, and its score."""
+    flags = ["--input", str(rows), "--output", str(output), "--metric", "exact_match"]
+    flags += ["--retention", RETENTION, "--max-new-tokens", "24", "--log-interval", "60"]
+    assert main(vqa.JOB, flags) == 0
+    table = pq.read_table(output / "rows").sort_by("row")
+    (setting,) = json.loads((output / "metrics.json").read_text())["settings"]
+    return table["response"].to_pylist(), setting["figures"]["accuracy"]["value"]
 
 
 def answered(engine: Engine, rows: list[dict[str, Any]]) -> list[str]:
