@@ -1,5 +1,6 @@
 """jobs/caption.py from its arguments to its output, with a real (tiny, random) model."""
 
+import ast
 import io
 import json
 import os
@@ -72,10 +73,13 @@ def png_of(seed: int) -> bytes:
     return encoded(picture(seed))
 
 
-def answers(output: Path) -> dict[str, dict[str, Any]]:
+def answers(output: Path, setting: int = 0) -> dict[str, dict[str, Any]]:
+    """By id, those of one setting; each setting has answered all."""
     rows = pq.read_table(output / "rows").to_pylist()
-    assert len({row["id"] for row in rows}) == len(rows)
-    return {row["id"]: row for row in rows}
+    asked = {(row["id"], row["setting"]) for row in rows}
+    ids, settings = ({key[place] for key in asked} for place in (0, 1))
+    assert len(asked) == len(rows) == len(ids) * len(settings)
+    return {row["id"]: row for row in rows if row["setting"] == setting}
 
 
 def said(model: str, rows: Sequence[Mapping[str, Any]], **options: Any) -> dict[str, Result]:
@@ -118,25 +122,26 @@ def test_paths_a_config_fed_back_and_what_differs(
 
     again = ["--config", str(first / "run.yaml")]
     other = str(tmp_path / "other")
-    assert run(*again, "--output", other, "--compare-unpruned", "--dry-run") == 0
+    assert run(*again, "--output", other, "--compare", "1,given", "--dry-run") == 0
     one, two = yaml.safe_load((first / "run.yaml").read_text()), capsys.readouterr().out
-    assert one | {"output": other, "compare_unpruned": True} == yaml.safe_load(two)
-    added = write_shard(tmp_path / "in" / "1.parquet", shard, schema)
-    assert run(*again, "--compare-unpruned") == 2
-    assert "the input: " in capsys.readouterr().err
-    added.unlink()
+    assert one | {"output": other, "compare": ["1", "given"]} == yaml.safe_load(two)
+    assert "# each with unpruned, trio 1:20,3:5\n" in two
     before = {p: p.stat().st_mtime_ns for p in first.rglob("*")}
+    write_shard(tmp_path / "in" / "1.parquet", shard, schema)
     assert run(*again) == 0
     assert "finished already: nothing to do" in capsys.readouterr().out
     assert run(*again, "--seed", "5") == 2
     assert "holds a run that differs in this: seed: 0, now 5" in capsys.readouterr().err
+    assert run(*again, "--compare", "1,given") == 2
+    assert "holds a run that differs in this: compare: None, now " in capsys.readouterr().err
+    assert not {"metrics.json", "metrics.md"} & {p.name for p in before}
     assert {p: p.stat().st_mtime_ns for p in first.rglob("*")} == before
 
 
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_local")
-def test_a_comparison_is_added_to_a_finished_run(
+def test_a_comparison_is_one_run(
     model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = [
@@ -147,21 +152,50 @@ def test_a_comparison_is_added_to_a_finished_run(
     shard = write_shard(tmp_path / "in.parquet", rows, schema)
     out = tmp_path / "out"
     flags = ["--input", str(shard), "--output", str(out), "--model", model, "--score", "exact"]
-    flags += ["--retention", "0.4", "--max-new-tokens", "4"]
+    flags += ["--retention", "0.4", "--max-new-tokens", "4", "--compare", "1,given,fastv:1/4"]
     assert run(*flags) == 0
-    before = {p: p.stat().st_mtime_ns for p in (out / "rows").iterdir()}
-    assert run(*flags, "--compare-unpruned") == 0
-    assert {p: p.stat().st_mtime_ns for p in (out / "rows").iterdir()} == before
     printed = capsys.readouterr().out
-    assert "right responses" in printed and "unpruned" in printed
-    pruned, full = (summary_of(d) for d in (out, out / "unpruned"))
-    assert pruned["scored"] == full["scored"] == 3 and full["retention"] == 1.0
-    assert pruned["prefill_flops_unpruned"] == full["prefill_flops"]
+    names = ["unpruned", "trio 2/5", "fastv 1/4"]
+    assert "right responses" in printed and all(name in printed for name in names)
+    sampling, alone = Sampling(max_new_tokens=4), Pruning(retention=0.25, method="fastv")
+    prunings = [Pruning(), Pruning(retention=0.4), alone]
+    for setting, pruning in enumerate(prunings):
+        expected = said(model, rows, pruning=pruning, sampling=sampling)
+        for key, row in answers(out, setting).items():
+            assert (row["response"], row["error"]) == (expected[key].response, None)
+            assert row["prompt_number"] == 0
+    summary = summary_of(out)
+    full, *pruned = summary["settings"]
+    assert [one["name"] for one in summary["settings"]] == names
+    assert [one["rows"] for one in summary["settings"]] == [3, 3, 3]
+    assert [one["scored"] for one in summary["settings"]] == [3, 3, 3]
+    assert full["retention"] == 1.0 and full["prefill_flops"] == full["prefill_flops_unpruned"]
+    for one in pruned:
+        assert one["prefill_flops_unpruned"] == full["prefill_flops"] > one["prefill_flops"]
+    figures = json.loads((out / "metrics.json").read_text())
+    assert [one["name"] for one in figures["settings"]] == names
+    assert (out / "metrics.md").read_text() in printed
     before = {p: p.stat().st_mtime_ns for p in out.rglob("*")}
-    assert run(*flags, "--compare-unpruned") == 0
+    assert not (out / "unpruned").exists()
+    assert run(*flags) == 0
     assert "finished already: nothing to do" in capsys.readouterr().out
-    assert run(*flags, "--compare-unpruned", "--seed", "5") == 2
+    assert run(*flags[:-1], "1,given") == 2
+    assert "differs in this: compare: " in capsys.readouterr().err
     assert {p: p.stat().st_mtime_ns for p in out.rglob("*")} == before
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_local")
+def test_run_yaml_of_an_earlier_version_compares_in_one_run(model: str, tmp_path: Path) -> None:
+    shard = write_shard(tmp_path / "in.parquet", good_rows()[:2], SCHEMA)
+    out = tmp_path / "out"
+    written = {"input": [str(shard)], "output": str(out), "model": model, "max_new_tokens": 4}
+    written |= {"retention": 0.4, "compare_unpruned": True}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(written))
+    assert run("--config", str(tmp_path / "run.yaml")) == 0
+    assert yaml.safe_load((out / "run.yaml").read_text())["compare"] == ["1", "given"]
+    assert {row["retention"] for row in answers(out, 0).values()} == {1.0}
+    assert all(row["retention"] < 0.5 for row in answers(out, 1).values())
 
 
 @pytest.mark.slow
@@ -203,18 +237,17 @@ def test_a_reduction_in_the_encoder_from_parquet_to_parquet(tmp_path: Path, mode
     out = tmp_path / "out"
     flags = ["--input", str(shard), "--output", str(out), "--model", model, "--save-kept"]
     flags += ["--encoder", "visionzip", "--retention", "0.25", "--max-new-tokens", "4"]
-    assert run(*flags, "--compare-unpruned") == 0
+    assert run(*flags, "--compare", "1,given") == 0
     settings = yaml.safe_load((out / "run.yaml").read_text())
     assert (settings["encoder"], settings["method"]) == ("visionzip", "trio")
-    for row in answers(out).values():
+    for row in answers(out, 1).values():
         assert row["error"] is None
         entered, *stages = row["kept_tokens"]
         assert len(entered) == row["visual_tokens_encoder"] < row["visual_tokens"]
         assert None in entered
         assert row["visual_tokens_stages"] == list(map(len, stages))
         assert abs(row["retention"] - 0.25) * row["visual_tokens"] <= row["num_images"]
-    whole = answers(out / "unpruned")
-    assert {row["retention"] for row in whole.values()} == {1.0}
+    assert {row["retention"] for row in answers(out, 0).values()} == {1.0}
 
 
 @pytest.mark.ray
@@ -226,12 +259,17 @@ def test_the_demo_compares_and_ends_with_images_and_answers(
     flags = ["--output", str(out), "--limit", "5"]
     assert run(*flags) == 0
     printed, told = capsys.readouterr()
-    assert told.index("trio: 5/5 rows") < told.index("unpruned: 0/5 rows")
+    assert "5/5 rows" in told
     shown = printed.splitlines()
     assert run(*flags) == 0
     assert "finished already: nothing to do" in capsys.readouterr().out
-    answered = answers(out)
-    assert answers(out / "unpruned").keys() == answered.keys()
+    assert (out / "metrics.md").read_text() in printed and (out / "metrics.json").exists()
+    names = [one["name"] for one in summary_of(out)["settings"]]
+    assert names == ["unpruned", "trio 1/9"]
+    assert yaml.safe_load((out / "run.yaml").read_text())["compare"] == ["1", "given"]
+    both = [answers(out, setting) for setting, _ in enumerate(names)]
+    answered = both[0]
+    assert both[1].keys() == answered.keys() and len(answered) == 5
     for number in range(3):
         path = out / "images" / f"scene-{number:04d}.jpg"
         assert Image.open(path).size == (192, 192)
@@ -239,11 +277,19 @@ def test_the_demo_compares_and_ends_with_images_and_answers(
         rows = [row for key, row in answered.items() if key.startswith(f"{path.stem}-")]
         assert len(rows) == (1 if number == 2 else 2)
         for row, line in zip(rows, shown[place + 1 :], strict=False):
-            assert line.split() == f"{row['prompt']} {row['response']}".split()
+            said = [setting[row["id"]]["response"] for setting in both]
+            if said[0] != said[1]:
+                said = [f"{name}: {one}" for name, one in zip(names, said, strict=True)]
+            told = "; ".join(dict.fromkeys(said))
+            assert line.split() == f"{row['prompt']} {told}".split()
     command = shown[-1].removeprefix("to see some: ")
     ours = command.replace("python", shlex.quote(sys.executable), 1)
     seen = subprocess.run(ours, shell=True, capture_output=True, text=True, check=True).stdout
-    assert all(repr(row["response"]) in seen for row in answered.values())
+    lines = [ast.literal_eval(line) for line in seen.splitlines()]
+    told_of = [{(row["id"], row["response"]) for row in one.values()} for one in both]
+    assert len(lines) == 5 and {(one["id"], one["response"]) for one in lines} <= set.union(
+        *told_of
+    )
 
 
 @pytest.mark.slow
@@ -267,11 +313,12 @@ def test_the_readmes_prompt_gets_right_captions_of_the_bundled_model(
 @pytest.mark.usefixtures("ray_local")
 def test_eadp_with_the_bundled_models_own_text_tower(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    flags = ["--output", str(out), "--limit", "6", "--method", "eadp", "--no-compare-unpruned"]
+    flags = ["--output", str(out), "--limit", "6", "--method", "eadp"]
     assert run(*flags) == 0
     assert yaml.safe_load((out / "run.yaml").read_text())["text_tower"] == "demo"
-    for row in answers(out).values():
+    for row in answers(out, 1).values():
         assert row["error"] is None and row["visual_tokens_stages"] == [64]
+    assert {row["retention"] for row in answers(out, 0).values()} == {1.0}
 
 
 @pytest.mark.slow
@@ -378,6 +425,10 @@ MISTAKES = [
     (["--input", "{shard}", "--output", "{dir}"], "holds other files"),
     (["--config", "{dir}/nowhere.yaml"], "cannot be read"),
     (["--frobnicate"], "unrecognized arguments"),
+    (["--compare-unpruned"], "did you mean '--compare'?"),
+    (["--preset", "pope"], "unrecognized arguments"),
+    (["--input", "{shard}", "--compare", "1,1/3,2/6"], "trio 1/3 stands twice"),
+    (["--compare", "1,eadp:1/3", "--model", "org/name"], "give as --text-tower the CLIP"),
 ]
 
 

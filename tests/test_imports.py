@@ -9,6 +9,7 @@ HEAVY = {"torch", "transformers", "ray"}
 
 LIGHT = [
     "caption",
+    "vqa",
     "benchmark",
     "trio",
     "trio.benchmark.quality_commands",
@@ -24,6 +25,10 @@ LIGHT = [
     "trio.engine.kv_budget",
     "trio.engine.scheduler",
     "trio.job.cli",
+    "trio.job.comparing.compared",
+    "trio.job.questions.asking",
+    "trio.job.questions.keep_if",
+    "trio.job.questions.question_settings",
     "trio.job.settings",
     "trio.job.resume.committed",
     "trio.job.output.ending",
@@ -35,7 +40,16 @@ LIGHT = [
     "trio.job.resume.lease",
     "trio.job.output.schema",
     "trio.job.output.scoring",
+    "trio.lmms_eval.entry_point",
+    "trio.lmms_eval.gen_kwargs",
+    "trio.lmms_eval.model_args",
+    "trio.lmms_eval.rows",
     "trio.values",
+    *(
+        f"trio.vqa.{package}.{path.stem}"
+        for package in ("presets", "figures")
+        for path in sorted((ROOT / "trio" / "vqa" / package).glob("[!_]*.py"))
+    ),
 ]
 
 

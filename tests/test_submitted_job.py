@@ -260,12 +260,12 @@ def test_the_job_from_a_clone(
     clone: Path, submit: Submit, cluster: dict[str, str], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    flags = ["--limit", "4", "--output", str(out), "--no-compare-unpruned"]
+    flags = ["--limit", "4", "--output", str(out)]
     done = submit(clone, "jobs/caption.py", *flags, job="good")
     assert done.returncode == 0, done.stdout + done.stderr
     assert job_info(cluster, "good")["status"] == "SUCCEEDED"
     table = pq.read_table(out / "rows")
-    assert table.num_rows == 4 and table.column("error").null_count == 4
+    assert table.num_rows == 8 and table.column("error").null_count == 8  # in two settings
     assert (out / "_SUCCESS").exists()
     (dataset,) = datasets(cluster, "good")
     assert dataset["dataset"].startswith("captions ") and " pass 0" in dataset["dataset"]

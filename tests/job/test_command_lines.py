@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shlex
 from collections.abc import Callable
 from contextlib import redirect_stdout
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from caption import JOB
 
 from trio.benchmark import commands
 from trio.benchmark.quality_commands import OF_JOB, Calibrate
@@ -17,17 +19,24 @@ from trio.job import cli
 from trio.pruning.method_registry import method_names
 from trio.values import plain, settings_of
 
+NEARLY = re.compile("did you mean '(.*?)'")
 RECORDED = Path(__file__).parent / "recorded"
 CAPTION, BENCHMARK = (
     json.loads((RECORDED / name).read_text()) for name in ("caption.json", "benchmark.json")
 )
 
-SINCE: dict[str, Any] = {"method_options": None, "prepare_cpus": None}
+SINCE: dict[str, Any] = {"method_options": None, "prepare_cpus": None, "compare": None}
+SINCE |= {"audit": None, "min_agreement": None}
+SINCE |= {
+    "mode": None, "preset": None, "subset": None, "split": None, "pictures": [],
+    "prompt_template": None, "metric": None, "group_by": [], "candidates": None, "with_eos": False,
+    "normalise": "sum", "keep_if": None, "objects": None,
+}  # fmt: skip
 """Settings that came later."""
 
 
 def caption(flags: list[str]) -> dict[str, Any]:
-    settings, dry_run = cli.read_call(flags, prog="caption.py", description="")
+    settings, dry_run = cli.read_call(flags, prog="caption.py", description="", hidden=JOB.hidden)
     return settings.flat() | {"dry_run": dry_run}
 
 
@@ -79,6 +88,7 @@ def check(case: dict[str, Any], got: dict[str, Any], defaults: dict[str, Any]) -
     if "error" in case:
         words = [word.lstrip("-").partition("=")[0] for word in shlex.split(case["flags"])]
         said = got["error"].replace("_", "-")
+        assert set(NEARLY.findall(case["error"])) <= set(NEARLY.findall(got["error"]))
         assert any(len(word) > 2 and word in said for word in words) and "\n" not in said
     elif "values" in case:
         assert got == {"values": defaults | case["values"]}

@@ -202,7 +202,7 @@ def _show(config: Settings, output: Location) -> None:
     if config.input.input == (DEMO,) and not config.input.columns:
         print(f"{ending.examples(output, [one.name for one in config.compared])}\n")
     print(f"rows: {output.join('rows').uri}")
-    command = ending.opening(output)
+    command = ending.opening(output, several=config.output.compare is not None)
     if command is not None:
         print(f"to see some: {command}", flush=True)
 

@@ -19,7 +19,7 @@ from trio.job.comparing.compared import GIVEN, Compared, compared, read_compared
 from trio.job.images.policy import MAX_PIXELS, ROW_TIMEOUT_S, ImagePolicy, parse_origin, redact
 from trio.job.input.columns import parse_mapping
 from trio.job.questions.question_settings import Questions
-from trio.job.storage import check_no_secret, is_local, local_path
+from trio.job.storage import is_local, local_path, place
 from trio.pruning.method_registry import asks_for_text_tower
 from trio.pruning.options import BuiltIn, BuiltInNumber, Pruning
 from trio.pruning.pruning_config import PruningDefaults
@@ -48,11 +48,6 @@ AUTO, LOCAL = "auto", "local"
 """Of --address: the Ray of this machine, and one of the job's own."""
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 SCORED = ("exact", "objects")
-
-
-def _place(value: Any) -> str:
-    check_no_secret(text(value))
-    return str(value)
 
 
 def _origin(value: Any) -> str:
@@ -93,7 +88,7 @@ Seconds = Annotated[float, Value(read=number(least=0), unit="SECONDS")]
 class Input:
     """Which rows are read, and which images they may bring."""
 
-    input: Annotated[tuple[str, ...], many(_place, "PATH", least=1)] = (DEMO,)
+    input: Annotated[tuple[str, ...], many(place, "PATH", least=1)] = (DEMO,)
     """Parquet file, directory or quoted pattern, s3://, gs:// or hf://datasets/ URI; several may be
     given; demo is the bundled shard."""
     prompt: Text | None = None
@@ -125,7 +120,7 @@ class Input:
 class Model:
     """What answers."""
 
-    model: Annotated[str, Value(read=_place, unit="MODEL")] = DEMO
+    model: Annotated[str, Value(read=place, unit="MODEL")] = DEMO
     """Hub id or directory; demo is the bundled one."""
     revision: Annotated[str | None, Value(read=text, unit="REVISION")] = None
     """Commit, tag or branch of a hub id; run.yaml names the commit, which a resumed run keeps to
@@ -138,7 +133,7 @@ class Model:
     max_pixels: Pixels | None = None
     """Larger images are reduced to this width times height before the model sees them, which bounds
     their visual tokens; for the same models (default: the processor's)."""
-    text_tower: Annotated[str | None, Value(read=_place, unit="MODEL")] = None
+    text_tower: Annotated[str | None, Value(read=place, unit="MODEL")] = None
     """For methods eadp and cdpruner: the CLIP that the model's vision encoder comes from, hub id or
     directory, as openai/clip-vit-large-patch14-336 for LLaVA-1.5 (default: the demo model's own for
     it)."""
@@ -153,7 +148,7 @@ class Model:
 class Output:
     """What is written, and where."""
 
-    output: Annotated[str | None, Value(read=_place, unit="DIR")] = None
+    output: Annotated[str | None, Value(read=place, unit="DIR")] = None
     """Directory or URI for rows/, stats/ and the rest; a run that stopped there goes on, a finished
     one is left alone (default: a new directory below trio-output/)."""
     rows_per_file: Rows | None = None

@@ -133,3 +133,152 @@ def test_an_engine_is_idle_until_it_is_asked_and_waits_for_images_from_then_on()
     assert counters["preprocess_wait_s"] - first["preprocess_wait_s"] > 0.15
     assert counters["preprocess_wait_s"] + counters["idle_s"] < time.monotonic() - began
     assert counters["prefill_s"] > 0
+
+
+class Sharing(FakeEngine):
+    """Says its name before the prompt; takes what another one prepared, and sees whether any of
+    the others has work while it works itself."""
+
+    def __init__(self, name: str, others: list[Sharing]) -> None:
+        super().__init__(width=2)
+        self.name, self.others = name, others
+        self.prepared: list[str] = []
+        self.released: list[str] = []
+        self.together = 0
+        others.append(self)
+
+    def prepare(self, request: Request) -> Prepared:
+        self.prepared.append(request.prompt)
+        super().prepare(request)
+        return Prepared(input_ids=(1, 2), prompt=request.prompt)
+
+    def submit(self, prepared: Prepared) -> None:
+        if self.name in prepared.prompt:
+            raise UserError(f"not with {self.name}")
+        self._look()
+        self._running.append((prepared, f"{self.name}: {prepared.prompt}"))
+
+    def step(self) -> list[Result]:
+        self._look()
+        return super().step()
+
+    def release(self, prepared: Prepared) -> None:
+        self.released.append(prepared.prompt)
+
+    def _look(self) -> None:
+        self.together += sum(other.has_work for other in self.others if other is not self)
+
+
+def several(count: int, *, ahead: int = 8) -> tuple[EngineThread, list[Sharing]]:
+    engines: list[Sharing] = []
+    names = "abc"[:count]
+    return EngineThread(lambda: [Sharing(name, engines) for name in names], ahead=ahead), engines
+
+
+def test_each_setting_answers_what_was_prepared_once() -> None:
+    engine, engines = several(3)
+    rows: list[Asked] = asked([f"{n}" for n in range(20)])
+    for setting, name in enumerate("abc"):
+        assert said(engine.answer(rows, setting)) == [f"{name}: {n}" for n in range(20)]
+        assert all(isinstance(row, Prepared) for row in rows)
+    assert [one.prepared for one in engines] == [[f"{n}" for n in range(20)], [], []]
+    assert engine.settled == 60 and not engine.busy
+
+
+def test_a_lone_engine_leaves_requests_as_they_are() -> None:
+    engine, (only,) = several(1)
+    rows = asked(["x", "y"])
+    again = list(rows)
+    for _ in range(2):
+        engine.answer(rows)
+    assert rows == again and only.prepared == ["x", "y", "x", "y"]
+
+
+def test_settings_take_turns() -> None:
+    """Whoever asks: an engine begins only when the one before has nothing left."""
+    engine, engines = several(3, ahead=6)
+
+    def ask(number: int) -> list[list[str | None]]:
+        rows: list[Asked] = asked([f"{number}.{n}" for n in range(15)])
+        return [said(engine.answer(rows, (setting + number) % 3)) for setting in range(3)]
+
+    with ThreadPoolExecutor(6) as pool:
+        found = list(pool.map(ask, range(6)))
+    for number, of_settings in enumerate(found):
+        for setting, answers in enumerate(of_settings):
+            name = "abc"[(setting + number) % 3]
+            assert answers == [f"{name}: {number}.{n}" for n in range(15)]
+    assert [one.together for one in engines] == [0, 0, 0]
+
+
+def test_an_engine_waits_for_the_one_before() -> None:
+    began, gate = threading.Event(), threading.Event()
+
+    class Gated(Sharing):
+        def step(self) -> list[Result]:
+            if self.name == "a":
+                began.set()
+                gate.wait(10)
+            return super().step()
+
+    engines: list[Sharing] = []
+    engine = EngineThread(lambda: [Gated(name, engines) for name in "ab"], ahead=8)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(engine.answer, asked(["1", "2", "3"]), 0)
+        assert began.wait(10)
+        second = pool.submit(engine.answer, asked(["4"]), 1)
+        time.sleep(0.2)
+        assert not engines[1].has_work and not second.done()
+        gate.set()
+        assert said(first.result(timeout=10)) == ["a: 1", "a: 2", "a: 3"]
+        assert said(second.result(timeout=10)) == ["b: 4"]
+
+
+def test_each_setting_has_its_own_outcome() -> None:
+    """What one refuses another may answer; what cannot be prepared no setting has."""
+    engine, _ = several(2)
+    rows: list[Asked] = asked(["1", "all", "explode", "bee"])
+    rows.append(RowError("image_empty", "made up"))
+    broke = "prepare_failed: RuntimeError: the processor broke"
+    empty = "image_empty: made up"
+    assert said(engine.answer(rows, 0)) == ["a: 1", "prompt: not with a", broke, "a: bee", empty]
+    assert said(engine.answer(rows, 1)) == ["b: 1", "b: all", broke, "prompt: not with b", empty]
+
+
+def test_what_was_prepared_is_released() -> None:
+    engine, engines = several(2)
+    rows: list[Asked] = asked(["1", "2", "explode"])
+    rows.append(RowError("image_empty", "made up"))
+    for setting in range(2):
+        engine.answer(rows, setting)
+    assert engines[0].released == engines[1].released == []
+    engine.release(rows)
+    assert engines[0].released + engines[1].released == ["1", "2"]
+
+
+def test_each_setting_has_its_own_counters() -> None:
+    engine, _ = several(2)
+    rows: list[Asked] = asked([f"{n}" for n in range(6)])
+    engine.answer(rows, 0)
+    first = engine.counters(0)
+    assert first["prefill_s"] > 0 and "prefill_s" not in engine.counters(1)
+    time.sleep(0.1)
+    engine.answer(rows[:2], 1)
+    assert 0 < engine.counters(1)["prefill_s"] < first["prefill_s"]
+    assert engine.counters(0)["prefill_s"] == first["prefill_s"]
+
+
+def test_an_engine_that_dies_takes_the_others_with_it() -> None:
+    class Mortal(Sharing):
+        def step(self) -> list[Result]:
+            if self.name == "b":
+                raise MemoryError("device is full")
+            return super().step()
+
+    engines: list[Sharing] = []
+    engine = EngineThread(lambda: [Mortal(name, engines) for name in "ab"], ahead=8)
+    rows: list[Asked] = asked(["1"])
+    assert said(engine.answer(rows, 0)) == ["a: 1"]
+    for setting in (1, 0):
+        with pytest.raises(EngineDied, match="device is full"):
+            engine.answer(rows, setting)

@@ -19,12 +19,15 @@ IMAGES = "images"
 SHOWN_IMAGES, SHOWN_ROWS = 3, 5
 
 
-def opening(output: Location) -> str | None:
-    """A shell command that prints the first rows; None where Arrow cannot open the place itself."""
+def opening(output: Location, *, several: bool = False) -> str | None:
+    """A shell command that prints the first rows; None where Arrow cannot open the place itself.
+
+    several: settings, so that a row stands there more than once.
+    """
     rows = output.join(ROWS).uri
     if scheme_of(rows) not in {None, *ARROW_SCHEMES}:
         return None
-    columns = json.dumps(["id", "prompt", "response", "error"])
+    columns = json.dumps(["id", "prompt", *(["setting"] if several else []), "response", "error"])
     code = (
         f"import pyarrow.dataset as ds; print(*ds.dataset({json.dumps(rows)})"
         f'.head({SHOWN_ROWS}, columns={columns}).to_pylist(), sep="\\n")'

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from trio.errors import UserError
 from trio.job.questions.keep_if import Condition
-from trio.job.storage import check_no_secret
+from trio.job.storage import place
 from trio.values import Switch, Text, Value, listed, many, one_of, text
 from trio.vqa.aggregates import METRICS
 from trio.vqa.presets.preset_file import preset_named
@@ -15,11 +15,6 @@ from trio.vqa.presets.prompt_template import PromptTemplate
 
 GENERATE, LIKELIHOOD = "generate", "likelihood"
 SUM, TOKENS = "sum", "tokens"
-
-
-def _place(value: Any) -> str:
-    check_no_secret(text(value))
-    return str(value)
 
 
 def _preset(value: Any) -> str:
@@ -58,7 +53,7 @@ class Questions:
     """Of the preset's data set, as ScienceQA-FULL (default: the preset's)."""
     split: Annotated[str | None, Value(read=text, unit="NAME")] = None
     """Of the preset's data set (default: the preset's)."""
-    pictures: Annotated[tuple[str, ...], many(_place, "PATH")] = ()
+    pictures: Annotated[tuple[str, ...], many(place, "PATH")] = ()
     """Parquet files with the pictures that a preset joins, as gqa's (default: in the data set's own
     directory)."""
     prompt_template: Annotated[str | None, Value(read=_template, unit="TEMPLATE")] = None
