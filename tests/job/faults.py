@@ -18,6 +18,7 @@ from trio.job import stages
 from trio.job.desk import Desk
 from trio.job.engines.engine_settings import EngineFactory, EngineSettings
 from trio.job.input.columns import Columns
+from trio.job.input.joined_pictures import PictureFiles
 from trio.job.passes import Pass, Work
 from trio.job.stages import Block, Receipt, Run
 
@@ -126,8 +127,10 @@ def deadly(settings: EngineSettings, *, odd: bool = False, fail: bool = False) -
     return DeadlyPreprocessor(odd=odd)
 
 
-def _deadly_read(run: Run, columns: Columns, desk: Desk) -> Iterator[pa.Table]:
-    for row in _read(run, columns, desk):
+def _deadly_read(
+    run: Run, columns: Columns, desk: Desk, pictures: PictureFiles | None = None
+) -> Iterator[pa.Table]:
+    for row in _read(run, columns, desk, pictures):
         if "doom" in Block.unpack(row).table.column("prompt").to_pylist():
             os.kill(os.getpid(), signal.SIGKILL)
         yield row

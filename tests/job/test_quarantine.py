@@ -23,7 +23,7 @@ from trio.job.quarantine import (
 
 UNITS = [Unit(shard, 4 * n, 4 * n + 4) for shard in range(2) for n in range(5)]
 ROWS = [row for unit in UNITS for row in single_rows(unit)]
-SAID: Row = ({}, Totals())
+SAID: Row = (({},), (Totals(),))
 MOST = LONG_PASSES + 1 + ROW_LOSSES
 
 

@@ -181,19 +181,28 @@ class Engine:
             options["text_tower"] = load_text_tower(loaded[0], text_tower, text_tower_revision)
         return cls(*loaded, **options)
 
-    def beside(self, prunings: Sequence[Pruning], *, share: float | None = None) -> list[Engine]:
+    def beside(
+        self,
+        prunings: Sequence[Pruning],
+        *,
+        share: float | None = None,
+        encoding: bool = True,
+    ) -> list[Engine]:
         """Engines on this one's model: one with its pruning, and one for each of others.
-
-        share: of the memory for keys and values, that each of the others gets; None: all the same.
 
         They are to work one after the other: they share the memory for keys and values, and an
         image that they read as the same `Prepared` is encoded once. What that spares an engine is
-        in its `encode_s` all the same. `release` gives such images back. This one is to be given
-        up; without others it is what is returned.
+        in its `encode_s` all the same. This one is to be given up; without others it is what is
+        returned.
+
+        Args:
+            prunings: of the others.
+            share: of the memory, that each of the others gets; None: all the same.
+            encoding: whether what the encoder gives is held for the others, until `release`.
         """
         if not prunings:
             return [self]
-        shared = SharedEncoder(self._runner.adapter)
+        shared = SharedEncoder(self._runner.adapter) if encoding else None
         part = 1 / (1 + len(prunings)) if share is None else share
         parts = [1 - part * len(prunings), *[part] * len(prunings)]
         made = [
@@ -204,7 +213,8 @@ class Engine:
             )
             for pruning, part in zip((self._runner.pruning, *prunings), parts, strict=True)
         ]
-        shared.join = next((e._runner.join for e in made if e._runner.join is not None), None)
+        if shared is not None:
+            shared.join = next((e._runner.join for e in made if e._runner.join is not None), None)
         return made
 
     def release(self, prepared: Prepared) -> None:
@@ -381,6 +391,7 @@ class Engine:
         self._finish(self._look_at_steps(but=0))
         sequences = [sequence for sequence in sequences if sequence.key in self._scheduler.running]
         self._scheduler.put_back(sequences)
+        self._runner.forget()
         torch.cuda.empty_cache()
         self._cache.scrub()
         if not sequences:

@@ -145,6 +145,11 @@ class ModelRunner:
         if self._shared is not None:
             self._shared.release(prepared.image_inputs)
 
+    def forget(self) -> None:
+        """Give back all such features, where memory is short: they are made anew."""
+        if self._shared is not None:
+            self._shared.forget()
+
     @property
     def shared(self) -> tuple[int, float] | None:
         """Of an encoder that several engines share: images that it has read, and seconds that

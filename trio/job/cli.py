@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 from trio.errors import UserError
 from trio.job import run_yaml
+from trio.job.comparing.compared import GIVEN
 from trio.job.flags import Group, parse
 from trio.job.settings import FIELDS, Settings, made_of
 from trio.pruning.method_registry import asks_for_text_tower
@@ -96,7 +97,15 @@ def settings_from(given: dict[str, Any], config: str | None) -> Settings:
     for name, other in (("retention", "schedule"), ("schedule", "retention")):
         if name in given:
             written.pop(other, None)
-    if "method" in given and not asks_for_text_tower(Pruning(method=given["method"])):
+    if "compare" in given and GIVEN not in given["compare"]:
+        written.pop("retention", None)
+        written.pop("schedule", None)
+    compared = (written | given).get("compare")
+    if (
+        "method" in given
+        and not compared
+        and not asks_for_text_tower(Pruning(method=given["method"]))
+    ):
         written.pop("text_tower", None)
         written.pop("text_tower_revision", None)
     return made_of(**written | given)

@@ -98,7 +98,7 @@ def resolve(job: Job, config: Settings) -> Settings:
     changes: dict[str, Any] = _asked(job, config)
     pruning, model = config.pruning, config.model
     items = config.output.compare
-    on_demo = config.input.input == (DEMO,) and config.questions.preset is None
+    on_demo = _on_demo(config)
     audited = bool(config.output.audit)
     if items is None and on_demo and config.pruning_asked and not (job.asks or audited):
         items = changes["compare"] = ("1", GIVEN)
@@ -138,10 +138,17 @@ def _asked(job: Job, config: Settings) -> dict[str, Any]:
             raise UserError("these are settings of vqa.py: 'mode' is none of this job's")
         return {}
     changes = {"mode": questions.mode or GENERATE}
-    bundled_rows = config.input.input == (DEMO,) and questions.preset is None
-    if bundled_rows and questions.metric is None:
+    if _on_demo(config) and questions.metric is None:
         changes["metric"] = "exact_match"
+    for name, other in (("prompt", "--prompt-template"), ("score", "--metric")):
+        if config.get(name) not in (None, "none"):
+            raise UserError(f"{name!r} is a setting of caption.py; here it is {other}")
     return changes
+
+
+def _on_demo(config: Settings) -> bool:
+    """Whether the bundled rows are read: a preset without --input means its own repository."""
+    return config.input.input == (DEMO,) and config.questions.preset is None
 
 
 HUB_IDS = {
@@ -199,7 +206,7 @@ def run(job: Job, config: Settings) -> int:
 
 def _show(config: Settings, output: Location) -> None:
     """Where the rows are, how to open them, and some of the demo's."""
-    if config.input.input == (DEMO,) and not config.input.columns:
+    if _on_demo(config) and not config.input.columns:
         print(f"{ending.examples(output, [one.name for one in config.compared])}\n")
     print(f"rows: {output.join('rows').uri}")
     command = ending.opening(output, several=config.output.compare is not None)
@@ -270,6 +277,9 @@ def _verdict(job: Job, config: Settings, summary: Mapping[str, Any]) -> int:
             f" {config.limits.max_error_rate:g}; their column 'error' says why"
         )
         return cli.fail(job.prog, message, ERRORS)
+    if summary.get("metrics_error") is not None:
+        message = f"all rows are written, but not scored: {summary['metrics_error']}"
+        return cli.fail(job.prog, message, WRONG)
     least, found = config.limits.min_agreement, summary.get("audit")
     if least is not None and found is not None:
         agreement = found["agreement"]

@@ -84,6 +84,10 @@ class Room:
     prepare_cpus: float
     """Of each task; 0 where the engines have taken all."""
 
+    def engines_for(self, units: int, calls: int | None = None) -> int:
+        """As many as so many units are worth; `calls`: of a pass that has fewer at a time."""
+        return max(1, min(self.engines, -(-units // (calls or self.calls))))
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limits:
@@ -287,7 +291,7 @@ class Passes:
     def _work(self, plan: PassPlan) -> Work:
         long = plan.kind == "long"
         calls = self._room.calls if long else 1
-        engines = max(1, min(self._room.engines, -(-len(plan.units) // calls)))
+        engines = self._room.engines_for(len(plan.units), calls)
         cut: list[tuple[Unit, ...]] = [(unit,) for unit in plan.units]
         if long:
             parallel = RUNS_PER_ENGINE * engines

@@ -11,12 +11,13 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from trio.engine.decoding.generation_rules import Rules
+from trio.errors import UserError
 from trio.job.input.columns import OWN, Columns, parse_mapping, resolve
 from trio.job.input.joined_pictures import PictureFiles
 from trio.job.input.manifest import Manifest, expand, inspect, tell
 from trio.job.output import output_directory
 from trio.job.questions.asking import Asking, asking_of
-from trio.job.questions.dataset_files import digests, picture_files, question_paths
+from trio.job.questions.dataset_files import PICTURES, digests, picture_files, question_paths
 from trio.job.resume import decoding_rules
 from trio.job.resume import fingerprint as prints
 from trio.job.resume.checkpoint_defaults import pruning_resolved
@@ -79,7 +80,10 @@ def plan(
         if compare:
             paths = question_paths(asking.preset, paths, say)
             pictures = picture_files(asking.preset, questions, paths, say)
-    now = prints.take(config, digests(questions, pictures))
+    also = digests(questions, pictures)
+    if earlier is not None and not compare and PICTURES in earlier.fingerprint.model_files:
+        also[PICTURES] = earlier.fingerprint.model_files[PICTURES]
+    now = prints.take(config, also)
     if earlier is not None:
         found = expand(paths, output, say) if compare else None
         output_directory.check_same(earlier, now, found, output.uri)
@@ -110,6 +114,9 @@ def _columns(
             prompt_given=config.input.prompt is not None,
             scored=config.output.score in SCORED,
         )  # fmt: skip
+    for role, other in (("prompt", "--prompt-template"), ("answers", "a preset's fields")):
+        if mapping.get(role, "none") not in ("none", ""):
+            raise UserError(f"--columns {role}={mapping[role]}: here it is said by {other}")
     asking.check(schemas, paths)
     return resolve(
         schemas,

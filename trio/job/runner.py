@@ -6,6 +6,7 @@ INPUT a ``Plan``; OUTPUT a finished output directory and its summary.
 from __future__ import annotations
 
 import dataclasses
+import json
 import time
 import uuid
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -22,7 +23,7 @@ from trio.engine.kv_budget import describe
 from trio.errors import JobFailed
 from trio.job import stages
 from trio.job.comparing.audit import Audit
-from trio.job.comparing.metrics_file import audit_of, metrics_files
+from trio.job.comparing.metrics_file import ERROR, METRICS, audit_of, metrics_files
 from trio.job.engines.engine_settings import (
     EngineFactory,
     EngineSettings,
@@ -154,17 +155,18 @@ def execute(
                 progress.add(receipt.totals)
                 _check_errors(config, before, progress.done)
     _check_complete(run, wanted, progress.done)
+    engines = room_of(config, resources, task).engines_for(len(wanted))
     summary = summarise(
         progress.done,
         name=config.pruning.name,
         run_id=pinned.run_id,
         wall_s=time.time() - began,
         done_before=before,
-        work_s=progress.work_s - progress.audit_s / resources.actors,
+        work_s=progress.work_s - progress.audit_s / engines,
         resources=resources.describe(),
         memory_plan=facts.get("memory_plan"),
         score=config.scored_by,
-        settings=_settings(run, config, wanted, pinned.run_id),
+        settings=_settings(run, config, wanted, pinned.run_id, engines),
     )
     if config.output.audit:
         summary["audit"] = audit_of(run, progress.done.audit_s)
@@ -173,6 +175,8 @@ def execute(
     held.check()
     committed.sweep(run.output)
     also = metrics_files(run, pinned.run_id, summary.get("settings") or [summary])
+    if (reason := json.loads(also.get(METRICS, "{}")).get(ERROR)) is not None:
+        summary["metrics_error"] = reason
     output_directory.close(run.output, summary, facts.get("images"), also)
     return summary
 
@@ -261,17 +265,16 @@ def _commit_rows(
 
 
 def _settings(
-    run: Plan, config: Settings, wanted: Sequence[Unit], run_id: str
+    run: Plan, config: Settings, wanted: Sequence[Unit], run_id: str, engines: int
 ) -> list[dict[str, Any]]:
-    """Figures of each setting where several are compared."""
+    """Figures of each setting where several are compared; `engines` worked side by side."""
     if config.output.compare is None:
         return []
-    assert config.cluster.actors is not None
     return [
         of_setting(
             committed.totals(run.output, wanted, run_id, number),
             one.name,
-            engines=config.cluster.actors,
+            engines=engines,
             score=config.scored_by,
         )
         for number, one in enumerate(config.compared)

@@ -26,7 +26,7 @@ import ray
 from PIL import Image
 
 from trio.engine.request import Unservable
-from trio.errors import UserError, kind_and_line
+from trio.errors import UserError, first_line, kind_and_line
 from trio.job.desk import ALIVE_S, Desk, Poll
 from trio.job.engines.engine_actor import Engine
 from trio.job.engines.engine_settings import (
@@ -206,9 +206,25 @@ def read(
                 desk.note("unread", unit, found.kind, str(found))
                 found = _errors(unit, columns, found)
             elif joined is not None:
-                found = joined.beside(found)
+                found = _with_pictures(found, joined, unit, columns, desk)
             yield Block(unit, path, found).pack()
         reader.close()
+
+
+def _with_pictures(
+    table: pa.Table, joined: JoinedPictures, unit: Unit, columns: Columns, desk: Desk
+) -> pa.Table:
+    """The rows with their pictures; errors where these cannot be read in several tries."""
+    for pause_s in (*READ_PAUSES_S, None):
+        try:
+            return joined.beside(table)
+        except (OSError, pa.ArrowException) as error:
+            fault = ShardUnreadable(f"pictures: {first_line(error)}")
+        if pause_s is not None:
+            desk.note("say", f"{fault}; next try in {pause_s:g} s")
+            time.sleep(pause_s)
+    desk.note("unread", unit, fault.kind, str(fault))
+    return _errors(unit, columns, fault)
 
 
 def _errors(unit: Unit, columns: Columns, fault: ShardUnreadable) -> pa.Table:
@@ -320,7 +336,7 @@ def _images(
     cell = source.cell("image")
     source.picture = picture_of(cell, base)
     identify(source, task.rows)
-    if cell is None and task.rows.asking is not None and task.rows.asking.without_picture:
+    if source.picture is None and task.rows.asking is not None and task.rows.asking.without_picture:
         source.num_images = 0
         return ()
     try:

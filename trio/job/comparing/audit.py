@@ -112,29 +112,31 @@ def _best(logprobs: Sequence[Any]) -> int:
     return sums.index(max(sums))
 
 
-def audit_summary(rows: Sequence[Mapping[str, Any]], rate: float, seconds: float) -> dict[str, Any]:
+def audit_summary(
+    rows: Sequence[Mapping[str, Any]], rate: float, seconds: float, *, of_rows: int
+) -> dict[str, Any]:
     """What an audit found.
 
     Args:
-        rows: of the run, with `error`, `picture` and `COLUMNS`.
+        rows: that were chosen, with `picture` and `COLUMNS`.
         rate: of rows that are audited.
         seconds: that engines spent on it.
+        of_rows: rows of the run that were answered.
 
     Returns:
         `agreement`: the share of answers that stay the same, with an interval for the share over
         all answered rows (pictures as clusters, finite population); `noise_floor`: that of the
         unpruned model with itself; means of the other columns; counts.
     """
-    answered = [row for row in rows if row["error"] is None]
-    audited = [row for row in answered if row["audit_match"] is not None]
+    audited = [row for row in rows if row["audit_match"] is not None]
     twice = [row for row in audited if row["audit_repeat_match"] is not None]
     return {
         "rate": rate,
         "rows": len(audited),
-        "of_rows": len(answered),
-        "not_auditable": sum(row["audit_error"] is not None for row in answered),
+        "of_rows": of_rows,
+        "not_auditable": sum(row["audit_error"] is not None for row in rows),
         "seconds": seconds,
-        "agreement": _agreement(audited, len(answered)),
+        "agreement": _agreement(audited, of_rows),
         "noise_floor": _noise_floor(twice),
         **{name: _mean(audited, f"audit_{name}") for name in ("overlap", "top1", "kl")},
     }

@@ -11,11 +11,14 @@ from trio.job.comparing.compared import UNPRUNED
 from trio.job.comparing.metrics_file import Rows, rows_of
 from trio.job.output import output_directory
 from trio.job.output.output_directory import CONFIG
-from trio.job.settings import Settings, made_of
+from trio.job.settings import FIELDS, Settings, made_of
 from trio.job.storage import locate, read_bytes
 from trio.tables import markdown
 from trio.vqa.figures.benchmark_average import average_over
 from trio.vqa.figures.run_comparison import PairedScores, paired_scores
+
+ALIKE = ("model", "pruning", "sampling")
+"""Groups of settings that averaged runs share."""
 
 
 def benchmark_table(outputs: Sequence[str]) -> str:
@@ -27,6 +30,9 @@ def benchmark_table(outputs: Sequence[str]) -> str:
     Raises:
         UserError: one is none, or they have no setting in common.
     """
+    if len(set(outputs)) != len(outputs):
+        raise UserError("one directory is given twice")
+    _check_alike({name: _settings(name) for name in outputs})
     found = {name: _compared(name) for name in outputs}
     first, *others = found.values()
     names = [name for name in first if all(name in other for other in others)]
@@ -38,6 +44,19 @@ def benchmark_table(outputs: Sequence[str]) -> str:
         each = [_percent(whole["benchmarks"][name], None) for name in outputs]
         lines.append([setting, *each, _percent(whole["relative"], whole["relative_interval"])])
     return markdown(lines)
+
+
+def _check_alike(settings: Mapping[str, Settings]) -> None:
+    """UserError: the runs differ in more than what they ask."""
+    (first, *_), values = settings, {name: one.results() for name, one in settings.items()}
+    names = [name for name in values[first] if FIELDS[name].group in ALIKE]
+    for other, of_run in values.items():
+        for name in names:
+            if of_run[name] != values[first][name]:
+                raise UserError(
+                    f"{name} is {values[first][name]!r} in {first} and {of_run[name]!r} in {other}:"
+                    " these are no figures of one model"
+                )
 
 
 def _compared(output: str) -> dict[str, PairedScores]:

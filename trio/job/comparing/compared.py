@@ -65,6 +65,8 @@ def compared(item: str, base: Pruning) -> Compared:
         )
     choice: dict[str, Any] = _choice(item, chosen) if colon else {}
     pruning = replace(base, **choice, retention=retention, schedule=None)
+    if not pruning.active:
+        raise UserError(f"{item!r}: method none chooses nothing; {HOW}")
     return Compared(name=f"{pruning.name} {_fraction(retention)}", pruning=pruning)
 
 

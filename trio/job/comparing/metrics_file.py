@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow.dataset as ds
 
+from trio.errors import UserError
 from trio.job.comparing import audit
 from trio.job.comparing.compared import UNPRUNED
 from trio.job.output.sink import ROWS
@@ -27,6 +28,8 @@ from trio.vqa.figures.run_metrics import run_metrics
 from trio.vqa.objects import objects_in, read_objects
 
 METRICS, TABLE = "metrics.json", "metrics.md"
+ERROR = "error"
+"""Key of `metrics.json` that says why there are no figures."""
 OF_ALL = ("row", "prompt_number", "setting", "picture", "error", "response")
 OF_SCORED = ("score",)
 OF_QUESTIONS = ("prediction", "fields", "groups")
@@ -35,10 +38,16 @@ OF_LIKELIHOOD = ("choices", "p_choice")
 
 def metrics_files(run: Plan, run_id: str, settings: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """`metrics.json` and its table, as text by name; none for a run that scores no questions and
-    compares nothing. Arguments and errors as of `metrics_of`."""
+    compares nothing. Arguments as of `metrics_of`.
+
+    Rows that cannot be scored together are no reason to lose them: the file says why then.
+    """
     if run.asking is None and run.config.output.compare is None:
         return {}
-    metrics = metrics_of(run, run_id, settings)
+    try:
+        metrics = metrics_of(run, run_id, settings)
+    except UserError as error:
+        return {METRICS: json.dumps({"run": run_id, ERROR: str(error)}, indent=2) + "\n"}
     return {METRICS: json.dumps(metrics, indent=2) + "\n", TABLE: f"{table_of(metrics)}\n"}
 
 
@@ -55,7 +64,7 @@ def metrics_of(run: Plan, run_id: str, settings: Sequence[Mapping[str, Any]]) ->
         OSError: they cannot be read.
     """
     questions, asking = run.config.questions, run.asking
-    metric = questions.scored_by if asking else None
+    metric = asking.preset.metric if asking else None
     found = rows_of(run.output, questions, scored=run.config.output.score not in (None, "none"))
     about = _about(run.config.questions, asking)
     made = []
@@ -81,8 +90,12 @@ def audit_of(run: Plan, seconds: float) -> dict[str, Any]:
     """What the audit of a run found; `seconds`: that engines spent on it."""
     rate = run.config.output.audit
     assert rate is not None
-    columns = ["error", "picture", *audit.COLUMNS]
-    return audit.audit_summary(list(_read(run.output.join(ROWS), columns)), rate, seconds)
+    answered, kept = 0, []
+    for row in _read(run.output.join(ROWS), ["error", "picture", *audit.COLUMNS]):
+        answered += row["error"] is None
+        if row["audit_match"] is not None or row["audit_error"] is not None:
+            kept.append(row)
+    return audit.audit_summary(kept, rate, seconds, of_rows=answered)
 
 
 def table_of(metrics: Mapping[str, Any]) -> str:
@@ -116,9 +129,10 @@ def rows_of(output: Location, questions: Questions, *, scored: bool = False) -> 
     if questions.mode == LIKELIHOOD:
         names += OF_LIKELIHOOD
     objects = read_objects(questions.objects) if questions.objects else None
+    metric = questions.scored_by
     found: dict[int, Rows] = {}
     for row in _read(output.join(ROWS), names):
-        found.setdefault(row["setting"], []).append((_answered(row, objects), row))
+        found.setdefault(row["setting"], []).append((_answered(metric, row, objects), row))
     return found
 
 
@@ -128,14 +142,18 @@ def _read(rows: Location, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
         yield from batch.to_pylist()
 
 
-def _answered(row: Mapping[str, Any], objects: Mapping[str, str] | None) -> Answered:
+def _answered(
+    metric: str | None, row: Mapping[str, Any], objects: Mapping[str, str] | None
+) -> Answered:
     fields = json.loads(row.get("fields") or "{}")
     prediction: str | None = None
     if row["error"] is None:
         asked = row.get("prediction") is not None
-        prediction = metric_prediction(row, fields) if asked else row["response"]
+        prediction = metric_prediction(metric, row, fields) if asked else row["response"]
         if objects is not None:
             fields["mentioned"] = objects_in(prediction, objects)
+    elif "box_pixels" in fields:  # of a picture that could not be read: no box is right
+        fields["box"] = fields["box_pixels"]
     return Answered(
         key=(row["row"], row["prompt_number"]),
         picture=row["picture"] or "",

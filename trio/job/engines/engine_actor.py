@@ -87,10 +87,23 @@ class Engine:
     ) -> Answered:
         """The unit's rows, each answered or in error; `found` are sources with their images."""
         asked = [one for source, images in found for one in self._asked(source, images)]
+        # Several settings hold what they share until the last is through: no more than is ahead.
+        size = self._task.engine.ahead if len(self._reports) > 1 else max(1, len(asked))
+        parts = [self._answered(asked[n : n + size]) for n in range(0, len(asked), size)]
+        totals = zip(*(part.parts for part in parts), strict=True)
+        rows = tuple(row for part in parts for row in part.rows)
+        return Answered(rows, tuple(map(sums.merge, totals)))
+
+    def _answered(self, asked: Sequence[tuple[Source, int, Asked]]) -> Answered:
         requests = [request for _, _, request in asked]
-        settings = range(len(self._reports))
+        settings, audit = range(len(self._reports)), self._task.rows.audit
+        again = {
+            place
+            for place, (source, *_) in enumerate(asked)
+            if len(settings) > 1 or (audit is not None and audit.chooses(source.key))
+        }
         try:
-            outcomes = [self._thread.answer(requests, setting) for setting in settings]
+            outcomes = [self._thread.answer(requests, setting, again) for setting in settings]
         except EngineDied as error:
             self._end(str(error))
         audits = self._audited(asked, requests, outcomes[0])
@@ -146,9 +159,11 @@ class Engine:
         for (place, (source, number, _, outcome)), unpruned in zip(
             pruned.items(), once, strict=True
         ):
-            said = [self._row(source, number, 0, one)["response"] for one in (outcome, unpruned)]
+            said = [
+                self._row(source, number, 0, one).get("response") for one in (outcome, unpruned)
+            ]
             found[place] = columns_of(
-                outcome, unpruned, repeats.get(place), tops.get(place), (said[0], said[1])
+                outcome, unpruned, repeats.get(place), tops.get(place), (said[0] or "", said[1])
             )
         return found
 

@@ -118,8 +118,9 @@ def build_engines(settings: EngineSettings) -> Sequence[EngineLike]:
         system=settings.system,
         **{name: value for name, value in optional.items() if value is not None},
     )
-    share = None if settings.audit is None else AUDIT_SHARE
-    return first.beside(settings.engines[1:], share=share)
+    if settings.audit is not None:  # of few rows, for which no features are to be held
+        return first.beside([settings.audit], share=AUDIT_SHARE, encoding=False)
+    return first.beside(settings.prunings[1:])
 
 
 def build_preprocessor(settings: EngineSettings) -> Preprocessor:

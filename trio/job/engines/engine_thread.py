@@ -14,7 +14,7 @@ import dataclasses
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -84,13 +84,17 @@ class EngineThread:
         if self._error is not None:
             raise self._error
 
-    def answer(self, requests: list[Asked], setting: int = 0) -> list[Outcome]:
+    def answer(
+        self, requests: list[Asked], setting: int = 0, again: Container[int] = ()
+    ) -> list[Outcome]:
         """Outcomes of the requests, in their order, an error being its own; blocks until all are
         there.
 
         Args:
-            requests: with several engines, what has been prepared takes the place of its request.
+            requests: what is asked.
             setting: number of the engine.
+            again: places of requests that another setting is asked as well: what is prepared of
+                them takes their place.
 
         Raises:
             EngineDied: the engine failed, now or earlier.
@@ -106,7 +110,7 @@ class EngineThread:
                 if not self._slot():
                     break
                 prepared = self._prepare(_Ticket(batch, index, setting), request)
-                if prepared is not None and len(self._engines) > 1:
+                if prepared is not None and index in again:
                     requests[index] = prepared
             # An engine that failed before this batch was known will not end its waiting.
             if self._error is None:

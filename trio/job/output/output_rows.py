@@ -99,7 +99,7 @@ class Source:
         try:
             return read(self.table.column(role)[self.index])
         except UnicodeDecodeError as error:
-            raise RowError(f"{role}_invalid", "the text is not UTF-8") from error
+            raise RowError(f"{role.lstrip('.')}_invalid", "the text is not UTF-8") from error
 
 
 def sources(table: pa.Table, unit: Unit, path: str) -> list[Source]:
@@ -122,11 +122,13 @@ def picture_of(cell: Any, base: Location) -> str | None:
     parts = cell if isinstance(cell, list) else [cell]
     for part in parts:
         data = (part.get("bytes") or part.get("path")) if isinstance(part, dict) else part
-        if data is None:
+        if not isinstance(data, str | bytes):
             return None
-        text = isinstance(data, str)
-        digest.update(f"{base.uri if text else ''} {len(data)} ".encode())
-        digest.update(data.encode("utf-8", "surrogatepass") if text else data)
+        where = b""
+        if isinstance(data, str):
+            where, data = base.uri.encode(), data.encode("utf-8", "surrogatepass")
+        digest.update(b"%s %d " % (where, len(data)))
+        digest.update(data)
     return digest.hexdigest() if parts else None
 
 

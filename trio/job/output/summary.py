@@ -82,14 +82,16 @@ def of_setting(
     engine_s = totals.encode_s + totals.prefill_s + totals.decode_s
     per_s = engines / engine_s if engine_s > 0 else 0.0
     return {
-        **_figures(totals, name, score),
+        **_figures(totals, name, score, alone=True),
         "engine_s": engine_s,
         "images_per_s": totals.images * per_s,
         "output_tokens_per_s": totals.output_tokens * per_s,
     }
 
 
-def _figures(totals: Totals, name: str, score: str | None) -> dict[str, Any]:
+def _figures(
+    totals: Totals, name: str, score: str | None, *, alone: bool = False
+) -> dict[str, Any]:
     """What does not depend on the clock of the job."""
     sums = totals.values()
     phases = {phase: sums.pop(phase) for phase in SECONDS}
@@ -108,7 +110,7 @@ def _figures(totals: Totals, name: str, score: str | None) -> dict[str, Any]:
         "accuracy": ratio(totals.score_sum, totals.scored),
         "object_share": share_of_objects if score == "objects" else None,
         "phases": phases,
-        "bottleneck": bottleneck(totals),
+        "bottleneck": bottleneck(totals, alone=alone),
     }
 
 
@@ -158,9 +160,12 @@ def share(value: float | None) -> str | None:
     return None if value is None else f"{100 * value:.1f} %"
 
 
-def bottleneck(totals: Totals) -> str | None:
-    """Where most of the engines' time went, as in "waiting for images 90 %"."""
+def bottleneck(totals: Totals, *, alone: bool = False) -> str | None:
+    """Where most of the engines' time went, as in "waiting for images 90 %"; `alone`: what another
+    setting's reading of the images has spared is counted as well."""
     spent = {phase: getattr(totals, name) for phase, name in PHASES.items()}
+    if not alone:
+        spent["encoder"] -= totals.encode_saved_s
     longest = max(spent, key=spent.__getitem__)
     part = ratio(spent[longest], sum(spent.values()))
     return None if part is None else f"{longest} {100 * part:.0f} %"

@@ -23,6 +23,7 @@ from trio.job.output.output_rows import Ask, Source
 from trio.job.questions.keep_if import Condition
 from trio.job.questions.question_settings import LIKELIHOOD, TOKENS, Questions
 from trio.vqa.aggregates import METRICS, row_score
+from trio.vqa.objects import read_objects
 from trio.vqa.presets.column_expressions import column_expression
 from trio.vqa.presets.preset import Preset
 from trio.vqa.presets.preset_file import preset_named
@@ -33,6 +34,8 @@ CHOICES = "choices"
 OPTIONAL = ("category", "l2_category", "question_type", "answer_type")
 """Fields by which metrics break their figures down, where a data set has them."""
 OF_THE_ANSWER = ("prediction", "mentioned")
+LETTERED = ("seed", "mmstar")
+"""Metrics that read a letter, and do not need the choices for it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,11 +114,12 @@ class Asking:
     def columns_of(self, ask: Ask, source: Source, outcome: Result | RowError) -> dict[str, Any]:
         """What `rows/` gets of an answer, or of an error, beside what all runs write."""
         fields = dict(ask.fields)
-        if (corners := fields.pop("box_pixels", None)) is not None and source.size is not None:
+        if "box_pixels" in fields and source.size is not None:
+            corners = fields.pop("box_pixels")
             fields["box"] = [value / source.size[n % 2] for n, value in enumerate(corners)]
         row: dict[str, Any] = {
             "answers": _answers(fields),
-            "metric": self.questions.scored_by,
+            "metric": self.preset.metric,
             "fields": json.dumps(fields, ensure_ascii=False),
             "groups": list(ask.groups.items()),
         }
@@ -131,10 +135,11 @@ class Asking:
     def score(self, row: Mapping[str, Any], fields: Mapping[str, Any]) -> float | None:
         """Of an answered row, by the metric; None where that has none for a row alone, or the data
         set no right answer."""
-        metric = self.questions.scored_by
+        metric = self.preset.metric
         if metric is None or not scorable(metric, fields):
             return None
-        return row_score(metric, {**fields, "prediction": metric_prediction(row, fields)})
+        prediction = metric_prediction(metric, row, fields)
+        return row_score(metric, {**fields, "prediction": prediction})
 
     def _answered(self, ask: Ask, result: Result) -> dict[str, Any]:
         if self.questions.mode != LIKELIHOOD:
@@ -149,17 +154,22 @@ class Asking:
     def _candidates(self, fields: Mapping[str, Any]) -> tuple[str, ...]:
         if self.questions.mode != LIKELIHOOD:
             return ()
-        found = self.questions.candidates or tuple(fields.get(CHOICES, ()))
-        if len(found) < 2:
-            raise RowError("choices_missing", f"the row has {len(found)} choices; two are needed")
-        return found
+        given = self.questions.candidates or fields.get(CHOICES, ())
+        if not isinstance(given, list | tuple):
+            raise RowError("choices_invalid", f"choices are no list: {given!r:.60}")
+        if len(given) < 2:
+            raise RowError("choices_missing", f"the row has {len(given)} choices; two are needed")
+        if len(given) > len(LETTERS) and _wants_letter(self.preset.metric, given, fields):
+            raise RowError("choices_invalid", f"{len(given)} choices, but {len(LETTERS)} letters")
+        return tuple(given)
 
     def _checked(self, fields: dict[str, Any]) -> dict[str, Any]:
         """The fields, if they can be scored: found out before a model answers."""
-        metric = self.questions.scored_by
-        if metric is not None and scorable(metric, fields):
+        metric = self.preset.metric
+        told = fields if "box_pixels" not in fields else {**fields, "box": fields["box_pixels"]}
+        if metric is not None and scorable(metric, told):
             try:
-                row_score(metric, {**fields, "prediction": ""})
+                row_score(metric, {**told, "prediction": ""})
             except UserError as error:
                 raise RowError("truth_invalid", str(error)) from error
         return fields
@@ -189,7 +199,23 @@ def asking_of(questions: Questions, names: Sequence[str] | None = None) -> Askin
         if questions.prompt_template is not None:
             template = PromptTemplate(questions.prompt_template)
             preset = dataclasses.replace(preset, prompt=template)
+    _check(preset, questions)
     return Asking(preset=preset, questions=questions)
+
+
+def _check(preset: Preset, questions: Questions) -> None:
+    """UserError: every row would fail, or a figure be absent."""
+    by_choices = questions.mode == LIKELIHOOD and questions.candidates is None
+    if by_choices and CHOICES not in preset.fields:
+        raise UserError(
+            f"--mode likelihood: preset {preset.name} has no field {CHOICES!r}; give --candidates,"
+            " as in Yes,No"
+        )
+    names = Condition(questions.keep_if).names if questions.keep_if else frozenset()
+    if "score" in names and preset.metric is None:
+        raise UserError("--keep-if: there is no score without --metric")
+    if questions.objects is not None:
+        read_objects(questions.objects)
 
 
 def _without_preset(questions: Questions, names: Sequence[str]) -> Preset:
@@ -210,7 +236,9 @@ def _without_preset(questions: Questions, names: Sequence[str]) -> Preset:
     lists = ("answers", "references", CHOICES, "present")
     fields = {name: column_expression(f"{name}[]" if name in lists else name) for name in wanted}
     template = questions.prompt_template or f"{{{_prompt_column(names)}}}"
-    return Preset(name="", prompt=PromptTemplate(template), fields=fields, metric=metric)
+    return Preset(
+        name="", prompt=PromptTemplate(template), fields=fields, metric=metric, optional=OPTIONAL
+    )
 
 
 def _prompt_column(names: Sequence[str]) -> str:
@@ -229,12 +257,17 @@ def scorable(metric: str, fields: Mapping[str, Any]) -> bool:
     return all(name in fields for name in needed)
 
 
-def metric_prediction(row: Mapping[str, Any], fields: Mapping[str, Any]) -> str:
-    """What a metric takes for the answer: of a choice among the row's own, its letter."""
-    prediction = str(row["prediction"])
-    if row.get("choices") and list(row["choices"]) == list(fields.get(CHOICES, ())):
-        return LETTERS[row["choices"].index(prediction)]
-    return prediction
+def metric_prediction(metric: str | None, row: Mapping[str, Any], fields: Mapping[str, Any]) -> str:
+    """What a metric takes for the answer: of a choice among the row's own, its letter, where it
+    wants one."""
+    if row.get("choices") and _wants_letter(metric, row["choices"], fields):
+        return LETTERS[row["p_choice"].index(max(row["p_choice"]))]
+    return str(row["prediction"])
+
+
+def _wants_letter(metric: str | None, candidates: Sequence[str], fields: Mapping[str, Any]) -> bool:
+    own = list(candidates) == list(fields.get(CHOICES, ()))
+    return own and metric is not None and (CHOICES in METRICS[metric].fields or metric in LETTERED)
 
 
 def likelihoods(

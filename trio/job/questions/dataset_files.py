@@ -15,6 +15,8 @@ from trio.job.storage import list_files, locate
 from trio.vqa.presets.preset import Preset
 
 HUB = "hf://datasets/"
+PICTURES = "pictures"
+"""Name of the joined files' digest in a fingerprint."""
 _GLOB = "*?["
 
 
@@ -123,5 +125,5 @@ def digests(questions: Questions, pictures: PictureFiles | None) -> dict[str, st
             out[f"{name} (of {flag})"] = hashlib.sha256(Path(name).read_bytes()).hexdigest()
     if pictures is not None:
         listed = repr(tuple(zip(pictures.paths, pictures.sizes, strict=True)))
-        out["pictures"] = hashlib.sha256(listed.encode()).hexdigest()
+        out[PICTURES] = hashlib.sha256(listed.encode()).hexdigest()
     return out

@@ -28,12 +28,21 @@ class Condition:
     @classmethod
     def parse(cls, text: str) -> Condition:
         """UserError: it is none."""
-        _evaluated(_tree(text), dict.fromkeys((*OF_LIKELIHOOD, *OF_ALL), 0.0), text)
+        try:
+            _evaluated(_tree(text), dict.fromkeys((*OF_LIKELIHOOD, *OF_ALL), 0.0), text)
+        except (RecursionError, MemoryError) as error:
+            raise UserError(f"{text!r:.80} is too deep; {HOW}") from error
         return cls(text)
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Figures that it speaks of."""
+        nodes = ast.walk(_tree(self.text))
+        return frozenset(node.id for node in nodes if isinstance(node, ast.Name))
 
     def check(self, *, likelihood: bool) -> None:
         """UserError: a figure in it is not to be had in this mode."""
-        names = {node.id for node in ast.walk(_tree(self.text)) if isinstance(node, ast.Name)}
+        names = self.names
         absent = sorted(names.difference(OF_ALL[:1] if likelihood else OF_ALL, OF_LIKELIHOOD))
         absent += sorted(names.intersection(OF_LIKELIHOOD)) if not likelihood else []
         if absent:

@@ -97,7 +97,8 @@ def take(config: Settings, also: Mapping[str, str] | None = None) -> Fingerprint
 def module_files(config: Settings) -> dict[str, str]:
     """Digest of each module that --adapters and --method name; empty where it is not here."""
     adapters = {own.partition("=")[2]: "--adapters" for own in config.model.adapters}
-    methods = {config.pruning.method: "--method"} if ":" in config.pruning.method else {}
+    used = (config.pruning.method, *(one.pruning.method for one in config.compared))
+    methods = {method: "--method" for method in used if ":" in method}
     out = {}
     for name, flag in (adapters | methods).items():
         module = name.partition(":")[0]
