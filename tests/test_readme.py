@@ -22,6 +22,7 @@ from trio.bundled import MODEL, PROMPTS, SHARD, write_images
 from trio.engine.engine import Engine
 from trio.engine.request import Request
 from trio.job import cli
+from trio.job.command import AVERAGE
 from trio.pruning import method_registry
 from trio.pruning.method_registry import method_names
 from trio.pruning.options import ENCODERS, Pruning
@@ -107,6 +108,9 @@ def commands(page: str) -> list[list[str]]:
 def test_commands_have_flags_that_exist(command: list[str]) -> None:
     name, *flags = command
     read: Callable[[], object]
+    if flags[:1] == [AVERAGE]:
+        assert name == "vqa" and len(flags) > 1
+        return
     if name == "benchmark":
         read = partial(benchmark.read, flags, "")
     else:

@@ -301,11 +301,11 @@ class Settings:
     def with_pruning_defaults(self, defaults: PruningDefaults) -> Settings:
         """The settings with a checkpoint's pruning defaults, and the built-in ones, written out.
 
-        The shape of schedules is a matter of each retention: where several are compared it stays
+        The shape of schedules is a matter of each retention: where other ones are compared it stays
         open, and engines fill it in.
         """
         filled = defaults.fill(self.pruning)
-        if self.output.compare is not None:
+        if set(self.output.compare or ()) - {"1", GIVEN}:
             filled = dataclasses.replace(filled, schedule_shape=self.pruning.schedule_shape)
         return dataclasses.replace(self, pruning=filled)
 

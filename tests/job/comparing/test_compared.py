@@ -117,9 +117,14 @@ def test_given_whose_retention_is_open_prunes(base: Pruning) -> None:
 
 def test_given_that_prunes_nothing_is_the_unpruned_model() -> None:
     for base in (Pruning(retention=1.0), Pruning(method="none")):
-        assert settings_compared(["given", "1/9"], base)[0].name == "unpruned"
+        assert settings_compared(["given", "trio:1/9"], base)[0].name == "unpruned"
         with pytest.raises(UserError, match="unpruned stands twice"):
             settings_compared(["1", "given"], base)
+
+
+def test_a_retention_that_nothing_chooses_by_is_refused() -> None:
+    with pytest.raises(UserError, match="method none chooses nothing"):
+        settings_compared(["1", "1/9"], Pruning(method="none"))
 
 
 @pytest.mark.parametrize(

@@ -179,19 +179,20 @@ def test_each_setting_answers_what_was_prepared_once() -> None:
     engine, engines = several(3)
     rows: list[Asked] = asked([f"{n}" for n in range(20)])
     for setting, name in enumerate("abc"):
-        assert said(engine.answer(rows, setting)) == [f"{name}: {n}" for n in range(20)]
+        assert said(engine.answer(rows, setting, range(20))) == [f"{name}: {n}" for n in range(20)]
         assert all(isinstance(row, Prepared) for row in rows)
     assert [one.prepared for one in engines] == [[f"{n}" for n in range(20)], [], []]
     assert engine.settled == 60 and not engine.busy
 
 
-def test_a_lone_engine_leaves_requests_as_they_are() -> None:
+def test_what_is_not_asked_again_is_left_as_it_is() -> None:
     engine, (only,) = several(1)
     rows = asked(["x", "y"])
-    again = list(rows)
+    first, second = rows
     for _ in range(2):
-        engine.answer(rows)
-    assert rows == again and only.prepared == ["x", "y", "x", "y"]
+        engine.answer(rows, 0, {1})
+    assert rows[0] is first and rows[1] is not second
+    assert only.prepared == ["x", "y", "x"]
 
 
 def test_settings_take_turns() -> None:
@@ -250,7 +251,7 @@ def test_what_was_prepared_is_released() -> None:
     rows: list[Asked] = asked(["1", "2", "explode"])
     rows.append(RowError("image_empty", "made up"))
     for setting in range(2):
-        engine.answer(rows, setting)
+        engine.answer(rows, setting, range(4))
     assert engines[0].released == engines[1].released == []
     engine.release(rows)
     assert engines[0].released + engines[1].released == ["1", "2"]

@@ -44,9 +44,9 @@ def test_what_differs_is_named(model: Path) -> None:
         "prompt: 'a', now 'b'",
         "min_pixels: None, now 100",
         "max_pixels: 1000, now None",
-        "model file additional_chat_templates/tool.jinja has changed",
-        "model file config.json has changed",
-        "model file tokenizer.json has changed",
+        "file additional_chat_templates/tool.jinja has changed",
+        "file config.json has changed",
+        "file tokenizer.json has changed",
     ]
 
 
@@ -90,5 +90,5 @@ def test_the_code_of_a_users_adapter_is_part_of_it(
     assert before.model_files["not_here (of --adapters)"] == ""
     code.write_text("changed = True")
     assert before.differences(fingerprint.take(config)) == [
-        "model file their_adapter (of --adapters) has changed"
+        "file their_adapter (of --adapters) has changed"
     ]

@@ -86,7 +86,7 @@ def test_a_headline_by_hand() -> None:
     assert (found["n"], found["left_out"], headline["pictures"]) == (150, 0, 50)
     figure = found["figures"]["accuracy"]
     assert figure["relative_interval"] == pytest.approx(headline["relative_interval"])
-    assert found["agreement"] is None
+    assert found["agreement"]["value"] == pytest.approx((150 - lost - won) / 150)
 
 
 def test_only_rows_that_both_answered_count() -> None:
