@@ -31,9 +31,9 @@ STATS = (
     " prompt_tokens output_tokens visual_tokens retention_sum retention_rows prefill_flops"
     " prefill_flops_unpruned reading_flops reading_flops_unpruned kv_bytes kv_bytes_unpruned"
     " scored right score_sum captions object_share_sum images_encoded prepare_s preprocess_wait_s"
-    " encode_s encode_saved_s prefill_s"
-    " prune_s decode_s idle_s audited audit_s out_of_memory cuda_graphs running_mean kv_used_bytes_peak"
-    " device_bytes_peak max_running batch_tokens kv_budget_bytes"
+    " encode_s encode_saved_s prefill_s prune_s decode_s idle_s audited audit_s out_of_memory"
+    " cuda_graphs running_mean kv_used_bytes_peak device_bytes_peak max_running"
+    " batch_tokens kv_budget_bytes"
 )
 
 
