@@ -121,7 +121,7 @@ def test_what_the_samples_are_for(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "also"),
     [
-        ("pope", []),
+        pytest.param("pope", [], marks=pytest.mark.slow),
         pytest.param(
             "gqa", ["--pictures", str(SAMPLES / "gqa_images.parquet")], marks=pytest.mark.slow
         ),

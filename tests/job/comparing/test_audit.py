@@ -19,7 +19,7 @@ from trio.job.comparing.audit import COLUMNS, Audit, audit_summary, columns_of, 
 from trio.job.images.policy import RowError
 from trio.job.settings import made_of
 
-ROWS, RATE = 24, 0.5
+ROWS, RATE = 12, 0.5
 FEW_TOKENS = "3/100"
 """A retention at which the bundled model changes some of its answers."""
 
