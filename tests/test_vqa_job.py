@@ -148,16 +148,25 @@ def test_yes_or_no_as_pope(tmp_path: Path, count: int, capsys: pytest.CaptureFix
         assert "holds a run that differs in this: prompt_template: " in told
 
 
+def scored_unpruned(
+    folder: Path, fields: Mapping[str, str], metric: str, *more: str
+) -> dict[str, Any]:
+    """What `metrics.json` says of `in.parquet` in a folder, whose `out` the run is."""
+    flags = preset(folder / "p.yaml", fields=fields, metric=metric)
+    flags += ["--input", str(folder / "in.parquet"), "--output", str(folder / "out")]
+    assert run(*flags, *UNPRUNED, *more) == 0
+    (one,) = json_of(folder / "out" / "metrics.json")["settings"]
+    found: dict[str, Any] = one
+    return found
+
+
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_local")
 @pytest.mark.parametrize("count", [FEW, MANY])
 def test_ten_answers_as_vqav2(tmp_path: Path, count: int) -> None:
     truth = write_ten_answers(tmp_path / "in.parquet", count)
     fields = {"answers": "answers[].answer", "question_type": "question_type"}
-    flags = preset(tmp_path / "p.yaml", fields=fields, metric="vqav2")
-    flags += ["--input", str(tmp_path / "in.parquet"), "--output", str(tmp_path / "out")]
-    assert run(*flags, *UNPRUNED) == 0
-    (one,) = json_of(tmp_path / "out" / "metrics.json")["settings"]
+    one = scored_unpruned(tmp_path, fields, "vqav2")
     check_counts(one, truth, "vqav2")
     hits: dict[str, list[tuple[float, str]]] = {}
     for picture, answer, true in answered(tmp_path / "out", truth):
@@ -216,10 +225,7 @@ def test_joined_pictures_as_gqa_in_groups(tmp_path: Path, count: int) -> None:
 def test_words_to_choose_among_by_likelihood(tmp_path: Path, count: int) -> None:
     truth = write_choices(tmp_path / "in.parquet", count)
     fields = {"choices": "choices[]", "answer": "answer"}
-    flags = preset(tmp_path / "p.yaml", fields=fields, metric="multiple_choice")
-    flags += ["--input", str(tmp_path / "in.parquet"), "--output", str(tmp_path / "out")]
-    assert run(*flags, *UNPRUNED, "--mode", "likelihood") == 0
-    (one,) = json_of(tmp_path / "out" / "metrics.json")["settings"]
+    one = scored_unpruned(tmp_path, fields, "multiple_choice", "--mode", "likelihood")
     check_counts(one, truth, "multiple_choice")
     hits, sure = [], []
     for picture, answer, true in answered(tmp_path / "out", truth):

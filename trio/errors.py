@@ -1,6 +1,7 @@
 """Errors that end a job with one line and no traceback, and how others are put into one line."""
 
-from collections.abc import Callable, Iterator
+import difflib
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 
@@ -14,6 +15,12 @@ class UserError(ValueError):
 
 class JobFailed(RuntimeError):
     """A run cannot go on; what is committed stays, and the same command goes on from there."""
+
+
+def suggestion(word: str, known: Iterable[str]) -> str:
+    """`` (did you mean ...?)`` for a word that is nearly a known one."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def first_line(error: BaseException, most: int | None = 200) -> str:

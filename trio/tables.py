@@ -10,6 +10,14 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
+def percent(value: float | None, interval: Sequence[float] | None = None) -> str:
+    """A share as in ``97.2 % [96.1, 98.0]``; a dash where there is none."""
+    if value is None:
+        return "–"
+    bounds = "" if interval is None else f" [{', '.join(f'{100 * b:.1f}' for b in interval)}]"
+    return f"{100 * value:.1f} %{bounds}"
+
+
 def aligned(lines: Sequence[Sequence[str]]) -> str:
     """Cells in columns, the first to the left and all others to the right."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]

@@ -38,6 +38,16 @@ def text(value: Any) -> str:
     return value
 
 
+def accepted(check: Callable[[str], Any]) -> Reader:
+    """Text that `check` raises no UserError over; the text itself, not what it stands for."""
+
+    def read(value: Any) -> str:
+        check(text(value))
+        return str(value)
+
+    return read
+
+
 def several(read: Reader, *, least: int = 0) -> Reader:
     """A tuple of values, each read by `read`; one that stands alone is a tuple of itself."""
 

@@ -11,6 +11,8 @@ from trio.families.adapter import Adapter, Features, Inputs, Join
 
 _Key = tuple[int, str, int | None]
 """Of an image's inputs, the encoder's reduction, and what that leaves."""
+_Encoded = tuple[Inputs, Features, float]
+"""An image, which is held as its id must stay its own; its features; the seconds they took."""
 
 
 class SharedEncoder:
@@ -26,9 +28,8 @@ class SharedEncoder:
     def __init__(self, adapter: Adapter, join: Join | None = None) -> None:
         self._adapter = adapter
         self.join = join
-        self._found: dict[int, dict[_Key, tuple[Features, float]]] = {}
-        """By image; with the seconds that encoding it took."""
-        self._held: dict[int, Inputs] = {}
+        self._found: dict[int, dict[_Key, _Encoded]] = {}
+        """By image."""
         self.images = 0
         """That the encoder has read."""
         self.saved_s = 0.0
@@ -50,20 +51,19 @@ class SharedEncoder:
         }
         self._encode(new)
         found = [self._found[key[0]][key] for key in keys]
-        again = [seconds for key, (_, seconds) in zip(keys, found, strict=True) if key not in new]
-        self.saved_s += sum(again)
-        return [features for features, _ in found]
+        self.saved_s += sum(
+            seconds for key, (*_, seconds) in zip(keys, found, strict=True) if key not in new
+        )
+        return [features for _, features, _ in found]
 
     def release(self, inputs: Iterable[Inputs]) -> None:
         """No engine reads these images again."""
         for image in inputs:
             self._found.pop(id(image), None)
-            self._held.pop(id(image), None)
 
     def forget(self) -> None:
         """Drop all features."""
         self._found.clear()
-        self._held.clear()
 
     def _encode(self, new: dict[_Key, Inputs]) -> None:
         if not new:
@@ -74,8 +74,7 @@ class SharedEncoder:
         found = self._adapter.encode_images(list(new.values()), encoder, keeps, self.join)
         seconds = (self._now() - began) / len(new)
         for (key, image), features in zip(new.items(), found, strict=True):
-            self._held[key[0]] = image
-            self._found.setdefault(key[0], {})[key] = features, seconds
+            self._found.setdefault(key[0], {})[key] = image, features, seconds
         self.images += len(new)
 
     def _now(self) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Iterable
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
@@ -46,6 +47,12 @@ def register_named(model_type: str, name: str) -> None:
         UserError: it cannot be loaded.
     """
     register(model_type, _load(EntryPoint(model_type, name, GROUP)))
+
+
+def register_adapters(named: Iterable[str]) -> None:
+    """As `register_named`, each as `model_type=module:Class`, as a job's --adapters has them."""
+    for one in named:
+        register_named(*one.split("=", 1))
 
 
 def adapt(model: Any) -> Adapter:

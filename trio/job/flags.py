@@ -24,8 +24,7 @@ from tyro.constructors import (
     StructTypeInfo,
 )
 
-from trio.errors import UserError
-from trio.job.run_yaml import suggestion
+from trio.errors import UserError, suggestion
 from trio.pruning.options import BuiltIn, BuiltInNumber
 from trio.values import Setting
 

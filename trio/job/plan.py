@@ -16,6 +16,7 @@ from trio.job.input.columns import OWN, Columns, parse_mapping, resolve
 from trio.job.input.joined_pictures import PictureFiles
 from trio.job.input.manifest import Manifest, expand, inspect, tell
 from trio.job.output import output_directory
+from trio.job.output.scoring import SCORED
 from trio.job.questions.asking import Asking, asking_of
 from trio.job.questions.dataset_files import PICTURES, digests, picture_files, question_paths
 from trio.job.resume import decoding_rules
@@ -23,7 +24,7 @@ from trio.job.resume import fingerprint as prints
 from trio.job.resume.checkpoint_defaults import pruning_resolved
 from trio.job.resume.fingerprint import Fingerprint
 from trio.job.resume.hub import pin_revision
-from trio.job.settings import SCORED, Settings
+from trio.job.settings import Settings
 from trio.job.storage import Location, locate
 
 

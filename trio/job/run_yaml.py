@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable
 from typing import Any
 
 import yaml
 
-from trio.errors import UserError
+from trio.errors import UserError, suggestion
 from trio.job.settings import FIELDS, Settings
 
 
@@ -56,12 +54,6 @@ def dump(settings: Settings, comment: str = "") -> str:
         values = {n: value for n, value in values.items() if FIELDS[n].group != "questions"}
     body: str = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     return "".join(f"# {line}\n" for line in comment.splitlines()) + body
-
-
-def suggestion(word: str, known: Iterable[str]) -> str:
-    """`` (did you mean ...?)`` for a word that is nearly a known one."""
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 _DEFAULTS = Settings().flat()

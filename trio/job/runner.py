@@ -6,7 +6,6 @@ INPUT a ``Plan``; OUTPUT a finished output directory and its summary.
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 import uuid
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -23,7 +22,7 @@ from trio.engine.kv_budget import describe
 from trio.errors import JobFailed
 from trio.job import stages
 from trio.job.comparing.audit import Audit
-from trio.job.comparing.metrics_file import ERROR, METRICS, audit_of, metrics_files
+from trio.job.comparing.metrics_file import ERROR, audit_of, metrics_files, metrics_of
 from trio.job.engines.engine_settings import (
     EngineFactory,
     EngineSettings,
@@ -41,14 +40,16 @@ from trio.job.output import totals as sums
 from trio.job.output.output_rows import Ask, RowSettings, Source, output_row
 from trio.job.output.progress import Progress
 from trio.job.output.schema import AUDIT, KEEP, KEPT, LIKELIHOOD, QUESTION, SCORE, row_key
+from trio.job.output.scoring import SCORED
 from trio.job.output.sink import ROWS, Sink
 from trio.job.output.summary import of_setting, summarise
 from trio.job.output.totals import Totals
 from trio.job.passes import LEAST_ROOM_S, ROOM_S, STILL_S, Limits, Passes, Room, Stop
 from trio.job.plan import Plan
 from trio.job.quarantine import ROW_LOSSES, Attempts, Row
+from trio.job.questions import question_settings
 from trio.job.resume import committed, decoding_rules, lease
-from trio.job.settings import SCORED, Settings
+from trio.job.settings import Settings
 from trio.job.stages import Receipt, Task
 from trio.job.storage import exists
 
@@ -119,7 +120,8 @@ def execute(
     wanted = list(units(run.manifest, config.output.rows_per_file, config.input.limit))
     committed.sweep(run.output)
     there = committed.listed(run.output).intersection(wanted)
-    before = committed.totals(run.output, there, pinned.run_id)
+    parts = committed.by_setting(run.output, there, pinned.run_id, len(config.compared))
+    before, score = sums.merge(parts), config.scored_by
     facts: dict[str, Any] = {}
     with Progress(
         run.rows, before, log_interval_s=config.limits.log_interval, label=label
@@ -132,10 +134,11 @@ def execute(
                 progress.say(describe(said["memory_plan"]))
 
         task = stages_task(run, config, resources, pinned.run_id, makers or Makers())
+        room = room_of(config, resources, task)
         passes = Passes(
             task,
             run.manifest,
-            room_of(config, resources, task),
+            room,
             limits=_limits(config),
             # Engines of an attempt that was just ended may still have their names.
             name=f"captions {pinned.run_id[:8]}-{uuid.uuid4().hex[:4]}",
@@ -153,9 +156,14 @@ def execute(
                     _check_shared(run, receipt)
                     seen.add(receipt.node)
                 progress.add(receipt.totals)
+                parts = sums.added(parts, receipt.parts)
                 _check_errors(config, before, progress.done)
     _check_complete(run, wanted, progress.done)
-    engines = room_of(config, resources, task).engines_for(len(wanted))
+    engines = room.engines_for(len(wanted))
+    settings = [
+        of_setting(part, one.name, engines=engines, score=score)
+        for part, one in zip(parts, config.compared, strict=True)
+    ]
     summary = summarise(
         progress.done,
         name=config.pruning.name,
@@ -165,8 +173,8 @@ def execute(
         work_s=progress.work_s - progress.audit_s / engines,
         resources=resources.describe(),
         memory_plan=facts.get("memory_plan"),
-        score=config.scored_by,
-        settings=_settings(run, config, wanted, pinned.run_id, engines),
+        score=score,
+        settings=settings if config.output.compare is not None else (),
     )
     if config.output.audit:
         summary["audit"] = audit_of(run, progress.done.audit_s)
@@ -174,9 +182,10 @@ def execute(
         summary["duplicate_ids"] = pinned.ids.duplicates
     held.check()
     committed.sweep(run.output)
-    also = metrics_files(run, pinned.run_id, summary.get("settings") or [summary])
-    if (reason := json.loads(also.get(METRICS, "{}")).get(ERROR)) is not None:
-        summary["metrics_error"] = reason
+    metrics = metrics_of(run, pinned.run_id, summary.get("settings") or [summary])
+    if metrics is not None and ERROR in metrics:
+        summary["metrics_error"] = metrics[ERROR]
+    also = {} if metrics is None else metrics_files(metrics)
     output_directory.close(run.output, summary, facts.get("images"), also)
     return summary
 
@@ -222,9 +231,9 @@ def _without_receipt(run: Plan, attempts: Attempts, task: Task) -> Iterator[Rece
     """Units whose commit nobody lived to tell."""
     found = committed.listed(run.output).intersection(attempts.open) if attempts.open else set()
     for unit in sorted(found):
-        totals = committed.totals(run.output, {unit}, task.sink.run_id)
+        parts = committed.by_setting(run.output, {unit}, task.sink.run_id, task.sink.settings)
         attempts.committed(unit)
-        yield Receipt(unit, True, "", (totals,))
+        yield Receipt(unit, True, "", parts)
 
 
 def _given_up(row: Unit, passes: Passes, task: Task) -> Row:
@@ -256,29 +265,12 @@ def _commit_rows(
     unit: Unit, rows: Sequence[Row], task: Task, tell: Callable[[str], None]
 ) -> tuple[Totals, ...]:
     """Commit a unit whose rows were answered one by one."""
-    parts = tuple(map(sums.merge, zip(*(parts for _, parts in rows), strict=True)))
+    parts = sums.added(*(parts for _, parts in rows))
     made = [one for own, _ in rows for one in own]
     times = [one["finished_at"] for one in made]
     stats = {"actor": "driver", "node": "", "start": min(times), "end": max(times)}
     task.sink.commit(unit, made, [stats] * len(parts), parts, tell)
     return parts
-
-
-def _settings(
-    run: Plan, config: Settings, wanted: Sequence[Unit], run_id: str, engines: int
-) -> list[dict[str, Any]]:
-    """Figures of each setting where several are compared; `engines` worked side by side."""
-    if config.output.compare is None:
-        return []
-    return [
-        of_setting(
-            committed.totals(run.output, wanted, run_id, number),
-            one.name,
-            engines=engines,
-            score=config.scored_by,
-        )
-        for number, one in enumerate(config.compared)
-    ]
 
 
 def _pinned(run: Plan, config: Settings) -> output_directory.Pinned:
@@ -388,7 +380,7 @@ def optional_columns(config: Settings) -> tuple[str, ...]:
         KEPT: config.output.save_kept,
         SCORE: config.output.score in SCORED or mode is not None,
         QUESTION: mode is not None,
-        LIKELIHOOD: mode == "likelihood",
+        LIKELIHOOD: mode == question_settings.LIKELIHOOD,
         KEEP: questions.keep_if is not None,
         AUDIT: bool(config.output.audit),
     }

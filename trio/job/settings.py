@@ -18,8 +18,9 @@ from trio.errors import UserError
 from trio.job.comparing.compared import GIVEN, Compared, compared, read_compared, settings_compared
 from trio.job.images.policy import MAX_PIXELS, ROW_TIMEOUT_S, ImagePolicy, parse_origin, redact
 from trio.job.input.columns import parse_mapping
+from trio.job.output.scoring import SCORED
 from trio.job.questions.question_settings import Questions
-from trio.job.storage import is_local, local_path, place
+from trio.job.storage import check_no_secret, is_local, local_path
 from trio.pruning.method_registry import asks_for_text_tower
 from trio.pruning.options import BuiltIn, BuiltInNumber, Pruning
 from trio.pruning.pruning_config import PruningDefaults
@@ -32,6 +33,7 @@ from trio.values import (
     Text,
     Tokens,
     Value,
+    accepted,
     many,
     number,
     one_of,
@@ -47,12 +49,10 @@ DEMO = bundled.NAME
 AUTO, LOCAL = "auto", "local"
 """Of --address: the Ray of this machine, and one of the job's own."""
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-SCORED = ("exact", "objects")
 
 
-def _origin(value: Any) -> str:
-    parse_origin(text(value))
-    return str(value)
+_PLACE = accepted(check_no_secret)
+"""A path or URI."""
 
 
 def _directory(value: Any) -> str:
@@ -88,7 +88,7 @@ Seconds = Annotated[float, Value(read=number(least=0), unit="SECONDS")]
 class Input:
     """Which rows are read, and which images they may bring."""
 
-    input: Annotated[tuple[str, ...], many(place, "PATH", least=1)] = (DEMO,)
+    input: Annotated[tuple[str, ...], many(_PLACE, "PATH", least=1)] = (DEMO,)
     """Parquet file, directory or quoted pattern, s3://, gs:// or hf://datasets/ URI; several may be
     given; demo is the bundled shard."""
     prompt: Text | None = None
@@ -104,7 +104,7 @@ class Input:
     allow_remote_images: Switch = False
     """Fetch http and https URIs found in the image column, from hosts with public addresses, and
     what --remote-images-from names."""
-    remote_images_from: Annotated[tuple[str, ...], many(_origin, "ORIGIN")] = ()
+    remote_images_from: Annotated[tuple[str, ...], many(accepted(parse_origin), "ORIGIN")] = ()
     """With --allow-remote-images: only from these schemes and hosts, as in
     https://images.example.org, https://*.cdn.net or s3://bucket. A host named in full may have a
     private address; proxies are not used; objects of stores (s3, gs, hf and others) are read with
@@ -120,7 +120,7 @@ class Input:
 class Model:
     """What answers."""
 
-    model: Annotated[str, Value(read=place, unit="MODEL")] = DEMO
+    model: Annotated[str, Value(read=_PLACE, unit="MODEL")] = DEMO
     """Hub id or directory; demo is the bundled one."""
     revision: Annotated[str | None, Value(read=text, unit="REVISION")] = None
     """Commit, tag or branch of a hub id; run.yaml names the commit, which a resumed run keeps to
@@ -133,7 +133,7 @@ class Model:
     max_pixels: Pixels | None = None
     """Larger images are reduced to this width times height before the model sees them, which bounds
     their visual tokens; for the same models (default: the processor's)."""
-    text_tower: Annotated[str | None, Value(read=place, unit="MODEL")] = None
+    text_tower: Annotated[str | None, Value(read=_PLACE, unit="MODEL")] = None
     """For methods eadp and cdpruner: the CLIP that the model's vision encoder comes from, hub id or
     directory, as openai/clip-vit-large-patch14-336 for LLaVA-1.5 (default: the demo model's own for
     it)."""
@@ -148,7 +148,7 @@ class Model:
 class Output:
     """What is written, and where."""
 
-    output: Annotated[str | None, Value(read=place, unit="DIR")] = None
+    output: Annotated[str | None, Value(read=_PLACE, unit="DIR")] = None
     """Directory or URI for rows/, stats/ and the rest; a run that stopped there goes on, a finished
     one is left alone (default: a new directory below trio-output/)."""
     rows_per_file: Rows | None = None

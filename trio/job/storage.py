@@ -17,7 +17,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
 from urllib.parse import parse_qsl, unquote_to_bytes
 
 import pyarrow as pa
@@ -25,7 +24,6 @@ from fsspec.utils import glob_translate
 from pyarrow import fs as pafs
 
 from trio.errors import UserError, first_line
-from trio.values import text
 
 ARROW_SCHEMES = frozenset({"s3", "gs", "gcs", "hdfs", "viewfs", "abfs", "abfss"})
 # all others are fsspec's
@@ -45,12 +43,6 @@ def scheme_of(uri: str) -> str | None:
 
 def is_local(uri: str) -> bool:
     return scheme_of(uri) in (None, "file")
-
-
-def place(value: Any) -> str:
-    """A path or URI, read as a setting; UserError if it holds a secret."""
-    check_no_secret(text(value))
-    return str(value)
 
 
 def check_no_secret(uri: str) -> None:

@@ -15,7 +15,7 @@ from rich.progress import track
 from trio.engine.engine import Engine
 from trio.engine.request import Prepared, Request, Result, Sampling
 from trio.errors import UserError
-from trio.families.registry import register_named
+from trio.families.registry import register_adapters
 from trio.lmms_eval.entry_point import NAME
 from trio.lmms_eval.gen_kwargs import cut, read_generation
 from trio.lmms_eval.model_args import read_model_args
@@ -43,8 +43,7 @@ class TrioVlm(lmms):
         args = read_model_args(model_args)
         self._settings = args.settings
         model = args.settings.model
-        for adapter in model.adapters:
-            register_named(*adapter.split("=", 1))
+        register_adapters(model.adapters)
         self._engine = Engine.from_pretrained(model.model, **args.engine_options())
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:

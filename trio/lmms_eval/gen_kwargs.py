@@ -7,8 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from trio.engine.request import Sampling
-from trio.errors import UserError
-from trio.job.run_yaml import suggestion
+from trio.errors import UserError, suggestion
 from trio.values import boolean, settings_of
 
 _SAMPLING = settings_of(Sampling())

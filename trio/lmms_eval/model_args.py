@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trio import bundled
-from trio.errors import UserError
-from trio.job.run_yaml import suggestion
+from trio.errors import UserError, suggestion
 from trio.job.settings import FIELDS, Settings, made_of
 from trio.pruning.method_registry import asks_for_text_tower
 from trio.values import Value, text

@@ -108,6 +108,11 @@ class Metric:
     of_all: bool = False
     """Whether what a row adds depends on all others, so that a part is to be scored anew."""
 
+    @property
+    def truth(self) -> tuple[str, ...]:
+        """The fields but for those that are made of the answer."""
+        return tuple(name for name in self.fields if name not in ("prediction", "mentioned"))
+
 
 def aggregate(metric: str, rows: Iterable[Row]) -> dict[str, float]:
     """The figures of a data set, as its official script computes them.

@@ -31,7 +31,7 @@ from trio.engine.metrics import choosing_flops
 from trio.engine.preprocess import Preprocessor
 from trio.engine.request import Prepared
 from trio.errors import UserError
-from trio.families.registry import adapt, register_named
+from trio.families.registry import adapt, register_adapters
 from trio.job.command import DEFAULT_RETENTION, check_model
 from trio.job.resume.fingerprint import model_directory
 from trio.job.settings import DEMO, Settings
@@ -100,8 +100,7 @@ class Plan:
         """
         if rows < LEAST_ROWS:
             raise UserError(f"--rows {rows}: at least {LEAST_ROWS}, half of which are held out")
-        for named in config.model.adapters:
-            register_named(*named.split("=", 1))
+        register_adapters(config.model.adapters)
         model, _ = load_outline(_place(config), revision=config.model.revision)
         adapter = adapt(model)
         layers = adapter.shape().num_layers

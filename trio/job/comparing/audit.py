@@ -16,6 +16,8 @@ import numpy as np
 
 from trio.engine.request import Result
 from trio.job.images.policy import RowError
+from trio.job.output.summary import share
+from trio.tables import percent
 from trio.vqa.intervals import Interval, finite_share_interval, share_interval
 
 REPEATED = 0.25
@@ -177,23 +179,15 @@ def described(audit: Mapping[str, Any]) -> str:
         lines[0] += f"; {audit['not_auditable']} not auditable (unpruned they do not fit)"
     if (found := audit["agreement"]) is not None:
         floor = audit["noise_floor"]
-        beside = (
-            "none was asked twice" if floor is None else f"{_percent(floor)} of {floor['rows']}"
-        )
-        lines.append(f"answers as unpruned: {_percent(found)}; unpruned twice: {beside}")
+        beside = "none was asked twice"
+        if floor is not None:
+            beside = f"{percent(floor['value'], floor['interval'])} of {floor['rows']}"
+        same = percent(found["value"], found["interval"])
+        lines.append(f"answers as unpruned: {same}; unpruned twice: {beside}")
         means = {
-            "tokens in common": _part(audit["overlap"]),
-            "the unpruned model's own next token": _part(audit["top1"]),
+            "tokens in common": share(audit["overlap"]),
+            "the unpruned model's own next token": share(audit["top1"]),
             "KL of the first token": None if audit["kl"] is None else f"{audit['kl']:.4f} nats",
         }
         lines.append("; ".join(f"{name} {value}" for name, value in means.items() if value))
     return "\n".join(lines)
-
-
-def _part(value: float | None) -> str | None:
-    return None if value is None else f"{100 * value:.1f} %"
-
-
-def _percent(share: Mapping[str, Any]) -> str:
-    low, high = (100 * bound for bound in share["interval"])
-    return f"{100 * share['value']:.1f} % [{low:.1f}, {high:.1f}]"

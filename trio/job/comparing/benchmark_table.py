@@ -13,7 +13,7 @@ from trio.job.output import output_directory
 from trio.job.output.output_directory import CONFIG
 from trio.job.settings import FIELDS, Settings, made_of
 from trio.job.storage import locate, read_bytes
-from trio.tables import markdown
+from trio.tables import markdown, percent
 from trio.vqa.figures.benchmark_average import average_over
 from trio.vqa.figures.run_comparison import PairedScores, paired_scores
 
@@ -41,8 +41,8 @@ def benchmark_table(outputs: Sequence[str]) -> str:
     lines = [["setting", *(_title(name) for name in outputs), "average"]]
     for setting in names:
         whole = average_over({name: of_run[setting] for name, of_run in found.items()})
-        each = [_percent(whole["benchmarks"][name], None) for name in outputs]
-        lines.append([setting, *each, _percent(whole["relative"], whole["relative_interval"])])
+        each = [percent(whole["benchmarks"][name]) for name in outputs]
+        lines.append([setting, *each, percent(whole["relative"], whole["relative_interval"])])
     return markdown(lines)
 
 
@@ -69,7 +69,7 @@ def _compared(output: str) -> dict[str, PairedScores]:
     if metric is None or config.output.compare is None:
         raise UserError(f"{output}: no run of vqa.py with --compare and a metric")
     names = [one.name for one in config.compared]
-    rows = rows_of(place, config.questions)
+    rows = rows_of(place, config.questions, metric, scored=True)
     before = _answers(rows, names.index(UNPRUNED))
     made = {
         name: paired_scores(metric, before, _answers(rows, number))
@@ -95,10 +95,3 @@ def _answers(rows: Mapping[int, Rows], setting: int) -> list[Any]:
 
 def _title(output: str) -> str:
     return output.rstrip("/").rpartition("/")[2]
-
-
-def _percent(value: float | None, interval: Sequence[float] | None) -> str:
-    if value is None:
-        return "–"
-    bounds = "" if interval is None else f" [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
-    return f"{100 * value:.1f} %{bounds}"

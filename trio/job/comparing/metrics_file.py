@@ -15,11 +15,13 @@ import pyarrow.dataset as ds
 from trio.errors import UserError
 from trio.job.comparing import audit
 from trio.job.comparing.compared import UNPRUNED
+from trio.job.output.scoring import SCORED
 from trio.job.output.sink import ROWS
 from trio.job.plan import Plan
 from trio.job.questions.asking import Asking, metric_prediction
 from trio.job.questions.question_settings import LIKELIHOOD, Questions
 from trio.job.storage import Location
+from trio.tables import percent
 from trio.vqa.figures.answered import Answered
 from trio.vqa.figures.calibration import calibration
 from trio.vqa.figures.comparison_table import comparison_table
@@ -36,23 +38,12 @@ OF_QUESTIONS = ("prediction", "fields", "groups")
 OF_LIKELIHOOD = ("choices", "p_choice")
 
 
-def metrics_files(run: Plan, run_id: str, settings: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """`metrics.json` and its table, as text by name; none for a run that scores no questions and
-    compares nothing. Arguments as of `metrics_of`.
+def metrics_of(
+    run: Plan, run_id: str, settings: Sequence[Mapping[str, Any]]
+) -> dict[str, Any] | None:
+    """The object of `metrics.json`; None for a run that scores no questions and compares nothing.
 
-    Rows that cannot be scored together are no reason to lose them: the file says why then.
-    """
-    if run.asking is None and run.config.output.compare is None:
-        return {}
-    try:
-        metrics = metrics_of(run, run_id, settings)
-    except UserError as error:
-        return {METRICS: json.dumps({"run": run_id, ERROR: str(error)}, indent=2) + "\n"}
-    return {METRICS: json.dumps(metrics, indent=2) + "\n", TABLE: f"{table_of(metrics)}\n"}
-
-
-def metrics_of(run: Plan, run_id: str, settings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The object of `metrics.json`.
+    Rows that cannot be scored together are no reason to lose them: `ERROR` says why then.
 
     Args:
         run: whose rows are all there.
@@ -60,30 +51,45 @@ def metrics_of(run: Plan, run_id: str, settings: Sequence[Mapping[str, Any]]) ->
         settings: figures of each setting as `summary.json` has them.
 
     Raises:
-        UserError: rows that cannot be scored together.
-        OSError: they cannot be read.
+        OSError: the rows cannot be read.
     """
-    questions, asking = run.config.questions, run.asking
+    if run.asking is None and run.config.output.compare is None:
+        return None
+    try:
+        return {"run": run_id, **_figures(run, settings)}
+    except UserError as error:
+        return {"run": run_id, ERROR: str(error)}
+
+
+def metrics_files(metrics: Mapping[str, Any]) -> dict[str, str]:
+    """`metrics.json` and its table, as text by name."""
+    table = {} if ERROR in metrics else {TABLE: f"{table_of(metrics)}\n"}
+    return {METRICS: json.dumps(metrics, indent=2) + "\n"} | table
+
+
+def _figures(run: Plan, settings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    config, questions, asking = run.config, run.config.questions, run.asking
     metric = asking.preset.metric if asking else None
-    found = rows_of(run.output, questions, scored=run.config.output.score not in (None, "none"))
-    about = _about(run.config.questions, asking)
+    scored = asking is not None or config.output.score in SCORED
+    found = rows_of(run.output, questions, metric, scored=scored)
+    about = _about(questions, asking)
     made = []
-    for number, (one, of_setting) in enumerate(zip(run.config.compared, settings, strict=True)):
+    for number, (one, of_setting) in enumerate(zip(config.compared, settings, strict=True)):
         rows = found.get(number, [])
-        figures = run_metrics(metric, [row for row, _ in rows], seed=run.config.seed, about=about)
+        figures = run_metrics(metric, [row for row, _ in rows], seed=config.seed, about=about)
         if questions.mode == LIKELIHOOD:
             figures["calibration"] = _calibration(rows)
         shown = {name: of_setting.get(name) for name in ("retention", "images_per_s")}
         made.append({"setting": number, "name": one.name, **shown, **figures})
-    names = [one.name for one in run.config.compared]
-    if UNPRUNED in names and len(names) > 1:
+    if config.output.compare is not None:
+        names = [one.name for one in config.compared]
         unpruned = found.get(names.index(UNPRUNED), [])
         for number, figures in enumerate(made):
             if figures["name"] != UNPRUNED:
                 figures["comparison"] = _compared(
-                    metric, unpruned, found.get(number, []), run.config.seed
+                    metric, unpruned, found.get(number, []), config.seed
                 )
-    return {"run": run_id, "mode": questions.mode, "metric": metric, "settings": made}
+    return {"mode": questions.mode, "metric": metric, "settings": made}
 
 
 def audit_of(run: Plan, seconds: float) -> dict[str, Any]:
@@ -101,17 +107,12 @@ def audit_of(run: Plan, seconds: float) -> dict[str, Any]:
 def table_of(metrics: Mapping[str, Any]) -> str:
     """As Markdown, a line per setting."""
     text = comparison_table([(one["name"], one) for one in metrics["settings"]])
-    lines = [
-        f"{one['name']}: {_percent(agreement)} of the answers are those of the unpruned model"
-        for one in metrics["settings"]
-        if (agreement := one.get("comparison", {}).get("agreement"))
-    ]
+    lines = []
+    for one in metrics["settings"]:
+        if (agreement := one.get("comparison", {}).get("agreement")) is not None:
+            same = percent(agreement["value"], agreement["interval"])
+            lines.append(f"{one['name']}: {same} of the answers are those of the unpruned model")
     return "\n".join([text, "", *lines]).rstrip()
-
-
-def _percent(agreement: Mapping[str, Any]) -> str:
-    low, high = (100 * bound for bound in agreement["interval"])
-    return f"{100 * agreement['value']:.1f} % [{low:.1f}, {high:.1f}]"
 
 
 _Row = tuple[Answered, Mapping[str, Any]]
@@ -119,17 +120,16 @@ Rows = list[_Row]
 """As metrics take them, with their columns."""
 
 
-def rows_of(output: Location, questions: Questions, *, scored: bool = False) -> dict[int, Rows]:
-    """The rows of a run by setting; `scored`: captions with a score."""
-    names = [*OF_ALL]
+def rows_of(
+    output: Location, questions: Questions, metric: str | None, *, scored: bool
+) -> dict[int, Rows]:
+    """The rows of a run by setting; `scored`: whether they have a score."""
+    names = [*OF_ALL, *(OF_SCORED if scored else ())]
     if questions.mode is not None:
-        names += (*OF_SCORED, *OF_QUESTIONS)
-    elif scored:
-        names += OF_SCORED
+        names += OF_QUESTIONS
     if questions.mode == LIKELIHOOD:
         names += OF_LIKELIHOOD
     objects = read_objects(questions.objects) if questions.objects else None
-    metric = questions.scored_by
     found: dict[int, Rows] = {}
     for row in _read(output.join(ROWS), names):
         found.setdefault(row["setting"], []).append((_answered(metric, row, objects), row))

@@ -11,16 +11,16 @@ import datetime
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import ray
 
 from trio.engine.request import Prepared, Result
 from trio.errors import JobFailed, UserError, kind_and_line
-from trio.job.comparing.audit import columns_of
+from trio.job.comparing.audit import Audit, columns_of
 from trio.job.desk import ALIVE_S, Desk, Poll
 from trio.job.engines.engine_thread import Asked, EngineDied, EngineThread, Outcome
 from trio.job.images.policy import RowError
@@ -97,17 +97,12 @@ class Engine:
     def _answered(self, asked: Sequence[tuple[Source, int, Asked]]) -> Answered:
         requests = [request for _, _, request in asked]
         settings, audit = range(len(self._reports)), self._task.rows.audit
-        again = {
+        again = [
             place
             for place, (source, *_) in enumerate(asked)
             if len(settings) > 1 or (audit is not None and audit.chooses(source.key))
-        }
-        try:
-            outcomes = [self._thread.answer(requests, setting, again) for setting in settings]
-        except EngineDied as error:
-            self._end(str(error))
-        audits = self._audited(asked, requests, outcomes[0])
-        self._thread.release(requests)
+        ]
+        outcomes = [self._outcomes(requests, setting, set(again)) for setting in settings]
         rows: list[dict[str, Any]] = []
         parts = [Totals() for _ in settings]
         together = zip(asked, zip(*outcomes, strict=True), strict=True)
@@ -115,57 +110,52 @@ class Engine:
             for setting, outcome in enumerate(of_settings):
                 rows.append(self._row(source, number, setting, outcome))
                 parts[setting] += _totals(rows[-1], source, outcome)
-        for place, columns in audits.items():
-            rows[place] |= columns
-        parts[0] += Totals(audited=len(audits))
+        if audit is not None:
+            audited = [place for place in again if rows[place].get("error") is None]
+            self._audit(audit, audited, asked, requests, outcomes[0], rows)
+            parts[0] += Totals(audited=len(audited))
+        self._thread.release(requests)
         return Answered(tuple(rows), tuple(parts))
 
-    def _audited(
+    def _outcomes(
+        self, requests: list[Asked], setting: int, again: Container[int] = ()
+    ) -> list[Outcome]:
+        """As `EngineThread.answer`; the process ends where the engine has died."""
+        try:
+            return self._thread.answer(requests, setting, again)
+        except EngineDied as error:
+            self._end(str(error))
+
+    def _audit(
         self,
+        audit: Audit,
+        audited: Sequence[int],
         asked: Sequence[tuple[Source, int, Asked]],
         requests: Sequence[Asked],
         outcomes: Sequence[Outcome],
-    ) -> dict[int, dict[str, Any]]:
-        """Further columns of the rows that are asked unpruned as well, by their place."""
-        audit = self._task.rows.audit
-        if audit is None:
-            return {}
-        pruned = {
-            place: (source, number, prepared, outcome)
-            for place, ((source, number, _), prepared, outcome) in enumerate(
-                zip(asked, requests, outcomes, strict=True)
-            )
-            if audit.chooses(source.key)
-            and isinstance(prepared, Prepared)
-            and isinstance(outcome, Result)
-            and outcome.finish_reason != "error"
-        }
-        twice = [place for place, (source, *_) in pruned.items() if audit.repeats(source.key)]
+        rows: Sequence[dict[str, Any]],
+    ) -> None:
+        """Asks rows unpruned as well, and notes on them what comes out; `audited`: their places."""
+        prepared = {p: one for p in audited if isinstance(one := requests[p], Prepared)}
+        pruned = {p: own for p in audited if isinstance(own := outcomes[p], Result)}
+        twice = [place for place in reversed(audited) if audit.repeats(asked[place][0].key)]
         forced = {
-            place: dataclasses.replace(prepared, candidates=(tuple(outcome.token_ids),))
-            for place, (_, _, prepared, outcome) in pruned.items()
-            if outcome.token_ids
+            place: dataclasses.replace(prepared[place], candidates=(tuple(own.token_ids),))
+            for place, own in pruned.items()
+            if own.token_ids
         }
-        again = [pruned[place][2] for place in reversed(twice)]
         setting = len(self._task.engine.prunings)
-        try:
-            once = self._thread.answer([one[2] for one in pruned.values()], setting)
-            more = self._thread.answer([*again, *forced.values()], setting)
-        except EngineDied as error:
-            self._end(str(error))
-        repeats = dict(zip(reversed(twice), more, strict=False))
+        once = self._outcomes(list(prepared.values()), setting)
+        more = self._outcomes([*(prepared[p] for p in twice), *forced.values()], setting)
+        repeats = dict(zip(twice, more, strict=False))
         tops = dict(zip(forced, more[len(twice) :], strict=True))
-        found = {}
-        for (place, (source, number, _, outcome)), unpruned in zip(
-            pruned.items(), once, strict=True
-        ):
-            said = [
-                self._row(source, number, 0, one).get("response") for one in (outcome, unpruned)
-            ]
-            found[place] = columns_of(
-                outcome, unpruned, repeats.get(place), tops.get(place), (said[0] or "", said[1])
+        for place, unpruned in zip(prepared, once, strict=True):
+            source, number, _ = asked[place]
+            other = self._row(source, number, 0, unpruned).get("response")
+            said = rows[place]["response"], other
+            rows[place].update(
+                columns_of(pruned[place], unpruned, repeats.get(place), tops.get(place), said)
             )
-        return found
 
     def commit(
         self, unit: Unit, answered: Answered, decode_node: str, prepare_s: float
@@ -275,7 +265,7 @@ class Engine:
                 noted_at = time.monotonic()
                 self._desk.note("alive", self.name, settled)
 
-    def _end(self, reason: str) -> None:
+    def _end(self, reason: str) -> NoReturn:
         self._desk.last_note("died", self.name, reason)
         os._exit(1)
 

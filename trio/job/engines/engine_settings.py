@@ -151,10 +151,9 @@ def _preprocessor(
 
 
 def _register_families(settings: EngineSettings) -> None:
-    from trio.families.registry import register_named
+    from trio.families.registry import register_adapters
 
-    for adapter in settings.adapters:
-        register_named(*adapter.split("=", 1))
+    register_adapters(settings.adapters)
 
 
 def engine_threads(settings: EngineSettings) -> int:

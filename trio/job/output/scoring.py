@@ -12,6 +12,8 @@ import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 
+SCORED = ("exact", "objects")
+"""What --score may ask for."""
 _ARTICLE = re.compile(r"^(?:a|an|the)\s+")
 _SPLIT = re.compile(r"\s*(?:,|;|\band\b)\s*")
 _PUNCTUATION = re.compile(r"(?<!\d)[.,;:!?\"'`()]|[.,;:!?\"'`()](?!\d)")

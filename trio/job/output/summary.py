@@ -6,6 +6,7 @@ import platform
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from trio.job.output.scoring import SCORED
 from trio.job.output.totals import SECONDS, Totals, ratio
 from trio.tables import aligned, counted
 from trio.version import VERSION, of_library
@@ -19,7 +20,6 @@ PHASES = {
     "idle": "idle_s",
 }
 """Of an engine, each instant in one of them; `prune_s` is part of prefill."""
-CAPTION_SCORES = ("exact", "objects")
 Summary = Mapping[str, Any]
 
 
@@ -132,7 +132,7 @@ def table(summary: Summary) -> str:
 def _shown(of: Summary, kinds: Sequence[str]) -> dict[str, str | None]:
     """What a column says in each line; None where that does not apply."""
     right, of_metric = None, None
-    if of["scored"] and of["score"] in CAPTION_SCORES:
+    if of["scored"] and of["score"] in SCORED:
         right = f"{of['right']}/{of['scored']} = {share(of['accuracy'])}"
     elif of["scored"]:
         of_metric = f"{share(of['accuracy'])} of {of['scored']}"

@@ -129,6 +129,11 @@ def merge(parts: Iterable[Totals]) -> Totals:
     return sum(parts, Totals())
 
 
+def added(*parts: Sequence[Totals]) -> tuple[Totals, ...]:
+    """Of each setting, the sum over what `parts` say of it."""
+    return tuple(map(merge, zip(*parts, strict=True)))
+
+
 def ratio(part: float, whole: float) -> float | None:
     """None where there is nothing to divide by."""
     return part / whole if whole else None

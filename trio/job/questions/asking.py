@@ -33,7 +33,6 @@ from trio.vqa.rules import LETTERS
 CHOICES = "choices"
 OPTIONAL = ("category", "l2_category", "question_type", "answer_type")
 """Fields by which metrics break their figures down, where a data set has them."""
-OF_THE_ANSWER = ("prediction", "mentioned")
 LETTERED = ("seed", "mmstar")
 """Metrics that read a letter, and do not need the choices for it."""
 
@@ -79,7 +78,8 @@ class Asking:
         Raises:
             RowError: it has none, or what it holds cannot be asked or scored.
         """
-        there = {name: source.cell(OWN + name) for name in self._there(source)}
+        own = [name for name in source.table.column_names if name.startswith(OWN)]
+        there = {name.removeprefix(OWN): source.cell(name) for name in own}
         row = there | {self.preset.image: True if source.picture is not None else None}
         try:
             found = self.preset.questions(row)
@@ -147,9 +147,6 @@ class Asking:
         return likelihoods(
             ask.candidates, result.candidate_logprobs, by_tokens=self.questions.normalise == TOKENS
         )
-
-    def _there(self, source: Source) -> list[str]:
-        return [name for name in self.columns if OWN + name in source.table.column_names]
 
     def _candidates(self, fields: Mapping[str, Any]) -> tuple[str, ...]:
         if self.questions.mode != LIKELIHOOD:
@@ -221,8 +218,7 @@ def _check(preset: Preset, questions: Questions) -> None:
 def _without_preset(questions: Questions, names: Sequence[str]) -> Preset:
     """The columns under their own names."""
     metric = questions.scored_by
-    fields_of_metric = METRICS[metric].fields if metric else ()
-    needed = [name for name in fields_of_metric if name not in OF_THE_ANSWER]
+    needed = list(METRICS[metric].truth) if metric else []
     if questions.mode == LIKELIHOOD and questions.candidates is None:
         needed.append(CHOICES)
     lacking = [name for name in needed if name not in names]
@@ -253,8 +249,7 @@ def _prompt_column(names: Sequence[str]) -> str:
 
 def scorable(metric: str, fields: Mapping[str, Any]) -> bool:
     """Whether the fields hold what a metric needs beside the answer."""
-    needed = (name for name in METRICS[metric].fields if name not in OF_THE_ANSWER)
-    return all(name in fields for name in needed)
+    return all(name in fields for name in METRICS[metric].truth)
 
 
 def metric_prediction(metric: str | None, row: Mapping[str, Any], fields: Mapping[str, Any]) -> str:

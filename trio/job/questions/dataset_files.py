@@ -11,6 +11,7 @@ from trio.job.input.columns import OWN
 from trio.job.input.joined_pictures import PictureFiles
 from trio.job.input.manifest import expand
 from trio.job.questions.question_settings import Questions
+from trio.job.resume.fingerprint import file_digest
 from trio.job.storage import list_files, locate
 from trio.vqa.presets.preset import Preset
 
@@ -122,7 +123,7 @@ def digests(questions: Questions, pictures: PictureFiles | None) -> dict[str, st
     out = {}
     for flag, name in named.items():
         if name is not None and Path(name).is_file():
-            out[f"{name} (of {flag})"] = hashlib.sha256(Path(name).read_bytes()).hexdigest()
+            out[f"{name} (of {flag})"] = file_digest(Path(name))
     if pictures is not None:
         listed = repr(tuple(zip(pictures.paths, pictures.sizes, strict=True)))
         out[PICTURES] = hashlib.sha256(listed.encode()).hexdigest()

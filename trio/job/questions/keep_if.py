@@ -6,6 +6,7 @@ import ast
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from trio.errors import UserError
@@ -61,6 +62,7 @@ class _Absent(Exception):
     """A figure that this row does not have."""
 
 
+@cache
 def _tree(text: str) -> ast.expr:
     try:
         return ast.parse(text.strip(), mode="eval").body

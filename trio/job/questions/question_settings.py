@@ -7,29 +7,14 @@ from typing import Annotated, Any
 
 from trio.errors import UserError
 from trio.job.questions.keep_if import Condition
-from trio.job.storage import place
-from trio.values import Switch, Text, Value, listed, many, one_of, text
+from trio.job.storage import check_no_secret
+from trio.values import Switch, Text, Value, accepted, listed, many, one_of, text
 from trio.vqa.aggregates import METRICS
 from trio.vqa.presets.preset_file import preset_named
 from trio.vqa.presets.prompt_template import PromptTemplate
 
 GENERATE, LIKELIHOOD = "generate", "likelihood"
 SUM, TOKENS = "sum", "tokens"
-
-
-def _preset(value: Any) -> str:
-    preset_named(text(value))
-    return str(value)
-
-
-def _template(value: Any) -> str:
-    PromptTemplate(text(value))
-    return str(value)
-
-
-def _condition(value: Any) -> str:
-    Condition.parse(text(value))
-    return str(value)
 
 
 def _candidates(value: Any) -> tuple[str, ...]:
@@ -46,17 +31,19 @@ class Questions:
     mode: Annotated[str | None, one_of((GENERATE, LIKELIHOOD))] = None
     """generate: the model answers; likelihood: it says how likely each of given answers is
     (default: generate)."""
-    preset: Annotated[str | None, Value(read=_preset, unit="NAME|FILE.yaml")] = None
+    preset: Annotated[str | None, Value(read=accepted(preset_named), unit="NAME|FILE.yaml")] = None
     """Columns, prompt and metric of a data set by its name (pope, mme, gqa, vqav2, ...), or of a
     YAML file of your own; without --input it is read from the Hub."""
     subset: Annotated[str | None, Value(read=text, unit="NAME")] = None
     """Of the preset's data set, as ScienceQA-FULL (default: the preset's)."""
     split: Annotated[str | None, Value(read=text, unit="NAME")] = None
     """Of the preset's data set (default: the preset's)."""
-    pictures: Annotated[tuple[str, ...], many(place, "PATH")] = ()
+    pictures: Annotated[tuple[str, ...], many(accepted(check_no_secret), "PATH")] = ()
     """Parquet files with the pictures that a preset joins, as gqa's (default: in the data set's own
     directory)."""
-    prompt_template: Annotated[str | None, Value(read=_template, unit="TEMPLATE")] = None
+    prompt_template: Annotated[
+        str | None, Value(read=accepted(PromptTemplate), unit="TEMPLATE")
+    ] = None
     """Prompt made of columns, as in '{question}\\nAnswer in one word.' (default: the preset's; the
     column prompt or question)."""
     metric: Annotated[str | None, one_of((*METRICS, "none"))] = None
@@ -70,7 +57,7 @@ class Questions:
     """The end of sequence counts as each candidate's last token."""
     normalise: Annotated[str, one_of((SUM, TOKENS))] = SUM
     """A candidate's score: the sum of its tokens' log-probabilities, or their mean."""
-    keep_if: Annotated[str | None, Value(read=_condition, unit="CONDITION")] = None
+    keep_if: Annotated[str | None, Value(read=accepted(Condition.parse), unit="CONDITION")] = None
     """Write a column keep: whether this holds, as in 'p_first > 0.6'; no row is dropped."""
     objects: Text | None = None
     """Of metric chair: file of its vocabulary, a class a line, behind it its synonyms."""

@@ -21,7 +21,7 @@ from trio.job import storage
 from trio.job.input.units import Unit
 from trio.job.output.schema import RUN_KEY
 from trio.job.output.sink import ROWS, STATS
-from trio.job.output.totals import Totals
+from trio.job.output.totals import Totals, merge
 from trio.job.storage import Location, read_bytes
 
 THREADS = 16
@@ -38,30 +38,36 @@ def listed(output: Location) -> set[Unit]:
     return {unit for unit in units if unit is not None}
 
 
-def totals(
-    output: Location, units: Collection[Unit], run_id: str, setting: int | None = None
-) -> Totals:
-    """What committed units add up to: one small file is read for each, and no row.
+def totals(output: Location, units: Collection[Unit], run_id: str) -> Totals:
+    """What committed units add up to, in all settings; errors as of `by_setting`."""
+    return merge(by_setting(output, units, run_id))
+
+
+def by_setting(
+    output: Location, units: Collection[Unit], run_id: str, settings: int = 1
+) -> tuple[Totals, ...]:
+    """What committed units add up to in each setting: one small file is read for each unit, and no
+    row.
 
     Args:
         output: the run's directory.
         units: that are committed.
         run_id: the run's id.
-        setting: number of the one that is asked for; None: all.
+        settings: how many there are.
 
     Raises:
         UserError: statistics are missing, damaged or of another run.
         OSError: the storage does not answer.
     """
-    ordered, out = sorted(units), Totals()
+    ordered, out = sorted(units), [Totals()] * settings
     with ThreadPoolExecutor(THREADS) as pool:
         for at in range(0, len(ordered), BATCH):
             parts = pool.map(partial(_statistics, output, run_id), ordered[at : at + BATCH])
             table = pa.concat_tables(parts)
-            if setting is not None:
-                table = table.filter(pc.equal(table["setting"], setting))
-            out += Totals.from_stats(table)
-    return out
+            for setting, before in enumerate(out):
+                own = table.filter(pc.equal(table["setting"], setting))
+                out[setting] = before + Totals.from_stats(own)
+    return tuple(out)
 
 
 def sweep(output: Location) -> None:

@@ -107,7 +107,7 @@ def module_files(config: Settings) -> dict[str, str]:
         except Exception:  # its package may be broken, which engines will say
             spec = None
         origin = Path(spec.origin if spec and spec.origin else "")
-        digest = hashlib.sha256(origin.read_bytes()).hexdigest() if origin.is_file() else ""
+        digest = file_digest(origin) if origin.is_file() else ""
         out[f"{module} (of {flag})"] = digest
     return out
 
@@ -139,12 +139,12 @@ def model_files(directory: str, flag: str = "--model", suffix: str = "") -> dict
         if path.suffix in READ_SUFFIXES and not path.name.startswith(".") and path.is_file()
     )
     try:
-        return {path.relative_to(root).as_posix() + suffix: _digest(path) for path in read}
+        return {path.relative_to(root).as_posix() + suffix: file_digest(path) for path in read}
     except OSError as error:
         raise UserError(f"{flag} {directory}: a file cannot be read: {error}") from error
 
 
-def _digest(path: Path) -> str:
+def file_digest(path: Path) -> str:
     with path.open("rb") as stream:
         if path.suffix != ".safetensors":
             return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -11,7 +11,6 @@ import numpy as np
 from trio.errors import UserError
 from trio.vqa.aggregates import Row, metric_named
 
-_OF_THE_MODEL = ("prediction", "mentioned")
 _LIST_OF_TRUTHS = ("answers", "references", "choices")
 
 
@@ -52,8 +51,7 @@ def has_truth(metric: str, row: Answered) -> bool:
     return all(
         row.fields.get(name) is not None
         and not (name in _LIST_OF_TRUTHS and not len(row.fields[name]))
-        for name in metric_named(metric).fields
-        if name not in _OF_THE_MODEL
+        for name in metric_named(metric).truth
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from trio.tables import markdown
+from trio.tables import markdown, percent
 
 _HEAD = (
     "setting",
@@ -35,7 +35,7 @@ def comparison_table(settings: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
             [
                 name.replace("|", r"\|"),
                 _score(one),
-                _percent(found.get("relative"), found.get("relative_interval")),
+                percent(found.get("relative"), found.get("relative_interval")),
                 _points(found),
                 _changed(found),
                 *(_extra(key, one.get(key)) for key in extra),
@@ -51,11 +51,7 @@ def _score(one: Mapping[str, Any]) -> str:
         return _NONE
     if name in _OWN_SCALE:
         return f"{name} {figure['value']:.4g}{_bounds(figure['interval'], 1, '.4g')}"
-    return f"{name} {_percent(figure['value'], figure['interval'])}"
-
-
-def _percent(value: float | None, interval: Sequence[float] | None) -> str:
-    return _NONE if value is None else f"{100 * value:.1f} %{_bounds(interval, 100, '.1f')}"
+    return f"{name} {percent(figure['value'], figure['interval'])}"
 
 
 def _points(found: Mapping[str, Any]) -> str:
@@ -79,4 +75,4 @@ def _changed(found: Mapping[str, Any]) -> str:
 def _extra(key: str, value: float | None) -> str:
     if value is None:
         return _NONE
-    return _percent(value, None) if key == "retention" else f"{value:.3g}"
+    return percent(value) if key == "retention" else f"{value:.3g}"

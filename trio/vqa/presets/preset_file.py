@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, fields
 from functools import cache
 from importlib.resources import files
@@ -13,7 +12,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from trio.errors import UserError, first_line
+from trio.errors import UserError, first_line, suggestion
 from trio.values import several, text
 from trio.vqa.aggregates import METRICS, metric_named
 from trio.vqa.presets.column_expressions import ColumnExpression, column_expression
@@ -22,8 +21,6 @@ from trio.vqa.presets.prompt_template import PromptTemplate
 
 T = TypeVar("T")
 _ENDINGS = (".yaml", ".yml")
-_OF_THE_ANSWER = ("prediction", "mentioned")
-"""Fields of metrics that are made of the answer."""
 _STANDS_FOR = {"box": "box_pixels"}
 """Fields of metrics that are made of another one and the picture."""
 
@@ -39,7 +36,7 @@ def preset_named(name_or_path: str) -> Preset:
     if name_or_path.endswith(_ENDINGS):
         return read_preset(name_or_path)
     raise UserError(
-        f"unknown preset {name_or_path!r}{_suggestion(name_or_path, known_presets())}; known: "
+        f"unknown preset {name_or_path!r}{suggestion(name_or_path, known_presets())}; known: "
         f"{', '.join(known_presets())}; or give a file that ends in {' or '.join(_ENDINGS)}"
     )
 
@@ -78,9 +75,8 @@ def _preset(written: Any, source: str, name: str) -> Preset:
 
 def _checked(preset: Preset) -> Preset:
     """The preset itself, if its fields are those of its metric."""
-    made = (*_OF_THE_ANSWER, *preset.fields)
-    needed = metric_named(preset.metric).fields if preset.metric else ()
-    needed = tuple(_STANDS_FOR.get(name, name) for name in needed if name not in made)
+    needed = metric_named(preset.metric).truth if preset.metric else ()
+    needed = tuple(_STANDS_FOR.get(name, name) for name in needed if name not in preset.fields)
     lacking = [repr(name) for name in needed if name not in preset.fields]
     if lacking:
         raise UserError(
@@ -96,7 +92,7 @@ def _read(written: Any, kind: type, readers: Mapping[str, Callable[[Any], Any]])
         raise UserError(f"expected keys with values, as in 'prompt: ...'; got {written!r:.60}")
     for key in written:
         if key not in readers:
-            close = _suggestion(str(key), readers)
+            close = suggestion(str(key), readers)
             raise UserError(f"unknown key {key!r}{close}; known: {', '.join(readers)}")
     for each in fields(kind):
         if _needed(each) and each.name not in written:
@@ -137,13 +133,8 @@ def _fields(value: Any) -> dict[str, ColumnExpression]:
 def _metric(value: Any) -> str:
     name = text(value)
     if name not in METRICS:
-        raise UserError(f"no metric {name!r}{_suggestion(name, METRICS)}; {', '.join(METRICS)}")
+        raise UserError(f"no metric {name!r}{suggestion(name, METRICS)}; {', '.join(METRICS)}")
     return name
-
-
-def _suggestion(word: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 _TEXTS = several(text)
