@@ -28,6 +28,8 @@ class Value:
     """Stands behind the flag in the help: TOKENS, SECONDS, or the words to choose from."""
     several: bool = False
     """Whether its flag takes any number of values, which it keeps as a tuple."""
+    single: bool = False
+    """Of several values: whether each has a flag of its own, as a text with spaces must."""
     switch: bool = False
     """Whether its flag takes no value: --name and --no-name."""
 
@@ -65,9 +67,20 @@ def many(read: Reader, unit: str, *, least: int = 0) -> Value:
     return Value(read=several(read, least=least), unit=unit, several=True)
 
 
+def each(read: Reader, unit: str) -> Value:
+    """Any number of values, each behind a flag of its own."""
+    return Value(read=several(read), unit=unit, several=True, single=True)
+
+
 def listed(read: Reader) -> Reader:
     """A tuple of values, of text with commas."""
     return lambda value: tuple(read(part.strip()) for part in text(value).split(","))
+
+
+def names(value: Any) -> tuple[str, ...]:
+    """Names, in text with commas or in a list, each once."""
+    read = several(text, least=1) if isinstance(value, list | tuple) else listed(text)
+    return tuple(dict.fromkeys(read(value)))
 
 
 def number(*, least: float = -math.inf, above: float = -math.inf, most: float = math.inf) -> Reader:

@@ -39,7 +39,7 @@ def answers(**options: Any) -> dict[Any, Result]:
 
 def test_shared_features_give_the_same_answers(monkeypatch: Any) -> None:
     adapter = adapt(MODEL)
-    shared = EncodedOnce(adapter)
+    shared = EncodedOnce(adapter, hold=True)
     passed: list[int] = []
     encode = adapter.encode_images
 
@@ -50,20 +50,20 @@ def test_shared_features_give_the_same_answers(monkeypatch: Any) -> None:
     monkeypatch.setattr(adapter, "encode_images", counting)
     separate = answers()
     for _ in range(2):
-        together = answers(encode_images=shared)
+        together = answers(encoder=shared)
         assert {key: one.token_ids for key, one in together.items()} == {
             key: one.token_ids for key, one in separate.items()
         }
     images = {id(image) for one in REQUESTS for image in one.image_inputs}
     assert sum(passed) == len(images)
     shared.forget()
-    answers(encode_images=shared)
+    answers(encoder=shared)
     assert sum(passed) == 2 * len(images)
 
 
 def test_fill_encodes_what_is_read_later() -> None:
     adapter = adapt(MODEL)
-    shared = EncodedOnce(adapter)
+    shared = EncodedOnce(adapter, hold=True)
     images = [image for one in REQUESTS[::2] for image in one.image_inputs]
     seconds, reducing = shared.fill(images, "none", [64] * len(images))
     assert seconds > 0 == reducing

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -86,8 +87,7 @@ def test_what_is_spared_is_charged_all_the_same(
 ) -> None:
     first, second = engine(family, UNPRUNED).beside([TRIO])
     clock = iter(range(10**6))
-    shared = first._runner._shared
-    assert shared is not None
+    shared = first._runner._encoder
     monkeypatch.setattr(shared, "_now", lambda: float(next(clock)))
     requests = prepared(first, 8)
     said(first, requests)
@@ -111,9 +111,10 @@ def test_images_that_are_asked_about_again_are_not_read_again(family: Family) ->
 def test_release_gives_the_images_back(family: Family) -> None:
     first, second = engine(family, UNPRUNED).beside([TRIO])
     requests = prepared(first)
+    shared = first._runner._encoder
+    shared._cache_bytes = 0
     said(first, requests)
-    shared = first._runner._shared
-    assert shared is not None and len(shared._found) == images(requests)
+    assert len(shared._found) == images(requests) and shared._bytes > 0
     half = [request for request in requests if request.image_inputs][:2]
     for request in half:
         second.release(request)
@@ -124,22 +125,74 @@ def test_release_gives_the_images_back(family: Family) -> None:
     for request in requests:
         first.release(request)
         first.release(request)
-    assert not shared._found
+    assert not shared._found and shared._bytes == 0
 
 
-def test_prepared_again_is_another_image(family: Family) -> None:
+def test_an_image_is_known_by_its_content(family: Family) -> None:
     first, second = engine(family, UNPRUNED).beside([TRIO])
     requests = prepared(first)
     said(first, requests)
-    said(second, prepared(second))
-    assert second.stats()["images_encoded"] == images(requests)
+    again = prepared(second)
+    assert not {id(i) for r in requests for i in r.image_inputs} & {
+        id(i) for r in again for i in r.image_inputs
+    }
+    said(second, again)
+    assert second.stats()["images_encoded"] == 0
 
 
-def test_an_engine_alone_shares_nothing(family: Family) -> None:
-    alone = engine(family, TRIO)
-    assert alone.beside([]) == [alone] and alone._runner._shared is None
-    (request, *_) = prepared(alone)
-    alone.release(request)
+def several_prompts(alone: Engine, prompts: int) -> list[Prepared]:
+    """Each image with each prompt, images next to each other."""
+    asked = [
+        dataclasses.replace(request, id=(request.id, number), prompt=f"Question {number}?")
+        for request in mixed_requests(8)
+        for number in range(prompts)
+    ]
+    return [one for one in map(alone.prepare, asked) if isinstance(one, Prepared)]
+
+
+@pytest.mark.parametrize("pruning", [UNPRUNED, TRIO, REDUCED, EADP], ids=lambda one: one.name)
+def test_several_prompts_read_an_image_once(family: Family, pruning: Pruning) -> None:
+    alone = engine(family, pruning, max_running=3)
+    requests = several_prompts(alone, 3)
+    together = said(alone, requests)
+    assert alone.stats()["images_encoded"] == images(requests) // 3 > 0
+    assert alone.stats()["encode_saved_s"] == 0, "it has not been spared them by another setting"
+    one_by_one = engine(family, pruning)
+    for request in requests:
+        assert said(one_by_one, [request])[request.id] == together[request.id]
+    assert one_by_one.stats()["images_encoded"] == images(requests), "a run begins without"
+
+
+def test_what_was_read_last_is_kept_within_its_bytes(family: Family) -> None:
+    alone = engine(family, UNPRUNED)
+    requests = [one for one in prepared(alone, 12) if len(one.image_inputs) == 1]
+    encoder = alone._runner._encoder
+    inputs = [image for one in requests for image in one.image_inputs]
+    encoder(inputs[:1])
+    each = encoder._bytes
+    assert each == encoder(inputs[:1])[0].tokens.nbytes > 0 and encoder.images == 1
+    encoder._cache_bytes = 2 * each
+    encoder(inputs[:3])
+    assert encoder._bytes == 2 * each
+    encoder(inputs[1:3])
+    assert encoder.images == 3, "the last two are there"
+    encoder(inputs[:1])
+    encoder(inputs[2:3])
+    assert encoder.images == 4
+    encoder(inputs[1:2])
+    assert encoder.images == 5, "the one that was read before the others is gone"
+
+
+def test_other_pixels_are_another_image(family: Family) -> None:
+    """And a mapping without a digest is an image of its own."""
+    alone = engine(family, UNPRUNED)
+    (one, other, *_) = [r for r in prepared(alone, 12) if len(r.image_inputs) == 1]
+    (first,), (second,) = one.image_inputs, other.image_inputs
+    assert first.digest != second.digest
+    plain = {**first}
+    encoder = alone._runner._encoder
+    encoder([first, plain, second, first, plain])
+    assert encoder.images == 3
 
 
 def test_the_memory_is_shared_out(family: Family) -> None:

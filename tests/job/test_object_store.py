@@ -46,7 +46,7 @@ from trio.job.storage import (
 
 SHARDS, ROWS, UNIT_ROWS = 10, 8, 4
 PROMPT = RowSettings(
-    prompt="what is this?",
+    prompts=("what is this?",),
     sampling=Sampling(max_new_tokens=1),
     policy=ImagePolicy(),
     seed=0,

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from trio.errors import JobFailed
 from trio.job.input.units import Unit
+from trio.job.output.sink import Answered
 from trio.job.output.totals import Totals
 from trio.job.quarantine import (
     BARREN,
@@ -17,13 +18,12 @@ from trio.job.quarantine import (
     ROW_LOSSES,
     Attempts,
     PassPlan,
-    Row,
     single_rows,
 )
 
 UNITS = [Unit(shard, 4 * n, 4 * n + 4) for shard in range(2) for n in range(5)]
 ROWS = [row for unit in UNITS for row in single_rows(unit)]
-SAID: Row = (({},), (Totals(),))
+SAID = Answered(({},), (Totals(),))
 MOST = LONG_PASSES + 1 + ROW_LOSSES
 
 

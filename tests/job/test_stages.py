@@ -98,7 +98,7 @@ def task_of(columns: Columns, model: str | None = None, **policy: Any) -> Task:
     return Task(
         engine=engine,
         rows=RowSettings(
-            prompt="the default",
+            prompts=("the default",),
             sampling=Sampling(),
             policy=ImagePolicy(**policy),
             seed=0,

@@ -7,6 +7,7 @@ import time
 
 from trio.engine.decoding.generation_rules import Rules
 from trio.engine.decoding.logits_rules import follow
+from trio.engine.decoding.repetition import RepetitionWatch
 from trio.engine.decoding.sampler import stream
 from trio.engine.model_runner import ModelRunner
 from trio.engine.request import Prepared, Result, Sampling, failed
@@ -89,4 +90,10 @@ class Admission:
             stream=stream(sampling),
             submitted=time.perf_counter(),
             following=following,
+            watch=_watch(sampling),
         )
+
+
+def _watch(sampling: Sampling) -> RepetitionWatch | None:
+    times = sampling.stop_repetition
+    return None if times is None else RepetitionWatch(times)

@@ -26,7 +26,7 @@ from trio.engine.decoding.sampler import Chosen, choose, stream
 from trio.engine.kv_budget import TEXT_TOKENS, MemoryPlan
 from trio.engine.loading import default_kv_bytes, load, load_text_tower
 from trio.engine.metrics import Counters, report
-from trio.engine.model_runner import EncodeImages, ModelRunner
+from trio.engine.model_runner import ModelRunner
 from trio.engine.preprocess import Preprocessor
 from trio.engine.request import Prepared, Request, Result, Sampling, failed
 from trio.engine.scheduler import Limit, Scheduler
@@ -53,8 +53,8 @@ class Engine:
     `kv_bytes`: memory for keys and values; None takes a part of what the device has free.
     `system`: message for requests without their own; None leaves it to the chat template.
     `memory_share`: of a GPU's memory, where several engines share one; for `kv_bytes` None.
-    `encode_images`: called in place of the adapter's own, with the same arguments; for engines
-        that read the same images one after the other.
+    `encoder`: of images, for engines that read the same ones after one another; None: one of its
+        own, which keeps what it made of the last ones.
     `text_tower`: of the model's vision encoder, for methods that need it.
 
     `memory_plan` says how many requests the memory holds at once, `decoding` which rules the
@@ -77,7 +77,7 @@ class Engine:
         kv_bytes: int | None = None,
         memory_share: float = 1.0,
         system: str | None = None,
-        encode_images: EncodeImages | None = None,
+        encoder: SharedEncoder | None = None,
         text_tower: TextTower | None = None,
     ) -> None:
         if batch_tokens < 1 or max_running < 1:
@@ -96,7 +96,7 @@ class Engine:
             pruning or Pruning(),
             kv_bytes=kv_bytes,
             max_running=max_running,
-            encode_images=encode_images,
+            encoder=encoder,
             text_tower=text_tower,
         )
         self._cache = self._runner.cache
@@ -202,14 +202,14 @@ class Engine:
         """
         if not prunings:
             return [self]
-        shared = SharedEncoder(self._runner.adapter) if encoding else None
+        shared = SharedEncoder(self._runner.adapter, hold=True) if encoding else None
         part = 1 / (1 + len(prunings)) if share is None else share
         parts = [1 - part * len(prunings), *[part] * len(prunings)]
         made = [
             self._another(
                 pruning=pruning,
                 kv_bytes=int(part * self._cache.room.budget),
-                encode_images=shared,
+                encoder=shared,
             )
             for pruning, part in zip((self._runner.pruning, *prunings), parts, strict=True)
         ]
@@ -296,12 +296,13 @@ class Engine:
         return done
 
     def reset(self) -> None:
-        """Drop all that waits or runs."""
+        """Drop all that waits or runs, and what is known of images."""
         self._under_way.clear()
         if self._scheduler.running:
             self._scheduler.clear()
             self._cache.scrub()
         self._scheduler.clear()
+        self._runner.reset()
         self._done.clear()
         if self._idle_since is None:
             self._idle_since = time.perf_counter()
@@ -471,7 +472,7 @@ class Engine:
     ) -> tuple[list[SequenceState], list[list[Features]], float]:
         """Visual features of the sequences; those whose placeholders do not fit them are failed.
         Also the seconds that another engine's reading of the images has spared."""
-        fitting, before = [], self._runner.shared
+        fitting, (images, saved_s) = [], self._runner.encoded_so_far
         for sequence, features in zip(sequences, self._runner.encode(sequences), strict=True):
             counts, expected = [len(image) for image in features], self._runner.encoded(sequence)
             if counts == expected:
@@ -480,9 +481,8 @@ class Engine:
             self._scheduler.finish(sequence)
             message = f"placeholders for images of {expected} tokens, but features of {counts}"
             self._fail(failed(sequence.prepared.id, "mismatch", message))
-        images, saved_s = sum(len(one.prepared.image_inputs) for one in sequences), 0.0
-        if before is not None and (after := self._runner.shared) is not None:
-            images, saved_s = after[0] - before[0], after[1] - before[1]
+        images = self._runner.encoded_so_far[0] - images
+        saved_s = self._runner.encoded_so_far[1] - saved_s
         self._counters.images_encoded += images
         self._counters.encode_saved_s += saved_s
         return [one for one, _ in fitting], [features for _, features in fitting], saved_s
@@ -524,8 +524,7 @@ class Engine:
                 spoilt |= not is_number
                 continue
             if is_number:
-                sequence.token_ids.append(token)
-                sequence.logprobs.append(logprob)
+                sequence.append(token, logprob)
             else:
                 sequence.failure = self._failure(sequence, logprob)
             if sequence.finish_reason is not None:

@@ -30,7 +30,8 @@ class Counters:
     output_tokens: int = 0
     candidate_tokens: int = 0
     images_encoded: int = 0
-    """Images that the encoder read: not those whose features another engine had it make."""
+    """Images that the encoder read: not those whose features were there from another prompt, or
+    from another engine."""
     encode_s: float = 0.0
     """As if this engine were alone, where several share an encoder."""
     encode_saved_s: float = 0.0

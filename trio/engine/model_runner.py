@@ -34,14 +34,11 @@ from trio.pruning.method_registry import create
 from trio.pruning.methods.random import Salts
 from trio.pruning.options import Pruning
 
-EncodeImages = Callable[[Sequence[Inputs], str, Sequence[int], Join | None], Sequence[Features]]
-"""As `Adapter.encode_images`."""
-
 
 class ModelRunner:
     """Model, pruning and cache, one step at a time.
 
-    encode_images: stands in for the adapter's, if given.
+    encoder: of images; None: one of its own.
 
     Raises:
         UserError: the pruning settings cannot be met by this model.
@@ -54,12 +51,11 @@ class ModelRunner:
         *,
         kv_bytes: int,
         max_running: int,
-        encode_images: EncodeImages | None = None,
+        encoder: SharedEncoder | None = None,
         text_tower: TextTower | None = None,
     ) -> None:
         self.adapter = adapter
-        self._encode_images = encode_images or adapter.encode_images
-        self._shared = encode_images if isinstance(encode_images, SharedEncoder) else None
+        self._encoder, self._encodes_alone = encoder or SharedEncoder(adapter), encoder is None
         self.decoder = adapter.decoder
         self.pruning = adapter.settle(pruning)
         self.method = create(self.pruning) if self.pruning.chooses else None
@@ -131,8 +127,8 @@ class ModelRunner:
         if not inputs:
             return [[] for _ in sequences]
         keeps = [keep for sequence in sequences for keep in self.encoded(sequence)]
-        encoder = self.pruning.encoder
-        features = iter(self._encode_images(inputs, encoder, keeps, self.join))
+        reduction = self.pruning.encoder
+        features = iter(self._encoder(inputs, reduction, keeps, self.join, reader=id(self)))
         return [[next(features) for _ in sequence.prepared.image_inputs] for sequence in sequences]
 
     @property
@@ -141,20 +137,23 @@ class ModelRunner:
         return self._contexts.join if self._contexts else None
 
     def release(self, prepared: Prepared) -> None:
-        """Give back the features of images that engines shared."""
-        if self._shared is not None:
-            self._shared.release(prepared.image_inputs)
+        """Give back the features of images that were held for other engines."""
+        self._encoder.release(prepared.image_inputs)
 
     def forget(self) -> None:
-        """Give back all such features, where memory is short: they are made anew."""
-        if self._shared is not None:
-            self._shared.forget()
+        """Give back the features of all images, where memory is short: they are made anew."""
+        self._encoder.forget()
+
+    def reset(self) -> None:
+        """Begin without features of images, but for those that other engines may read."""
+        if self._encodes_alone:
+            self._encoder.forget()
 
     @property
-    def shared(self) -> tuple[int, float] | None:
-        """Of an encoder that several engines share: images that it has read, and seconds that
-        reading them again would have taken."""
-        return None if self._shared is None else (self._shared.images, self._shared.saved_s)
+    def encoded_so_far(self) -> tuple[int, float]:
+        """Images that the encoder has read for all engines that share it, and seconds that engines
+        were spared by each other."""
+        return self._encoder.images, self._encoder.saved_s
 
     def encoded(self, sequence: SequenceState) -> list[int]:
         """Visual tokens of each of the sequence's images that enter the decoder."""

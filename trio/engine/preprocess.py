@@ -6,16 +6,26 @@ prepare requests for one that has it.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from PIL.Image import Image
 from tokenizers import Tokenizer
 
-from trio.engine.request import Prepared, ProcessedImage, Request, Result, Unservable, failed
+from trio.engine.request import (
+    ImageInputs,
+    Prepared,
+    ProcessedImage,
+    Request,
+    Result,
+    Unservable,
+    failed,
+)
 from trio.errors import UserError, first_line, kind_and_line
 from trio.families.pixel_tables import UNFINISHED, CannotCut, PixelTables, learn
 
@@ -114,13 +124,15 @@ class Preprocessor:
         """
         tables = self._known_tables()
         made = self._family.process_images(self._processor, _checked(images), **UNFINISHED)
+        inputs = [tables.to_uint8(_tensors(image)) for image in made]
         return [
             ProcessedImage(
                 input_ids=image["input_ids"][0].numpy(),
-                inputs=tables.to_uint8(_tensors(image)),
+                inputs=own,
+                digest=_digest(own),
                 prompt_images=len(images),
             )
-            for image in made
+            for image, own in zip(made, inputs, strict=True)
         ]
 
     @cached_property
@@ -144,26 +156,31 @@ class Preprocessor:
         ids = self._tokenizer.encode(prompt, add_special_tokens=False).ids
         return (token for token in ids if token not in self._control_ids)
 
-    def _images(self, images: Sequence[Any]) -> list[tuple[list[int], dict[str, Tensor]]]:
+    def _images(self, images: Sequence[Any]) -> list[tuple[list[int], ImageInputs]]:
         """For each image the placeholder tokens that stand for it, and its tensors."""
         if any(isinstance(image, ProcessedImage) for image in images):
             return [self._finished(image, f"image {n}", images) for n, image in enumerate(images)]
         made = self._family.process_images(self._processor, _checked(images))
-        return [(image["input_ids"][0].tolist(), _tensors(image)) for image in made]
+        tensors = [_tensors(image) for image in made]
+        return [
+            (image["input_ids"][0].tolist(), ImageInputs(own, _digest(own)))
+            for image, own in zip(made, tensors, strict=True)
+        ]
 
     def _finished(
         self, image: Any, where: str, images: Sequence[Any]
-    ) -> tuple[list[int], dict[str, Tensor]]:
+    ) -> tuple[list[int], ImageInputs]:
         if not isinstance(image, ProcessedImage):
             raise Unservable("image", f"{where} is not processed, and others of its prompt are")
         if image.prompt_images != len(images):
             numbers = f"{image.prompt_images} of a prompt, and here are {len(images)}"
             raise Unservable("mismatch", f"{where} was processed as one of {numbers}")
         try:
-            return image.input_ids.tolist(), self._known_tables().finish(image.inputs)
+            made = self._known_tables().finish(image.inputs)
         except ValueError as fault:
             message = f"{where} was not processed for this model: {first_line(fault)}"
             raise Unservable("image", message) from fault
+        return image.input_ids.tolist(), ImageInputs(made, image.digest)
 
     def _candidates(
         self,
@@ -317,6 +334,16 @@ class Preprocessor:
 
 def _tensors(image: Inputs) -> dict[str, Tensor]:
     return {name: image[name] for name in image if name not in _TEXT_KEYS}
+
+
+def _digest(inputs: Mapping[str, Any]) -> bytes:
+    """The same for the same arrays under the same names."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(inputs):
+        array = np.asarray(inputs[name], order="C")
+        digest.update(f"{name} {array.dtype} {array.shape}".encode())
+        digest.update(array.reshape(-1).view(np.uint8).data)
+    return digest.digest()
 
 
 def _checked(images: Sequence[Any]) -> list[Image]:

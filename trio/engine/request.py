@@ -49,6 +49,7 @@ _LIMITS: dict[str, tuple[Callable[[object], bool], str]] = {
     "min_p": (lambda x: _real(x, lambda v: 0 <= v <= 1), "lie in [0, 1], 0 for all tokens"),
     "repetition_penalty": (lambda x: _real(x, lambda v: v > 0), "be above 0, 1 for none"),
     "no_repeat_ngram_size": (_count, "be at least 1, 0 for none"),
+    "stop_repetition": (lambda x: isinstance(x, Integral) and int(x) > 1, "be at least 2"),
 }
 """What a setting may be, and that in words."""
 
@@ -85,6 +86,9 @@ class Sampling:
     """Tokens that end the answer, besides the model's own end-of-sequence tokens."""
     ignore_eos: bool = False
     """Go on after the model's own end-of-sequence tokens (for measuring speed)."""
+    stop_repetition: Annotated[int | None, Value(read=whole(2), unit="TIMES")] = None
+    """End an answer (finish reason `repetition`) in which the same 1 to 64 tokens stand so many
+    times in a row, 16 tokens or more in all; 4 is a good choice (default: never)."""
     first_logprobs: bool = False
     """Give the first token's whole distribution in the result (for comparing settings)."""
 
@@ -102,6 +106,16 @@ class Sampling:
                 )
 
 
+class ImageInputs(dict[str, Any]):
+    """What an image processor made of one image; `digest` is the same for equal ones."""
+
+    __slots__ = ("digest",)
+
+    def __init__(self, values: Mapping[str, Any], digest: bytes) -> None:
+        super().__init__(values)
+        self.digest = digest
+
+
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class ProcessedImage:
     """An image after the model's image processor, but for rescaling and normalising.
@@ -114,6 +128,8 @@ class ProcessedImage:
     inputs: Mapping[str, np.ndarray]
     """What the processor made of it: pixels as uint8 in the shape that the model takes, all else
     (sizes, grids) as it is. May be read-only."""
+    digest: bytes
+    """Of these, the same for equal ones."""
     prompt_images: int = 1
     """Images of its prompt: some processors cut an image into tiles only where it is alone."""
 
@@ -182,7 +198,7 @@ class Result:
     and the candidate's tokens before it."""
     candidate_is_top: list[list[bool]] = field(default_factory=list)
     """Of the same tokens, whether the model itself finds none likelier there."""
-    finish_reason: Literal["stop", "length", "scored", "error"]
+    finish_reason: Literal["stop", "length", "repetition", "scored", "error"]
     error: str | None = None
     """`kind: message`; the kinds are those of `FailureKind`."""
     prompt_tokens: int | None = None

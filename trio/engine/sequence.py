@@ -6,6 +6,7 @@ import random
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from trio.engine.decoding.repetition import RepetitionWatch
 from trio.engine.kv_budget import Need
 from trio.engine.request import Prepared, Sampling
 
@@ -32,6 +33,10 @@ class SequenceState:
     """Time of arrival, by `time.perf_counter`."""
     following: Following | None = None
     """The checkpoint's and the sampling's rules of decoding, if there are any."""
+    watch: RepetitionWatch | None = None
+    """Where an answer that loops is to end."""
+    loops: bool = False
+    """Whether it does."""
 
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -64,7 +69,9 @@ class SequenceState:
         return sum(self.prepared.image_tokens)
 
     @property
-    def finish_reason(self) -> Literal["stop", "length", "scored", "error"] | None:
+    def finish_reason(
+        self,
+    ) -> Literal["stop", "length", "repetition", "scored", "error"] | None:
         """Why nothing is added to the answer; None while something is."""
         if self.failure is not None:
             return "error"
@@ -72,15 +79,27 @@ class SequenceState:
             return "scored"
         if self.token_ids and self.token_ids[-1] in self.stop_ids:
             return "stop"
+        if self.loops:
+            return "repetition"
         if len(self.token_ids) == self.sampling.max_new_tokens:
             return "length"
         return None
+
+    def append(self, token: int, logprob: float) -> None:
+        """The answer's next token."""
+        self.token_ids.append(token)
+        self.logprobs.append(logprob)
+        if self.watch is not None:
+            self.loops = self.watch.loops(token)
 
     def restart(self, stream: random.Random) -> None:
         """Forget the answer so far; `stream` is the request's random stream from its start."""
         self.stream, self.failure = stream, None
         if self.following is not None:
             self.following.restart()
+        if self.watch is not None:
+            self.watch.restart()
+            self.loops = False
         answer = (self.token_ids, self.logprobs, self.candidate_logprobs, self.candidate_is_top)
         for grown in (*answer, self.layer_tokens, self.positions, self.kept, self.entered):
             grown.clear()

@@ -141,7 +141,7 @@ def _asked(job: Job, config: Settings) -> dict[str, Any]:
     if _on_demo(config) and questions.metric is None:
         changes["metric"] = "exact_match"
     for name, other in (("prompt", "--prompt-template"), ("score", "--metric")):
-        if config.get(name) not in (None, "none"):
+        if config.get(name) not in (None, "none", ()):
             raise UserError(f"{name!r} is a setting of caption.py; here it is {other}")
     return changes
 

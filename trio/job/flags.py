@@ -114,13 +114,14 @@ def _read(setting: Setting, given: Any) -> Any:
     value = setting.value
     if value.switch:
         return given
-    if value.several:
-        given = [word for words in given for word in words]
+    occasions = given if value.several else [given]
     try:
-        if value.several and not given:
+        for words in occasions if value.single or not value.several else ():
+            if len(words) != 1:
+                raise UserError(f"expected one value, got {' '.join(words) or 'none'} {HINT}")
+        given = [word for words in occasions for word in words]
+        if not given:
             raise UserError("expected at least one value")
-        if not value.several and len(given) != 1:
-            raise UserError(f"expected one value, got {' '.join(given) or 'none'} {HINT}")
         return value.read(given if value.several else given[0])
     except UserError as error:
         raise UserError(f"{setting.flag}: {error}") from error

@@ -5,17 +5,19 @@ INPUT ``Settings``; OUTPUT a ``Plan``, or an error of the user's in one line.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import pyarrow as pa
 
 from trio.engine.decoding.generation_rules import Rules
 from trio.errors import UserError
-from trio.job.input.columns import OWN, Columns, parse_mapping, resolve
+from trio.job.input import own_columns
+from trio.job.input.columns import OWN, Columns, of_template, parse_mapping, resolve
 from trio.job.input.joined_pictures import PictureFiles
 from trio.job.input.manifest import Manifest, expand, inspect, tell
 from trio.job.output import output_directory
+from trio.job.output.schema import OPTIONAL, rows_schema
 from trio.job.output.scoring import SCORED
 from trio.job.questions.asking import Asking, asking_of
 from trio.job.questions.dataset_files import PICTURES, digests, picture_files, question_paths
@@ -26,6 +28,7 @@ from trio.job.resume.fingerprint import Fingerprint
 from trio.job.resume.hub import pin_revision
 from trio.job.settings import Settings
 from trio.job.storage import Location, locate
+from trio.vqa.presets.prompt_template import PromptTemplate
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,6 +49,8 @@ class Plan:
     """Of `jobs/vqa.py`."""
     pictures: PictureFiles | None = None
     """That rows are joined with."""
+    template: PromptTemplate | None = None
+    """Of the prompt of `jobs/caption.py`."""
 
     @property
     def rows(self) -> int:
@@ -76,8 +81,9 @@ def plan(
     earlier = output_directory.earlier(output)
     config = _settled(config, earlier)
     questions, asking, pictures = config.questions, None, None
+    template = _template(config)
     if questions.preset is not None:
-        asking = asking_of(questions)
+        asking = asking_of(questions, template)
         if compare:
             paths = question_paths(asking.preset, paths, say)
             pictures = picture_files(asking.preset, questions, paths, say)
@@ -90,16 +96,24 @@ def plan(
         output_directory.check_same(earlier, now, found, output.uri)
         manifest, columns = earlier.manifest, earlier.columns
         if questions.mode is not None and asking is None:
-            asking = asking_of(questions, [role[1:] for role in columns.roles if role[0] == OWN])
+            names = [role[1:] for role in columns.roles if role[0] == OWN]
+            asking = asking_of(questions, template, names)
     else:
         manifest, schemas = inspect(paths, output, say)
+        found_in = own_columns.partitions([shard.path for shard in manifest.shards])
+        schemas = [
+            own_columns.with_fields(schema, shard.path, found_in)
+            for schema, shard in zip(schemas, manifest.shards, strict=True)
+        ]
         if questions.mode is not None and asking is None:
-            asking = asking_of(questions, schemas[0].names)
+            asking = asking_of(questions, template, schemas[0].names)
         columns = _columns(config, asking, manifest, schemas)
+        columns = _with_own(columns, config, found_in, manifest, schemas, say)
     return Plan(
         config=config, manifest=manifest, columns=columns, output=output, fingerprint=now,
         earlier=earlier, finished=output_directory.finished(output),
         decoding=decoding_rules.read(config), asking=asking, pictures=pictures,
+        template=None if asking else template,
     )  # fmt: skip
 
 
@@ -109,15 +123,18 @@ def _columns(
     """What is read of the shards."""
     paths = [shard.path for shard in manifest.shards]
     mapping = parse_mapping(config.input.columns or "")
+    template = _template(config)
+    if asking is not None or template is not None:
+        _refuse(mapping, "prompt", "--prompt-template")
     if asking is None:
+        also = of_template(template, schemas, paths) if template is not None else []
         return resolve(
-            schemas, paths, mapping,
-            prompt_given=config.input.prompt is not None,
+            schemas, paths, mapping if template is None else mapping | {"prompt": "none"},
+            prompt_given=bool(config.input.prompt) or template is not None,
             scored=config.output.score in SCORED,
+            also=also,
         )  # fmt: skip
-    for role, other in (("prompt", "--prompt-template"), ("answers", "a preset's fields")):
-        if mapping.get(role, "none") not in ("none", ""):
-            raise UserError(f"--columns {role}={mapping[role]}: here it is said by {other}")
+    _refuse(mapping, "answers", "a preset's fields")
     asking.check(schemas, paths)
     return resolve(
         schemas,
@@ -127,6 +144,41 @@ def _columns(
         joined=asking.preset.images is not None,
         also=asking.columns,
     )
+
+
+def _refuse(mapping: Mapping[str, str], role: str, other: str) -> None:
+    if mapping.get(role, "none") not in ("none", ""):
+        raise UserError(f"--columns {role}={mapping[role]}: here it is said by {other}")
+
+
+def _template(config: Settings) -> PromptTemplate | None:
+    text = config.input.prompt_template
+    return None if text is None else PromptTemplate(text)
+
+
+def _with_own(
+    columns: Columns,
+    config: Settings,
+    found_in: pa.Schema,
+    manifest: Manifest,
+    schemas: Sequence[pa.Schema],
+    say: Callable[[str], None],
+) -> Columns:
+    """With the columns that go along, and those in the names of directories that are read."""
+    kept, roles = columns.kept, dict(columns.roles)
+    if config.input.keep_columns is not None:
+        same = {name for role, name in roles.items() if role in ("id", "prompt") and role == name}
+        kept = own_columns.kept_columns(
+            config.input.keep_columns,
+            schemas,
+            [shard.path for shard in manifest.shards],
+            given={*same, *(name for role, name in roles.items() if role == "image")},
+            ours=rows_schema(pa.null(), run_id="", also=tuple(OPTIONAL)).names,
+            say=say,
+        )
+        roles |= {OWN + name: name for name in own_columns.sources_of(kept)}
+    read = [field for field in found_in if OWN + field.name in roles]
+    return replace(columns, roles=roles, kept=kept, partitions=pa.schema(read))
 
 
 def _settled(config: Settings, earlier: output_directory.Pinned | None) -> Settings:

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from trio.errors import JobFailed
 from trio.job.input.units import Unit
-from trio.job.output.totals import Totals
+from trio.job.output.sink import Answered
 from trio.tables import counted
 
 ROW_LOSSES = 2
@@ -25,8 +25,6 @@ BARREN = 3
 SYSTEMATIC = 16
 # rows that are lost alone, and none was ever answered: more of them do not all kill
 Kind = Literal["long", "alone", "rows"]
-Row = tuple[tuple[dict[str, Any], ...], tuple[Totals, ...]]
-# the output rows of an input row, and what those of each setting add up to
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,7 +59,7 @@ class Attempts:
         # by the unit of a single row
         self._number = self._long = self._barren = 0
         # passes; those over long runs; those that were disturbed, with nothing gained since
-        self._rows: dict[Unit, dict[Unit, Row]] = {}
+        self._rows: dict[Unit, dict[Unit, Answered]] = {}
         # by unit, then by the unit of the single row
         self._alone: Counter[Unit] = Counter()
 
@@ -84,7 +82,7 @@ class Attempts:
         self._open.pop(unit, None)
         self._rows.pop(unit, None)
 
-    def answered(self, row: Unit, said: Row) -> None:
+    def answered(self, row: Unit, said: Answered) -> None:
         """A single row has its answer or its error."""
         self._barren, self._ever = 0, True
         self._rows[self._unit_of[row]][row] = said
@@ -130,7 +128,7 @@ class Attempts:
                 " done: no rows are at fault, but the machines or what they run"
             )
 
-    def whole(self) -> list[tuple[Unit, list[Row]]]:
+    def whole(self) -> list[tuple[Unit, list[Answered]]]:
         """Units whose rows are all known and in order, to be committed."""
         return [
             (unit, [rows[row] for row in sorted(rows)])

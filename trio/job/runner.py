@@ -37,20 +37,20 @@ from trio.job.input.units import Unit, unit_rows, units
 from trio.job.nodes.cluster import Resources
 from trio.job.output import output_directory
 from trio.job.output import totals as sums
-from trio.job.output.output_rows import Ask, RowSettings, Source, output_row
+from trio.job.output.output_rows import RowSettings, Source, output_row
 from trio.job.output.progress import Progress
 from trio.job.output.schema import AUDIT, KEEP, KEPT, LIKELIHOOD, QUESTION, SCORE, row_key
 from trio.job.output.scoring import SCORED
-from trio.job.output.sink import ROWS, Sink
+from trio.job.output.sink import ROWS, Answered, Sink
 from trio.job.output.summary import of_setting, summarise
 from trio.job.output.totals import Totals
 from trio.job.passes import LEAST_ROOM_S, ROOM_S, STILL_S, Limits, Passes, Room, Stop
 from trio.job.plan import Plan
-from trio.job.quarantine import ROW_LOSSES, Attempts, Row
+from trio.job.quarantine import ROW_LOSSES, Attempts
 from trio.job.questions import question_settings
 from trio.job.resume import committed, decoding_rules, lease
 from trio.job.settings import Settings
-from trio.job.stages import Receipt, Task
+from trio.job.stages import Described, Receipt, Task
 from trio.job.storage import exists
 
 AHEAD = {False: 96, True: 256}
@@ -155,7 +155,7 @@ def execute(
                 if receipt.node not in seen:
                     _check_shared(run, receipt)
                     seen.add(receipt.node)
-                progress.add(receipt.totals)
+                progress.add(receipt.totals, receipt.ready_s)
                 parts = sums.added(parts, receipt.parts)
                 _check_errors(config, before, progress.done)
     _check_complete(run, wanted, progress.done)
@@ -220,8 +220,8 @@ def _of_pass(
                 receipt = next(coming)
             except StopIteration as end:
                 return bool(end.value)
-            if receipt.rows is not None:
-                attempts.answered(receipt.unit, (receipt.rows, receipt.parts))
+            if receipt.answered is not None:
+                attempts.answered(receipt.unit, receipt.answered)
             elif receipt.done and receipt.unit in attempts.open:
                 attempts.committed(receipt.unit)
                 yield receipt
@@ -236,10 +236,10 @@ def _without_receipt(run: Plan, attempts: Attempts, task: Task) -> Iterator[Rece
         yield Receipt(unit, True, "", parts)
 
 
-def _given_up(row: Unit, passes: Passes, task: Task) -> Row:
+def _given_up(row: Unit, passes: Passes, task: Task) -> Answered:
     """The output rows of one that killed its process each time it was alone."""
     error = RowError("quarantined", f"the process died {ROW_LOSSES} times while on this row alone")
-    said: tuple[Any, Sequence[Ask]] = (None, (Ask(),))
+    said = Described(carried=task.columns.carried(pa.table({"": pa.nulls(1)})))
     remote: Any = ray.remote(num_cpus=0, max_retries=0)(stages.describe)
     coming = remote.remote(passes.a_run([row]), task.columns, task.rows)
     try:
@@ -249,7 +249,7 @@ def _given_up(row: Unit, passes: Passes, task: Task) -> Row:
     except RayError:  # it may be the reader that it kills
         pass
     source = Source(key=row_key(row.shard, row.start), table=pa.table({}), index=0, path="")
-    source.id, source.asks = said
+    source.id, source.asks = said.id, said.asks
     made = [
         output_row(source, error, task.rows, actor="driver", node="", prompt_number=n, setting=s)
         for n, _ in enumerate(source.asks)
@@ -258,18 +258,20 @@ def _given_up(row: Unit, passes: Passes, task: Task) -> Row:
     parts = [Totals() for _ in task.engine.prunings]
     for one in made:
         parts[one["setting"]] += sums.of_row(one, source.asks[one["prompt_number"]].answers)
-    return tuple(made), tuple(parts)
+    return Answered(tuple(made), tuple(parts), said.carried)
 
 
 def _commit_rows(
-    unit: Unit, rows: Sequence[Row], task: Task, tell: Callable[[str], None]
+    unit: Unit, rows: Sequence[Answered], task: Task, tell: Callable[[str], None]
 ) -> tuple[Totals, ...]:
     """Commit a unit whose rows were answered one by one."""
-    parts = sums.added(*(parts for _, parts in rows))
-    made = [one for own, _ in rows for one in own]
+    parts = sums.added(*(row.parts for row in rows))
+    made = [one for row in rows for one in row.rows]
+    carried = [row.carried for row in rows if row.carried is not None]
     times = [one["finished_at"] for one in made]
     stats = {"actor": "driver", "node": "", "start": min(times), "end": max(times)}
-    task.sink.commit(unit, made, [stats] * len(parts), parts, tell)
+    own = pa.concat_tables(carried) if carried else None
+    task.sink.commit(unit, made, [stats] * len(parts), parts, tell, own)
     return parts
 
 
@@ -343,7 +345,8 @@ def stages_task(
     """What the stages of a run are told."""
     engine, also = engine_settings(config, resources), optional_columns(config)
     rows = RowSettings(
-        prompt=config.input.prompt,
+        prompts=config.input.prompt,
+        template=run.template,
         sampling=engine.sampling,
         policy=config.image_policy(),
         seed=config.seed,
@@ -357,6 +360,7 @@ def stages_task(
         run_id=run_id,
         id_type=run.columns.id_type,
         also=also,
+        kept=run.columns.kept,
         settings=len(engine.prunings),
         pauses_s=PAUSES_S,
     )

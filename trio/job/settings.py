@@ -34,7 +34,9 @@ from trio.values import (
     Tokens,
     Value,
     accepted,
+    each,
     many,
+    names,
     number,
     one_of,
     plain,
@@ -43,6 +45,7 @@ from trio.values import (
     text,
     whole,
 )
+from trio.vqa.presets.prompt_template import PromptTemplate
 
 DEMO = bundled.NAME
 """Stands for the bundled shard and the bundled model, wherever the package is installed."""
@@ -63,6 +66,12 @@ def _directory(value: Any) -> str:
         return os.path.normpath(local_path(value))
     except OSError as error:
         raise UserError(str(error)) from error
+
+
+def _template(value: Any) -> str:
+    """Of a prompt; a shell hands on a line break as it is written, with a backslash."""
+    read = text(value).replace("\\n", "\n")
+    return PromptTemplate(read).text
 
 
 def _adapter(value: Any) -> str:
@@ -91,14 +100,22 @@ class Input:
     input: Annotated[tuple[str, ...], many(_PLACE, "PATH", least=1)] = (DEMO,)
     """Parquet file, directory or quoted pattern, s3://, gs:// or hf://datasets/ URI; several may be
     given; demo is the bundled shard."""
-    prompt: Text | None = None
-    """Prompt for rows that bring none."""
+    prompt: Annotated[tuple[str, ...], each(text, "TEXT")] = ()
+    """Prompt for rows that bring none; given several times, each row is asked each of them, and its
+    images are prepared and encoded once."""
+    prompt_template: Annotated[str | None, Value(read=_template, unit="TEMPLATE")] = None
+    """Prompt made of columns, as in '{question}\\nAnswer in one word.' (default: the preset's; the
+    column prompt or question)."""
     system_prompt: Text | None = None
     """System message of all rows, if the model's chat template has a place for one (default: the
     template's own)."""
     columns: Annotated[str | None, Value(read=text, unit="ROLE=COLUMN,...")] = None
     """Names of input columns, as in image=jpg,prompt=caption_prompt; the roles are image, prompt,
-    id and answers; id=none leaves an id column out."""
+    id and answers, and max_new_tokens, temperature, seed and system, which stand for the settings
+    of single rows; id=none leaves an id column out."""
+    keep_columns: Annotated[tuple[str, ...] | None, Value(read=names, unit="COLUMN,...")] = None
+    """Columns of the input, partitions (day=1/) included, that the output gets as they are; all
+    stands for all but those with images, which have to be named (default: none)."""
     limit: Rows | None = None
     """Stop after the first rows of the input (default: all)."""
     allow_remote_images: Switch = False
@@ -244,6 +261,7 @@ class Settings:
         if rows.remote_images_from and not rows.allow_remote_images:
             raise UserError("--remote-images-from needs --allow-remote-images: give both or none")
         self._check_compared()
+        self._check_prompts()
         if model.text_tower is not None and self.text_tower_method is None:
             raise UserError(f"--text-tower: method {self.pruning.method} does not use it")
         if self.cluster.threads is not None and self.cluster.prepare_cpus is not None:
@@ -251,6 +269,17 @@ class Settings:
         parse_mapping(rows.columns or "")
         seeded = dataclasses.replace(self.pruning, seed=self.seed)
         object.__setattr__(self, "pruning", seeded)
+
+    def _check_prompts(self) -> None:
+        rows = self.input
+        if rows.prompt and rows.prompt_template is not None:
+            raise UserError("--prompt and --prompt-template exclude each other: give one of them")
+        if len(set(rows.prompt)) < len(rows.prompt):
+            raise UserError("--prompt: the same text is given twice")
+        if len(rows.prompt) > 1 and self.output.score in SCORED:
+            raise UserError(
+                f"--score {self.output.score} compares with one answer: give one --prompt"
+            )
 
     def _check_compared(self) -> None:
         items, pruning = self.output.compare, self.pruning

@@ -17,7 +17,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -42,6 +42,7 @@ from trio.job.images.time_limit import TimeLimit
 from trio.job.input.columns import Columns
 from trio.job.input.joined_pictures import JoinedPictures, PictureFiles
 from trio.job.input.manifest import Shard
+from trio.job.input.own_columns import with_partitions
 from trio.job.input.reader import RunReader, ShardChanged, ShardUnreadable
 from trio.job.input.units import Unit
 from trio.job.output.output_rows import (
@@ -53,7 +54,7 @@ from trio.job.output.output_rows import (
     picture_of,
     sources,
 )
-from trio.job.output.sink import Sink
+from trio.job.output.sink import Answered, Sink
 from trio.job.output.totals import Totals, merge
 from trio.job.storage import exists, open_location, parent
 
@@ -161,8 +162,10 @@ class Receipt:
     node: str
     parts: tuple[Totals, ...] = ()
     """Of each setting."""
-    rows: tuple[dict[str, Any], ...] | None = None
+    answered: Answered | None = None
     """The rows themselves; None where they are committed."""
+    ready_s: float = 0.0
+    """Since its engine was ready."""
 
     @property
     def totals(self) -> Totals:
@@ -170,6 +173,16 @@ class Receipt:
 
     def pack(self) -> pa.Table:
         return pa.table({"receipt": pa.array([pickle.dumps(self)], pa.large_binary())})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Described:
+    """A row whose answer is not to be had."""
+
+    id: Any = None
+    asks: Sequence[Ask] = (Ask(),)
+    carried: pa.Table
+    """Its columns that go along."""
 
 
 def receipts_of(batch: pa.Table) -> list[Receipt]:
@@ -207,6 +220,7 @@ def read(
                 found = _errors(unit, columns, found)
             elif joined is not None:
                 found = _with_pictures(found, joined, unit, columns, desk)
+            found = with_partitions(found, path, columns.partitions)
             yield Block(unit, path, found).pack()
         reader.close()
 
@@ -281,6 +295,7 @@ def _prepared(row: pa.Table, task: Task, desk: Desk) -> pa.Table:
     known = block.table.column("prepared") if "prepared" in block.table.column_names else None
     made: list[dict[str, Any]] = []
     images: list[Sequence[Any]] = []
+    seen: dict[str, tuple[Source, Sequence[Any]]] = {}
     with TimeLimit(task.rows.policy.row_timeout) as limit:
         for source in sources(block.table, block.unit, block.path):
             if time.perf_counter() - said_at > ALIVE_S:
@@ -291,7 +306,7 @@ def _prepared(row: pa.Table, task: Task, desk: Desk) -> pa.Table:
             if not said:
                 try:
                     with limit.row():
-                        mine = _images(source, base, task, preprocessor)
+                        mine = _images(source, base, task, preprocessor, seen)
                 except RowError as error:
                     said = {"kind": error.kind, "message": error.message}
             images.append(mine)
@@ -326,9 +341,13 @@ def _preprocessor(task: Task, desk: Desk) -> PreprocessorLike | None:
 
 
 def _images(
-    source: Source, base: Any, task: Task, preprocessor: PreprocessorLike | None
+    source: Source,
+    base: Any,
+    task: Task,
+    preprocessor: PreprocessorLike | None,
+    seen: dict[str, tuple[Source, Sequence[Any]]],
 ) -> Sequence[Any]:
-    """What the engine is given of a row's images.
+    """What the engine is given of a row's images; `seen`: those of rows before, by their picture.
 
     Raises:
         RowError: whatever a row does to a library is its own failure.
@@ -339,10 +358,14 @@ def _images(
     if source.picture is None and task.rows.asking is not None and task.rows.asking.without_picture:
         source.num_images = 0
         return ()
+    if source.picture is not None and source.picture in seen:
+        like, found = seen[source.picture]
+        source.num_images, source.size, source.note = like.num_images, like.size, like.note
+        return found
     try:
         images = load_images(cell, base, task.rows.policy)
         note_images(source, images)
-        return images if preprocessor is None else preprocessor.process(images)
+        found = images if preprocessor is None else preprocessor.process(images)
     except RowError:
         raise
     except Unservable as error:
@@ -351,6 +374,9 @@ def _images(
         raise RowError("image_oversized", "the images take more memory than there is") from error
     except Exception as error:
         raise RowError("image_unreadable", kind_and_line(error)) from error
+    if source.picture is not None:
+        seen[source.picture] = source, found
+    return found
 
 
 # answer
@@ -373,11 +399,14 @@ class answer:
         if self._engine.stopped():
             return Receipt(block.unit, False, self._engine.node).pack()
         answered = self._engine.answer(block.unit, self._sources(block))
+        answered = replace(answered, carried=self._task.columns.carried(block.table))
         if not self._commits:
             _, parts = self._engine.taken(answered, block.prepare_s)
-            return Receipt(block.unit, True, self._engine.node, parts, answered.rows).pack()
+            answered = replace(answered, parts=parts)
+            return Receipt(block.unit, True, self._engine.node, parts, answered).pack()
         parts = self._engine.commit(block.unit, answered, block.node, block.prepare_s)
-        return Receipt(block.unit, True, self._engine.node, parts).pack()
+        ready_s = self._engine.ready_s
+        return Receipt(block.unit, True, self._engine.node, parts, ready_s=ready_s).pack()
 
     def _sources(self, block: Block) -> Iterator[tuple[Source, Sequence[Any] | RowError]]:
         """Rows with their images, or with their error."""
@@ -397,16 +426,18 @@ class answer:
                 yield source, RowError(said["kind"], said["message"])
 
 
-def describe(run: Run, columns: Columns, settings: RowSettings) -> tuple[Any, Sequence[Ask]]:
-    """Id and prompts of a single row, its images unread: of one that killed processes."""
+def describe(run: Run, columns: Columns, settings: RowSettings) -> Described:
+    """What is known of a single row, its images unread: of one that killed processes."""
     roles = {role: name for role, name in columns.roles.items() if role != "image"}
     (unit,) = run.units
+    path = run.shards[unit.shard].path
     reader = RunReader(run.shards, roles, lambda *_: None)
     table = reader.read(unit) if roles else pa.table({"": pa.nulls(1)})
     reader.close()
     if isinstance(table, ShardUnreadable):
-        return None, (Ask(),)
-    (source,) = sources(table, unit, run.shards[unit.shard].path)
+        return Described(carried=columns.carried(pa.table({"": pa.nulls(1)})))
+    table = with_partitions(table, path, columns.partitions)
+    (source,) = sources(table, unit, path)
     with suppress(RowError):
         identify(source, settings)
-    return source.id, source.asks
+    return Described(id=source.id, asks=source.asks, carried=columns.carried(table))

@@ -20,7 +20,7 @@ from trio.job.output.schema import build_table
 from trio.job.output.sink import serialise
 
 SETTINGS = RowSettings(
-    prompt="x", sampling=Sampling(max_new_tokens=1), policy=ImagePolicy(), seed=0
+    prompts=("x",), sampling=Sampling(max_new_tokens=1), policy=ImagePolicy(), seed=0
 )
 
 

@@ -31,7 +31,9 @@ ERROR = RowError("image_empty", "no image")
 
 
 def asking(names: list[str] | None = None, **settings: Any) -> Asking:
-    return asking_of(Questions(**{"mode": "generate"} | settings), names)
+    template = settings.pop("prompt_template", None)
+    made = None if template is None else PromptTemplate(template)
+    return asking_of(Questions(**{"mode": "generate"} | settings), made, names or ())
 
 
 def source(row: Mapping[str, Any], *, picture: str | None = "ab", **changes: Any) -> Source:

@@ -301,7 +301,9 @@ class _Trial:
         self.requests = _prepared(Preprocessor(processor, type(self.adapter)), asked)
         self._model, self._processor, self._text_tower = model, processor, text_tower
         self._images = {id(one.image_inputs[0]): one for one in self.requests}.values()
-        self._encoded = EncodedOnce(self.adapter, text_tower.project if text_tower else None)
+        self._encoded = EncodedOnce(
+            self.adapter, text_tower.project if text_tower else None, hold=True
+        )
         self._encoded_as: tuple[str, int] | None = None
         self._encode_s = self._reduce_s = 0.0
 
@@ -315,7 +317,7 @@ class _Trial:
             sampling=Sampling(max_new_tokens=MAX_NEW_TOKENS, first_logprobs=True),
             batch_tokens=BATCH_TOKENS,
             max_running=MAX_RUNNING,
-            encode_images=self._encoded,
+            encoder=self._encoded,
             text_tower=self._text_tower,
         )
         results = _answers(engine, self.requests)
@@ -345,7 +347,7 @@ class _Trial:
             sampling=Sampling(max_new_tokens=1),
             batch_tokens=BATCH_TOKENS,
             max_running=MAX_RUNNING,
-            encode_images=self._encoded,
+            encoder=self._encoded,
         )
         with counting() as count:
             for result in engine.generate(some):

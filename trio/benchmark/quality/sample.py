@@ -46,10 +46,10 @@ def sample(
         schemas,
         [shard.path for shard in manifest.shards],
         mapping,
-        prompt_given=config.input.prompt is not None,
+        prompt_given=bool(config.input.prompt),
     )
     settings = RowSettings(
-        prompt=config.input.prompt,
+        prompts=config.input.prompt,
         sampling=Sampling(max_new_tokens=config.sampling.max_new_tokens),
         policy=config.image_policy(),
         seed=config.seed,

@@ -69,7 +69,10 @@ def compare(
     engine = Engine(model, processor, pruning=pruning, max_running=workload.batch)
     runs: list[dict[str, float]] = []
     for number in range(rounds + 1):
-        took = {name: serve(engine, asked, device)[0] for name, asked in subjects.items()}
+        took = {
+            name: sum(serve(engine, asked, device)[0] for asked in passes)
+            for name, passes in subjects.items()
+        }
         if number:
             runs.append(took)
             tell(f"round {number}/{rounds}")
@@ -78,24 +81,18 @@ def compare(
 
 def _subjects(
     questions: Sequence[Prepared], candidates: Candidates, vocabulary: int
-) -> Iterator[tuple[str, list[Prepared]]]:
+) -> Iterator[tuple[str, list[list[Prepared]]]]:
+    """Each with its passes over the questions, of which none knows the images of another."""
     generator = torch.Generator().manual_seed(0)
     shape = candidates.count, candidates.tokens
     several = torch.randint(10, vocabulary, shape, generator=generator).tolist()
     yes_no = ((several[0][0],), (several[0][0] - 1,))
     for name, length in ((ANSWERED_SHORT, SHORT), (ANSWERED_LONG, LONG)):
         sampling = Sampling(max_new_tokens=length, ignore_eos=True)
-        yield name, [replace(one, sampling=sampling) for one in questions]
-    yield YES_NO, [replace(one, candidates=yes_no) for one in questions]
-    yield SEVERAL, [replace(one, candidates=tuple(map(tuple, several))) for one in questions]
-    yield (
-        APART,
-        [
-            replace(one, id=(one.id, number), candidates=(tuple(tokens),))
-            for one in questions
-            for number, tokens in enumerate(several)
-        ],
-    )
+        yield name, [[replace(one, sampling=sampling) for one in questions]]
+    yield YES_NO, [[replace(one, candidates=yes_no) for one in questions]]
+    yield SEVERAL, [[replace(one, candidates=tuple(map(tuple, several))) for one in questions]]
+    yield APART, [[replace(one, candidates=(tuple(own),)) for one in questions] for own in several]
 
 
 def summary(runs: Sequence[dict[str, float]], questions: int) -> dict[str, Any]:

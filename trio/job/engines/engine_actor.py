@@ -12,7 +12,6 @@ import os
 import threading
 import time
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -27,6 +26,7 @@ from trio.job.images.policy import RowError
 from trio.job.input.units import Unit
 from trio.job.output import totals as sums
 from trio.job.output.output_rows import Source, output_row, requests_of
+from trio.job.output.sink import Answered
 from trio.job.output.totals import Totals
 
 if TYPE_CHECKING:
@@ -51,14 +51,6 @@ AS_THEY_ARE = (
 # peaks, and what an engine's limits are at the time
 
 
-@dataclass(frozen=True, slots=True)
-class Answered:
-    """The output rows of a unit, and what those of each setting add up to."""
-
-    rows: tuple[dict[str, Any], ...]
-    parts: tuple[Totals, ...]
-
-
 class Engine:
     """What an actor's calls share; they come from several threads."""
 
@@ -76,8 +68,14 @@ class Engine:
             for setting, _ in enumerate(task.engine.engines)
         ]
         self._of_audit = None if task.engine.audit is None else self._reports.pop()
+        self._ready_at = time.monotonic()
         desk.note("ready", self.name, self._facts())
         threading.Thread(target=self._watch, name="watch", daemon=True).start()
+
+    @property
+    def ready_s(self) -> float:
+        """Seconds since it was."""
+        return time.monotonic() - self._ready_at
 
     def stopped(self) -> bool:
         return self._poll.stopped()
@@ -176,7 +174,7 @@ class Engine:
             self._desk.note("say", reason)
 
         try:
-            self._task.sink.commit(unit, answered.rows, stats, parts, tell)
+            self._task.sink.commit(unit, answered.rows, stats, parts, tell, answered.carried)
         except JobFailed as error:
             self._desk.note("fail", str(error))
             self._desk.wait_for_the_end()
@@ -233,7 +231,7 @@ class Engine:
                 raise images
             requests = list(requests_of(source, images, self._task.rows))
         except RowError as error:
-            requests = [error]
+            requests = [error] * max(1, len(source.asks))
         return [(source, number, request) for number, request in enumerate(requests)]
 
     def _row(

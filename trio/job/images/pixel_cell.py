@@ -24,25 +24,30 @@ Picture = ProcessedImage | Image.Image
 def pack(rows: Sequence[Sequence[Picture]]) -> tuple[pa.LargeBinaryArray, list[bytes]]:
     """The images of a unit's rows as one cell, and for each row the header that tells them apart.
 
-    Decoded images have to be RGB; what stands in their `info` is left out.
+    Decoded images have to be RGB; what stands in their `info` is left out. Rows that have the same
+    image object share its pixels.
     """
     headers: list[bytes] = []
-    placed: list[tuple[int, np.ndarray]] = []
+    placed: dict[tuple[int, int], tuple[int, np.ndarray]] = {}
+    shown = {id(each): _arrays(each) for row in rows for each in row}
     end = 0
     for row in rows:
         arrays: list[pickle.PickleBuffer] = []
-        plain = [_arrays(each) for each in row]
+        plain = [shown[id(each)] for each in row]
         body = pickle.dumps(plain, protocol=5, buffer_callback=arrays.append)
         places = []
         for array in arrays:
             content = np.frombuffer(array.raw(), np.uint8)
-            places.append((end, end + content.size))
-            placed.append((end, content))
-            end += content.size + -content.size % ALIGN
+            where = content.ctypes.data, content.size
+            if where not in placed:
+                placed[where] = end, content
+                end += content.size + -content.size % ALIGN
+            start, _ = placed[where]
+            places.append((start, start + content.size))
         headers.append(pickle.dumps((body, places)))
     data = pa.allocate_buffer(end)
     cell = np.frombuffer(data, np.uint8)
-    for start, content in placed:
+    for start, content in placed.values():
         stop = start + content.size
         cell[start:stop] = content
         cell[stop : stop + -stop % ALIGN] = 0  # else what stood in that memory before

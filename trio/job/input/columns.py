@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pyarrow as pa
 import pyarrow.types as pt
@@ -18,10 +18,16 @@ from trio.job.input.answers import (
     readable,
     type_of_values,
 )
+from trio.vqa.presets.prompt_template import PromptTemplate
+from trio.vqa.presets.row_values import column_of
 
-ROLES = ("image", "prompt", "id", "answers")
+PER_ROW = ("max_new_tokens", "temperature", "seed", "system")
+"""Settings that a row may bring, where its column is named."""
+ROLES = ("image", "prompt", "id", "answers", *PER_ROW)
 ALIASES = {"prompt": ("prompt", "question")}
 OWN = "."
+COLUMN = b"column"
+"""Of the metadata of a column that goes along: its name in the input."""
 NONE = ("none", "")
 # as in id=none: no column has this role
 SHOWN_TYPES = 3
@@ -36,16 +42,34 @@ class Columns:
     """Name of each role's column, for the roles that have one; a column may have several roles."""
     id_type: pa.DataType
     """Of the ids in the output."""
+    kept: pa.Schema = field(default_factory=lambda: pa.schema([]))
+    """Columns that go along, as the output has them; see `own_columns`."""
+    partitions: pa.Schema = field(default_factory=lambda: pa.schema([]))
+    """Columns in the names of the shards' directories."""
 
     def to_bytes(self) -> bytes:
-        schema = pa.schema([("id", self.id_type)], metadata=self.roles)
-        return base64.b64encode(schema.serialize())
+        schemas = pa.schema([("id", self.id_type)], metadata=self.roles), self.kept, self.partitions
+        return base64.b64encode(b"".join(schema.serialize() for schema in schemas))
 
     @classmethod
     def from_bytes(cls, text: bytes) -> Columns:
-        schema = pa.ipc.read_schema(pa.py_buffer(base64.b64decode(text)))
+        stream = pa.BufferReader(base64.b64decode(text))
+        schema, kept, partitions = (pa.ipc.read_schema(stream) for _ in range(3))
         roles = {role.decode(): name.decode() for role, name in schema.metadata.items()}
-        return cls(roles=roles, id_type=schema.field("id").type)
+        id_type = schema.field("id").type
+        return cls(roles=roles, id_type=id_type, kept=kept, partitions=partitions)
+
+    def carried(self, table: pa.Table) -> pa.Table:
+        """Of rows that were read, the columns that go along; null where a shard lacks one."""
+        sources = (OWN + field.metadata[COLUMN].decode() for field in self.kept)
+        there = set(table.column_names)
+        columns = [
+            table.column(name).cast(field.type)
+            if name in there
+            else pa.nulls(table.num_rows, field.type)
+            for field, name in zip(self.kept, sources, strict=True)
+        ]
+        return pa.table(columns, schema=self.kept)
 
 
 def parse_mapping(text: str) -> dict[str, str]:
@@ -109,7 +133,10 @@ def resolve(
         "prompt": not prompt_given,
         "id": "id" in roles,
         "answers": scored,
+        **{role: role in roles for role in PER_ROW},
     }
+    if scored and "prompt" in roles:
+        _check_one_prompt(schemas, paths, roles["prompt"])
     for schema, path in zip(schemas, paths, strict=True):
         _check_shard(schema, path, roles, needed)
     id_type = _id_type(roles["id"], schemas, paths) if "id" in roles else pa.string()
@@ -117,8 +144,31 @@ def resolve(
     return Columns(roles=roles | own, id_type=id_type)
 
 
+def of_template(
+    template: PromptTemplate, schemas: Sequence[pa.Schema], paths: Sequence[str]
+) -> list[str]:
+    """Columns that a prompt is made of; UserError: a shard lacks one."""
+    names = {column_of(path, schema.names) for schema in schemas for path in template.fields}
+    for schema, path in zip(schemas, paths, strict=True):
+        if lacking := sorted(names.difference(schema.names)):
+            have = ", ".join(schema.names) or "none"
+            raise UserError(f"{path}: --prompt-template: no column {lacking[0]!r}; it has {have}")
+    return sorted(names)
+
+
+def _check_one_prompt(schemas: Sequence[pa.Schema], paths: Sequence[str], name: str) -> None:
+    for schema, path in zip(schemas, paths, strict=True):
+        if name in schema.names and is_list(schema.field(name).type):
+            raise UserError(
+                f"{path}: column {name!r} holds several prompts, and --score compares with one"
+                " answer; use vqa.py with a preset that takes the list apart"
+            )
+
+
 def _find(role: str, schemas: Sequence[pa.Schema], mapping: Mapping[str, str]) -> str | None:
     if role != "image" and mapping.get(role) in NONE:
+        return None
+    if role in PER_ROW and role not in mapping:
         return None
     names = (mapping[role],) if role in mapping else ALIASES.get(role, (role,))
     for name in names:
@@ -156,6 +206,18 @@ def _is_id(kind: pa.DataType) -> bool:
     return pt.is_primitive(kind) or pt.is_decimal(kind) or is_text(kind) or is_bytes(kind)
 
 
+def _holds_prompts(kind: pa.DataType) -> bool:
+    return is_text(kind) or (is_list(kind) and is_text(kind.value_type))
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return bool(pt.is_integer(kind) or pt.is_floating(kind) or pt.is_null(kind))
+
+
+def _is_whole(kind: pa.DataType) -> bool:
+    return bool(pt.is_integer(kind) or pt.is_null(kind))
+
+
 def _holds_image(kind: pa.DataType) -> bool:
     if isinstance(kind, pa.BaseExtensionType):
         return _holds_image(kind.storage_type)
@@ -176,13 +238,17 @@ FITS: dict[str, tuple[Callable[[pa.DataType], bool], str]] = {
         "an image column holds bytes, a struct with bytes or path, a path or URI, or a list of"
         " these",
     ),
-    "prompt": (is_text, "prompts must be strings"),
+    "prompt": (_holds_prompts, "prompts must be strings, or lists of them"),
     "id": (
         _is_id,
         "an id is one value (text, bytes, UUID, number, date or time); name another with"
         f" --columns id=NAME, or {LEAVE_OUT}",
     ),
     "answers": (readable, f"answers are {EXPECTED}"),
+    "max_new_tokens": (_is_whole, "max_new_tokens must be whole numbers"),
+    "temperature": (_is_number, "temperatures must be numbers"),
+    "seed": (_is_whole, "seeds must be whole numbers"),
+    "system": (is_text, "system messages must be strings"),
 }
 """Whether a column's type may have a role, and what it has to be."""
 MEND = {
@@ -191,6 +257,7 @@ MEND = {
     " prompt=NAME",
     "id": f"Other shards have it as their id; {LEAVE_OUT}",
     "answers": "Name the column for --score with --columns answers=NAME, or leave --score out",
+    **{role: f"Name another column with --columns {role}=NAME, or none" for role in PER_ROW},
 }
 """What to do about a column that is missing."""
 

@@ -18,13 +18,16 @@ import pyarrow.types as pt
 from PIL.Image import Image
 
 from trio.engine.request import Request, Result, Sampling
+from trio.errors import UserError
 from trio.job.images.image_files import note_of
 from trio.job.images.policy import ImagePolicy, RowError
 from trio.job.input.answers import texts
+from trio.job.input.columns import OWN
 from trio.job.input.units import Unit
 from trio.job.output.schema import KEPT, SCORE, row_key, rows_schema, split_key
 from trio.job.output.scoring import exact_match
 from trio.job.storage import Location, bare
+from trio.vqa.presets.prompt_template import PromptTemplate
 
 if TYPE_CHECKING:
     from trio.job.comparing.audit import Audit
@@ -40,7 +43,7 @@ OF_RESULT = tuple(
 class RowSettings:
     """What turns a row into a request."""
 
-    prompt: str | None
+    prompts: tuple[str, ...]
     # for rows without one
     sampling: Sampling
     policy: ImagePolicy
@@ -49,6 +52,8 @@ class RowSettings:
     # groups of columns that the output has beside those of all runs
     shared_directory: str | None = None
     # of the shards, to be left out of ids; None where file names alone tell them apart
+    template: PromptTemplate | None = None
+    # of the prompt; None: rows bring it, or take `prompts`
     asking: Asking | None = None
     # None: each row has one prompt, and answers are not scored by a metric
     audit: Audit | None = None
@@ -101,6 +106,11 @@ class Source:
         except UnicodeDecodeError as error:
             raise RowError(f"{role.lstrip('.')}_invalid", "the text is not UTF-8") from error
 
+    def own_columns(self) -> dict[str, Any]:
+        """Values of the columns that are read under their own names; errors as of `cell`."""
+        own = [name for name in self.table.column_names if name.startswith(OWN)]
+        return {name.removeprefix(OWN): self.cell(name) for name in own}
+
 
 def sources(table: pa.Table, unit: Unit, path: str) -> list[Source]:
     """Every row of a unit, in order."""
@@ -146,15 +156,17 @@ def requests_of(source: Source, images: Sequence[Any], settings: RowSettings) ->
         RowError: the row cannot be asked.
     """
     identify(source, settings)
+    system = source.cell("system")
     for number, ask in enumerate(source.asks):
         assert ask.prompt is not None
-        sampling = _sampling(settings, source.key, number)
+        sampling = _sampling(settings, source, number)
         if settings.audit is not None and settings.audit.chooses(source.key):
             sampling = replace(sampling, first_logprobs=True)
         yield Request(
             prompt=ask.prompt,
             images=tuple(images),
             id=source.key,
+            system=system,
             sampling=sampling,
             candidates=ask.candidates,
             with_eos=settings.asking is not None and settings.asking.questions.with_eos,
@@ -171,14 +183,34 @@ def identify(source: Source, settings: RowSettings) -> None:
     if settings.asking is not None:
         source.asks = settings.asking.asks(source)
         return
-    own = source.cell("prompt")
-    prompt: str | None = settings.prompt if own is None else own
-    if prompt is None:
+    prompts = prompts_of(source, settings.template, settings.prompts)
+    if not prompts:
         raise RowError("prompt_missing", "the row has no prompt, and --prompt gives none")
-    if not prompt.strip():
+    if not all(prompt is not None and prompt.strip() for prompt in prompts):
         raise RowError("prompt_missing", "the row's prompt is empty")
-    source.asks = (Ask(prompt=prompt),)  # should its answers not be readable
-    source.asks = (Ask(prompt=prompt, answers=source.cell("answers", texts) or ()),)
+    # Should its answers not be readable:
+    source.asks = tuple(Ask(prompt=prompt) for prompt in prompts)
+    answers = source.cell("answers", texts) or ()
+    source.asks = tuple(Ask(prompt=prompt, answers=answers) for prompt in prompts)
+
+
+def prompts_of(
+    source: Source, template: PromptTemplate | None, otherwise: Sequence[str] = ()
+) -> Sequence[str | None]:
+    """The row's own, made of its columns where there is a template; else those of all rows.
+
+    Raises:
+        RowError: the template cannot be filled.
+    """
+    if template is not None:
+        try:
+            return [template.fill(source.own_columns())]
+        except UserError as error:
+            raise RowError("prompt_invalid", str(error)) from error
+    own: str | list[str | None] | None = source.cell("prompt")
+    if own is None:
+        return otherwise
+    return [own] if isinstance(own, str) else own
 
 
 def _id_of(source: Source, settings: RowSettings) -> Any:
@@ -203,13 +235,26 @@ def _stored(cell: pa.Scalar) -> Any:
     return cell.value if pt.is_temporal(cell.type) else cell.as_py()
 
 
-def _sampling(settings: RowSettings, key: int, prompt_number: int) -> Sampling:
+def _sampling(settings: RowSettings, source: Source, prompt_number: int) -> Sampling:
     """Each prompt draws from its own stream, so neither batching nor a retry changes its answer.
-    Settings that are compared share it."""
-    base = settings.sampling
+    Settings that are compared share it. A row's own seed alone makes its stream.
+
+    Raises:
+        RowError: what the row says of it cannot be.
+    """
+    said = {name: source.cell(name) for name in ("max_new_tokens", "temperature")}
+    try:
+        base = replace(settings.sampling, **{n: v for n, v in said.items() if v is not None})
+    except UserError as error:
+        raise RowError("setting_invalid", str(error)) from error
     if base.temperature == 0:
         return base
-    mixed = (settings.seed * 0x9E3779B97F4A7C15 + key * 0xBF58476D1CE4E5B9) % (1 << 62)
+    seed, key = source.cell("seed"), source.key
+    if seed is not None:
+        key = 0
+    else:
+        seed = settings.seed
+    mixed = (seed * 0x9E3779B97F4A7C15 + key * 0xBF58476D1CE4E5B9) % (1 << 62)
     mixed = (mixed + prompt_number * 0x94D049BB133111EB) % (1 << 62)
     return replace(base, seed=mixed)
 

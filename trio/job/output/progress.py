@@ -94,10 +94,11 @@ class Progress:
         """A line of its own, above what is rewritten."""
         self._console.print(self._label + text, soft_wrap=True)
 
-    def answering(self) -> None:
-        """An engine is ready, and takes its first unit now."""
-        if self._working_since is None:
-            self._working_since = self._clock()
+    def answering(self, for_s: float = 0.0) -> None:
+        """An engine is ready, and has been for some seconds."""
+        since = self._clock() - for_s
+        if self._working_since is None or since < self._working_since:
+            self._working_since = since
 
     def alive(self, rows: int) -> None:
         """Once a second: engines have answered so many rows whose units are not committed yet."""
@@ -107,9 +108,9 @@ class Progress:
         if self._clock() - self._shown_at >= self._interval:
             self._show()
 
-    def add(self, totals: Totals) -> None:
-        """A unit is committed."""
-        self.answering()
+    def add(self, totals: Totals, ready_s: float = 0.0) -> None:
+        """A unit is committed; its engine has been ready for so long."""
+        self.answering(ready_s)
         self._updated = self._clock()
         self._new += totals
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
@@ -16,13 +16,30 @@ import pyarrow.parquet as pq
 
 from trio.errors import JobFailed, kind_and_line
 from trio.job.input.units import Unit
-from trio.job.output.schema import build_table, check_rows, rows_schema, stats_schema
+from trio.job.output.schema import (
+    build_table,
+    check_rows,
+    rows_schema,
+    split_key,
+    stats_schema,
+)
 from trio.job.output.totals import Totals, merge
 from trio.job.storage import open_location, write_atomic
 
 ROWS, STATS = "rows", "stats"
 PLAIN = {"compression": "none", "use_dictionary": False, "write_statistics": False}
 """One row is read in half the time so, and takes less room."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """The output rows of input rows."""
+
+    rows: tuple[dict[str, Any], ...]
+    parts: tuple[Totals, ...]
+    """What those of each setting add up to."""
+    carried: pa.Table | None = None
+    """Of each input row, the columns that go along."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,6 +52,8 @@ class Sink:
     id_type: pa.DataType
     also: tuple[str, ...] = ()
     """Groups of columns that the rows have beside those of all runs."""
+    kept: pa.Schema = field(default_factory=lambda: pa.schema([]))
+    """Columns of the input that go along, behind all others."""
     settings: int = 1
     """That each prompt is asked with."""
     pauses_s: tuple[float, ...] = ()
@@ -47,6 +66,7 @@ class Sink:
         stats: Sequence[Mapping[str, Any]],
         totals: Sequence[Totals],
         tell: Callable[[str], None],
+        carried: pa.Table | None = None,
     ) -> None:
         """Write a unit; when this returns, its rows are there for good.
 
@@ -57,6 +77,7 @@ class Sink:
                 peaks and limits.
             totals: of each setting's rows, and what they took.
             tell: takes a line for each failure but the last.
+            carried: of each input row, the columns that go along; None where there are none.
 
         Raises:
             JobFailed: the last try failed, too.
@@ -65,7 +86,7 @@ class Sink:
         counted = merge(totals)
         assert counted.rows == len(rows), f"totals of {counted.rows} rows, not of {len(rows)}"
         schema = rows_schema(self.id_type, run_id=self.run_id, also=self.also)
-        table = serialise(build_table(rows, schema))
+        table = serialise(self._with_kept(build_table(rows, schema), unit, carried))
         figures = [
             {"unit": unit.stem, "setting": setting, **own, **part.to_stats()}
             for setting, (own, part) in enumerate(zip(stats, totals, strict=True))
@@ -82,6 +103,16 @@ class Sink:
                     raise JobFailed(reason) from error
                 tell(reason)
                 time.sleep(pause_s)
+
+    def _with_kept(self, table: pa.Table, unit: Unit, carried: pa.Table | None) -> pa.Table:
+        """With what belongs to each row's input row."""
+        if not len(self.kept):
+            return table
+        assert carried is not None and carried.num_rows == unit.stop - unit.start
+        own = carried.take([split_key(key)[1] - unit.start for key in table["row"].to_pylist()])
+        for kept in self.kept:
+            table = table.append_column(kept, own.column(kept.name))
+        return table
 
 
 def serialise(table: pa.Table, **options: Any) -> pa.Buffer:

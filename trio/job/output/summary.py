@@ -136,11 +136,12 @@ def _shown(of: Summary, kinds: Sequence[str]) -> dict[str, str | None]:
         right = f"{of['right']}/{of['scored']} = {share(of['accuracy'])}"
     elif of["scored"]:
         of_metric = f"{share(of['accuracy'])} of {of['scored']}"
-    retention, out_of_memory = of["retention"], of["out_of_memory"]
+    retention, out_of_memory, looped = of["retention"], of["out_of_memory"], of["looped"]
     return {
         "rows": str(of["rows"]),
         "rows in error": str(of["errors"]),
         **{f"  {kind}": str(of["error_kinds"].get(kind, 0)) for kind in kinds},
+        "ended as they repeated themselves": counted(looped, "answer") if looped else "",
         "right responses (exact match)": right,
         f"mean score of rows ({of['score']})": of_metric,
         "objects named rightly": share(of["object_share"]),

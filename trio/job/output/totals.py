@@ -33,6 +33,8 @@ class Totals:
     """Rows of the input: each once, however many prompts and settings it is asked with."""
     errors: Rows = 0
     error_kinds: Annotated[Mapping[str, int], "rows"] = field(default_factory=dict)
+    looped: Rows = 0
+    """Answers that were ended as they went round in a loop."""
     images: Annotated[int, "images"] = 0
     """Like tokens, of rows that were answered."""
     prompt_tokens: Tokens = 0
@@ -155,6 +157,7 @@ def of_row(
         inputs=int(not (row.get("prompt_number") or row.get("setting"))),
         errors=int(error is not None),
         error_kinds={error.partition(":")[0]: 1} if error is not None else {},
+        looped=int(row.get("finish_reason") == "repetition"),
         images=(row.get("num_images") or 0) if answered else 0,
         retention_sum=retention or 0.0,
         retention_rows=int(retention is not None),

@@ -78,8 +78,7 @@ class Asking:
         Raises:
             RowError: it has none, or what it holds cannot be asked or scored.
         """
-        own = [name for name in source.table.column_names if name.startswith(OWN)]
-        there = {name.removeprefix(OWN): source.cell(name) for name in own}
+        there = source.own_columns()
         row = there | {self.preset.image: True if source.picture is not None else None}
         try:
             found = self.preset.questions(row)
@@ -172,11 +171,14 @@ class Asking:
         return fields
 
 
-def asking_of(questions: Questions, names: Sequence[str] | None = None) -> Asking:
+def asking_of(
+    questions: Questions, template: PromptTemplate | None = None, names: Sequence[str] = ()
+) -> Asking:
     """How rows are asked about by some settings.
 
     Args:
         questions: the settings.
+        template: of the prompt, if one is given.
         names: columns of the input, where there is no preset.
 
     Raises:
@@ -184,7 +186,7 @@ def asking_of(questions: Questions, names: Sequence[str] | None = None) -> Askin
     """
     metric = questions.scored_by
     if questions.preset is None:
-        preset = _without_preset(questions, names or ())
+        preset = _without_preset(questions, template, names)
     else:
         preset = preset_named(questions.preset)
         preset = dataclasses.replace(
@@ -193,8 +195,7 @@ def asking_of(questions: Questions, names: Sequence[str] | None = None) -> Askin
             config=questions.subset or preset.config,
             split=questions.split or preset.split,
         )
-        if questions.prompt_template is not None:
-            template = PromptTemplate(questions.prompt_template)
+        if template is not None:
             preset = dataclasses.replace(preset, prompt=template)
     _check(preset, questions)
     return Asking(preset=preset, questions=questions)
@@ -215,7 +216,9 @@ def _check(preset: Preset, questions: Questions) -> None:
         read_objects(questions.objects)
 
 
-def _without_preset(questions: Questions, names: Sequence[str]) -> Preset:
+def _without_preset(
+    questions: Questions, template: PromptTemplate | None, names: Sequence[str]
+) -> Preset:
     """The columns under their own names."""
     metric = questions.scored_by
     needed = list(METRICS[metric].truth) if metric else []
@@ -231,9 +234,13 @@ def _without_preset(questions: Questions, names: Sequence[str]) -> Preset:
     wanted = dict.fromkeys((*needed, *(name for name in OPTIONAL if name in names and metric)))
     lists = ("answers", "references", CHOICES, "present")
     fields = {name: column_expression(f"{name}[]" if name in lists else name) for name in wanted}
-    template = questions.prompt_template or f"{{{_prompt_column(names)}}}"
     return Preset(
-        name="", prompt=PromptTemplate(template), fields=fields, metric=metric, optional=OPTIONAL
+        name="",
+        prompt=template or PromptTemplate(f"{{{_prompt_column(names)}}}"),
+        fields=fields,
+        metric=metric,
+        optional=OPTIONAL,
+        dotted=frozenset(name for name in names if "." in name),
     )
 
 

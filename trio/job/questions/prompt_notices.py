@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,11 +14,13 @@ from trio.errors import first_line
 from trio.job.images.policy import RowError
 from trio.job.input.columns import OWN, Columns
 from trio.job.input.manifest import Manifest
-from trio.job.output.output_rows import Source
+from trio.job.output.output_rows import Source, prompts_of
 from trio.job.questions.asking import Asking
 from trio.job.resume.hub import NotHere, model_file
 from trio.job.settings import Model, Settings
 from trio.job.storage import open_location
+from trio.vqa.presets.prompt_template import PromptTemplate
+from trio.vqa.presets.row_values import column_of
 
 LOOKED_AT = 200
 """Rows of the first shard whose prompts are looked at."""
@@ -30,12 +32,15 @@ def prompt_notices(
     config: Settings, manifest: Manifest, columns: Columns, asking: Asking | None = None
 ) -> Iterator[str]:
     """A line for each thing that is odd about the prompts of a run."""
-    column = columns.roles.get("prompt")
-    if config.input.prompt is not None and column is not None:
+    column, text = columns.roles.get("prompt"), config.input.prompt_template
+    if config.input.prompt and column is not None:
         yield f"rows keep their own prompt (column {column!r}); --prompt is for those without"
-    prompts = [config.input.prompt] if config.input.prompt else []
-    if asking is not None or column is not None:
-        prompts = list(dict.fromkeys(_prompts(config, manifest, column, asking)))
+    template = None if text is None or asking is not None else PromptTemplate(text)
+    prompts = list(config.input.prompt)
+    roles = _roles(columns, asking, template)
+    if roles:
+        table = _first_rows(config, manifest, roles)
+        prompts = list(dict.fromkeys(_prompts(table, asking, template)))
     if bundled.is_bundled(config.model.model):
         line = bundled.prompts_notice(prompts)
     else:
@@ -46,32 +51,46 @@ def prompt_notices(
         yield f"preset {asking.preset.name}: {asking.preset.notice}"
 
 
-def _prompts(
-    config: Settings, manifest: Manifest, column: str | None, asking: Asking | None
-) -> list[str]:
-    """Of the first rows; none where they cannot be read, of which the run makes errors."""
-    names = [str(column)] if asking is None else list(asking.columns)
+def _roles(
+    columns: Columns, asking: Asking | None, template: PromptTemplate | None
+) -> dict[str, str]:
+    """Of the columns that prompts are made of."""
+    if asking is not None:
+        return {OWN + name: name for name in asking.columns}
+    own = {role: name for role, name in columns.roles.items() if role[0] == OWN}
+    if template is not None:
+        names = {column_of(path, own.values()) for path in template.fields}
+        return {role: name for role, name in own.items() if name in names}
+    return {"prompt": columns.roles["prompt"]} if "prompt" in columns.roles else {}
+
+
+def _first_rows(config: Settings, manifest: Manifest, roles: Mapping[str, str]) -> pa.Table:
+    """Some of the first shard; none where they cannot be read, of which the run makes errors."""
+    path = manifest.shards[0].path
     try:
-        location = open_location(manifest.shards[0].path)
+        location = open_location(path)
         with location.filesystem.open_input_file(location.path) as stream:
             file = pq.ParquetFile(stream)
-            there = [name for name in names if name in file.schema_arrow.names]
-            batch = next(file.iter_batches(LOOKED_AT, columns=there), None)
-        if batch is None:
-            return []
-        table = pa.Table.from_batches([batch]).slice(0, config.input.limit)
-        if asking is None:
-            return list(filter(None, table.column(0).to_pylist()))
-        return list(_asked(asking, table.rename_columns([OWN + name for name in there])))
-    except (OSError, KeyError, IndexError, UnicodeDecodeError, pa.ArrowException):
-        return []
+            there = {r: name for r, name in roles.items() if name in file.schema_arrow.names}
+            batch = next(file.iter_batches(LOOKED_AT, columns=list(there.values())), None)
+    except (OSError, IndexError, pa.ArrowException):
+        return pa.table({})
+    if batch is None:
+        return pa.table({})
+    table = pa.Table.from_batches([batch]).slice(0, config.input.limit)
+    return table.select(list(there.values())).rename_columns(list(there))
 
 
-def _asked(asking: Asking, table: pa.Table) -> Iterator[str]:
+def _prompts(
+    table: pa.Table, asking: Asking | None, template: PromptTemplate | None
+) -> Iterator[str]:
     for index in range(table.num_rows):
         source = Source(key=index, table=table, index=index, path="", picture="")
         try:
-            yield from (ask.prompt or "" for ask in asking.asks(source))
+            if asking is not None:
+                yield from (ask.prompt or "" for ask in asking.asks(source))
+            else:
+                yield from filter(None, prompts_of(source, template))
         except RowError:
             continue
 

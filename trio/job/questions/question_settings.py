@@ -11,7 +11,6 @@ from trio.job.storage import check_no_secret
 from trio.values import Switch, Text, Value, accepted, listed, many, one_of, text
 from trio.vqa.aggregates import METRICS
 from trio.vqa.presets.preset_file import preset_named
-from trio.vqa.presets.prompt_template import PromptTemplate
 
 GENERATE, LIKELIHOOD = "generate", "likelihood"
 SUM, TOKENS = "sum", "tokens"
@@ -41,11 +40,6 @@ class Questions:
     pictures: Annotated[tuple[str, ...], many(accepted(check_no_secret), "PATH")] = ()
     """Parquet files with the pictures that a preset joins, as gqa's (default: in the data set's own
     directory)."""
-    prompt_template: Annotated[
-        str | None, Value(read=accepted(PromptTemplate), unit="TEMPLATE")
-    ] = None
-    """Prompt made of columns, as in '{question}\\nAnswer in one word.' (default: the preset's; the
-    column prompt or question)."""
     metric: Annotated[str | None, one_of((*METRICS, "none"))] = None
     """By which answers are scored, with the columns that it needs (default: the preset's)."""
     group_by: Annotated[tuple[str, ...], many(text, "COLUMN")] = ()

@@ -75,11 +75,14 @@ class Preset:
     """Columns that a file may lack: their values are missing then."""
     notice: str | None = None
     """What one should know before believing the figures."""
+    dotted: frozenset[str] = frozenset()
+    """Columns with a dot in their own names."""
 
     @property
     def columns(self) -> frozenset[str]:
         """Columns to read where they are there, without that of the pictures."""
-        prompt = {column_of(path) for path in self.prompt.fields} - self.fields.keys()
+        paths = (column_of(path, self.dotted) for path in self.prompt.fields)
+        prompt = set(paths) - self.fields.keys()
         of_fields = (expression.columns for expression in self.fields.values())
         single = {*self.id, *((self.explode,) if self.explode else ())}
         columns = reduce(frozenset.union, of_fields, frozenset(prompt | single))

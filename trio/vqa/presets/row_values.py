@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from trio.errors import UserError
@@ -22,17 +22,19 @@ def checked_path(path: str) -> str:
     return path
 
 
-def column_of(path: str) -> str:
-    """The column in which a dotted path begins."""
-    return path.partition(".")[0]
+def column_of(path: str, names: Collection[str] = ()) -> str:
+    """The column in which a dotted path begins; itself where one of `names` is the whole of it."""
+    return path if path in names else path.partition(".")[0]
 
 
 def value_at(row: Row, path: str) -> Any:
-    """What stands at a dotted path; None below a missing value.
+    """What stands at a dotted path, or under that whole name; None below a missing value.
 
     Raises:
         UserError: there is no such column or field.
     """
+    if path in row:
+        return row[path]
     value: Any = row
     for name in path.split("."):
         if value is None:
