@@ -30,7 +30,8 @@ SINCE |= {"audit": None, "min_agreement": None}
 SINCE |= {
     "mode": None, "preset": None, "subset": None, "split": None, "pictures": [],
     "prompt_template": None, "metric": None, "group_by": [], "candidates": None, "with_eos": False,
-    "normalise": "sum", "keep_if": None, "objects": None,
+    "normalise": "sum", "keep_if": None, "objects": None, "keep_columns": None,
+    "stop_repetition": None,
 }  # fmt: skip
 """Settings that came later."""
 

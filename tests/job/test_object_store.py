@@ -246,7 +246,7 @@ def test_each_row_once_though_a_write_fails_and_an_engine_dies(
     disturber = threading.Thread(target=disturb, daemon=True)
     disturber.start()
     engine = faulty(delay_s=0.2, starts=starts)
-    summary = execute(uri, store.uri("out"), engine, prompt="p", rows_per_file=UNIT_ROWS)
+    summary = execute(uri, store.uri("out"), engine, prompt=("p",), rows_per_file=UNIT_ROWS)
     disturber.join()
     assert (summary["rows"], summary["errors"]) == (SHARDS * ROWS, 0)
     output = store.at("out")

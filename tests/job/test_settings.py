@@ -28,6 +28,7 @@ def from_flags(*flags: str, hidden: Sequence[str] = ()) -> Settings:
 
 
 ALL = """--input a b --prompt "it's: a #1" --system-prompt s --columns image=jpg --limit 9
+--keep-columns url,width --stop-repetition 4
 --allow-remote-images --remote-images-from https://a.org s3://b --image-roots photos
 --max-image-pixels 1000 --model org/name --revision main --dtype bfloat16 --min-pixels 9
 --max-pixels 99 --text-tower org/clip --text-tower-revision main --adapters my_vl=my_module:Mine
@@ -37,7 +38,7 @@ ALL = """--input a b --prompt "it's: a #1" --system-prompt s --columns image=jpg
 --schedule-shape 0:0.2,5:0.12@16 --max-new-tokens 20 --temperature 0.7 --top-p 0.9 --top-k 50
 --min-p 0.1 --repetition-penalty 1.05 --no-repeat-ngram-size 3 --seed 3 --output out
 --rows-per-file 7 --save-kept --score exact --compare 1,given,fastv:1/9 --mode likelihood
---preset chair --subset other --split val --pictures photos --prompt-template "{question} ?"
+--preset chair --subset other --split val --pictures photos
 --metric chair --objects objects.txt --group-by kind place --candidates Yes,No --with-eos
 --normalise tokens --keep-if "p_first > 0.6" --address auto --actors 3
 --gpus-per-actor 0.5 --cpus-per-actor 2 --wait-for-nodes 300 --prepare-cpus 4 --batch-tokens 4096
@@ -45,9 +46,10 @@ ALL = """--input a b --prompt "it's: a #1" --system-prompt s --columns image=jpg
 --log-interval 0.5"""
 """A value that is not the default for every setting that goes with the others."""
 GROUPS = ["input", "model", "pruning", "sampling", "questions", "output", "cluster", "limits"]
-AUDIT = ["audit", "min_agreement"]
-"""Which exclude --compare."""
+OTHERS = ["audit", "min_agreement", "prompt_template"]
+"""Which exclude --compare, or --prompt."""
 QUESTIONS = [name for name, one in FIELDS.items() if one.group == "questions"]
+SINCE = ["prompt_template", "keep_columns", "stop_repetition"]
 DECIDE_ROWS = json.loads(Path(__file__).with_name("recorded").joinpath("caption.json").read_text())[
     "decide_rows"
 ]
@@ -59,7 +61,7 @@ def test_every_flag_reaches_its_setting_and_run_yaml_gives_it_back(
     monkeypatch.chdir(tmp_path)
     given, usual = from_flags(*shlex.split(ALL)), Settings()
     changed = {name for name in FIELDS if given.get(name) != usual.get(name)}
-    assert changed == FIELDS.keys() - {"retention", "encoder", "threads", *AUDIT}
+    assert changed == FIELDS.keys() - {"retention", "encoder", "threads", *OTHERS}
     text = run_yaml.dump(given, "a comment")
     (tmp_path / "run.yaml").write_text(text)
     monkeypatch.chdir("/")
@@ -67,7 +69,7 @@ def test_every_flag_reaches_its_setting_and_run_yaml_gives_it_back(
     assert text.startswith("# a comment\n") and yaml.safe_load(text).keys() == FIELDS.keys()
     assert json.loads(json.dumps(given.results())) == given.results()
     assert sorted(given.results()) == sorted(
-        [*DECIDE_ROWS, "method_options", "compare", "audit", *QUESTIONS]
+        [*DECIDE_ROWS, "method_options", "compare", "audit", *QUESTIONS, *SINCE]
     )
     assert given.input.image_roots == (str(tmp_path / "photos"),)
     assert given.pruning == Pruning(

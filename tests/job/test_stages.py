@@ -291,6 +291,8 @@ def test_a_row_is_described_without_its_images(tmp_path: Path) -> None:
     settings = task_of(columns).rows
     for start, said in ((0, (7, "why?")), (1, (8, "the default"))):
         one = replace(run, units=(Unit(0, start, start + 1),))
-        assert stages.describe(one, columns, settings) == (said[0], (Ask(prompt=said[1]),))
+        found = stages.describe(one, columns, settings)
+        assert (found.id, found.asks) == (said[0], (Ask(prompt=said[1]),))
     (tmp_path / "a.parquet").unlink()
-    assert stages.describe(one, columns, settings) == (None, (Ask(),))
+    found = stages.describe(one, columns, settings)
+    assert (found.id, found.asks) == (None, (Ask(),))

@@ -28,6 +28,7 @@ from trio.values import (
     Pixels,
     Rows,
     Seed,
+    Setting,
     Share,
     Switch,
     Text,
@@ -355,7 +356,7 @@ class Settings:
 
     def flat(self) -> dict[str, Any]:
         """Every setting by name, as YAML and JSON would give it back."""
-        return {name: plain(_given(self.get(name))) for name in FIELDS}
+        return {name: plain(_given(_alone(one, self.get(name)))) for name, one in FIELDS.items()}
 
     def results(self) -> dict[str, Any]:
         """Of `flat`, the settings whose values decide what the rows are."""
@@ -372,6 +373,13 @@ FIELDS = settings_of(Settings())
 _NOT_RESULTS = {"output"} | {
     name for name, setting in FIELDS.items() if setting.group in ("cluster", "limits")
 }
+
+
+def _alone(setting: Setting, value: Any) -> Any:
+    """Of values that have a flag each, one by itself and none as None."""
+    if setting.value.single and len(value) < 2:
+        return value[0] if value else None
+    return value
 
 
 def _given(value: Any) -> Any:

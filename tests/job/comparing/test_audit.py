@@ -141,7 +141,8 @@ def test_audited_answers_are_the_unpruned_models(
     summary = json.loads((out / "summary.json").read_text())
     assert summary["audit"]["agreement"]["value"] == same / len(audited)
     assert (summary["rows"], summary["audited"]) == (ROWS, len(audited))
-    assert summary["images"] == summary["images_encoded"] == ROWS
+    pictures = {one["picture"] for one in rows}
+    assert summary["images"] == ROWS > summary["images_encoded"] == len(pictures)
     assert 0.02 < summary["retention"] < 0.04 and summary["phases"]["audit_s"] > 0
     assert code == (0 if same == len(audited) else 3)
     assert f"audit: {len(audited)} rows" in capsys.readouterr().out

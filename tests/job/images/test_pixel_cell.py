@@ -25,6 +25,7 @@ PROCESSED = st.builds(
         st.sampled_from(["pixel_values", "image_sizes", "grid"]),
         arrays.arrays(KINDS, arrays.array_shapes(min_dims=0, max_dims=5, min_side=0, max_side=4)),
     ),
+    digest=st.binary(max_size=3),
     prompt_images=st.integers(1, 5),
 )
 DECODED = st.builds(
@@ -42,7 +43,8 @@ def seen(image: Picture) -> Any:
     values = {
         name: (array.dtype, array.shape, array.tobytes()) for name, array in image.inputs.items()
     }
-    return image.input_ids.dtype, image.input_ids.tolist(), values, image.prompt_images
+    ids = image.input_ids.dtype, image.input_ids.tolist()
+    return *ids, values, image.digest, image.prompt_images
 
 
 def address(array: np.ndarray) -> int:
@@ -51,7 +53,8 @@ def address(array: np.ndarray) -> int:
 
 def processed(count: int, *, ids: int = 3) -> ProcessedImage:
     pixels = np.arange(count, dtype=np.uint8)
-    return ProcessedImage(input_ids=np.full(ids, 5), inputs={"pixel_values": pixels})
+    inputs = {"pixel_values": pixels}
+    return ProcessedImage(input_ids=np.full(ids, 5), inputs=inputs, digest=b"")
 
 
 @settings(deadline=None)
@@ -116,3 +119,13 @@ def test_a_header_of_another_unit_is_noticed() -> None:
     _, (header,) = pack([[processed(3_000)]])
     with pytest.raises(ValueError):
         unpack(small, header)
+
+
+def test_rows_with_the_same_image_share_its_pixels() -> None:
+    one, other, decoded = processed(1000), processed(1000), Image.new("RGB", (20, 20))
+    cell, headers = pack([[one, decoded], [one], [other, decoded, one], [decoded]])
+    alone, _ = pack([[one, decoded]])
+    assert len(cell[0].as_py()) == len(alone[0].as_py()) + len(pack([[other]])[0][0].as_py())
+    shown = [[seen(image) for image in unpack(cell, header)] for header in headers]
+    first, picture = seen(one), seen(decoded)
+    assert shown == [[first, picture], [first], [seen(other), picture, first], [picture]]

@@ -30,13 +30,14 @@ from trio.job.output.output_rows import (
 )
 from trio.job.output.schema import KEPT, build_table, row_key, rows_schema, split_key
 from trio.job.storage import Location, parent
+from trio.vqa.presets.prompt_template import PromptTemplate
 
 UNIT = Unit(2, 10, 11)
 
 
 def settings(**changes: Any) -> RowSettings:
     values: dict[str, Any] = {
-        "prompt": None,
+        "prompts": (),
         "sampling": Sampling(),
         "policy": ImagePolicy(),
         "seed": 0,
@@ -45,7 +46,8 @@ def settings(**changes: Any) -> RowSettings:
 
 
 def source(**cells: Any) -> Source:
-    table = pa.table({name: pa.array([value]) for name, value in cells.items()})
+    kinds = {n: v.type if isinstance(v, pa.Scalar) else None for n, v in cells.items()}
+    table = pa.table({name: pa.array([v], kinds[name]) for name, v in cells.items()})
     return sources(table, UNIT, "/data/x.parquet")[0]
 
 
@@ -71,10 +73,10 @@ def test_a_row_becomes_a_request() -> None:
 
 def test_what_a_row_leaves_out() -> None:
     row = source(image=png())
-    assert asked(row, settings(prompt="Describe.")).prompt == "Describe."
+    assert asked(row, settings(prompts=("Describe.",))).prompt == "Describe."
     assert row.id == "x.parquet#10"
     null = source(image=png(), prompt=pa.scalar(None, pa.string()), id=pa.scalar(None, pa.int64()))
-    assert asked(null, settings(prompt="Describe.")).prompt == "Describe."
+    assert asked(null, settings(prompts=("Describe.",))).prompt == "Describe."
     assert null.id is None
 
 
@@ -119,6 +121,67 @@ def test_each_row_samples_from_its_own_stream() -> None:
     ruled = Sampling(temperature=0.7, min_p=0.1, repetition_penalty=1.1, no_repeat_ngram_size=2)
     (request, *_) = [asked(r, settings(sampling=ruled)) for r in read]
     assert request.sampling == replace(ruled, seed=first[0])
+
+
+def test_a_row_may_bring_several_prompts() -> None:
+    row = source(image=png(), prompt=["what?", "where?"], id=7)
+    requests = list(requests_of(row, [], settings()))
+    assert [request.prompt for request in requests] == ["what?", "where?"]
+    plain = source(image=png())
+    two = settings(prompts=("a", "b"), sampling=Sampling(temperature=1.0))
+    seeds = [request.sampling and request.sampling.seed for request in requests_of(plain, [], two)]
+    assert len(set(seeds)) == 2 and [ask.prompt for ask in plain.asks] == ["a", "b"]
+
+
+@pytest.mark.parametrize("prompts", [[], ["x", None], ["x", " "]])
+def test_a_list_without_prompts(prompts: list[str | None]) -> None:
+    row = source(image=png(), prompt=pa.scalar(prompts, pa.list_(pa.string())))
+    with pytest.raises(RowError) as raised:
+        identify(row, settings(prompts=("x",)))
+    assert raised.value.kind == "prompt_missing"
+
+
+def test_a_prompt_made_of_columns() -> None:
+    template = PromptTemplate("{question} ({json.lang}, {size.w})")
+    cells = {".question": "Who?", ".json.lang": "en", ".size": {"w": 7}, "prompt": "not this"}
+    row = source(**cells)
+    identify(row, settings(template=template))
+    assert [ask.prompt for ask in row.asks] == ["Who? (en, 7)"]
+    row = source(**cells | {".question": pa.scalar(None, pa.string())})
+    with pytest.raises(RowError, match="'question' is missing") as raised:
+        identify(row, settings(template=template))
+    assert raised.value.kind == "prompt_invalid"
+
+
+def test_a_row_may_bring_settings_of_its_own() -> None:
+    base = settings(prompts=("x",), sampling=Sampling(temperature=0.5, max_new_tokens=9))
+    row = source(max_new_tokens=3, temperature=0.25, seed=5, system="Be brief.")
+    (request,) = requests_of(row, [], base)
+    assert request.system == "Be brief." and request.sampling is not None
+    assert (request.sampling.max_new_tokens, request.sampling.temperature) == (3, 0.25)
+    table = pa.table({"seed": [5, 6]})
+    same, different = (
+        next(requests_of(one, [], base)).sampling
+        for one in sources(table, Unit(7, 1, 3), "y.parquet")
+    )
+    assert same is not None and different is not None
+    assert same.seed == request.sampling.seed != different.seed
+    empty = source(
+        max_new_tokens=pa.scalar(None, pa.int64()), seed=pa.scalar(None, pa.int64()), system=None
+    )
+    (request,) = requests_of(empty, [], base)
+    assert request.system is None and request.sampling is not None
+    assert request.sampling.max_new_tokens == 9 and request.sampling.seed != same.seed
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("max_new_tokens", 0), ("temperature", -0.5), ("temperature", float("nan"))]
+)
+def test_settings_that_cannot_be_are_their_rows_error(name: str, value: float) -> None:
+    row = source(**{name: value})
+    with pytest.raises(RowError, match=name) as raised:
+        list(requests_of(row, [], settings(prompts=("x",))))
+    assert raised.value.kind == "setting_invalid"
 
 
 VQA = pa.struct([("answer_id", pa.int64()), ("answer", pa.string()), ("text", pa.int8())])
@@ -182,7 +245,7 @@ def test_answers_of_every_type_that_planning_lets_through(
 
 
 def read_answers(row: Source) -> list[str]:
-    identify(row, settings(prompt="p"))
+    identify(row, settings(prompts=("p",)))
     return list(row.asks[0].answers)
 
 

@@ -27,7 +27,7 @@ ROWS = (
     " decode_s latency_s logprob_mean actor node finished_at prompt_number setting"
 )
 STATS = (
-    "unit setting actor node decode_node start end rows inputs errors error_kinds images"
+    "unit setting actor node decode_node start end rows inputs errors error_kinds looped images"
     " prompt_tokens output_tokens visual_tokens retention_sum retention_rows prefill_flops"
     " prefill_flops_unpruned reading_flops reading_flops_unpruned kv_bytes kv_bytes_unpruned"
     " scored right score_sum captions object_share_sum images_encoded prepare_s preprocess_wait_s"

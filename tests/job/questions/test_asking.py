@@ -18,6 +18,7 @@ from trio.job.input.columns import OWN
 from trio.job.output.output_rows import Source
 from trio.job.questions.asking import Asking, asking_of, likelihoods
 from trio.job.questions.question_settings import Questions
+from trio.vqa.presets.prompt_template import PromptTemplate
 
 POPE = {"id": "7", "question": "Is there a dog?", "answer": "yes", "category": "random"}
 SCIENCE = {

@@ -27,13 +27,13 @@ BROKEN = "caf\udce9"
     [
         ({}, ["Describe the image.", None, "where is the 3 ?"], []),
         ({}, ["What is this?", "Who?", "Who?"], ["'What is this?' and 1 more: do not"]),
-        ({}, [BROKEN, "What is this?"], []),
+        ({}, [BROKEN, "What is this?"], ["'What is this?': do not"]),
         ({"limit": 1}, ["Describe the image.", "Who?"], []),
-        ({"prompt": "Who?"}, None, ["'Who?': do not"]),
-        ({"prompt": "Describe this photo in one sentence."}, None, []),
-        ({"prompt": "Is there a 7?"}, ["where is the 3 ?"], [OWN]),
-        ({"model": "org/name", "prompt": "Who?"}, None, []),
-        ({"model": "org/name", "prompt": "Who?"}, ["What?"], [OWN]),
+        ({"prompt": ("Who?",)}, None, ["'Who?': do not"]),
+        ({"prompt": ("Describe this photo in one sentence.",)}, None, []),
+        ({"prompt": ("Is there a 7?",)}, ["where is the 3 ?"], [OWN]),
+        ({"model": "org/name", "prompt": ("Who?",)}, None, []),
+        ({"model": "org/name", "prompt": ("Who?",)}, ["What?"], [OWN]),
     ],
 )
 def test_prompts_that_are_not_what_they_seem_are_told(
@@ -69,7 +69,7 @@ def test_words_that_a_model_does_not_know_are_told(
     manifest, _ = inspect([str(tmp_path / "in")], locate(str(tmp_path / "out")))
     config = made_of(model=model, mode="generate")
     columns = Columns(roles={NAME + "question": "question"}, id_type=pa.string())
-    asking = asking_of(config.questions, ["question"])
+    asking = asking_of(config.questions, names=["question"])
     lines = list(prompt_notices(config, manifest, columns, asking))
     assert len(lines) == len(says), lines
     assert all(text in line for text, line in zip(says, lines, strict=True))

@@ -35,12 +35,12 @@ def test_it_survives_json(model: Path) -> None:
 
 
 def test_what_differs_is_named(model: Path) -> None:
-    before = take(model, prompt="a", max_pixels=1000)
+    before = take(model, prompt=("a",), max_pixels=1000)
     (model / "config.json").write_text('{"x": 1}')
     (model / "tokenizer.json").write_text("{}")
     (model / "additional_chat_templates" / "tool.jinja").unlink()
     (model / "README.md").write_text("edited")
-    assert before.differences(take(model, prompt="b", actors=3, min_pixels=100)) == [
+    assert before.differences(take(model, prompt=("b",), actors=3, min_pixels=100)) == [
         "prompt: 'a', now 'b'",
         "min_pixels: None, now 100",
         "max_pixels: 1000, now None",
@@ -51,7 +51,7 @@ def test_what_differs_is_named(model: Path) -> None:
 
 
 def test_another_version_of_a_library_is_a_notice(model: Path) -> None:
-    now = take(model, prompt="b")
+    now = take(model, prompt=("b",))
     said = json.loads(now.to_json())
     said["libraries"]["torch"] = "2.0.0"
     old = Fingerprint(**said)

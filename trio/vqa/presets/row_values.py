@@ -33,7 +33,7 @@ def value_at(row: Row, path: str) -> Any:
     Raises:
         UserError: there is no such column or field.
     """
-    if path in row:
+    if isinstance(row, Mapping) and path in row:
         return row[path]
     value: Any = row
     for name in path.split("."):
