@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterator, Sequence
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from tokenizers import Tokenizer
 
 from trio import bundled
@@ -14,11 +13,11 @@ from trio.errors import first_line
 from trio.job.images.policy import RowError
 from trio.job.input.columns import OWN, Columns
 from trio.job.input.manifest import Manifest
+from trio.job.input.shard_rows import ShardUnreadable, first_rows
 from trio.job.output.output_rows import Source
 from trio.job.questions.asking import Asking
 from trio.job.resume.hub import NotHere, model_file
 from trio.job.settings import Model, Settings
-from trio.job.storage import open_location
 
 LOOKED_AT = 200
 """Rows of the first shard whose prompts are looked at."""
@@ -52,18 +51,14 @@ def _prompts(
     """Of the first rows; none where they cannot be read, of which the run makes errors."""
     names = [str(column)] if asking is None else list(asking.columns)
     try:
-        location = open_location(manifest.shards[0].path)
-        with location.filesystem.open_input_file(location.path) as stream:
-            file = pq.ParquetFile(stream)
-            there = [name for name in names if name in file.schema_arrow.names]
-            batch = next(file.iter_batches(LOOKED_AT, columns=there), None)
-        if batch is None:
+        table = first_rows(manifest.shards[0], names, LOOKED_AT)
+        if table is None:
             return []
-        table = pa.Table.from_batches([batch]).slice(0, config.input.limit)
+        table = table.slice(0, config.input.limit)
         if asking is None:
             return list(filter(None, table.column(0).to_pylist()))
-        return list(_asked(asking, table.rename_columns([OWN + name for name in there])))
-    except (OSError, KeyError, IndexError, UnicodeDecodeError, pa.ArrowException):
+        return list(_asked(asking, table.rename_columns([OWN + n for n in table.column_names])))
+    except (OSError, ShardUnreadable, KeyError, IndexError, UnicodeDecodeError, pa.ArrowException):
         return []
 
 
