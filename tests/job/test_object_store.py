@@ -134,7 +134,7 @@ def test_names_are_taken_letter_for_letter(store: Store, name: str) -> None:
     table = pa.table({"image": [f"images/{name}.png"]})
     store.put(f"d/{name}/{name}.parquet", serialise(table))
     store.put(f"d/{name}/images/{name}.png", png())
-    (location,) = [found for found, _ in expand([store.uri("d")])]
+    (location,) = [found.location for found in expand([store.uri("d")])]
     assert location.path.endswith(f"/d/{name}/{name}.parquet")
     for uri in (store.uri("d"), store.uri(f"d/{name}"), location.uri):
         manifest, schemas = inspect([uri])

@@ -67,7 +67,7 @@ def test_every_flag_reaches_its_setting_and_run_yaml_gives_it_back(
     assert text.startswith("# a comment\n") and yaml.safe_load(text).keys() == FIELDS.keys()
     assert json.loads(json.dumps(given.results())) == given.results()
     assert sorted(given.results()) == sorted(
-        [*DECIDE_ROWS, "method_options", "compare", "audit", *QUESTIONS]
+        [*DECIDE_ROWS, "method_options", "compare", "audit", "subset", "split", *QUESTIONS]
     )
     assert given.input.image_roots == (str(tmp_path / "photos"),)
     assert given.pruning == Pruning(

@@ -14,6 +14,7 @@ from trio.engine.decoding.generation_rules import Rules
 from trio.errors import UserError
 from trio.job.input.columns import OWN, Columns, parse_mapping, resolve
 from trio.job.input.joined_pictures import PictureFiles
+from trio.job.input.kinds.saved_datasets import WHOLE, Part
 from trio.job.input.manifest import Manifest, expand, inspect, tell
 from trio.job.output import output_directory
 from trio.job.output.scoring import SCORED
@@ -76,8 +77,10 @@ def plan(
     earlier = output_directory.earlier(output)
     config = _settled(config, earlier)
     questions, asking, pictures = config.questions, None, None
+    part = Part(config.input.subset, config.input.split)
     if questions.preset is not None:
-        asking = asking_of(questions)
+        asking = asking_of(questions, part=part)
+        part = WHOLE  # its files are the part
         if compare:
             paths = question_paths(asking.preset, paths, say)
             pictures = picture_files(asking.preset, questions, paths, say)
@@ -86,13 +89,13 @@ def plan(
         also[PICTURES] = earlier.fingerprint.model_files[PICTURES]
     now = prints.take(config, also)
     if earlier is not None:
-        found = expand(paths, output, say) if compare else None
+        found = expand(paths, output, say, part) if compare else None
         output_directory.check_same(earlier, now, found, output.uri)
         manifest, columns = earlier.manifest, earlier.columns
         if questions.mode is not None and asking is None:
             asking = asking_of(questions, [role[1:] for role in columns.roles if role[0] == OWN])
     else:
-        manifest, schemas = inspect(paths, output, say)
+        manifest, schemas = inspect(paths, output, say, part)
         if questions.mode is not None and asking is None:
             asking = asking_of(questions, schemas[0].names)
         columns = _columns(config, asking, manifest, schemas)

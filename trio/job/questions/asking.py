@@ -19,6 +19,7 @@ from trio.engine.request import Result
 from trio.errors import UserError
 from trio.job.images.policy import RowError
 from trio.job.input.columns import OWN
+from trio.job.input.kinds.saved_datasets import WHOLE, Part
 from trio.job.output.output_rows import Ask, Source
 from trio.job.questions.keep_if import Condition
 from trio.job.questions.question_settings import LIKELIHOOD, TOKENS, Questions
@@ -172,12 +173,15 @@ class Asking:
         return fields
 
 
-def asking_of(questions: Questions, names: Sequence[str] | None = None) -> Asking:
+def asking_of(
+    questions: Questions, names: Sequence[str] | None = None, part: Part = WHOLE
+) -> Asking:
     """How rows are asked about by some settings.
 
     Args:
         questions: the settings.
         names: columns of the input, where there is no preset.
+        part: of the preset's data set, if not the one it says itself.
 
     Raises:
         UserError: the preset cannot be read, or a metric needs columns that are not there.
@@ -190,8 +194,8 @@ def asking_of(questions: Questions, names: Sequence[str] | None = None) -> Askin
         preset = dataclasses.replace(
             preset,
             metric=metric,
-            config=questions.subset or preset.config,
-            split=questions.split or preset.split,
+            config=part.subset or preset.config,
+            split=part.split or preset.split,
         )
         if questions.prompt_template is not None:
             template = PromptTemplate(questions.prompt_template)

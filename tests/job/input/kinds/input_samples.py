@@ -65,7 +65,9 @@ def write_img2dataset(folder: Path, shards: int = 2, rows: int = 10) -> Path:
         write_tar(folder / f"{shard:05d}.tar", members_of(numbers))
         table = pa.Table.from_pylist([facts_of(number) for number in numbers])
         pq.write_table(table, folder / f"{shard:05d}.parquet")
-        (folder / f"{shard:05d}_stats.json").write_text(json.dumps({"count": rows, "successes": rows}))
+        (folder / f"{shard:05d}_stats.json").write_text(
+            json.dumps({"count": rows, "successes": rows})
+        )
     return folder
 
 

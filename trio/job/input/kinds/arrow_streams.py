@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
+from trio.job.input.kinds.read_ahead import ReadAhead
 from trio.job.storage import Location
 
 HEAD = 8
@@ -42,23 +43,23 @@ def schema_of(stream: pa.NativeFile) -> pa.Schema:
     return pa.ipc.open_stream(stream).schema.remove_metadata()
 
 
-def batches_of(stream: pa.NativeFile, size: int) -> Iterator[Batch]:
+def batches_of(file: ReadAhead) -> Iterator[Batch]:
     """All record batches of a stream.
 
     Raises:
         ValueError: it is no stream, is cut, or has dictionaries, which batches share.
     """
     place = 0
-    while place < size:
-        mark, length = struct.unpack("<II", _exactly(stream, place, HEAD))
+    while place < file.size:
+        mark, length = struct.unpack("<II", _exactly(file, place, HEAD))
         if mark != MARK:
             raise ValueError(f"no Arrow stream: no message at byte {place}")
         if length == 0:
             return
-        metadata = _exactly(stream, place + HEAD, length)
+        metadata = _exactly(file, place + HEAD, length)
         message = _Table(metadata, _offset(metadata, 0))
         whole = HEAD + length + message.number(3, "<q")
-        if place + whole > size:
+        if place + whole > file.size:
             raise ValueError(f"it ends within the record batch at byte {place}")
         kind = message.number(1, "<B")
         if kind == _DICTIONARY:
@@ -77,8 +78,8 @@ def read_batch(
     return pa.ipc.read_record_batch(message, schema).select(list(names))
 
 
-def _exactly(stream: pa.NativeFile, offset: int, size: int) -> bytes:
-    data: bytes = stream.read_at(size, offset)
+def _exactly(file: ReadAhead, offset: int, size: int) -> bytes:
+    data = file.read_at(offset, size)
     if len(data) < size:
         raise ValueError(f"it ends at byte {offset + len(data)}, within a message")
     return data

@@ -63,19 +63,31 @@ def image_rows(found: Found, notes: Notes) -> Iterator[dict[str, Any]]:
         yield from pool.map(lambda name: _row(found, name, notes), found.files)
 
 
+def bytes_beside(found: Found) -> int:
+    """What the files beside a shard's images hold."""
+    return sum(size for name in found.files for _, _, size in _beside(found, name))
+
+
 def _row(found: Found, name: str, notes: Notes) -> dict[str, Any]:
+    texts = {
+        column: _text(found.location.at(path), size, notes)
+        for column, path, size in _beside(found, name)
+    }
+    return {"id": name, "image": name, **texts}
+
+
+def _beside(found: Found, name: str) -> Iterator[tuple[str, str, int]]:
+    """Column, path and size of each file beside an image."""
     stem = f"{found.location.path.rpartition('/')[0]}/{name}".rpartition(".")[0]
-    row: dict[str, Any] = {"id": name, "image": name}
     for suffix in BESIDE:
         if (size := found.beside.get(stem + suffix)) is not None:
-            row[suffix[1:]] = _text(found.location.at(stem + suffix), size, notes)
-    return row
+            yield suffix[1:], stem + suffix, size
 
 
 def _text(location: Location, size: int, notes: Notes) -> str | None:
     try:
         data = read_bytes(location) if size <= MOST_TEXT else None
     except (OSError, pa.ArrowException):
-        notes.add("files beside images cannot be read, and their columns are null", location.uri)
+        notes.add("files beside images that cannot be read, whose columns are null", location.uri)
         return None
     return text_of(data, location.uri, notes)

@@ -45,18 +45,18 @@ class Notes:
 
     def lines(self) -> Iterator[str]:
         for what, count in self.counts.items():
-            yield f"{count} {what}, the first: {self.examples[what]}"
+            yield f"{what}: {count}, first {self.examples[what]}"
 
 
 def text_of(data: bytes | None, name: str, notes: Notes) -> str | None:
     """Of a txt or json; None and a note where it is none."""
     if data is None:
-        notes.add(f"texts have more than {MOST_TEXT} bytes and are null", name)
+        notes.add(f"texts of more than {MOST_TEXT} bytes, which are null", name)
         return None
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError:
-        notes.add("texts are not UTF-8 and are null", name)
+        notes.add("texts that are not UTF-8, which are null", name)
         return None
 
 
@@ -87,7 +87,7 @@ def write_raw(
 def _look(text: str, id: str, seen: Seen, notes: Notes) -> None:
     fields = json_fields.parsed(text)
     if fields is None:
-        notes.add("JSON texts are no object, and their columns null", id)
+        notes.add("JSON texts that are no object, whose columns are null", id)
     else:
         json_fields.look(fields, seen)
 

@@ -25,11 +25,12 @@ import pyarrow.parquet as pq
 from trio.errors import UserError, first_line
 from trio.job.input.kinds import arrow_streams, json_fields
 from trio.job.input.kinds.found_shard import Found, row_names
-from trio.job.input.kinds.image_folders import image_rows
+from trio.job.input.kinds.image_folders import bytes_beside, image_rows
 from trio.job.input.kinds.json_fields import Seen
 from trio.job.input.kinds.raw_rows import ERROR_COLUMN, Notes, write_index, write_raw
+from trio.job.input.kinds.read_ahead import ReadAhead
 from trio.job.input.kinds.shard_kinds import ARROW, IMAGES, PARQUET, TABLE, TAR
-from trio.job.input.kinds.tar_members import NoTar, ReadAhead
+from trio.job.input.kinds.tar_members import NoTar
 from trio.job.input.kinds.tar_samples import PICTURES, PLACES, samples
 from trio.job.input.kinds.text_tables import write_table
 from trio.tables import counted
@@ -116,6 +117,7 @@ def _first_look(
 def _write_raw(one: Found, name: str, path: Path, first: _First) -> None:
     if one.kind == IMAGES:
         first.seen = write_raw(image_rows(one, first.notes), pa.string(), path, first.notes)
+        first.bytes_read = bytes_beside(one)
     else:
         first.seen, first.bytes_read = _tar(one, name, path, first.notes)
     texts = pq.read_table(path, columns=["txt"]).column("txt")
@@ -136,14 +138,15 @@ def _tar(one: Found, name: str, path: Path, notes: Notes) -> tuple[Seen, int]:
 def _write_batches(one: Found, path: Path) -> tuple[pa.Schema, int]:
     try:
         with arrow_streams.opened(one.location) as stream:
-            batches = list(arrow_streams.batches_of(stream, one.size))
+            file = ReadAhead(stream, one.size, far=not one.location.local)
+            batches = list(arrow_streams.batches_of(file))
             schema = arrow_streams.schema_of(stream)
     except (OSError, ValueError, pa.ArrowException) as error:
         reason = first_line(error)
         raise UserError(f"{one.location.uri}: not a readable Arrow stream ({reason})") from error
     rows = [{"offset": b.offset, "length": b.length, "rows": b.rows} for b in batches]
     pq.write_table(pa.Table.from_pylist(rows, schema=BATCHES), path)
-    return schema, 0
+    return schema, file.bytes_read
 
 
 def _finished(

@@ -15,8 +15,9 @@ import pyarrow as pa
 from trio.job.images.policy import MAX_BYTES
 from trio.job.input.kinds import json_fields
 from trio.job.input.kinds.raw_rows import ERROR_COLUMN, MOST_TEXT, Notes, text_of
+from trio.job.input.kinds.read_ahead import ReadAhead
 from trio.job.input.kinds.shard_kinds import PICTURE_SUFFIXES
-from trio.job.input.kinds.tar_members import Member, ReadAhead, TarEnd, members
+from trio.job.input.kinds.tar_members import Member, TarEnd, members
 
 PLACES = pa.list_(pa.struct([("path", pa.string()), ("offset", pa.int64()), ("size", pa.int64())]))
 """A row's pictures: member, and where its bytes lie."""
@@ -36,7 +37,7 @@ def samples(file: ReadAhead, tar: str, notes: Notes) -> Iterator[dict[str, Any]]
         reason = f"no tar header at byte {end.damaged}: what is behind it is lost"
         yield _lost(f"{tar}@{end.damaged}", reason)
     elif not end.marked:
-        notes.add("tars have no end mark and may be cut", tar)
+        notes.add("tars without an end mark, which may be cut", tar)
 
 
 def _key(member: Member) -> str | None:
@@ -56,7 +57,7 @@ def _row(file: ReadAhead, id: str, group: list[Member], notes: Notes) -> dict[st
             row[name] = _text(file, by_suffix[name], notes)
     for suffix in by_suffix.keys() - {"txt", "json"}:
         if f".{suffix.rpartition('.')[2]}" not in PICTURE_SUFFIXES:
-            notes.add(f"members .{suffix} are left out", id)
+            notes.add(f"members .{suffix} left out", id)
     large = [place for place in row["image"] or () if place["size"] > MAX_BYTES]
     if large:
         error = {"kind": "image_oversized", "message": f"{large[0]['size']} bytes"}
@@ -77,7 +78,7 @@ def _pictures(group: list[Member], notes: Notes) -> list[dict[str, Any]] | None:
     """The first member whose whole suffix is a picture's; without one, all whose last part is."""
     found = [m for m in group if f".{_suffix(m)}" in PICTURE_SUFFIXES]
     if len(found) > 1:
-        notes.add("keys have several pictures, of which the first is taken", found[0].name)
+        notes.add("keys of several pictures, of which the first is taken", found[0].name)
     if not found:
         found = [m for m in group if f".{_suffix(m).rpartition('.')[2]}" in PICTURE_SUFFIXES]
     else:
