@@ -74,9 +74,19 @@ def column_of(shard: Shard, name: str) -> pa.ChunkedArray:
         table = first_rows(shard, [name], shard.rows)
         assert table is not None
         return table.column(name)
-    location = open_location(shard.parquet)
-    with location.filesystem.open_input_file(location.path) as stream:
+    with _stream_of(shard) as stream:
         return pq.ParquetFile(stream).read(columns=[name], use_threads=False).column(name)
+
+
+def _stream_of(shard: Shard) -> pa.NativeFile:
+    """Of its Parquet file."""
+    location = open_location(shard.parquet)
+    try:
+        return location.filesystem.open_input_file(location.path)
+    except FileNotFoundError as error:
+        if not shard.index:
+            raise
+        raise ShardGone(f"{shard.path}: {shard.index}, its index, is gone") from error
 
 
 def check_size(stream: pa.NativeFile, shard: Shard) -> None:
@@ -85,8 +95,7 @@ def check_size(stream: pa.NativeFile, shard: Shard) -> None:
 
 
 def _of_parquet(shard: Shard, wanted: Collection[str], group: int) -> Generator[pa.RecordBatch]:
-    location = open_location(shard.parquet)
-    with location.filesystem.open_input_file(location.path) as stream:
+    with _stream_of(shard) as stream:
         file = _opened(stream, wanted)
         meta = file.metadata
         lengths = [meta.row_group(i).num_rows for i in range(meta.num_row_groups)]
@@ -103,8 +112,7 @@ def _of_parquet(shard: Shard, wanted: Collection[str], group: int) -> Generator[
 
 
 def _of_arrow(shard: Shard, wanted: Collection[str], group: int) -> Generator[pa.RecordBatch]:
-    index = open_location(shard.index)
-    with index.filesystem.open_input_file(index.path) as stream:
+    with _stream_of(shard) as stream:
         places = pq.ParquetFile(stream).read().slice(group)
     with arrow_streams.opened(open_location(shard.path)) as stream:
         check_size(stream, shard)

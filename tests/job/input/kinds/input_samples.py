@@ -14,11 +14,14 @@ import pyarrow.parquet as pq
 
 from tests.job.fakes import png
 
-COLOURS = ("red", "green", "blue", "white", "black")
-
 
 def picture(number: int) -> bytes:
-    return png((number % 256, number // 256 % 256, 7))
+    """That tells its number by its colour, and by its width up to 60 of them."""
+    return png((number % 256, number // 256 % 256, 7), (width_of(number), 9))
+
+
+def width_of(number: int) -> int:
+    return 10 + number % 60
 
 
 def write_tar(
@@ -41,8 +44,8 @@ def facts_of(number: int) -> dict[str, Any]:
         "key": f"{number:09d}",
         "status": "success",
         "error_message": None,
-        "width": 16 + number,
-        "height": 16,
+        "width": width_of(number),
+        "height": 9,
         "exif": json.dumps({"Image Orientation": "1"}),
         "sha256": f"{number:064x}",
     }

@@ -29,7 +29,7 @@ def test_rows_are_named_by_their_paths(tmp_path: Path) -> None:
     names = ["trip 0/IMG.000.png", "trip 0/IMG.002.png", "trip 1/IMG.001.png", "trip 1/IMG.003.png"]
     assert [(row["id"], row["image"]) for row in made] == [(name, name) for name in names]
     assert [row["txt"] for row in made] == [f"old text {n}" for n in (0, 2, 1, 3)]
-    assert '"width": 18' in made[1]["json"] and bytes_beside(shard) > 4 * 200
+    assert '"width": 12' in made[1]["json"] and bytes_beside(shard) > 4 * 200
 
 
 def test_a_listing_tells_whether_the_files_are_the_same(

@@ -33,7 +33,7 @@ def test_members_of_a_key_are_a_row(tmp_path: Path) -> None:
     rows, said = rows_of(data)
     assert [row["id"] for row in rows] == [f"a.tar/{n:09d}" for n in range(3)] and not said
     assert [row["txt"] for row in rows] == [f"old text {n}" for n in range(3)]
-    assert '"width": 17' in rows[1]["json"]
+    assert '"width": 11' in rows[1]["json"]
     (place,) = rows[2]["image"]
     assert data[place["offset"] : place["offset"] + place["size"]] == picture(2)
 

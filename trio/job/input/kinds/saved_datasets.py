@@ -69,7 +69,7 @@ def _saved(uri: str, location: Location, infos: Sequence[FileInfo], part: Part) 
     if part.subset is not None:
         raise UserError(f"{part}: {uri} is a saved data set, which has no configurations")
     if part.split is not None:
-        _one_of(uri, "--split", part.split, [str(state.get("_split"))])
+        _one_of(uri, "--split", part.split, [name for name in [state.get("_split")] if name])
     names = [file["filename"] for file in state["_data_files"]]
     return _among(uri, infos, {location.join(name).path for name in names})
 
