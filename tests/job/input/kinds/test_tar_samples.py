@@ -102,3 +102,12 @@ def test_a_picture_too_large_to_be_read(tmp_path: Path, monkeypatch: pytest.Monk
     rows, _ = rows_in(tmp_path, ("a.jpg", b"x" * 51), ("b.jpg", b"x" * 50))
     assert rows[0]["image"] is None and rows[0]["error"]["kind"] == "image_oversized"
     assert shown(rows[1]) == ["b.jpg"]
+
+
+@pytest.mark.parametrize("far", [False, True])
+def test_a_tar_is_read_once_at_the_most(tmp_path: Path, far: bool) -> None:
+    """Though the texts of a key lie before the header that ends it."""
+    data = write_tar(tmp_path / "a.tar", members_of(range(300))).read_bytes()
+    file = ReadAhead(pa.BufferReader(data), len(data), far=far)
+    assert len(list(samples(file, "a.tar", Notes()))) == 300
+    assert file.bytes_read <= 1.1 * len(data)

@@ -24,20 +24,31 @@ PLACES = pa.list_(pa.struct([("path", pa.string()), ("offset", pa.int64()), ("si
 PICTURES = pa.list_(pa.struct([("bytes", pa.large_binary()), ("path", pa.string())]))
 """What the reader makes of them."""
 CUT = "shard_cut"
+TEXTS = frozenset({"txt", "json"})
+# suffixes of members that become columns
 
 
 def samples(file: ReadAhead, tar: str, notes: Notes) -> Iterator[dict[str, Any]]:
     """Rows of a tar that messages and ids call `tar`."""
     end = TarEnd()
-    shown = (member for member in members(file, end) if _key(member) is not None)
-    for key, group in groupby(shown, _key):
-        assert key is not None
-        yield _row(file, f"{tar}/{json_fields.clean(key)}", list(group), notes)
+    for key, told in groupby(_told(file, end, notes), lambda one: one[0]):
+        group = [(member, text) for _, member, text in told]
+        yield _row(f"{tar}/{json_fields.clean(key)}", group, notes)
     if end.damaged is not None:
         reason = f"no tar header at byte {end.damaged}: what is behind it is lost"
         yield _lost(f"{tar}@{end.damaged}", reason)
     elif not end.marked:
         notes.add("tars without an end mark, which may be cut", tar)
+
+
+def _told(
+    file: ReadAhead, end: TarEnd, notes: Notes
+) -> Iterator[tuple[str, Member, str | None]]:
+    """Key, member and its text, which is read before the file goes on."""
+    for member in members(file, end):
+        if (key := _key(member)) is not None:
+            is_text = member.whole and _suffix(member) in TEXTS
+            yield key, member, _text(file, member, notes) if is_text else None
 
 
 def _key(member: Member) -> str | None:
@@ -47,17 +58,16 @@ def _key(member: Member) -> str | None:
     return f"{folder}{slash}{key}" if key and dot else None
 
 
-def _row(file: ReadAhead, id: str, group: list[Member], notes: Notes) -> dict[str, Any]:
-    if not group[-1].whole:
-        return _lost(id, f"the tar ends within {group[-1].name}")
-    by_suffix = {_suffix(member): member for member in reversed(group)}
-    row = {"id": id, "image": _pictures(group, notes)}
-    for name in ("txt", "json"):
-        if name in by_suffix:
-            row[name] = _text(file, by_suffix[name], notes)
-    for suffix in by_suffix.keys() - {"txt", "json"}:
+def _row(id: str, group: list[tuple[Member, str | None]], notes: Notes) -> dict[str, Any]:
+    last, _ = group[-1]
+    if not last.whole:
+        return _lost(id, f"the tar ends within {last.name}")
+    texts = {_suffix(member): text for member, text in reversed(group)}
+    for suffix in texts.keys() - TEXTS:
         if f".{suffix.rpartition('.')[2]}" not in PICTURE_SUFFIXES:
             notes.add(f"members .{suffix} left out", id)
+    row: dict[str, Any] = {"id": id, "image": _pictures([m for m, _ in group], notes)}
+    row |= {name: text for name, text in texts.items() if name in TEXTS}
     large = [place for place in row["image"] or () if place["size"] > MAX_BYTES]
     if large:
         error = {"kind": "image_oversized", "message": f"{large[0]['size']} bytes"}
