@@ -32,7 +32,7 @@ from trio.job.input.kinds.found_shard import Found, shared_directory
 from trio.job.input.kinds.saved_datasets import WHOLE, Part, data_set_files
 from trio.job.input.kinds.shard_index import Index
 from trio.job.input.kinds.shard_kinds import IMAGES, PARQUET, kind_of
-from trio.job.storage import Location, list_files, locate, parent
+from trio.job.storage import Location, bare, list_files, locate, parent
 from trio.tables import counted
 
 FOOTER_THREADS = 16
@@ -73,7 +73,7 @@ class Shard:
 
     @property
     def kind(self) -> str:
-        return kind_of(self.path) or PARQUET
+        return kind_of(bare(self.path)) or PARQUET
 
     @property
     def parquet(self) -> str:

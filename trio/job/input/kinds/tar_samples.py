@@ -41,9 +41,7 @@ def samples(file: ReadAhead, tar: str, notes: Notes) -> Iterator[dict[str, Any]]
         notes.add("tars without an end mark, which may be cut", tar)
 
 
-def _told(
-    file: ReadAhead, end: TarEnd, notes: Notes
-) -> Iterator[tuple[str, Member, str | None]]:
+def _told(file: ReadAhead, end: TarEnd, notes: Notes) -> Iterator[tuple[str, Member, str | None]]:
     """Key, member and its text, which is read before the file goes on."""
     for member in members(file, end):
         if (key := _key(member)) is not None:
