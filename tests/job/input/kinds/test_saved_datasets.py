@@ -1,5 +1,8 @@
 """Data sets of the library `datasets`: what it saved, and repositories laid out for the Hub."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import datasets
@@ -8,13 +11,22 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.job.fakes import reader_of
-from tests.job.input.kinds.input_samples import picture, write_images
+from tests.job.input.kinds.input_samples import (
+    members_of,
+    picture,
+    width_of,
+    write_images,
+    write_tar,
+)
 from trio.errors import UserError
 from trio.job.input.columns import resolve
 from trio.job.input.kinds import saved_datasets
 from trio.job.input.kinds.saved_datasets import Part, files_of
 from trio.job.input.manifest import expand, inspect
 from trio.job.input.units import units
+
+ROOT = Path(__file__).resolve().parents[4]
+SERVER = ROOT / "tests" / "job" / "hub_files_server.py"
 
 
 def saved(rows: int = 150) -> datasets.Dataset:
@@ -116,6 +128,70 @@ def test_files_of_a_repository_by_configuration_and_split(tmp_path: Path) -> Non
             files(*part)
     with pytest.raises(UserError, match="--input uri: no data set to be read"):
         files_of(str(tmp_path / "nowhere"), "uri", Part())
+
+
+PARTS = """---
+configs:
+- config_name: tars
+  data_files: wds/*.tar
+- config_name: photos
+  data_files: [{split: test, path: "photos/**/*.png"}]
+---
+"""
+ON_THE_HUB = """
+from trio.errors import UserError
+from trio.job.images.image_files import load_images
+from trio.job.images.policy import ImagePolicy
+from trio.job.input.kinds.saved_datasets import Part
+from trio.job.input.manifest import expand, inspect
+from trio.job.input.reader import RunReader
+from trio.job.input.units import units
+from trio.job.storage import parent
+
+uri = "hf://datasets/org/name"
+for part in (Part("tars"), Part("photos", "test")):
+    manifest, _ = inspect([uri], part=part)
+    assert manifest.difference(expand([uri], part=part)) is None
+    (shard,) = manifest.shards
+    reader = RunReader({0: shard}, {"image": "image", "id": "id"}, lambda *_: None)
+    for unit in units(manifest, 3):
+        table, base = reader.read(unit), parent(shard.path)
+        for row in table.to_pylist():
+            (image,) = load_images(row["image"], base, ImagePolicy())
+            print(row["id"], image.width)
+try:
+    expand([uri])
+except UserError as error:
+    print(error)
+"""
+
+
+@pytest.mark.slow
+def test_repositories_are_read_from_a_hub(tmp_path: Path) -> None:
+    """In processes of their own, as the library looks for its Hub when it is imported."""
+    write_tar(tmp_path / "wds" / "0.tar", members_of(range(4)))
+    write_images(tmp_path / "photos", 2)
+    (tmp_path / "README.md").write_text(PARTS)
+    server = subprocess.Popen(
+        [sys.executable, str(SERVER), str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    assert server.stdout is not None
+    here = {"HF_ENDPOINT": f"http://127.0.0.1:{server.stdout.readline().strip()}"}
+    here |= {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
+    try:
+        ended = subprocess.run(
+            [sys.executable, "-c", ON_THE_HUB],
+            env=os.environ | here, cwd=ROOT, capture_output=True, text=True, timeout=250,
+        )  # fmt: skip
+    finally:
+        server.kill()
+        server.wait()
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.splitlines() == [
+        *(f"0.tar/{n:09d} {width_of(n)}" for n in range(4)),
+        *(f"photos/trip {n}/IMG.00{n}.png {width_of(n)}" for n in range(2)),
+        "--input hf://datasets/org/name: several are there; give as --subset one of tars, photos",
+    ]
 
 
 def test_files_on_the_hub_are_those_of_the_listing() -> None:

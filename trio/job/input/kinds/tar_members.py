@@ -50,7 +50,7 @@ def members(file: ReadAhead, end: TarEnd) -> Iterator[Member]:
     tar = _opened(file)
     try:
         while (member := tar.next()) is not None:
-            tar.members.clear()  # which would grow with the tar
+            tar.members.clear()  # type: ignore[attr-defined]  # they would grow with the tar
             if member.isfile() and not member.issparse():
                 whole = member.offset_data + member.size <= file.size
                 yield Member(member.name, member.offset_data, member.size, whole)
