@@ -419,7 +419,7 @@ def test_what_an_engine_cannot_serve_is_the_users_mistake(
 
 MISTAKES = [
     (["--method", "eadp", "--model", "org/name"], "give as --text-tower the CLIP"),
-    (["--input", "nowhere.parquet"], "no Parquet file there"),
+    (["--input", "nowhere.parquet"], "no input there"),
     (["--input", "{shard}", "--columns", "image=photo"], "it has id, image, prompt"),
     (["--input", "{shard}", "--model", "./nowhere"], "no model there"),
     (["--input", "{shard}", "--output", "{dir}"], "holds other files"),

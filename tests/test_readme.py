@@ -48,12 +48,10 @@ CAPTIONS = [
 SAYS = {
     "README.md": [CAPTIONS, ["a red 5 and a green 7\n"]],
     "trio/pruning/README.md": [["[118, 69, 28] "]],
-    "trio/job/README.md": [["5 images in photos.parquet"]],
     "trio/vqa/README.md": [["0.6", "1.0"]],
     "trio/engine/README.md": [["[1.0, 0.0]"]],
 }
 """What each Python sample of a page must print, in their order."""
-TYPES = ["jpg", "JPEG", "png", "webp", "gif"]
 
 
 def samples(page: str) -> list[str]:
@@ -76,10 +74,6 @@ def test_python_samples_run_as_printed(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    (tmp_path / "photos" / "trip").mkdir(parents=True)
-    for place, suffix in enumerate(TYPES):
-        folder = "photos/trip" if place % 2 else "photos"
-        Image.new("RGB", (8, 8)).save(tmp_path / folder / f"{place}.{suffix}")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(method_registry, "_registered", {})
     exec(compile(samples(page)[number], page, "exec"), {"__name__": "__main__"})

@@ -472,7 +472,7 @@ MISTAKES = [
     (["--metric", "chair"], "metric chair needs --objects FILE"),
     (["--keep-if", "p_first > 0.5"], "there is no p_first with --mode generate"),
     (["--keep-if", "score >"], "is no condition"),
-    (["--split", "val"], "--split needs --preset"),
+    (["--split", "val"], "--split val: no input here has such parts"),
     (["--group-by", "colour"], "no column 'colour'"),
     (["--pictures", "p.parquet"], "--pictures needs --preset"),
     (["--preset", "gqa"], "its pictures lie in files of their own"),

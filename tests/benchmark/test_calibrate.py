@@ -361,7 +361,7 @@ def test_wrong_files_end_with_one_line(
         ({"--method": "divprune"}, "no shape that could be searched"),
         ({"--method": "none", "--encoder": "scan"}, "nothing to search"),
         ({"--model": "{dir}/nowhere"}, "no model there"),
-        ({"--input": "{dir}/nowhere"}, "no Parquet file there"),
+        ({"--input": "{dir}/nowhere"}, "no input there"),
         ({"--config": "{dir}/run.yaml"}, "give --retention instead"),
     ],
 )

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -17,6 +17,13 @@ from pyarrow import fs as pafs
 from tests.job.commits import commit, totals_of
 from tests.job.fakes import ODD_NAMES, png
 from tests.job.faults import faulty
+from tests.job.input.kinds.input_samples import (
+    members_of,
+    picture,
+    width_of,
+    write_jsonl,
+    write_tar,
+)
 from tests.job.rivals import check_until_lost, start_together
 from tests.job.runs import execute
 from tests.job.store import Store, bucket_of, serving
@@ -134,7 +141,7 @@ def test_names_are_taken_letter_for_letter(store: Store, name: str) -> None:
     table = pa.table({"image": [f"images/{name}.png"]})
     store.put(f"d/{name}/{name}.parquet", serialise(table))
     store.put(f"d/{name}/images/{name}.png", png())
-    (location,) = [found for found, _ in expand([store.uri("d")])]
+    (location,) = [found.location for found in expand([store.uri("d")])]
     assert location.path.endswith(f"/d/{name}/{name}.parquet")
     for uri in (store.uri("d"), store.uri(f"d/{name}"), location.uri):
         manifest, schemas = inspect([uri])
@@ -164,9 +171,11 @@ def shards(store: Store) -> list[str]:
     return [store.uri("in")]
 
 
-def pin(store: Store, output: Location) -> tuple[output_directory.Pinned, list[Unit]]:
+def pin(
+    store: Store, output: Location, inputs: Sequence[str] = ()
+) -> tuple[output_directory.Pinned, list[Unit]]:
     """A first plan, claimed."""
-    inputs = shards(store)
+    inputs = inputs or shards(store)
     config = made_of(input=(store.uri("in"),), output=output.uri, rows_per_file=UNIT_ROWS)
     manifest, schemas = inspect(inputs)
     columns = resolve(schemas, [s.path for s in manifest.shards], {}, prompt_given=True)
@@ -178,8 +187,7 @@ def pin(store: Store, output: Location) -> tuple[output_directory.Pinned, list[U
         ids=ids.scan(manifest, columns.roles["id"]),
         config=config,
     )
-    output_directory.claim(output, run)
-    return run, list(units(manifest, UNIT_ROWS))
+    return output_directory.claim(output, run), list(units(manifest, UNIT_ROWS))
 
 
 def test_a_resume_reads_no_byte_of_any_shard_and_few_of_the_output(store: Store) -> None:
@@ -208,6 +216,43 @@ def test_a_resume_reads_no_byte_of_any_shard_and_few_of_the_output(store: Store)
     assert not [r for r in asked if "/rows/" in r.path]
     read = [r.path.rpartition("/")[2] for r in asked if "/stats/" in r.path and r.method == "GET"]
     assert sorted(read) == [u.name for u in plan[:18]]
+
+
+def test_what_is_no_parquet_is_indexed_once_and_read_by_ranges(
+    store: Store, tmp_path: Path
+) -> None:
+    """A tar, a folder and a table: planned, claimed, found again, and each row's image read."""
+    tar = write_tar(tmp_path / "0.tar", members_of(range(40))).read_bytes()
+    store.put("in/t/0.tar", tar)
+    for name in ("a b", "c%20d/é"):
+        store.put(f"in/photos/{name}.png", picture(3))
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"image": "img/x.png", "id": "r0"}])
+    store.put("in/j/rows.jsonl", rows.read_bytes())
+    store.put("in/j/img/x.png", picture(4))
+    inputs = [store.uri(f"in/{name}") for name in ("t", "photos", "j/rows.jsonl")]
+    output = store.at("out")
+    store.requests()
+    run, plan = pin(store, output, inputs)
+    asked = [r for r in store.requests() if r.path.endswith("/0.tar") and r.method == "GET"]
+    assert len(asked) == 1 and asked[0].bytes == len(tar)
+
+    found = output_directory.earlier(output)
+    assert found is not None and found.manifest == run.manifest
+    assert [s.index for s in found.manifest.shards] == [s.index for s in run.manifest.shards]
+    assert found.manifest.difference(expand(inputs, output)) is None
+    assert not [r for r in store.requests() if "/in/" in r.path and r.method == "GET"]
+    by_number = {shard.number: shard for shard in found.manifest.shards}
+    reader, widths = RunReader(by_number, found.columns.roles, lambda *_: None), {}
+    for unit in plan:
+        table, path = reader.read(unit), by_number[unit.shard].path
+        assert isinstance(table, pa.Table), table
+        for source in sources(table, unit, path):
+            (image,) = load_images(source.cell("image"), parent(path), PROMPT.policy)
+            widths[source.cell("id")] = image.width
+    wanted = {f"0.tar/{n:09d}": width_of(n) for n in range(40)}
+    assert widths == wanted | {"a b.png": 13, "c%20d/é.png": 13, "r0": 14}
+    of_tar = [r for r in store.requests() if r.path.endswith("/0.tar") and r.method == "GET"]
+    assert len(of_tar) == 40 // UNIT_ROWS
 
 
 def test_a_run_from_claim_to_success(store: Store) -> None:

@@ -49,7 +49,7 @@ GROUPS = ["input", "model", "pruning", "sampling", "questions", "output", "clust
 OTHERS = ["audit", "min_agreement", "prompt_template"]
 """Which exclude --compare, or --prompt."""
 QUESTIONS = [name for name, one in FIELDS.items() if one.group == "questions"]
-SINCE = ["prompt_template", "keep_columns", "stop_repetition"]
+SINCE = ["prompt_template", "keep_columns", "stop_repetition", "subset", "split"]
 DECIDE_ROWS = json.loads(Path(__file__).with_name("recorded").joinpath("caption.json").read_text())[
     "decide_rows"
 ]

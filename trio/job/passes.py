@@ -327,7 +327,7 @@ class Passes:
         numbers = sorted({unit.shard for unit in units})
         first, last = numbers[0], numbers[-1]
         around = [*range(first - OTHERS, first), *range(last + 1, last + 1 + OTHERS)]
-        others = [self._shards[n].path for n in around if n in self._shards]
+        others = [self._shards[n].place for n in around if n in self._shards]
         mine = {number: self._shards[number] for number in numbers}
         return Run(units=tuple(units), shards=mine, others=tuple(others))
 

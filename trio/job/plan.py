@@ -15,6 +15,7 @@ from trio.errors import UserError
 from trio.job.input import own_columns
 from trio.job.input.columns import OWN, Columns, of_template, parse_mapping, resolve
 from trio.job.input.joined_pictures import PictureFiles
+from trio.job.input.kinds.saved_datasets import WHOLE, Part
 from trio.job.input.manifest import Manifest, expand, inspect, tell
 from trio.job.output import output_directory
 from trio.job.output.schema import OPTIONAL, rows_schema
@@ -82,8 +83,10 @@ def plan(
     config = _settled(config, earlier)
     questions, asking, pictures = config.questions, None, None
     template = _template(config)
+    part = Part(config.input.subset, config.input.split)
     if questions.preset is not None:
-        asking = asking_of(questions, template)
+        asking = asking_of(questions, template, part=part)
+        part = WHOLE  # its files are the part
         if compare:
             paths = question_paths(asking.preset, paths, say)
             pictures = picture_files(asking.preset, questions, paths, say)
@@ -92,14 +95,14 @@ def plan(
         also[PICTURES] = earlier.fingerprint.model_files[PICTURES]
     now = prints.take(config, also)
     if earlier is not None:
-        found = expand(paths, output, say) if compare else None
+        found = expand(paths, output, say, part) if compare else None
         output_directory.check_same(earlier, now, found, output.uri)
         manifest, columns = earlier.manifest, earlier.columns
         if questions.mode is not None and asking is None:
             names = [role[1:] for role in columns.roles if role[0] == OWN]
             asking = asking_of(questions, template, names)
     else:
-        manifest, schemas = inspect(paths, output, say)
+        manifest, schemas = inspect(paths, output, say, part)
         found_in = own_columns.partitions([shard.path for shard in manifest.shards])
         schemas = [
             own_columns.with_fields(schema, shard.path, found_in)

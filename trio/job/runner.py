@@ -116,6 +116,7 @@ def execute(
     began = time.time()
     config = resolve_resources(run.config, run.manifest, resources)
     pinned = _pinned(run, config)
+    run = dataclasses.replace(run, manifest=pinned.manifest)
     assert config.output.rows_per_file is not None
     wanted = list(units(run.manifest, config.output.rows_per_file, config.input.limit))
     committed.sweep(run.output)
@@ -296,7 +297,8 @@ def _pinned(run: Plan, config: Settings) -> output_directory.Pinned:
             ids=ids.scan(run.manifest, column, limit=config.input.limit) if column else None,
             config=config,
         )
-        output_directory.claim(run.output, pinned, decoding_rules.lines(config, run.decoding))
+        facts = decoding_rules.lines(config, run.decoding)
+        pinned = output_directory.claim(run.output, pinned, facts)
     if pinned.ids is not None and pinned.ids.warning is not None:
         print(pinned.ids.warning, flush=True)
     return pinned

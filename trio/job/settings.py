@@ -99,8 +99,13 @@ class Input:
     """Which rows are read, and which images they may bring."""
 
     input: Annotated[tuple[str, ...], many(_PLACE, "PATH", least=1)] = (DEMO,)
-    """Parquet file, directory or quoted pattern, s3://, gs:// or hf://datasets/ URI; several may be
-    given; demo is the bundled shard."""
+    """Parquet, images, WebDataset tars, JSONL, CSV, or what save_to_disk of datasets wrote: file,
+    directory or quoted pattern, s3://, gs:// or hf://datasets/ORG/NAME URI; several may be given;
+    demo is the bundled shard."""
+    subset: Annotated[str | None, Value(read=text, unit="NAME")] = None
+    """Configuration of a data set, as ScienceQA-FULL (default: the preset's, or the only one)."""
+    split: Annotated[str | None, Value(read=text, unit="NAME")] = None
+    """Split of a data set, as validation (default: the preset's, or the only one)."""
     prompt: Annotated[tuple[str, ...], each(text, "TEXT")] = ()
     """Prompt for rows that bring none; given several times, each row is asked each of them, and its
     images are prepared and encoded once."""

@@ -261,7 +261,7 @@ def _wait_and_look(run: Run, desk: Desk, shard: Shard, tried: int, fault: ShardU
     """Before another try. A shard that is away and not alone is no row's error: a mount, a store or
     a node is at fault, which will be mended, and the run goes on from here then."""
     near = sorted(run.shards.values(), key=lambda other: abs(other.number - shard.number))
-    others = [other.path for other in near[1 : OTHERS + 1]] + list(run.others)
+    others = [other.place for other in near[1 : OTHERS + 1]] + list(run.others)
     if not isinstance(fault, ShardChanged) and others and not any(map(_there, others)):
         desk.note("user", str(fault))
         desk.wait_for_the_end()
@@ -302,7 +302,7 @@ def _prepared(row: pa.Table, task: Task, desk: Desk) -> pa.Table:
                 said_at = time.perf_counter()
                 desk.note("preparing")
             mine: Sequence[Any] = ()
-            said = {} if known is None else known[source.index].as_py()
+            said = (None if known is None else known[source.index].as_py()) or {}
             if not said:
                 try:
                     with limit.row():

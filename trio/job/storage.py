@@ -244,6 +244,14 @@ def list_files(location: Location) -> list[pafs.FileInfo]:
     return sorted(found, key=lambda info: info.path)
 
 
+def start_of(location: Location) -> Location:
+    """The directory that a directory or pattern is looked through from."""
+    whole = location.filesystem.get_file_info(location.path)
+    if whole.type == pafs.FileType.NotFound and _WILD.search(location.path):
+        return location.at(_start_of_pattern(location)[0])
+    return location
+
+
 def _start_of_pattern(location: Location) -> tuple[str, str]:
     """The directory that a pattern starts from, and the rest of it.
 

@@ -122,28 +122,27 @@ def test_shards_by_suffix_and_nothing_left_out_in_silence(tmp_path: Path, patter
         (tmp_path / name).write_text("no shard")
     said: list[str] = []
     found = expand([str(tmp_path / pattern)], say=said.append)
-    assert [Path(location.path).name for location, _ in found] == sorted(taken)
+    assert [Path(one.location.path).name for one in found] == sorted(taken)
     (line,) = said
-    assert "5 files are no Parquet by name" in line and "\n" not in line
-    assert "left out: copy.parquet.bak, it.jsonl, no-suffix and 2 more" in line
+    images = "" if pattern == "*" else ", 1 image file"
+    assert f"Parquet files are read; left out: 2 JSONL or CSV files{images}, 3 files" in line
+    assert "of other kinds (copy.parquet.bak, no-suffix, z.parquet.gz)" in line
+    assert "\n" not in line
 
 
 def test_a_file_named_in_full_is_taken_as_it_is(tmp_path: Path) -> None:
     for name in (".hidden/x.parquet", "_x.parquet", "rows.dat"):
         path = shard(tmp_path / name, 1)
         said: list[str] = []
-        assert [location.path for location, _ in expand([str(path)], say=said.append)] == [
-            str(path)
-        ]
+        (one,) = expand([str(path)], say=said.append)
+        assert one.location.path == str(path) and one.kind == "Parquet"
         assert said == []
 
 
 def test_partitions_with_an_underscore_are_not_hidden(tmp_path: Path) -> None:
     for name in ("_day=1/a.parquet", "_day=2/_tmp/a.parquet", "_day=2/b=_x/_c=.y/a.parquet"):
         shard(tmp_path / name, 1)
-    found = [
-        str(Path(location.path).relative_to(tmp_path)) for location, _ in expand([str(tmp_path)])
-    ]
+    found = [str(Path(one.location.path).relative_to(tmp_path)) for one in expand([str(tmp_path)])]
     assert found == ["_day=1/a.parquet", "_day=2/b=_x/_c=.y/a.parquet"]
 
 
@@ -155,8 +154,8 @@ def test_options_are_no_part_of_what_shards_are_called() -> None:
 
 
 def test_only_files_that_are_left_out(tmp_path: Path) -> None:
-    (tmp_path / "a.csv").write_text("no shard")
-    with pytest.raises(UserError, match=r"no Parquet file there: 1 file is .*left out: a\.csv"):
+    (tmp_path / "a.heic").write_text("no shard")
+    with pytest.raises(UserError, match=r"no input there: left out: 1 file .*\(a\.heic\)"):
         inspect([str(tmp_path)])
 
 
@@ -174,7 +173,7 @@ def test_units_are_cut_by_what_rows_take_unpacked(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["missing", "missing.parquet", "missing-*.parquet", "empty"])
 def test_inputs_that_name_nothing(tmp_path: Path, name: str) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="no Parquet file there"):
+    with pytest.raises(UserError, match="no input there; give files of Parquet, WebDataset tars"):
         inspect([str(tmp_path / name)])
 
 
@@ -198,10 +197,3 @@ def test_a_shard_named_twice(tmp_path: Path) -> None:
     path = str(shard(tmp_path / "a.parquet", 1))
     with pytest.raises(UserError, match="twice"):
         inspect([path, str(tmp_path)])
-
-
-def test_a_folder_of_images_is_called_one(tmp_path: Path) -> None:
-    for name in ("a.jpg", "b.PNG"):
-        (tmp_path / name).write_bytes(b"x")
-    with pytest.raises(UserError, match=r"no Parquet file there; .*images are put into one"):
-        expand([str(tmp_path)])

@@ -8,7 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.job.fakes import read_unit, reader_of, write_shard
-from trio.job.input import reader
+from trio.job.input import reader as reader_module
+from trio.job.input import shard_rows
 from trio.job.input.columns import Columns, resolve
 from trio.job.input.manifest import Manifest, Shard, inspect
 from trio.job.input.reader import TRIES, RunReader, ShardGone, ShardUnreadable
@@ -143,7 +144,7 @@ def test_images_that_compression_makes_small_are_held_a_few_at_a_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     """64 images of 1 MB in a file of a few kB; the text beside them is a dictionary too."""
-    monkeypatch.setattr(reader, "BATCH_BYTES", 4 << 20)
+    monkeypatch.setattr(shard_rows, "BATCH_BYTES", 4 << 20)
     data = [i.to_bytes(2, "little") + bytes((1 << 20) - 2) for i in range(64)]
     text = pa.array([f"text {i % 3}" for i in range(64)]).dictionary_encode()
     table = pa.table({"image": blobs(data)[kind], "prompt": text, "id": text})
@@ -244,6 +245,6 @@ def test_what_is_no_fault_of_a_shard_is_raised(
     def broken(*args: Any) -> Any:
         raise TypeError("a mistake of this package")
 
-    monkeypatch.setattr(reader, "group_of", broken)
+    monkeypatch.setattr(reader_module, "group_of", broken)
     with pytest.raises(TypeError, match="a mistake"):
         reader_of(manifest, columns).read(Unit(0, 0, 5))

@@ -12,6 +12,7 @@ from trio.errors import UserError
 from trio.job import run_yaml
 from trio.job.input.columns import Columns
 from trio.job.input.ids import IdReport
+from trio.job.input.kinds.found_shard import Found
 from trio.job.input.manifest import Manifest, Shard
 from trio.job.output import output_directory
 from trio.job.resume.fingerprint import Fingerprint
@@ -31,7 +32,7 @@ RUN = output_directory.Pinned(
     ids=IdReport(rows=3, complete=True, duplicates=1, nulls=0, examples=("x",)),
     config=CONFIG,
 )
-FOUND = [(locate("/x.parquet"), 10)]
+FOUND = [Found(locate("/x.parquet"), 10)]
 
 
 def test_a_claimed_directory_is_found_again(tmp_path: Path) -> None:
@@ -86,7 +87,7 @@ def test_another_run_is_refused_and_the_difference_named() -> None:
     with pytest.raises(UserError, match=r"retention: 0\.5, now 0\.25\. Give"):
         output_directory.check_same(RUN, changed, FOUND, "o")
     with pytest.raises(UserError, match=r"the input: /x\.parquet had 10 bytes, has 11"):
-        output_directory.check_same(RUN, now, [(locate("/x.parquet"), 11)], "o")
+        output_directory.check_same(RUN, now, [Found(locate("/x.parquet"), 11)], "o")
     settings = {**changed.settings, "seed": 7, "limit": 3}
     many = dataclasses.replace(changed, settings=settings, model_files={"m": "2"})
     with pytest.raises(UserError, match=r"seed: 0, now 7; 2 more\. Give"):

@@ -15,6 +15,7 @@ from trio.engine.request import Result
 from trio.errors import UserError
 from trio.job.images.policy import RowError
 from trio.job.input.columns import OWN
+from trio.job.input.kinds.saved_datasets import WHOLE, Part
 from trio.job.output.output_rows import Source
 from trio.job.questions.asking import Asking, asking_of, likelihoods
 from trio.job.questions.question_settings import Questions
@@ -31,10 +32,11 @@ SCIENCE = {
 ERROR = RowError("image_empty", "no image")
 
 
-def asking(names: list[str] | None = None, **settings: Any) -> Asking:
+def asking(names: list[str] | None = None, part: Part = WHOLE, **settings: Any) -> Asking:
     template = settings.pop("prompt_template", None)
     made = None if template is None else PromptTemplate(template)
-    return asking_of(Questions(**{"mode": "generate"} | settings), made, names or ())
+    questions = Questions(**{"mode": "generate"} | settings)
+    return asking_of(questions, made, names or (), part)
 
 
 def source(row: Mapping[str, Any], *, picture: str | None = "ab", **changes: Any) -> Source:
@@ -155,7 +157,8 @@ def test_a_row_without_a_picture_may_be_asked(picture: str | None) -> None:
 
 
 def test_a_template_and_a_split_take_the_place_of_the_presets() -> None:
-    how = asking(preset="gqa", prompt_template="{question} Short.", split="val", subset="val_all")
+    part = Part("val_all", "val")
+    how = asking(part=part, preset="gqa", prompt_template="{question} Short.")
     assert how.preset.patterns() == ("val_all/val-*.parquet",)
     row = {
         "id": "1",

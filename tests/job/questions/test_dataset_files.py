@@ -39,7 +39,7 @@ def read(preset: Preset, root: Path, given: str = "") -> tuple[list[str], list[s
     lines: list[str] = []
     paths = question_paths(preset, [f"{root}/{given}" if given else str(root)], lines.append)
     found = expand(paths, None, lines.append)
-    return [str(Path(location.path).relative_to(root)) for location, _ in found], lines
+    return [str(Path(one.location.path).relative_to(root)) for one in found], lines
 
 
 LAYOUTS = [
@@ -61,7 +61,7 @@ def test_a_directory_of_the_same_layout(
     shards(tmp_path, *wanted, *others)
     lines: list[str] = []
     (path,) = question_paths(preset, [f"{tmp_path}{end}"], lines.append)
-    found = [Path(location.path) for location, _ in expand([path], None)]
+    found = [Path(one.location.path) for one in expand([path], None)]
     assert found == [tmp_path / name for name in wanted] and lines == []
 
 

@@ -59,8 +59,6 @@ def test_every_metric_can_be_named(metric: str) -> None:
         ({"candidates": ("Yes", "No")}, "--candidates is for --mode likelihood"),
         ({"mode": "generate", "with_eos": True}, "--with-eos is for --mode likelihood"),
         ({"mode": "generate", "normalise": "tokens"}, "--normalise is for --mode likelihood"),
-        ({"subset": "X"}, "--subset needs --preset"),
-        ({"split": "val"}, "--split needs --preset"),
         ({"pictures": ("p",)}, "--pictures needs --preset"),
         ({"keep_if": "p_first > 0.5"}, "no p_first with --mode generate"),
         ({"mode": "likelihood", "keep_if": "logprob_mean > -1"}, "no logprob_mean with --mode li"),
@@ -81,7 +79,7 @@ def test_what_does_not_go_together(given: dict[str, Any], says: str) -> None:
     [
         {"mode": "likelihood", "candidates": ("A", "B"), "with_eos": True, "normalise": "tokens"},
         {"mode": "likelihood", "keep_if": "p_first > 0.5 and score > 0"},
-        {"preset": "gqa", "subset": "val_balanced", "split": "val"},
+        {"preset": "gqa"},
         {"preset": "chair", "objects": "o.txt"},
         {"metric": "chair", "objects": "o.txt"},
         {"keep_if": "logprob_mean > -1"},

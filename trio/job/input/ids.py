@@ -15,12 +15,11 @@ from itertools import accumulate
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from trio.errors import UserError, first_line
 from trio.job.input.answers import is_bytes, is_text
 from trio.job.input.manifest import Manifest, Shard
-from trio.job.storage import locate
+from trio.job.input.shard_rows import ShardUnreadable, column_of
 
 MOST_ROWS = 10_000_000
 # their ids are in memory, and a table of those that differ: about 250 bytes for each
@@ -117,14 +116,11 @@ def scan(
 
 def _read(name: str, shard: Shard) -> pa.Table:
     """The ids of a shard, in a type that Arrow counts."""
-    location = locate(shard.path)
     try:
-        with location.filesystem.open_input_file(location.path) as stream:
-            table = pq.ParquetFile(stream).read(columns=[name], use_threads=False)
-    except (OSError, pa.ArrowException) as error:
+        ids = column_of(shard, name)
+    except (OSError, ShardUnreadable, pa.ArrowException) as error:
         reason = first_line(error)
         raise UserError(f"{shard.path}: column {name!r} cannot be read ({reason})") from error
-    ids = table.column(name)
     if isinstance(ids.type, pa.BaseExtensionType):
         ids = ids.cast(ids.type.storage_type)
     elif pa.types.is_dictionary(ids.type):

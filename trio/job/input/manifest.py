@@ -1,28 +1,38 @@
 """The input as planned: numbered shards with sizes, row counts and row groups, pinned for a run.
 
 INPUT paths, directories, patterns or URIs; OUTPUT a ``Manifest`` that is written once as
-``manifest.parquet``. Planning reads Parquet footers; a resume compares the pinned manifest with a
-listing (paths and sizes) and reads no byte of any shard. A shard that was rewritten with the very
-same size is therefore not noticed.
+``manifest.parquet``. Planning reads Parquet footers, and makes an index of what is no Parquet; a
+resume compares the pinned manifest with a listing (paths and sizes) and reads no byte of any shard.
+A shard that was rewritten with the very same size is therefore not noticed.
 """
 
 from __future__ import annotations
 
-import os
+import atexit
+import dataclasses
+import shutil
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pyarrow import fs as pafs
 
 from trio.errors import UserError, first_line
 from trio.job.input import listing
-from trio.job.storage import Location, bare, list_files, locate
+from trio.job.input.kinds import shard_index
+from trio.job.input.kinds.found_shard import Found, shared_directory
+from trio.job.input.kinds.saved_datasets import WHOLE, Part, data_set_files
+from trio.job.input.kinds.shard_index import Index
+from trio.job.input.kinds.shard_kinds import IMAGES, PARQUET, kind_of
+from trio.job.storage import Location, bare, list_files, locate, parent
 from trio.tables import counted
 
 FOOTER_THREADS = 16
@@ -49,15 +59,31 @@ class Shard:
 
     number: int
     path: str
-    # absolute local path or URI
+    # absolute local path or URI; of images the folder's with a name of their own
     size: int
-    # bytes
+    # bytes; of images the sum of their files'
     rows: int
     row_groups: tuple[int, ...]
     # rows of each row group
     unpacked: int = field(default=0, compare=False)
     # bytes without compression, as the footer says; only units are cut by it, which a run that goes
     # on has cut already, so the table does not hold it: 0 then
+    index: str = field(default="", compare=False)
+    # path or URI of its index; "" for Parquet, which needs none
+
+    @property
+    def kind(self) -> str:
+        return kind_of(bare(self.path)) or PARQUET
+
+    @property
+    def parquet(self) -> str:
+        """Path of the Parquet file in which its rows stand: its index, or itself."""
+        return self.index or self.path
+
+    @property
+    def place(self) -> str:
+        """What is there as long as the shard may be: of images their folder."""
+        return parent(self.path).uri if self.kind == IMAGES else self.path
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,12 +106,19 @@ class Manifest:
     def shared_directory(self) -> str | None:
         """What the paths begin with, up to a ``/``, if file names alone do not tell the shards
         apart; None if they do."""
-        paths = [bare(shard.path) for shard in self.shards]
-        if len({path.rpartition("/")[2] for path in paths}) == len(paths):
-            return None
-        # By characters, and cut at a "/" then: paths and URIs may come together.
-        alike = os.path.commonprefix(paths)  # noqa: RUF071
-        return alike[: alike.rfind("/") + 1]
+        return shared_directory([shard.path for shard in self.shards])
+
+    def indexed_in(self, directory: Location) -> Manifest:
+        """The same, its indexes being there."""
+        shards = [
+            shard
+            if shard.kind == PARQUET
+            else dataclasses.replace(
+                shard, index=directory.join(shard_index.name_of(shard.number)).uri
+            )
+            for shard in self.shards
+        ]
+        return Manifest(shards=tuple(shards))
 
     def to_table(self) -> pa.Table:
         rows = [
@@ -110,15 +143,18 @@ class Manifest:
                 shards.append(Shard(number=row.pop("shard"), row_groups=groups, **row))
         return cls(shards=tuple(shards))
 
-    def difference(self, found: Sequence[tuple[Location, int]]) -> str | None:
+    def difference(self, found: Sequence[Found]) -> str | None:
         """What tells a listing of the input (see `expand`) from this one, None when nothing."""
         if len(self.shards) != len(found):
             return f"{counted(len(self.shards), 'shard')} then, {len(found)} now"
-        for shard, (location, size) in zip(self.shards, found, strict=True):
-            if shard.path != location.uri:
-                return f"shard {shard.number} was {shard.path}, is {location.uri}"
-            if shard.size != size:
-                return f"{shard.path} had {shard.size} bytes, has {size}"
+        for shard, one in zip(self.shards, found, strict=True):
+            uri = one.location.uri
+            if shard.path != uri and shard.kind == one.kind == IMAGES:
+                return f"the images of {shard.place} are others now"
+            if shard.path != uri:
+                return f"shard {shard.number} was {shard.path}, is {uri}"
+            if shard.size != one.size:
+                return f"{shard.path} had {shard.size} bytes, has {one.size}"
         return None
 
 
@@ -128,67 +164,116 @@ def tell(text: str) -> None:
 
 
 def expand(
-    inputs: Sequence[str], output: Location | None = None, say: Callable[[str], None] = tell
-) -> list[tuple[Location, int]]:
-    """(location, bytes) of every shard that the inputs name, sorted by path within each input.
+    inputs: Sequence[str],
+    output: Location | None = None,
+    say: Callable[[str], None] = tell,
+    part: Part = WHOLE,
+) -> list[Found]:
+    """Every shard that the inputs name, sorted by path within each input.
 
     What lies below ``output`` is no input: a run that goes on must find the listing it began with.
     Files that are left out and might hold rows are said.
 
+    Args:
+        inputs: paths or URIs.
+        output: of the run.
+        say: told what is left out.
+        part: of data sets that have several.
+
     Raises:
-        UserError: an input that names nothing, or one file named twice.
+        UserError: an input that names nothing, one file named twice, or a part of what has none.
     """
-    found: list[tuple[Location, int]] = []
+    found: list[Found] = []
+    in_parts = False
     for uri in inputs:
-        location = locate(uri)
-        try:
-            infos = list_files(location)
-        except (OSError, ValueError, pa.ArrowException) as error:
-            raise UserError(f"--input {uri}: cannot be listed: {first_line(error)}") from error
-        note = ""
-        if [i.path for i in infos] != [location.path]:
-            if output is not None and output.prefix == location.prefix:
-                infos = [i for i in infos if not i.path.startswith(output.path.rstrip("/") + "/")]
-            infos, left = listing.split(location, infos)
-            note = f": {listing.left_out(left)}" if left else ""
-        if not infos:
+        location, infos, parted = _files(uri, part)
+        in_parts |= parted
+        if [i.path for i in infos] == [location.path]:
+            found += listing.named(location, infos[0])
+            continue
+        if output is not None and output.prefix == location.prefix:
+            infos = [i for i in infos if not i.path.startswith(output.path.rstrip("/") + "/")]
+        mine, note = listing.split(location, infos)
+        if not mine:
             raise UserError(
-                f"--input {uri}: no Parquet file there{note}; give a .parquet file, a directory"
-                " that holds some, a pattern in quotes, or an s3://, gs:// or hf:// URI; images"
-                " are put into one first, as trio/job/README.md shows under 'Columns'"
+                f"--input {uri}: no input there{note and f': {note}'}; give files of Parquet,"
+                " WebDataset tars, JSONL or CSV, images, a directory that holds some, a pattern in"
+                " quotes, or an s3://, gs:// or hf:// URI"
             )
         if note:
-            say(f"--input {uri}{note}")
-        found += [(location.at(info.path), int(info.size)) for info in infos]
-    counts = Counter(location.uri for location, _ in found)
-    twice = sorted(uri for uri, count in counts.items() if count > 1)
+            say(f"--input {uri}: {note}")
+        found += mine
+    if part != WHOLE and not in_parts:
+        raise UserError(f"{part}: no input here has such parts; leave it out")
+    counts = Counter(path for one in found for path in one.paths)
+    twice = sorted(path for path, count in counts.items() if count > 1)
     if twice:
         raise UserError(f"--input names {twice[0]} twice; name each shard once")
     return found
 
 
+def _files(uri: str, part: Part) -> tuple[Location, list[pafs.FileInfo], bool]:
+    """What an input names, and whether the part of a data set was taken."""
+    location = locate(uri)
+    try:
+        infos = list_files(location)
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise UserError(f"--input {uri}: cannot be listed: {first_line(error)}") from error
+    taken = data_set_files(uri, location, infos, part)
+    return location, infos if taken is None else taken, taken is not None
+
+
 def inspect(
-    inputs: Sequence[str], output: Location | None = None, say: Callable[[str], None] = tell
+    inputs: Sequence[str],
+    output: Location | None = None,
+    say: Callable[[str], None] = tell,
+    part: Part = WHOLE,
 ) -> tuple[Manifest, list[pa.Schema]]:
-    """Manifest of the input and the Arrow schema of each shard, from the footers.
+    """Manifest of the input and the Arrow schema of each shard: from the footers, or from indexes
+    that are made here, in a temporary directory.
 
     What lies below ``output`` is left out.
 
     Raises:
-        UserError: nothing found, a file that is not Parquet, or no rows at all.
+        UserError: nothing found, or a file that is not what its name says.
     """
-    found = expand(inputs, output, say)
+    found = expand(inputs, output, say, part)
+    indexes = _indexes(found, say)
     kept: dict[Any, Any] = {}
     with ThreadPoolExecutor(FOOTER_THREADS) as pool:
-        read = list(pool.map(partial(_footer, kept), range(len(found)), found))
+        read = list(pool.map(partial(_shard, kept, indexes), range(len(found)), found))
     return Manifest(shards=tuple(shard for shard, _ in read)), [schema for _, schema in read]
 
 
-def _footer(
-    kept: dict[Any, Any], number: int, found: tuple[Location, int]
+def _indexes(found: Sequence[Found], say: Callable[[str], None]) -> dict[int, Index]:
+    """Of what is no Parquet, by number; gone when this process ends."""
+    if all(one.kind == PARQUET for one in found):
+        return {}
+    directory = Path(tempfile.mkdtemp(prefix="trio-index-"))
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    return shard_index.build(found, directory, say)
+
+
+def _shard(
+    kept: dict[Any, Any], indexes: dict[int, Index], number: int, found: Found
 ) -> tuple[Shard, pa.Schema]:
     """A shard and its schema."""
-    location, size = found
+    index = indexes.get(number)
+    if index is None:
+        return _footer(kept, number, found)
+    shard = Shard(
+        number=number,
+        path=found.location.uri,
+        size=found.size,
+        rows=index.rows,
+        row_groups=_once(kept, index.row_groups),
+        index=str(index.path),
+    )
+    return shard, _once(kept, index.schema)
+
+
+def _footer(kept: dict[Any, Any], number: int, found: Found) -> tuple[Shard, pa.Schema]:
+    location = found.location
     try:
         with location.filesystem.open_input_file(location.path) as stream:
             file = pq.ParquetFile(stream)
@@ -197,7 +282,7 @@ def _footer(
             shard = Shard(
                 number=number,
                 path=location.uri,
-                size=size,
+                size=found.size,
                 rows=meta.num_rows,
                 row_groups=_once(kept, tuple(group.num_rows for group in groups)),
                 unpacked=sum(group.total_byte_size for group in groups),

@@ -1,49 +1,37 @@
 """Rows of work units from their shards: each row group is read once for a run.
 
 INPUT shards as the manifest describes them and units of them; OUTPUT the units' rows as Arrow
-tables under the names of the roles, image cells still encoded. Columns are streamed in pieces, so
-neither a large row group nor one of many gigabytes is ever held whole.
+tables under the names of the roles, image cells still encoded, with `PREPARED` where errors of rows
+are known already.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Generator, Mapping
+from collections.abc import Callable, Mapping
 
 import pyarrow as pa
-import pyarrow.parquet as pq
-import pyarrow.types as pt
 
 from trio.errors import first_line
-from trio.job.input.listing import MAGIC
+from trio.job.input.kinds.raw_rows import ERROR_COLUMN
+from trio.job.input.kinds.shard_kinds import TAR
+from trio.job.input.kinds.tar_pictures import pictures
 from trio.job.input.manifest import Shard
+from trio.job.input.shard_rows import (
+    ShardChanged,
+    ShardGone,
+    ShardUnreadable,
+    check_size,
+    rows_from,
+)
 from trio.job.input.units import Unit, group_of
 from trio.job.storage import open_location
 
-BATCH_ROWS, BATCH_BYTES = 128, 256 << 20
-# decoded at a time while a row group streams past, at the most; Arrow makes nothing of 2 GB nested
-BUFFER_BYTES = 4 << 20
-# without one, Arrow fetches a column of a row group whole
+IMAGE = "image"
+# of a tar's index, where the pictures lie
+PREPARED = "prepared"
+# column of what is known of a row before its images are looked at
 TRIES = 3
 # of a unit, before its rows become errors
-ARROW_SCHEMA = b"ARROW:schema"
-
-
-class ShardUnreadable(Exception):
-    """A shard, or the part of it that holds a unit, cannot be read now."""
-
-    kind = "shard_unreadable"
-
-
-class ShardGone(ShardUnreadable):
-    """There is no such file now."""
-
-    kind = "shard_gone"
-
-
-class ShardChanged(ShardUnreadable):
-    """The file is not the one that was planned on, nor is any of its rows."""
-
-    kind = "shard_changed"
 
 
 class RunReader:
@@ -111,13 +99,13 @@ class _Cursor:
     """A place in a shard from which rows are taken going forward."""
 
     def __init__(self, shard: Shard, roles: Mapping[str, str], group: int, row: int) -> None:
-        self._shard = shard
+        self._shard, self._roles = shard, roles
         self.row = row
         # the next one to come
-        location = open_location(shard.path)
-        self._stream = location.filesystem.open_input_file(location.path)
-        self._batches = self._decoded(shard, roles, group)
+        also = {ERROR_COLUMN} if shard.kind == TAR else set[str]()
+        self._batches = rows_from(shard, also.union(roles.values()), group)
         self._rest: pa.RecordBatch | None = None
+        self._tar: pa.NativeFile | None = None
 
     def leads_to(self, unit: Unit) -> bool:
         """Whether the unit comes next, or later in the row group that is open."""
@@ -136,56 +124,27 @@ class _Cursor:
                 parts.append(batch.slice(0, length))
             self._rest = batch.slice(length) if length < batch.num_rows else None
             self.row += length
-        return pa.Table.from_batches(parts)
+        return self._by_role(pa.Table.from_batches(parts))
 
     def close(self) -> None:
         self._batches.close()
-        self._stream.close()
+        if self._tar is not None:
+            self._tar.close()
 
-    def _decoded(
-        self, shard: Shard, wanted: Mapping[str, str], group: int
-    ) -> Generator[pa.RecordBatch]:
-        file = _opened(self._stream, wanted)
-        groups = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
-        if self._stream.size() != shard.size or tuple(groups) != shard.row_groups:
-            raise ShardChanged(f"{shard.path}: the shard has changed since the run was planned")
-        there = file.schema_arrow.names
-        roles = {role: name for role, name in wanted.items() if name in there}
-        names = sorted(set(roles.values()))
-        for number in range(group, len(groups)):
-            if groups[number]:
-                rows = _batch_rows(file.metadata.row_group(number), names)
-                for batch in file.iter_batches(rows, row_groups=[number], columns=names):
-                    yield batch.select(list(roles.values())).rename_columns(list(roles))
-        raise ShardUnreadable(f"{shard.path}: holds fewer rows than its footer says")
+    def _by_role(self, table: pa.Table) -> pa.Table:
+        there, is_tar = set(table.column_names), self._shard.kind == TAR
+        named = {role: name for role, name in self._roles.items() if name in there}
+        if is_tar and IMAGE in named.values():
+            place = table.schema.get_field_index(IMAGE)
+            table = table.set_column(place, IMAGE, self._pictures(table.column(IMAGE)))
+        made = table.select(list(named.values())).rename_columns(list(named))
+        if is_tar and (errors := table.column(ERROR_COLUMN)).null_count < len(table):
+            made = made.append_column(PREPARED, errors)
+        return made
 
-
-def _opened(stream: pa.NativeFile, roles: Mapping[str, str]) -> pq.ParquetFile:
-    """A shard, whose dictionary columns are read as what they stand for.
-
-    Arrow would make one dictionary of all values of a row group, and copy it into every batch. That
-    a column was a dictionary says only the Arrow schema in the footer, so there it goes unread.
-    """
-    file = pq.ParquetFile(stream, buffer_size=BUFFER_BYTES, pre_buffer=False)
-    wanted = set(roles.values())
-    if not any(_has_dictionary(f.type) for f in file.schema_arrow if f.name in wanted):
-        return file
-    stream.seek(stream.size() - 8)
-    end = stream.read(8)
-    length = int.from_bytes(end[:4], "little")
-    stream.seek(stream.size() - 8 - length)
-    footer = stream.read(length).replace(ARROW_SCHEMA, ARROW_SCHEMA.lower())
-    metadata = pq.read_metadata(pa.BufferReader(MAGIC + footer + end))
-    return pq.ParquetFile(stream, metadata=metadata, buffer_size=BUFFER_BYTES, pre_buffer=False)
-
-
-def _has_dictionary(kind: pa.DataType) -> bool:
-    inner = (kind.field(number).type for number in range(kind.num_fields))
-    return pt.is_dictionary(kind) or any(map(_has_dictionary, inner))
-
-
-def _batch_rows(group: pq.RowGroupMetaData, names: Collection[str]) -> int:
-    """Rows to decode at a time: no value is larger than its column's pages, unpacked, are."""
-    columns = map(group.column, range(group.num_columns))
-    sizes = (c.total_uncompressed_size for c in columns if c.path_in_schema.split(".")[0] in names)
-    return max(1, min(BATCH_ROWS, BATCH_BYTES // max([1, *sizes])))
+    def _pictures(self, places: pa.ChunkedArray) -> pa.Array:
+        if self._tar is None:
+            location = open_location(self._shard.path)
+            self._tar = location.filesystem.open_input_file(location.path)
+            check_size(self._tar, self._shard)
+        return pictures(self._tar, places)

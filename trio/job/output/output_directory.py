@@ -8,10 +8,12 @@ if both say the same.
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import json
 import uuid
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,16 +27,20 @@ from trio.job import run_yaml
 from trio.job.input import manifest
 from trio.job.input.columns import Columns
 from trio.job.input.ids import IdReport
+from trio.job.input.kinds.found_shard import Found
 from trio.job.input.manifest import Manifest
 from trio.job.output.schema import RUN_KEY, metadata_of
 from trio.job.output.sink import ROWS, STATS, serialise
 from trio.job.resume.fingerprint import Fingerprint
 from trio.job.settings import Settings, made_of
-from trio.job.storage import Location, make_directory, read_bytes, write_atomic
+from trio.job.storage import Location, make_directory, open_location, read_bytes, write_atomic
 from trio.tables import counted
 from trio.version import VERSION
 
 MANIFEST, CONFIG, SUMMARY, SUCCESS = "manifest.parquet", "run.yaml", "summary.json", "_SUCCESS"
+INDEX = "index"
+"""Directory of the indexes of shards that are no Parquet."""
+PUT_THREADS = 16
 COLUMNS_KEY, FINGERPRINT_KEY, IDS_KEY = b"trio.columns", b"trio.fingerprint", b"trio.ids"
 SHOWN_DIFFERENCES = 3
 
@@ -92,7 +98,7 @@ def earlier(output: Location) -> Pinned | None:
     """
     names = _names(output)
     if not {MANIFEST, CONFIG} <= names:
-        known = {MANIFEST, CONFIG, ROWS, STATS}
+        known = {MANIFEST, CONFIG, ROWS, STATS, INDEX}
         other = sorted(name for name in names - known if not name.startswith("."))
         if other:
             raise UserError(
@@ -108,7 +114,7 @@ def earlier(output: Location) -> Pinned | None:
             values = run_yaml.parse(read_bytes(output.join(CONFIG)), f"{output.uri}/{CONFIG}")
             return Pinned(
                 run_id=said[RUN_KEY].decode(),
-                manifest=Manifest.from_table(table),
+                manifest=Manifest.from_table(table).indexed_in(output.join(INDEX)),
                 columns=Columns.from_bytes(said[COLUMNS_KEY]),
                 fingerprint=fingerprint,
                 ids=IdReport.from_json(said[IDS_KEY]) if IDS_KEY in said else None,
@@ -125,9 +131,7 @@ def earlier(output: Location) -> Pinned | None:
     )
 
 
-def check_same(
-    old: Pinned, now: Fingerprint, found: Sequence[tuple[Location, int]] | None, output: str
-) -> None:
+def check_same(old: Pinned, now: Fingerprint, found: Sequence[Found] | None, output: str) -> None:
     """Refuse to mix rows of two different runs.
 
     Args:
@@ -167,8 +171,10 @@ def check_unchanged(output: Location, old: Pinned | None) -> None:
         )
 
 
-def claim(output: Location, run: Pinned, facts: Sequence[str] = ()) -> None:
+def claim(output: Location, run: Pinned, facts: Sequence[str] = ()) -> Pinned:
     """Write what the run is before its first row; `facts` are lines that its settings leave open.
+
+    Returns the same run, whose indexes are in the output now.
 
     Raises:
         UserError: the directory cannot be made or written.
@@ -187,11 +193,26 @@ def claim(output: Location, run: Pinned, facts: Sequence[str] = ()) -> None:
     try:
         for name in (ROWS, STATS):
             make_directory(output.join(name))
+        indexed = run.manifest.indexed_in(output.join(INDEX))
+        _put_indexes(run.manifest, indexed)
         write_atomic(output.join(CONFIG), run_yaml.dump(run.config, "\n".join(comment)).encode())
         table = run.manifest.to_table().replace_schema_metadata(said)
         write_atomic(output.join(MANIFEST), serialise(table, **manifest.COMPACT))
     except OSError as error:
         raise UserError(f"--output {output.uri}: cannot be written: {error}") from error
+    return dataclasses.replace(run, manifest=indexed)
+
+
+def _put_indexes(made: Manifest, wanted: Manifest) -> None:
+    """From where planning made them."""
+    pairs = [(a.index, b.index) for a, b in zip(made.shards, wanted.shards, strict=True) if a.index]
+
+    def put(pair: tuple[str, str]) -> None:
+        write_atomic(open_location(pair[1]), Path(pair[0]).read_bytes())
+
+    with ThreadPoolExecutor(PUT_THREADS) as pool:
+        for _ in pool.map(put, pairs):
+            pass
 
 
 def close(

@@ -19,6 +19,7 @@ from trio.engine.request import Result
 from trio.errors import UserError
 from trio.job.images.policy import RowError
 from trio.job.input.columns import OWN
+from trio.job.input.kinds.saved_datasets import WHOLE, Part
 from trio.job.output.output_rows import Ask, Source
 from trio.job.questions.keep_if import Condition
 from trio.job.questions.question_settings import LIKELIHOOD, TOKENS, Questions
@@ -172,7 +173,10 @@ class Asking:
 
 
 def asking_of(
-    questions: Questions, template: PromptTemplate | None = None, names: Sequence[str] = ()
+    questions: Questions,
+    template: PromptTemplate | None = None,
+    names: Sequence[str] = (),
+    part: Part = WHOLE,
 ) -> Asking:
     """How rows are asked about by some settings.
 
@@ -180,6 +184,7 @@ def asking_of(
         questions: the settings.
         template: of the prompt, if one is given.
         names: columns of the input, where there is no preset.
+        part: of the preset's data set, if not the one it says itself.
 
     Raises:
         UserError: the preset cannot be read, or a metric needs columns that are not there.
@@ -192,8 +197,8 @@ def asking_of(
         preset = dataclasses.replace(
             preset,
             metric=metric,
-            config=questions.subset or preset.config,
-            split=questions.split or preset.split,
+            config=part.subset or preset.config,
+            split=part.split or preset.split,
         )
         if template is not None:
             preset = dataclasses.replace(preset, prompt=template)

@@ -9,6 +9,7 @@ from pathlib import Path
 from trio.errors import UserError
 from trio.job.input.columns import OWN
 from trio.job.input.joined_pictures import PictureFiles
+from trio.job.input.kinds.shard_kinds import PARQUET
 from trio.job.input.manifest import expand
 from trio.job.questions.question_settings import Questions
 from trio.job.resume.fingerprint import file_digest
@@ -106,9 +107,11 @@ def picture_files(
             f" ({preset.picture_patterns()[0]}): give them with --pictures"
         )
     found = expand(wanted, None, say)
+    if other := [one for one in found if one.kind != PARQUET]:
+        raise UserError(f"--pictures: {other[0].location.uri}: give Parquet files")
     files = PictureFiles(
-        paths=tuple(location.uri for location, _ in found),
-        sizes=tuple(size for _, size in found),
+        paths=tuple(one.location.uri for one in found),
+        sizes=tuple(one.size for one in found),
         key=join.key,
         image=join.image,
         by=OWN + join.by,

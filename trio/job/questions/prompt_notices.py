@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from tokenizers import Tokenizer
 
 from trio import bundled
@@ -14,11 +13,11 @@ from trio.errors import first_line
 from trio.job.images.policy import RowError
 from trio.job.input.columns import OWN, Columns
 from trio.job.input.manifest import Manifest
+from trio.job.input.shard_rows import ShardUnreadable, first_rows
 from trio.job.output.output_rows import Source, prompts_of
 from trio.job.questions.asking import Asking
 from trio.job.resume.hub import NotHere, model_file
 from trio.job.settings import Model, Settings
-from trio.job.storage import open_location
 from trio.vqa.presets.prompt_template import PromptTemplate
 from trio.vqa.presets.row_values import column_of
 
@@ -66,19 +65,16 @@ def _roles(
 
 def _first_rows(config: Settings, manifest: Manifest, roles: Mapping[str, str]) -> pa.Table:
     """Some of the first shard; none where they cannot be read, of which the run makes errors."""
-    path = manifest.shards[0].path
+    names = set(roles.values())
     try:
-        location = open_location(path)
-        with location.filesystem.open_input_file(location.path) as stream:
-            file = pq.ParquetFile(stream)
-            there = {r: name for r, name in roles.items() if name in file.schema_arrow.names}
-            batch = next(file.iter_batches(LOOKED_AT, columns=list(there.values())), None)
-    except (OSError, IndexError, pa.ArrowException):
+        found = first_rows(manifest.shards[0], names, LOOKED_AT)
+    except (OSError, ShardUnreadable, IndexError, pa.ArrowException):
+        found = None
+    if found is None:
         return pa.table({})
-    if batch is None:
-        return pa.table({})
-    table = pa.Table.from_batches([batch]).slice(0, config.input.limit)
-    return table.select(list(there.values())).rename_columns(list(there))
+    there = {role: name for role, name in roles.items() if name in found.column_names}
+    table = pa.table({role: found.column(name) for role, name in there.items()})
+    return table.slice(0, config.input.limit)
 
 
 def _prompts(

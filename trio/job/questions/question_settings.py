@@ -33,10 +33,6 @@ class Questions:
     preset: Annotated[str | None, Value(read=accepted(preset_named), unit="NAME|FILE.yaml")] = None
     """Columns, prompt and metric of a data set by its name (pope, mme, gqa, vqav2, ...), or of a
     YAML file of your own; without --input it is read from the Hub."""
-    subset: Annotated[str | None, Value(read=text, unit="NAME")] = None
-    """Of the preset's data set, as ScienceQA-FULL (default: the preset's)."""
-    split: Annotated[str | None, Value(read=text, unit="NAME")] = None
-    """Of the preset's data set (default: the preset's)."""
     pictures: Annotated[tuple[str, ...], many(accepted(check_no_secret), "PATH")] = ()
     """Parquet files with the pictures that a preset joins, as gqa's (default: in the data set's own
     directory)."""
@@ -66,9 +62,8 @@ class Questions:
         for name, given in of_likelihood.items():
             if given and not asked:
                 raise UserError(f"--{name.replace('_', '-')} is for --mode likelihood")
-        for name in ("subset", "split", "pictures"):
-            if getattr(self, name) and self.preset is None:
-                raise UserError(f"--{name} needs --preset")
+        if self.pictures and self.preset is None:
+            raise UserError("--pictures needs --preset")
         if self.keep_if is not None:
             Condition.parse(self.keep_if).check(likelihood=asked)
         if self.objects is not None and self.scored_by != "chair":
