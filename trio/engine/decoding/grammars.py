@@ -123,15 +123,9 @@ class Grammars:
         stop_ids: frozenset[int],
         threads: int = 1,
     ) -> None:
-        self._texts = token_texts(tokenizer)
+        self._texts = token_texts(tokenizer, decode)
         self._size, self._stop_ids, self._threads = size, sorted(stop_ids), threads
         self._compilers: dict[bool, Any] = {}
-        trouble = misspelt(self._texts, decode)
-        if trouble is not None:
-            raise UserError(
-                "a regex or JSON schema for answers needs a tokenizer whose tokens spell the text;"
-                f" this one's do not: {trouble}. Give choices instead"
-            )
 
     def compiled(self, constraint: Constraint) -> Any:
         """What `GrammarWalk` takes.
@@ -184,12 +178,28 @@ class GrammarWalk:
             words_GW[row] = -1
 
 
-def token_texts(tokenizer: Any) -> list[bytes]:
-    """What each token adds to a text by the library's reckoning; nothing, of control tokens."""
-    texts = list(library().TokenizerInfo.from_huggingface(tokenizer).decoded_vocab)
+def token_texts(tokenizer: Any, decode: Callable[[Sequence[int]], str]) -> list[bytes]:
+    """What each token adds to a text by the library's reckoning; nothing, of control tokens.
+
+    Args:
+        tokenizer: of transformers.
+        decode: token ids to text without control tokens.
+
+    Raises:
+        UserError: tokens decode to another text than that.
+    """
+    texts = list(
+        library().TokenizerInfo.from_huggingface(tokenizer, stop_token_ids=[0]).decoded_vocab
+    )
     special = {token for token, one in tokenizer.added_tokens_decoder.items() if one.special}
     for token in special.union(tokenizer.all_special_ids):
         texts[token] = b""
+    trouble = misspelt(texts, decode)
+    if trouble is not None:
+        raise UserError(
+            "a regex or JSON schema for answers needs a tokenizer whose tokens spell the text;"
+            f" this model's do not: {trouble}. Give choices instead"
+        )
     return texts
 
 
@@ -204,8 +214,8 @@ def misspelt(texts: Sequence[bytes], decode: Callable[[Sequence[int]], str]) -> 
     for start in range(0, len(tokens), TOGETHER):
         some = tokens[start : start + TOGETHER]
         if decode(some).strip() != _spelt(texts, some):
-            wrong = (pair for pair in pairwise(some) if decode(pair) != _spelt(texts, pair))
-            shown = next(wrong, tuple(some))
+            pairs = (pair for pair in pairwise(some) if decode(pair).strip() != _spelt(texts, pair))
+            shown = next(pairs, tuple(some))
             parts = " and ".join(repr(texts[token].decode()) for token in shown[:2])
             return f"{parts} together are {decode(shown)!r:.60}"
     return None
