@@ -44,7 +44,12 @@ ALL = """--input a b --prompt "it's: a #1" --system-prompt s --columns image=jpg
 --max-running 32 --max-error-rate 0.1 --row-timeout 2.5 --stall-timeout 30 --grace-period 1
 --log-interval 0.5"""
 """A value that is not the default for every setting that goes with the others."""
-GROUPS = ["input", "model", "pruning", "sampling", "questions", "output", "cluster", "limits"]
+GROUPS = [
+    *("input", "model", "pruning", "sampling", "structured"),
+    *("questions", "output", "cluster", "limits"),
+]
+STRUCTURED = [name for name, one in FIELDS.items() if one.group == "structured"]
+"""Which exclude each other, and --mode likelihood."""
 AUDIT = ["audit", "min_agreement"]
 """Which exclude --compare."""
 QUESTIONS = [name for name, one in FIELDS.items() if one.group == "questions"]
@@ -59,7 +64,7 @@ def test_every_flag_reaches_its_setting_and_run_yaml_gives_it_back(
     monkeypatch.chdir(tmp_path)
     given, usual = from_flags(*shlex.split(ALL)), Settings()
     changed = {name for name in FIELDS if given.get(name) != usual.get(name)}
-    assert changed == FIELDS.keys() - {"retention", "encoder", "threads", *AUDIT}
+    assert changed == FIELDS.keys() - {"retention", "encoder", "threads", *AUDIT, *STRUCTURED}
     text = run_yaml.dump(given, "a comment")
     (tmp_path / "run.yaml").write_text(text)
     monkeypatch.chdir("/")
@@ -67,7 +72,7 @@ def test_every_flag_reaches_its_setting_and_run_yaml_gives_it_back(
     assert text.startswith("# a comment\n") and yaml.safe_load(text).keys() == FIELDS.keys()
     assert json.loads(json.dumps(given.results())) == given.results()
     assert sorted(given.results()) == sorted(
-        [*DECIDE_ROWS, "method_options", "compare", "audit", *QUESTIONS]
+        [*DECIDE_ROWS, "method_options", "compare", "audit", *QUESTIONS, *STRUCTURED]
     )
     assert given.input.image_roots == (str(tmp_path / "photos"),)
     assert given.pruning == Pruning(

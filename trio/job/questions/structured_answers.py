@@ -21,8 +21,8 @@ class Structured:
     regex: Text | None = None
     """Text all of which matches this regular expression, as in '[0-9]{1,3} (cats|dogs)'."""
     choices: Annotated[tuple[str, ...] | None, Value(read=different_texts, unit="TEXT,...")] = None
-    """One of these texts, of any number of words, as in 'yes,no,not sure'; the model writes it,
-    whereas --candidates of vqa.py says how likely each is."""
+    """One of these texts, of any number of words, as in 'yes,no,not sure': the model writes it,
+    whereas the candidates of vqa.py are scored."""
 
     def __post_init__(self) -> None:
         given = [name for name in ("json_schema", "regex", "choices") if getattr(self, name)]
