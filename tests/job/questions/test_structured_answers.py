@@ -6,13 +6,18 @@ import json
 from pathlib import Path
 from typing import Any
 
+import caption
+import jsonschema
 import pytest
+import vqa
 
+from tests.job.runs import rows
 from tests.tiny.byte_level import save_spelling_llava
 from tests.tiny.llava import save_tiny_checkpoint
 from trio.bundled import SHARD
 from trio.engine.request import Constraint
 from trio.errors import UserError
+from trio.job.command import main
 from trio.job.plan import plan
 from trio.job.questions.constraint_check import check_constraint, constrained, schema_digest
 from trio.job.settings import Settings, made_of
@@ -119,3 +124,44 @@ def test_a_plan_brings_the_content_and_refuses_what_cannot_be(
         plan(config.replace(model=models["words"]), [str(SHARD)])
     with pytest.raises(UserError, match=r"--json-schema .*/no\.json: cannot be read"):
         plan(config.replace(json_schema=str(tmp_path / "no.json")), [])
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_job_whose_answers_are_json(
+    models: dict[str, str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    word = {"type": "string", "maxLength": 30}
+    wanted = SCHEMA | {"properties": {**SCHEMA["properties"], "word": word}}  # type: ignore[dict-item]
+    file = tmp_path / "scene.json"
+    file.write_text(json.dumps(wanted | {"required": ["a", "word"]}))
+    output = tmp_path / "out"
+    flags = ["--model", models["letters"], "--limit", "24", "--json-schema", str(file)]
+    flags += ["--output", str(output), "--max-new-tokens", "24", "--max-error-rate", "1"]
+    flags += ["--retention", "1/3", "--address", "local", "--temperature", "1"]
+    assert main(caption.JOB, flags) == 0
+    made = rows(output)
+    whole = [row for row in made if row["error"] is None]
+    for row in whole:
+        jsonschema.validate(json.loads(row["response"]), json.loads(file.read_text()))
+    cut = [row for row in made if (row["error"] or "").startswith("incomplete: 24 tokens")]
+    assert len(whole) + len(cut) == len(made) and whole and cut
+    assert all(row["response"] is None and '{"a":"' in row["error"] for row in cut)
+    summary = json.loads((output / "summary.json").read_text())
+    assert summary["error_kinds"] == {"incomplete": len(cut)}
+    (output / "_SUCCESS").unlink()
+    file.write_text(json.dumps(SCHEMA))
+    assert main(caption.JOB, flags) == 2
+    assert "scene.json (of --json-schema) has changed" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_job_whose_answers_are_choices(tmp_path: Path) -> None:
+    choices = ("yes", "no", "a red 5", "a red 5 and a green 7")
+    flags = ["--limit", "40", "--choices", ",".join(choices), "--output", str(tmp_path / "out")]
+    assert main(vqa.JOB, [*flags, "--retention", "1/9", "--address", "local"]) == 0
+    made = rows(tmp_path / "out")
+    assert {row["response"] for row in made} <= set(choices) and len(made) == 40
+    assert {row["finish_reason"] for row in made} == {"stop"}
+    assert len({row["response"] for row in made}) > 1
