@@ -29,7 +29,7 @@ def save_spelling_llava(directory: Path) -> Path:
     return directory
 
 
-def metaspace_tokenizer() -> PreTrainedTokenizerFast:
+def metaspace_tokenizer() -> Any:
     """Words begin with a letter that stands for the space before them; unknown bytes are tokens."""
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581"]
     pieces += [*"abcdefghijklmnopqrstuvwxyz0123456789", "\u2581y", "\u2581ye", "\u2581yes"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections import Counter
@@ -124,11 +125,10 @@ def test_neighbours_lags_and_restarts_change_no_answer(monkeypatch: pytest.Monke
     same({key: one for each in requests for key, one in by_id(alone.generate([each])).items()})
     same(by_id(as_on_a_gpu(spelling_engine(max_running=5)).generate(requests)))
     short = as_on_a_gpu(spelling_engine())
-    decode, steps = short._runner.decode, []
+    decode, steps = short._runner.decode, itertools.count(1)
 
     def scarce() -> torch.Tensor:
-        steps.append(None)
-        if len(steps) in (3, 9):
+        if next(steps) in (3, 9):
             raise torch.OutOfMemoryError("no memory left")
         return decode()
 
@@ -271,7 +271,12 @@ def test_an_answer_without_end_has_no_constraint() -> None:
 def test_no_work_where_no_request_has_a_constraint(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
     ruled = logits_rules.ruled
-    monkeypatch.setattr("trio.engine.engine.ruled", lambda *a: seen.append(ruled(*a)) or seen[-1])
+
+    def watched(*given: Any) -> Any:
+        seen.append(ruled(*given))
+        return seen[-1]
+
+    monkeypatch.setattr("trio.engine.engine.ruled", watched)
     by_id(wordy_engine().generate(mixed_requests(4)))
     assert seen and all(one is None for one in seen)
 

@@ -120,7 +120,7 @@ def test_a_word_with_its_space_may_begin_an_answer(constraint: Constraint) -> No
     made = grammars(tokenizer, size=320, eos=2)
     words_GW = torch.zeros(1, 10, dtype=torch.int32)
     GrammarWalk(made.compiled(constraint), [2]).mask(words_GW, 0)
-    bits = [bool(words_GW[0, token // 32].item() >> token % 32 & 1) for token in range(320)]
+    bits = [bool(words_GW[0].tolist()[token // 32] >> token % 32 & 1) for token in range(320)]
     open_tokens = set(tokenizer.convert_ids_to_tokens([t for t in range(302) if bits[t]]))
     if constraint.regex:
         assert open_tokens == {

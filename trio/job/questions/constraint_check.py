@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from typing import Any
 
 from trio.engine.request import Constraint
 from trio.errors import UserError, explaining
@@ -60,7 +61,7 @@ def _check_tokens(constraint: Constraint, path: str) -> None:
 
         from trio.engine.decoding.grammars import token_texts
 
-        fast = PreTrainedTokenizerFast(tokenizer_file=path)
+        fast: Any = PreTrainedTokenizerFast(tokenizer_file=path)
         token_texts(fast, lambda ids: fast.decode(ids, skip_special_tokens=True))
         return
     tokenizer = Tokenizer.from_file(path)
