@@ -12,7 +12,7 @@ from trio import _beside
 
 if TYPE_CHECKING:
     from trio.engine.engine import Engine
-    from trio.engine.request import Request, Result, Sampling
+    from trio.engine.request import Constraint, Request, Result, Sampling
     from trio.families.adapter import Adapter, Features
     from trio.families.registry import register
     from trio.patching import patch, unpatch
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Adapter",
     "Choice",
+    "Constraint",
     "Context",
     "Engine",
     "Features",
@@ -45,6 +46,7 @@ __all__ = [
 _HOME = {
     "Adapter": "trio.families.adapter",
     "Choice": "trio.pruning.method",
+    "Constraint": "trio.engine.request",
     "Context": "trio.pruning.method",
     "Engine": "trio.engine.engine",
     "Features": "trio.families.adapter",

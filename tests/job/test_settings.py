@@ -45,9 +45,13 @@ ALL = """--input a b --prompt "it's: a #1" --system-prompt s --columns image=jpg
 --max-running 32 --max-error-rate 0.1 --row-timeout 2.5 --stall-timeout 30 --grace-period 1
 --log-interval 0.5"""
 """A value that is not the default for every setting that goes with the others."""
-GROUPS = ["input", "model", "pruning", "sampling", "questions", "output", "cluster", "limits"]
-OTHERS = ["audit", "min_agreement", "prompt_template"]
-"""Which exclude --compare, or --prompt."""
+GROUPS = [
+    *("input", "model", "pruning", "sampling", "structured"),
+    *("questions", "output", "cluster", "limits"),
+]
+STRUCTURED = [name for name, one in FIELDS.items() if one.group == "structured"]
+OTHERS = ["audit", "min_agreement", "prompt_template", *STRUCTURED]
+"""Which exclude --compare, --prompt, or each other and --mode likelihood."""
 QUESTIONS = [name for name, one in FIELDS.items() if one.group == "questions"]
 SINCE = ["prompt_template", "keep_columns", "stop_repetition", "subset", "split"]
 DECIDE_ROWS = json.loads(Path(__file__).with_name("recorded").joinpath("caption.json").read_text())[
@@ -69,7 +73,7 @@ def test_every_flag_reaches_its_setting_and_run_yaml_gives_it_back(
     assert text.startswith("# a comment\n") and yaml.safe_load(text).keys() == FIELDS.keys()
     assert json.loads(json.dumps(given.results())) == given.results()
     assert sorted(given.results()) == sorted(
-        [*DECIDE_ROWS, "method_options", "compare", "audit", *QUESTIONS, *SINCE]
+        [*DECIDE_ROWS, "method_options", "compare", "audit", *QUESTIONS, *STRUCTURED, *SINCE]
     )
     assert given.input.image_roots == (str(tmp_path / "photos"),)
     assert given.pruning == Pruning(

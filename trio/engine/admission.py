@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 
+from trio.engine.decoding.constraints import Constraints
 from trio.engine.decoding.generation_rules import Rules
 from trio.engine.decoding.logits_rules import follow
 from trio.engine.decoding.repetition import RepetitionWatch
@@ -19,7 +20,8 @@ class Admission:
     """Checks prepared requests one by one, before any of them costs device time.
 
     `sampling`: for requests without their own. `eos`: the model's own stop tokens. `rules`: the
-    checkpoint's rules of decoding; None follows none.
+    checkpoint's rules of decoding; None follows none. `constraints`: what makes an answer's
+    constraint; None for requests without.
     """
 
     def __init__(
@@ -29,11 +31,13 @@ class Admission:
         sampling: Sampling,
         eos: frozenset[int],
         rules: Rules | None = None,
+        constraints: Constraints | None = None,
     ) -> None:
         self._runner = runner
         self._sampling = sampling
         self._eos = eos
         self._rules = rules or Rules(values={})
+        self._constraints = constraints
         self._keys = itertools.count()
 
     def __call__(self, prepared: Prepared) -> SequenceState | Result:
@@ -71,6 +75,12 @@ class Admission:
             message = f"{size} pass the KV cache of {runner.cache.room.budget} bytes"
             return failed(prepared.id, "no_room", message)
         stop = frozenset(sampling.stop_token_ids)
+        constrained = None
+        if self._constraints and sampling.constraint and not prepared.candidates:
+            try:
+                constrained = self._constraints(sampling.constraint, self._eos | stop)
+            except UserError as error:
+                return failed(prepared.id, "constraint", str(error))
         sampling, following = follow(
             self._rules,
             sampling,
@@ -91,6 +101,7 @@ class Admission:
             submitted=time.perf_counter(),
             following=following,
             watch=_watch(sampling),
+            constrained=constrained,
         )
 
 

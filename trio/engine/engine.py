@@ -20,6 +20,7 @@ from trio.bundled import is_bundled, prompts_notice
 from trio.decoder.weights import how_to_mend
 from trio.engine.admission import Admission
 from trio.engine.decoding.candidates import candidate_scores
+from trio.engine.decoding.constraints import Constraints
 from trio.engine.decoding.generation_rules import Rules
 from trio.engine.decoding.logits_rules import check, note, ruled
 from trio.engine.decoding.sampler import Chosen, choose, stream
@@ -120,8 +121,20 @@ class Engine:
         check(self.decoding, sample.input_ids, len(adapter.decoder.lm_head.weight), eos)
         if self.decoding.notice is not None:
             _log.warning("%s", self.decoding.notice)
+        constraints = Constraints(
+            processor.tokenizer,
+            self.prepare,
+            vocabulary=len(adapter.decoder.lm_head.weight),
+            eos=eos,
+        )
+        if sampling is not None and sampling.constraint is not None:
+            constraints(sampling.constraint, eos)  # for its errors
         self._admission = Admission(
-            self._runner, sampling=sampling or Sampling(), eos=eos, rules=self.decoding
+            self._runner,
+            sampling=sampling or Sampling(),
+            eos=eos,
+            rules=self.decoding,
+            constraints=constraints,
         )
         self._planned = self._plan(sampling or Sampling(), most_visual_tokens(processor))
         self._room_limit = Limit(self._cache.room.max_slots)
@@ -527,6 +540,8 @@ class Engine:
                 sequence.append(token, logprob)
             else:
                 sequence.failure = self._failure(sequence, logprob)
+                if sequence.constrained is not None and not math.isnan(logprob):
+                    sequence.failure_kind = "constraint"
             if sequence.finish_reason is not None:
                 complete.append(sequence)
         if spoilt:  # a step too many, by a request that is gone
@@ -541,6 +556,9 @@ class Engine:
         """Why a sequence has no next token; `logprob` as in `Chosen`."""
         if math.isnan(logprob):
             return not_finite(sequence, self._runner.decoder.dtype)
+        if sequence.sampling.constraint is not None:
+            said = self.prepare.decode(sequence.token_ids)
+            return f"{sequence.sampling.constraint.name}: no token may come behind {said!r}"
         return "rules of decoding, or a temperature near 0, leave no token to choose from"
 
     def _finish(self, sequences: Sequence[SequenceState]) -> None:
@@ -548,10 +566,11 @@ class Engine:
         counters = self._counters
         for sequence in sequences:
             self._scheduler.finish(sequence)
-            if sequence.failure is not None:
-                self._fail(self._report(sequence))
+            result = self._report(sequence)
+            if result.finish_reason == "error":
+                self._fail(result)
                 continue
-            self._done.append(self._report(sequence))
+            self._done.append(result)
             counters.requests += 1
             counters.images += len(sequence.spans)
             counters.prompt_tokens += sequence.prompt_tokens
@@ -561,13 +580,16 @@ class Engine:
             self._cache.scrub()
 
     def _report(self, sequence: SequenceState) -> Result:
-        return report(
+        result = report(
             sequence,
             shape=self._shape,
             bytes_per_element=self._runner.decoder.dtype.itemsize,
             decode=self.prepare.decode,
             beside=self._runner.beside_decoder(sequence.prepared),
         )
+        if sequence.constrained is None or result.finish_reason == "error":
+            return result
+        return sequence.constrained.judge(result)
 
     def _fail(self, result: Result) -> None:
         self._counters.failed += 1
@@ -583,7 +605,7 @@ def _choose(sequences: Sequence[SequenceState], logits_BV: Tensor) -> Chosen:
     ruled_BV = ruled(sequences, logits_BV)
     chosen = choose(logits_BV, samplings, streams, ruled_BV)
     if ruled_BV is not None:
-        note(sequences, chosen.tokens_B)
+        note(sequences, chosen)
     return chosen
 
 

@@ -178,7 +178,7 @@ def report(
 def _failed(sequence: SequenceState, failure: str) -> Result:
     """With what is known of the prompt, and nothing of what came of it."""
     return replace(
-        failed(sequence.prepared.id, "numeric", failure),
+        failed(sequence.prepared.id, sequence.failure_kind, failure),
         prompt_tokens=sequence.prompt_tokens,
         num_images=len(sequence.spans),
         visual_tokens=sequence.visual_tokens,

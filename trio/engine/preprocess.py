@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 _MARK = "\ue000user text\ue000"
+_SHORT = "a"
+"""A prompt of anybody's."""
 _SYSTEM_MARK = "\ue000system text\ue000"
 Part = tuple[int, int]
 """Of a text, from a character to before another."""
@@ -150,7 +152,38 @@ class Preprocessor:
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of an answer, without special tokens and surrounding white space."""
-        return self._processor.tokenizer.decode(token_ids, skip_special_tokens=True).strip()
+        return self.text_of(token_ids).strip()
+
+    def text_of(self, token_ids: Sequence[int]) -> str:
+        """The same with white space around it."""
+        text: str = self._processor.tokenizer.decode(token_ids, skip_special_tokens=True)
+        return text
+
+    def spellings(self, answer: str) -> list[tuple[int, ...]]:
+        """Tokens that decode to an answer: as it stands behind a prompt, with a space before it or
+        none, and by itself.
+
+        Raises:
+            UserError: no tokens of the model do, as of an unknown word.
+        """
+        one_token = [[self.image_token_id]]
+        try:
+            _check_text(answer, "choice")
+            text, theirs = self._rendered(Request(prompt=_SHORT), 1)
+            prompt = self._tokens(text, theirs, one_token)
+            forms = (answer, f" {answer}")
+            found = [self._behind(form, text, theirs, one_token, prompt) for form in forms]
+        except Unservable as fault:
+            raise UserError(str(fault)) from fault
+        found.append(self._tokens(answer, [(0, len(answer))], (), special=False))
+        spelt = [
+            tuple(ids)
+            for ids in found
+            if ids and self._control_ids.isdisjoint(ids) and self.decode(ids) == answer
+        ]
+        if not spelt:
+            raise UserError(f"choice {answer!r:.60}: the model has no tokens that decode to it")
+        return spelt
 
     def _instruction(self, prompt: str) -> Iterator[int]:
         ids = self._tokenizer.encode(prompt, add_special_tokens=False).ids
@@ -196,15 +229,27 @@ class Preprocessor:
             raise Unservable("prompt", "candidates is a text; give several texts")
         for answer in request.candidates:
             _check_text(answer, "candidate")
-            own = len(text), len(text) + len(answer)
-            both = self._tokens(text + answer, [*theirs, own], expansions)
-            ids = both[len(prompt) :]
-            if both[: len(prompt)] != prompt:
+            ids = self._behind(answer, text, theirs, expansions, prompt)
+            if ids is None:
                 self._say_apart(answer)
                 ids = self._tokens(answer, [(0, len(answer))], (), special=False)
             if not ids:
                 raise Unservable("prompt", f"candidate {answer!r:.60} has no tokens")
             yield (*ids, self._end_id) if request.with_eos else tuple(ids)
+
+    def _behind(
+        self,
+        answer: str,
+        text: str,
+        theirs: Sequence[Part],
+        expansions: Sequence[list[int]],
+        prompt: list[int],
+    ) -> list[int] | None:
+        """Tokens of an answer behind a prompt, which was rendered as `text`; None where it changes
+        those of the prompt."""
+        own = len(text), len(text) + len(answer)
+        both = self._tokens(text + answer, [*theirs, own], expansions)
+        return both[len(prompt) :] if both[: len(prompt)] == prompt else None
 
     def _say_apart(self, answer: str) -> None:
         if not self._said_apart:

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-FailureKind = Literal["prompt", "image", "mismatch", "too_long", "no_room", "numeric"]
+FailureKind = Literal[
+    "prompt", "image", "mismatch", "too_long", "no_room", "numeric", "constraint", "incomplete"
+]
 """Why a request could not be served:
 
 `prompt`   the prompt or a candidate is no text, or the chat template cannot place it
@@ -24,6 +26,8 @@ FailureKind = Literal["prompt", "image", "mismatch", "too_long", "no_room", "num
 `too_long` prompt and output, or a candidate, together pass the model's context
 `no_room`  even alone, the request passes the KV cache or the device's memory
 `numeric`  the model's numbers for it are not finite: NaN, or past what its dtype holds
+`constraint` its constraint cannot be followed, or leaves no token to choose from
+`incomplete` the answer was cut before it was what its constraint asks for
 """
 
 
@@ -52,6 +56,35 @@ _LIMITS: dict[str, tuple[Callable[[object], bool], str]] = {
     "stop_repetition": (lambda x: isinstance(x, Integral) and int(x) > 1, "be at least 2"),
 }
 """What a setting may be, and that in words."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Constraint:
+    """What an answer must be, as decoded text: one of these, and nothing before or behind it."""
+
+    choices: tuple[str, ...] = ()
+    """One of these texts, of any number of words."""
+    regex: str | None = None
+    """All of it matches this regular expression; needs xgrammar (`pip install -e
+    '.[structured]'`), and a tokenizer whose tokens spell text."""
+    json_schema: str | None = None
+    """JSON without white space between its parts that is valid by this schema, which is JSON as
+    well; needs the same."""
+
+    def __post_init__(self) -> None:
+        given: object = self.choices
+        if isinstance(given, str):
+            raise UserError("choices is a text; give several texts")
+        asked = bool(self.choices), self.regex is not None, self.json_schema is not None
+        if sum(asked) != 1:
+            raise UserError("a constraint is choices, regex or json_schema: give one of them")
+
+    @property
+    def name(self) -> str:
+        """In a few words, for messages."""
+        if self.choices:
+            return f"choices {', '.join(self.choices):.80}"
+        return "JSON schema" if self.regex is None else f"regex {self.regex!r:.80}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,6 +124,9 @@ class Sampling:
     times in a row, 16 tokens or more in all; 4 is a good choice (default: never)."""
     first_logprobs: bool = False
     """Give the first token's whole distribution in the result (for comparing settings)."""
+    constraint: Constraint | None = None
+    """What the answer must be; one that `max_new_tokens` cuts before it is that is an error
+    (`incomplete`). The model's end of sequence comes only where it is."""
 
     def __post_init__(self) -> None:
         limit: object = self.max_new_tokens
@@ -98,6 +134,8 @@ class Sampling:
             raise UserError(f"max_new_tokens is {limit!r}; it must be an integer of at least 1")
         if not _real(self.temperature, lambda x: x >= 0):
             raise UserError(f"temperature is {self.temperature!r}; it must be 0 or more")
+        if self.constraint is not None and self.ignore_eos:
+            raise UserError("ignore_eos: an answer with a constraint ends where that is met")
         for name, (fits, must) in _LIMITS.items():
             value = getattr(self, name)
             if value is not None and not fits(value):
@@ -184,7 +222,8 @@ class Result:
 
     id: Any
     response: str | None = None
-    """The decoded answer without special tokens and surrounding white space."""
+    """The decoded answer without special tokens and surrounding white space, but for what a regex
+    asks for; with error `incomplete` as far as it came."""
     token_ids: list[int] = field(default_factory=list)
     """The answer's tokens, the one that stopped it included."""
     logprobs: list[float] = field(default_factory=list)

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Literal
 
 from trio.engine.decoding.repetition import RepetitionWatch
 from trio.engine.kv_budget import Need
-from trio.engine.request import Prepared, Sampling
+from trio.engine.request import FailureKind, Prepared, Sampling
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from trio.engine.decoding.constraints import Constrained
     from trio.engine.decoding.logits_rules import Following
 
 
@@ -37,6 +38,8 @@ class SequenceState:
     """Where an answer that loops is to end."""
     loops: bool = False
     """Whether it does."""
+    constrained: Constrained | None = None
+    """What the answer must be, and how far it is."""
 
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -56,7 +59,8 @@ class SequenceState:
     prefill_s: float = 0.0
     decode_s: float = 0.0
     failure: str | None = None
-    """What has gone wrong with its numbers; ends it."""
+    """What has gone wrong with its numbers, or its constraint; ends it."""
+    failure_kind: FailureKind = "numeric"
     tried_alone: bool = False
     """Whether the device ran out of memory over this request alone."""
 
@@ -100,6 +104,8 @@ class SequenceState:
         if self.watch is not None:
             self.watch.restart()
             self.loops = False
+        if self.constrained is not None:
+            self.constrained.restart()
         answer = (self.token_ids, self.logprobs, self.candidate_logprobs, self.candidate_is_top)
         for grown in (*answer, self.layer_tokens, self.positions, self.kept, self.entered):
             grown.clear()

@@ -21,6 +21,7 @@ from trio.job.output import output_directory
 from trio.job.output.schema import OPTIONAL, rows_schema
 from trio.job.output.scoring import SCORED
 from trio.job.questions.asking import Asking, asking_of
+from trio.job.questions.constraint_check import check_constraint, constrained, schema_digest
 from trio.job.questions.dataset_files import PICTURES, digests, picture_files, question_paths
 from trio.job.resume import decoding_rules
 from trio.job.resume import fingerprint as prints
@@ -80,7 +81,7 @@ def plan(
     assert config.output.output is not None, "the job chooses an output"
     output = locate(config.output.output)
     earlier = output_directory.earlier(output)
-    config = _settled(config, earlier)
+    config = constrained(_settled(config, earlier))
     questions, asking, pictures = config.questions, None, None
     template = _template(config)
     part = Part(config.input.subset, config.input.split)
@@ -90,7 +91,7 @@ def plan(
         if compare:
             paths = question_paths(asking.preset, paths, say)
             pictures = picture_files(asking.preset, questions, paths, say)
-    also = digests(questions, pictures)
+    also = digests(questions, pictures) | schema_digest(config)
     if earlier is not None and not compare and PICTURES in earlier.fingerprint.model_files:
         also[PICTURES] = earlier.fingerprint.model_files[PICTURES]
     now = prints.take(config, also)
@@ -102,6 +103,7 @@ def plan(
             names = [role[1:] for role in columns.roles if role[0] == OWN]
             asking = asking_of(questions, template, names)
     else:
+        check_constraint(config)
         manifest, schemas = inspect(paths, output, say, part)
         found_in = own_columns.partitions([shard.path for shard in manifest.shards])
         schemas = [

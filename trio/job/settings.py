@@ -19,7 +19,8 @@ from trio.job.comparing.compared import GIVEN, Compared, compared, read_compared
 from trio.job.images.policy import MAX_PIXELS, ROW_TIMEOUT_S, ImagePolicy, parse_origin, redact
 from trio.job.input.columns import parse_mapping
 from trio.job.output.scoring import SCORED
-from trio.job.questions.question_settings import Questions
+from trio.job.questions.question_settings import LIKELIHOOD, Questions
+from trio.job.questions.structured_answers import Structured
 from trio.job.storage import check_no_secret, is_local, local_path
 from trio.pruning.method_registry import asks_for_text_tower
 from trio.pruning.options import BuiltIn, BuiltInNumber, Pruning
@@ -253,6 +254,7 @@ class Settings:
     sampling: Sampling = field(default_factory=Sampling)
     seed: Seed = 0
     """Of sampling and of --method random."""
+    structured: Structured = field(default_factory=Structured)
     questions: Questions = field(default_factory=Questions)
     output: Output = field(default_factory=Output)
     cluster: Cluster = field(default_factory=Cluster)
@@ -272,6 +274,11 @@ class Settings:
             raise UserError(f"--text-tower: method {self.pruning.method} does not use it")
         if self.cluster.threads is not None and self.cluster.prepare_cpus is not None:
             raise UserError("--threads and --prepare-cpus say the same: give one of them")
+        if self.structured != Structured() and self.questions.mode == LIKELIHOOD:
+            raise UserError(
+                "--mode likelihood gives no answers of the model's own: leave out --json-schema,"
+                " --regex and --choices (its answers are --candidates)"
+            )
         parse_mapping(rows.columns or "")
         seeded = dataclasses.replace(self.pruning, seed=self.seed)
         object.__setattr__(self, "pruning", seeded)

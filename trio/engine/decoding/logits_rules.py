@@ -41,7 +41,9 @@ from transformers import (
     TypicalLogitsWarper,
 )
 
+from trio.engine.decoding.constraints import Masks
 from trio.engine.decoding.generation_rules import CUTS, FILE, OTHER_CUTS, Rules
+from trio.engine.decoding.sampler import Chosen, sent
 from trio.engine.request import Sampling
 from trio.engine.sequence import SequenceState
 from trio.errors import UserError, first_line
@@ -213,29 +215,36 @@ def check(rules: Rules, prompt: Sequence[int], vocabulary: int, eos: frozenset[i
 
 
 def ruled(sequences: Sequence[SequenceState], logits_BV: Tensor) -> Tensor | None:
-    """Logits `[B, V]` float32 after each row's rules; None where no row has any."""
+    """Logits `[B, V]` float32 after each row's rules and constraint; None where no row has any."""
+    masks = Masks(sequences, logits_BV)
     groups: dict[object, list[int]] = {}
     for row, sequence in enumerate(sequences):
         if sequence.following is not None:
             groups.setdefault(sequence.following.kind, []).append(row)
-    if not groups:
+    if not groups and not masks:
         return None
     scores_BV = logits_BV.to(torch.float32, copy=True)
+    masks(scores_BV)  # first, so that cuts leave something of what is left
     for rows in groups.values():
         members = [following for row in rows if (following := sequences[row].following) is not None]
         ids_GS = _together([member.ids_S for member in members])
         if len(rows) == len(sequences):
-            return members[0].processors(ids_GS, scores_BV)
-        index_G = _sent(rows, scores_BV.device)
+            scores_BV = members[0].processors(ids_GS, scores_BV)
+            break
+        index_G = sent(rows, scores_BV.device)
         scores_BV[index_G] = members[0].processors(ids_GS, scores_BV[index_G])
+    if groups:
+        masks(scores_BV)  # what is forced may be shut out
     return scores_BV
 
 
-def note(sequences: Sequence[SequenceState], tokens_B: Tensor) -> None:
-    """Add the tokens chosen to those that rules look at next."""
+def note(sequences: Sequence[SequenceState], chosen: Chosen) -> None:
+    """Add the tokens chosen to those that rules and constraints look at next."""
     for row, sequence in enumerate(sequences):
         if sequence.following is not None:
-            sequence.following.add(tokens_B[row])
+            sequence.following.add(chosen.tokens_B[row])
+        if sequence.constrained is not None:
+            sequence.constrained.note(chosen, row)
 
 
 def _together(ids: Sequence[Tensor]) -> Tensor:
@@ -243,13 +252,7 @@ def _together(ids: Sequence[Tensor]) -> Tensor:
     if len(ids) == 1:
         return ids[0][None]
     device = ids[0].device
-    lengths = _sent([len(own) for own in ids], device)
+    lengths = sent([len(own) for own in ids], device)
     offset_S = torch.arange(max(map(len, ids)), device=device)
     inside = torch.minimum(offset_S, lengths[:, None] - 1)
     return torch.cat(list(ids))[inside + (lengths.cumsum(0) - lengths)[:, None]]
-
-
-def _sent(values: Sequence[int], device: torch.device) -> Tensor:
-    """On the device, without waiting for what it is doing."""
-    host = torch.tensor(values, pin_memory=device.type == "cuda")
-    return host.to(device, non_blocking=True)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ class Chosen:
             self._arrived = torch.cuda.Event()
             self._arrived.record()
 
-    @property
+    @cached_property
     def token_ids(self) -> list[int]:
         return self._read(0)
 
@@ -126,3 +127,9 @@ def _invert(probabilities_BV: Tensor, uniforms: Sequence[float]) -> Tensor:
     # Below the total even after rounding: past it lie only tokens without any probability.
     points_B1 = torch.minimum(points_B1 * total_B1, torch.nextafter(total_B1, total_B1 - 1))
     return torch.searchsorted(cumulative_BV, points_B1, right=True)[:, 0]
+
+
+def sent(values: Sequence[int], device: torch.device) -> Tensor:
+    """On the device, without waiting for what it is doing."""
+    host = torch.tensor(values, pin_memory=device.type == "cuda")
+    return host.to(device, non_blocking=True)

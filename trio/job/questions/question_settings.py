@@ -16,7 +16,8 @@ GENERATE, LIKELIHOOD = "generate", "likelihood"
 SUM, TOKENS = "sum", "tokens"
 
 
-def _candidates(value: Any) -> tuple[str, ...]:
+def different_texts(value: Any) -> tuple[str, ...]:
+    """Two or more, of text with commas or a list."""
     found = tuple(map(text, value)) if isinstance(value, list | tuple) else listed(text)(value)
     if len(set(found)) != len(found) or len(found) < 2:
         raise UserError(f"give two or more different answers, as in Yes,No: {value!r}")
@@ -40,7 +41,9 @@ class Questions:
     """By which answers are scored, with the columns that it needs (default: the preset's)."""
     group_by: Annotated[tuple[str, ...], many(text, "COLUMN")] = ()
     """Columns by whose values figures are given as well."""
-    candidates: Annotated[tuple[str, ...] | None, Value(read=_candidates, unit="TEXT,...")] = None
+    candidates: Annotated[tuple[str, ...] | None, Value(read=different_texts, unit="TEXT,...")] = (
+        None
+    )
     """Of --mode likelihood: answers to be scored, the same for all rows, as Yes,No (default: each
     row's list column choices)."""
     with_eos: Switch = False
