@@ -37,6 +37,7 @@ from tests.vqa_scenes import (
     write_yes_or_no,
 )
 from trio.job.command import main
+from trio.job.output.totals import from_pairs
 
 ROOT = Path(__file__).resolve().parents[1]
 UNPRUNED = ["--retention", "1", "--method", "none"]
@@ -425,7 +426,7 @@ def test_likelihoods_of_each_row(tmp_path: Path, by_tokens: bool) -> None:
             assert row[name] == pytest.approx(told[name], rel=1e-9)
         assert math.fsum(row["p_choice"]) == pytest.approx(1)
         assert row["keep"] == in_half(row)
-        assert dict(row["groups"]) == {"answer": str(truth[row["id"]]["answer"])}
+        assert from_pairs(row["groups"]) == {"answer": str(truth[row["id"]]["answer"])}
         kept.append(row["keep"])
     assert {True, False} == set(kept)
     (one,) = json_of(tmp_path / "out" / "metrics.json")["settings"]

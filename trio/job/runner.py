@@ -35,7 +35,7 @@ from trio.job.input import ids
 from trio.job.input.manifest import Manifest
 from trio.job.input.units import Unit, unit_rows, units
 from trio.job.nodes.cluster import Resources
-from trio.job.output import output_directory
+from trio.job.output import compaction, output_directory
 from trio.job.output import totals as sums
 from trio.job.output.output_rows import Ask, RowSettings, Source, output_row
 from trio.job.output.progress import Progress
@@ -61,6 +61,7 @@ PAUSES_S = (1.0, 5.0, 20.0, 60.0)
 # before the next try of what failed once, twice, ...
 SHARED_TRIES, SHARED_PAUSE_S = 5, 2.0
 # until a shared file system shows what another node has written
+MEGABYTE = 10**6
 DESCRIBE_S = 60.0
 # for id and prompt of a row that is given up
 ENOUGH_ROWS = 500
@@ -159,6 +160,19 @@ def execute(
                 parts = sums.added(parts, receipt.parts)
                 _check_errors(config, before, progress.done)
     _check_complete(run, wanted, progress.done)
+
+    def check() -> None:
+        held.check()
+        passes.check_stop()
+
+    compaction.compact(
+        run.output,
+        pinned.run_id,
+        wanted,
+        config.output.file_mb * MEGABYTE,
+        check=check,
+        say=progress.say,
+    )
     engines = room.engines_for(len(wanted))
     settings = [
         of_setting(part, one.name, engines=engines, score=score)

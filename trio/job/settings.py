@@ -153,6 +153,9 @@ class Output:
     one is left alone (default: a new directory below trio-output/)."""
     rows_per_file: Rows | None = None
     """Rows of one work unit and output file: what is redone after a crash (default: by size)."""
+    file_mb: Annotated[int, Value(read=whole(0), unit="MB")] = 64
+    """When all rows are there, put the units' files together into larger ones of this size; 0
+    leaves them as they are."""
     save_kept: Switch = False
     """Write the kept visual tokens of each stage."""
     score: Annotated[str | None, one_of((*SCORED, "none"))] = None
@@ -340,7 +343,7 @@ class Settings:
 
 FIELDS = settings_of(Settings())
 """Every setting by name, that of its flag and of run.yaml."""
-_NOT_RESULTS = {"output"} | {
+_NOT_RESULTS = {"output", "file_mb"} | {
     name for name, setting in FIELDS.items() if setting.group in ("cluster", "limits")
 }
 
