@@ -365,7 +365,8 @@ def test_killed_and_resumed_with_three_settings(
     fields = {"answer": "answer", "category": "category"}
     flags = preset(tmp_path / "p.yaml", fields=fields, metric="pope")
     flags += ["--input", str(tmp_path / "in.parquet"), "--compare", "1,1/3,1/9"]
-    flags += ["--rows-per-file", "1"]  # more units than are under way at once
+    # More units than are under way at once, whose files stay.
+    flags += ["--rows-per-file", "1", "--file-mb", "0"]
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     address = ray.get_runtime_context().gcs_address
     command = [sys.executable, str(ROOT / "jobs" / "vqa.py"), *flags, "--output", str(killed)]

@@ -22,7 +22,8 @@ from trio.engine.kv_budget import describe
 from trio.errors import JobFailed
 from trio.job import stages
 from trio.job.comparing.audit import Audit
-from trio.job.comparing.metrics_file import ERROR, audit_of, metrics_files, metrics_of
+from trio.job.comparing.changed_answers import CHANGED, write_changed
+from trio.job.comparing.metrics_file import ERROR, TABLE, audit_of, metrics_files, metrics_of
 from trio.job.engines.engine_settings import (
     EngineFactory,
     EngineSettings,
@@ -37,6 +38,7 @@ from trio.job.input.units import Unit, unit_rows, units
 from trio.job.nodes.cluster import Resources
 from trio.job.output import compaction, output_directory
 from trio.job.output import totals as sums
+from trio.job.output.dataset_card import CARD, dataset_card
 from trio.job.output.output_rows import Ask, RowSettings, Source, output_row
 from trio.job.output.progress import Progress
 from trio.job.output.schema import AUDIT, KEEP, KEPT, LIKELIHOOD, QUESTION, SCORE, row_key
@@ -200,8 +202,20 @@ def execute(
     if metrics is not None and ERROR in metrics:
         summary["metrics_error"] = metrics[ERROR]
     also = {} if metrics is None else metrics_files(metrics)
+    also[CARD] = _card(run, pinned.run_id, config, summary, also.get(TABLE))
     output_directory.close(run.output, summary, facts.get("images"), also)
     return summary
+
+
+def _card(
+    run: Plan, run_id: str, config: Settings, summary: Mapping[str, Any], figures: str | None
+) -> str:
+    """The dataset card, written after the file of changed answers that it may name."""
+    changed = None
+    if len(config.compared) > 1 and summary["rows"]:
+        names = [one.name for one in config.compared]
+        changed = CHANGED, write_changed(run.output, run_id, names)
+    return dataset_card(config, summary, figures=figures, changed=changed)
 
 
 def _receipts(

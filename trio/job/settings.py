@@ -65,6 +65,12 @@ def _directory(value: Any) -> str:
         raise UserError(str(error)) from error
 
 
+def _repository(value: Any) -> str:
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", text(value)):
+        raise UserError(f"expected ORG/NAME, got {value!r}")
+    return str(value)
+
+
 def _adapter(value: Any) -> str:
     if not re.fullmatch(r"[\w.-]+=\w+(\.\w+)*:\w+", text(value)):
         raise UserError(f"expected TYPE=MODULE:CLASS, as in my_vl=my_module:MyAdapter: {value!r}")
@@ -170,6 +176,12 @@ class Output:
     the unpruned model, 1/9 a retention, fastv:1/9 and visionzip+trio:1/9 name what chooses, given
     stands for what the other flags say (default: 1,given for the bundled shard)."""
 
+    push_to_hub: Annotated[str | None, Value(read=_repository, unit="ORG/NAME")] = None
+    """When the run has ended well, upload rows, statistics, figures and run.yaml as a data set to
+    this repository of the Hugging Face Hub, which is made if need be; needs HF_TOKEN (default: no
+    upload)."""
+    private: Switch = False
+    """With --push-to-hub: a repository that is made is a private one."""
     audit: Share | None = None
     """Ask this share of the rows unpruned as well, and say how many answers stay the same; the
     rows are chosen by --seed (default: none)."""
@@ -246,6 +258,8 @@ class Settings:
             )
         if rows.remote_images_from and not rows.allow_remote_images:
             raise UserError("--remote-images-from needs --allow-remote-images: give both or none")
+        if self.output.private and self.output.push_to_hub is None:
+            raise UserError("--private needs --push-to-hub ORG/NAME")
         self._check_compared()
         if model.text_tower is not None and self.text_tower_method is None:
             raise UserError(f"--text-tower: method {self.pruning.method} does not use it")
@@ -343,7 +357,7 @@ class Settings:
 
 FIELDS = settings_of(Settings())
 """Every setting by name, that of its flag and of run.yaml."""
-_NOT_RESULTS = {"output", "file_mb"} | {
+_NOT_RESULTS = {"output", "file_mb", "push_to_hub", "private"} | {
     name for name, setting in FIELDS.items() if setting.group in ("cluster", "limits")
 }
 
