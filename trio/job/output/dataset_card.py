@@ -14,6 +14,8 @@ from trio.job.settings import Settings
 from trio.tables import markdown
 
 CARD = "README.md"
+HERE = '"."'
+"""How the card's sample names the place where the card is."""
 
 
 def dataset_card(
@@ -41,7 +43,7 @@ def dataset_card(
     head = DatasetCardData(pretty_name=_title(config), tags=["trio-vlm"], configs=configs or None)
     parts = [f"# {_title(config)}", _facts(config, summary)]
     if files:
-        parts.append(_opening(config.output.push_to_hub or ".", list(files)))
+        parts.append(_opening(list(files)))
     parts.append(f"```\n{table(summary)}\n```")
     if figures is not None:
         parts.append(f"## Figures\n\n{figures.strip()}")
@@ -78,7 +80,7 @@ def _facts(config: Settings, summary: Mapping[str, Any]) -> str:
     return markdown([["", ""], *lines])
 
 
-def _opening(place: str, names: Sequence[str]) -> str:
-    code = f'from datasets import load_dataset\n\nrows = load_dataset("{place}", split="train")'
+def _opening(names: Sequence[str]) -> str:
+    code = f'from datasets import load_dataset\n\nrows = load_dataset({HERE}, split="train")'
     others = " and ".join(f"`{name}`" for name in names[1:])
     return f"```python\n{code}\n```\n\n{others}: the same, with this name as the second argument."
