@@ -1,6 +1,6 @@
 """Compactions that are killed at a step, and what must hold whenever they are.
 
-``python -m tests.job.compactions OUT STEP FILE_BYTES`` is one in a process of its own.
+``python -m tests.job.compactions OUT UNITS STEP`` is one in a process of its own.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ UNITS = [Unit(shard, start, start + 2) for shard in range(3) for start in range(
 SMALL = 30_000
 """Bytes of a file of two or three units."""
 KILLED = 17
-STEPS = ("remove", "move", "remove_directory", "flush")
+STEPS = ("remove", "move", "remove_directory", "empty_directory")
 
 
 def commit_long(out: Path | str, unit: Unit, letters: int = 10_000) -> None:
@@ -42,9 +42,9 @@ def commit_long(out: Path | str, unit: Unit, letters: int = 10_000) -> None:
 
 
 class Steps:
-    """Counts the steps of compactions in this process, and ends it before one of them."""
+    """Counts the steps of compactions in this process, and ends it before one of them; 0: never."""
 
-    def __init__(self, last: int | None = None) -> None:
+    def __init__(self, last: int = 0) -> None:
         self.names: list[str] = []
         self._last = last
 
@@ -119,5 +119,5 @@ def check_end(output: Location, units: Sequence[Unit]) -> list[str]:
 
 
 if __name__ == "__main__":
-    place, last, size = sys.argv[1:]
-    compact(locate(place), UNITS, int(size), Steps(int(last)))
+    place, count, last = sys.argv[1:]
+    compact(locate(place), UNITS[: int(count)], SMALL, Steps(int(last)))

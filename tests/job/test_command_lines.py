@@ -27,6 +27,7 @@ CAPTION, BENCHMARK = (
 
 SINCE: dict[str, Any] = {"method_options": None, "prepare_cpus": None, "compare": None}
 SINCE |= {"audit": None, "min_agreement": None, "file_mb": 64}
+SINCE |= {"push_to_hub": None, "private": False}
 SINCE |= {
     "mode": None, "preset": None, "subset": None, "split": None, "pictures": [],
     "prompt_template": None, "metric": None, "group_by": [], "candidates": None, "with_eos": False,

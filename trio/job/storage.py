@@ -360,6 +360,10 @@ def remove_directory(location: Location) -> None:
         location.filesystem.delete_dir(location.path)
 
 
+def empty_directory(location: Location) -> None:
+    location.filesystem.delete_dir_contents(location.path)
+
+
 def flush(directory: Location) -> None:
     """Make the names in a directory last; object stores do that by themselves."""
     if directory.local:

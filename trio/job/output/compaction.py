@@ -3,7 +3,8 @@
 1. Rows and statistics are copied, in order, into files below ``.larger/``, where no reader looks.
 2. ``files.parquet`` names the units that each of them holds: one atomic write. What happened before
    is done anew after a crash, what comes now is gone on with.
-3. For one larger file after the other: its units' own files go, then it moves to its place.
+3. The units' own files go, then the larger file moves to its place: for one file after the other,
+   on object stores for all of a folder together.
 
 So each row is visible once or, between the two halves of 3, not at all; never twice. Object stores
 move by a copy within the store, which shows the object when it is whole, and list names in order,
@@ -65,11 +66,11 @@ def compact(
     if not files and file_bytes:
         files = _written(output, run_id, sorted(units), file_bytes, check, say)
     for folder in (ROWS, STATS):
-        names = set(_sizes(output, folder))
-        for file in files:
-            if file.folder == folder:
-                check()
-                _put_in_place(output, file, names)
+        mine = [file for file in files if file.folder == folder]
+        names = _left(output, folder, mine)
+        for file in mine:
+            check()
+            _put_in_place(output, file, names)
     storage.remove_directory(output.join(HIDDEN))
 
 
@@ -183,6 +184,19 @@ def _write(
     if there != rows:
         raise OSError(f"{place.uri} has {there} rows of {rows} that were written")
     return units
+
+
+def _left(output: Location, folder: str, files: Sequence[LargerFile]) -> set[str]:
+    """Names in a folder. Object stores remove a thousand files by one request, but only all that
+    there are: where none of them is to stay, they go now."""
+    names = set(_sizes(output, folder))
+    own = {unit.name for file in files for unit in file.units}
+    if output.local or not names or not names <= own:
+        return names
+    for file in files:
+        file.here(output)
+    storage.empty_directory(output.join(folder))
+    return set()
 
 
 def _put_in_place(output: Location, file: LargerFile, names: Collection[str]) -> None:
