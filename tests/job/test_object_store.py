@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import cycle
 from pathlib import Path
 
@@ -339,7 +339,7 @@ def compaction_killed(output: Location, count: int, step: int) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("count", "small"), [(6, True), pytest.param(60, False, marks=pytest.mark.slow)]
+    ("count", "small"), [(6, True), pytest.param(45, False, marks=pytest.mark.slow)]
 )
 @pytest.mark.timeout(1200)
 def test_larger_files_though_their_writer_is_killed(
@@ -355,7 +355,7 @@ def test_larger_files_though_their_writer_is_killed(
     for step in [record + 1] if small else [record // 3, record - 1, record, record + 1]:
         assert compaction_killed(output, count, step)
         check_between(output, own)
-    few = iter([0]) if small else cycle([1, 3, 4, 5])
+    few = iter([0]) if small else cycle([4, 9, 1, 14])
     while compaction_killed(output, count, next(few)):
         check_between(output, own)
-    assert len(check_end(output, own)) >= count // 3
+    assert len(check_end(output, own)) >= count // 2

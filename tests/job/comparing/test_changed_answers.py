@@ -22,7 +22,7 @@ NAMES = ("unpruned", "trio 1/9", "random 1/9")
 
 
 def said(row: dict[str, Any], setting: int) -> dict[str, Any]:
-    """Of every tenth row another answer in the last setting, of every twentieth an error instead."""
+    """Of every tenth row another answer in the last setting, of every twentieth an error."""
     number = row["row"] % 100
     told = {"response": f"a{number}", "score": 1.0, "prompt": f"p{number}", "setting": setting}
     if setting == 2 and number % 10 == 0:

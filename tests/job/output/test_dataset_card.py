@@ -46,7 +46,7 @@ def test_a_card_says_what_the_run_was() -> None:
     }
     facts = {
         "model": f"`org/name` at `{'f' * 40}`",
-        "asked with": "trio 1/4",
+        "asked with": "trio 0.25",
         "visual tokens kept, layer average": "25.4 %",
         "prompt": r"one \| two?",
         "rows": "40",

@@ -1,5 +1,4 @@
-"""``changed.parquet``: rows of a comparison whose answers are not the same in all settings, with the
-answers side by side."""
+"""``changed.parquet``: rows of a comparison that settings answer differently, side by side."""
 
 from __future__ import annotations
 

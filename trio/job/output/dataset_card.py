@@ -1,4 +1,4 @@
-"""``README.md`` of an output: a dataset card, so that `datasets` and the Hugging Face Hub read it."""
+"""``README.md`` of an output: a dataset card, by which `datasets` and the hub read it."""
 
 from __future__ import annotations
 
@@ -65,19 +65,27 @@ def _model(config: Settings) -> str:
 
 def _facts(config: Settings, summary: Mapping[str, Any]) -> str:
     revision = config.model.revision
-    names = [one.name for one in config.compared]
     retention = summary["retention"]
     kept = None if retention is None else f"{100 * retention:.1f} %"
     facts = {
         "model": f"`{_model(config)}`" + (f" at `{revision}`" if revision else ""),
-        "asked with": ", ".join(names),
-        "visual tokens kept, layer average": None if len(names) > 1 else kept,
+        "asked with": _asked_with(config),
+        "visual tokens kept, layer average": None if config.output.compare else kept,
         "prompt": config.input.prompt,
         "rows": str(summary["rows"]),
         "rows in error": f"{summary['errors']} ({share(summary['error_rate'])})",
     }
     lines = [[name, value.replace("|", r"\|")] for name, value in facts.items() if value]
     return markdown([["", ""], *lines])
+
+
+def _asked_with(config: Settings) -> str:
+    pruning = config.pruning
+    if config.output.compare is not None:
+        return ", ".join(one.name for one in config.compared)
+    if pruning.schedule is not None:
+        return f"{pruning.name}, schedule {pruning.schedule}"
+    return pruning.name if pruning.retention is None else f"{pruning.name} {pruning.retention:.4g}"
 
 
 def _opening(names: Sequence[str]) -> str:
