@@ -315,6 +315,10 @@ def dry_run(job: Job, config: Settings) -> int:
     """Print what would be done: the settings as run.yaml, the input and what is left of it."""
     sys.stdout.write(run_yaml.dump(config))
     plan = _plan(config)
+    if (repository := config.output.push_to_hub) is not None:
+        kind = "private data set" if config.output.private else "data set"
+        print(f"# at the end rows/, stats/, figures and run.yaml go to the {kind} {repository} of")
+        print("# the hub, which needs HF_TOKEN")
     if plan.finished:
         print("# finished already")
         return OK
@@ -327,7 +331,4 @@ def dry_run(job: Job, config: Settings) -> int:
     if config.output.compare is not None:
         print(f"# each with {', '.join(one.name for one in config.compared)}")
     print(f"# output {plan.output.uri}, {state}")
-    if (repository := config.output.push_to_hub) is not None:
-        kind = "private data set" if config.output.private else "data set"
-        print(f"# then rows/, stats/, figures and run.yaml go to the {kind} {repository}: HF_TOKEN")
     return OK

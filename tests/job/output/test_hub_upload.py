@@ -132,7 +132,7 @@ def test_a_job_that_uploads(hub: Hub, tmp_path: Path) -> None:
         )
 
     planned = run("--dry-run")
-    assert planned.returncode == 0 and f"data set {REPOSITORY}: HF_TOKEN" in planned.stdout
+    assert planned.returncode == 0 and f"go to the data set {REPOSITORY} of" in planned.stdout
     environment["HF_TOKEN"] = "hf_wrong"
     refused = run()
     assert refused.returncode == 2 and len(refused.stderr.splitlines()) == 1
