@@ -17,12 +17,18 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from tests.job.commits import commit
 from trio.benchmark import commands as benchmark
 from trio.bundled import MODEL, PROMPTS, SHARD, write_images
 from trio.engine.engine import Engine
 from trio.engine.request import Request
 from trio.job import cli
 from trio.job.command import AVERAGE
+from trio.job.input.units import Unit
+from trio.job.output.dataset_card import CARD, dataset_card
+from trio.job.output.summary import summarise
+from trio.job.output.totals import Totals
+from trio.job.settings import Settings
 from trio.pruning import method_registry
 from trio.pruning.method_registry import method_names
 from trio.pruning.options import ENCODERS, Pruning
@@ -48,6 +54,7 @@ CAPTIONS = [
 SAYS = {
     "README.md": [CAPTIONS, ["a red 5 and a green 7\n"]],
     "trio/pruning/README.md": [["[118, 69, 28] "]],
+    "trio/job/OUTPUT.md": [["4 x\n", "stop    4\n"]],
     "trio/vqa/README.md": [["0.6", "1.0"]],
     "trio/engine/README.md": [["[1.0, 0.0]"]],
 }
@@ -74,6 +81,9 @@ def test_python_samples_run_as_printed(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
+    if "OUT" in samples(page)[number]:
+        write_output(tmp_path / "OUT")
+        monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(method_registry, "_registered", {})
     exec(compile(samples(page)[number], page, "exec"), {"__name__": "__main__"})
@@ -81,6 +91,18 @@ def test_python_samples_run_as_printed(
     missing = [line for line in SAYS[page][number] if line not in printed.out]
     assert not missing, printed.out
     assert "was not taught" not in printed.err
+
+
+def write_output(out: Path) -> None:
+    """Rows, statistics and card of a run, with some of its other files."""
+    for unit in (Unit(0, 0, 2), Unit(0, 2, 4)):
+        commit(out, unit)
+    summary = summarise(
+        Totals(rows=4), name="", run_id="r", wall_s=1, done_before=Totals(), work_s=1, resources=""
+    )
+    for name in ("run.yaml", "manifest.parquet", "_SUCCESS"):
+        (out / name).touch()
+    (out / CARD).write_text(dataset_card(Settings(), summary))
 
 
 def commands(page: str) -> list[list[str]]:

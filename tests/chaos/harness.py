@@ -24,6 +24,7 @@ from pyarrow import fs as pafs
 from tests.chaos.engine import ANSWERS, ENGINES, HANGS, Options
 from tests.job.fakes import png, write_shard
 from trio.job.input.units import Unit
+from trio.job.resume import committed
 from trio.job.storage import locate
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -172,13 +173,11 @@ class Trial:
         assert ended.code == 0, ended.said[-4000:]
 
     def committed(self) -> int:
-        """Files in ``rows/`` as any reader would list them."""
-        return len(self._names("rows"))
+        return len(self.units())
 
-    def units(self) -> list[Unit]:
-        """What these files hold."""
-        found = map(Unit.of_name, self._names("rows"))
-        return [unit for unit in found if unit is not None]
+    def units(self) -> set[Unit]:
+        """Those that are committed."""
+        return committed.listed(locate(self.output))
 
     def _names(self, folder: str) -> list[str]:
         out = locate(self.output)
@@ -276,7 +275,7 @@ class Trial:
                 assert row["finish_reason"] == "error" and row["error"].startswith(kind), row
         good = len(rows) - len(errors)
         assert sum(entry["images"] for entry in stats.to_pylist()) == good
-        assert sorted(self._names("stats")) == sorted(self._names("rows"))
+        assert sorted(stats["unit"].to_pylist()) == sorted(unit.stem for unit in self.units())
         assert (summary["rows"], summary["errors"]) == (len(rows), len(errors))
         assert self._exists("_SUCCESS")
         self._nothing_left_running()
@@ -292,7 +291,7 @@ class Trial:
         }
 
     def stats(self) -> pa.Table:
-        """A row for each file."""
+        """A row for each unit."""
         return self._table("stats")
 
     def _rows(self) -> list[dict[str, Any]]:

@@ -27,7 +27,8 @@ def execute(
     planned: Callable[[], object] = lambda: None,
     **changes: Any,
 ) -> dict[str, Any]:
-    """The summary of a run in units of 8 rows with one engine, where `changes` say nothing else.
+    """The summary of a run in units of 8 rows, each with a file, with one engine, where `changes`
+    say nothing else.
 
     Args:
         shards: the input.
@@ -39,7 +40,7 @@ def execute(
         changes: settings by name.
     """
     values: dict[str, Any] = {"input": (str(shards),), "output": str(output), "retention": 0.25}
-    config = made_of(**values | {"rows_per_file": 8, "actors": 1} | changes)
+    config = made_of(**values | {"rows_per_file": 8, "file_mb": 0, "actors": 1} | changes)
     made = plan(config, config.input.input)
     planned()
     makers = runner.Makers(engine=factory, preprocessor=preprocessor)

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from itertools import cycle
 from pathlib import Path
 
 import pyarrow as pa
@@ -15,6 +16,16 @@ import pytest
 from pyarrow import fs as pafs
 
 from tests.job.commits import commit, totals_of
+from tests.job.compactions import (
+    KILLED,
+    SMALL,
+    UNITS,
+    Steps,
+    check_between,
+    check_end,
+    commit_long,
+    compact,
+)
 from tests.job.fakes import ODD_NAMES, png
 from tests.job.faults import faulty
 from tests.job.input.kinds.input_samples import (
@@ -362,3 +373,34 @@ def test_a_claim_that_is_taken_away_is_noticed(store: Store) -> None:
 
 def test_of_many_that_start_together_one_holds_at_a_time(store: Store) -> None:
     start_together(lambda round_: store.at(f"out{round_}"), rounds=6)
+
+
+def compaction_killed(output: Location, count: int, step: int) -> bool:
+    """Whether a process that puts the files of the first units together dies before a step."""
+    command = [sys.executable, "-m", "tests.job.compactions", output.uri, str(count), str(step)]
+    ended = subprocess.run(command, cwd=Path(__file__).resolve().parents[2], check=False)
+    assert ended.returncode in (0, KILLED)
+    return ended.returncode == KILLED
+
+
+@pytest.mark.parametrize(
+    ("count", "small"), [(6, True), pytest.param(45, False, marks=pytest.mark.slow)]
+)
+@pytest.mark.timeout(1200)
+def test_larger_files_though_their_writer_is_killed(
+    store: Store, tmp_path: Path, count: int, small: bool
+) -> None:
+    """Before, at and after the record; then at each few steps of what is left."""
+    own, steps, output = UNITS[:count], Steps(), store.at("out")
+    for unit in own:
+        commit_long(tmp_path, unit)
+        commit_long(output.uri, unit)
+    compact(locate(str(tmp_path)), own, SMALL, steps)
+    record = steps.names.index("record") + 1
+    for step in [record + 1] if small else [record // 3, record - 1, record, record + 1]:
+        assert compaction_killed(output, count, step)
+        check_between(output, own)
+    few = iter([0]) if small else cycle([4, 9, 1, 14])
+    while compaction_killed(output, count, next(few)):
+        check_between(output, own)
+    assert len(check_end(output, own)) >= count // 2

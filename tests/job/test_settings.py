@@ -37,7 +37,8 @@ ALL = """--input a b --prompt "it's: a #1" --system-prompt s --columns image=jpg
 --proxy-head input_embedding --similarity-threshold 0.7 --fill-up reference --position-ids keep
 --schedule-shape 0:0.2,5:0.12@16 --max-new-tokens 20 --temperature 0.7 --top-p 0.9 --top-k 50
 --min-p 0.1 --repetition-penalty 1.05 --no-repeat-ngram-size 3 --seed 3 --output out
---rows-per-file 7 --save-kept --score exact --compare 1,given,fastv:1/9 --mode likelihood
+--rows-per-file 7 --file-mb 9 --push-to-hub org/rows --private --save-kept --score exact
+--compare 1,given,fastv:1/9 --mode likelihood
 --preset chair --subset other --split val --pictures photos
 --metric chair --objects objects.txt --group-by kind place --candidates Yes,No --with-eos
 --normalise tokens --keep-if "p_first > 0.6" --address auto --actors 3

@@ -175,16 +175,19 @@ def run(job: Job, config: Settings) -> int:
     """Do the run; print the table."""
     from trio.job import runner
     from trio.job.nodes import cluster
+    from trio.job.output import hub_upload
     from trio.job.passes import Stop
     from trio.job.resume import lease
 
     plan = _plan(config)
+    if config.output.push_to_hub is not None:
+        hub_upload.check_access(config.output.push_to_hub)
     if plan.finished:
         print(
             f"{plan.output.uri} is finished already: nothing to do. For a new run give another"
             " --output."
         )
-        return _verdict(job, config, output_directory.read_summary(plan.output))
+        return _ended(job, config, plan.output, output_directory.read_summary(plan.output))
     stop = Stop()
     with lease.hold(plan.output) as held:
         attached = cluster.start(config.cluster.address)
@@ -201,7 +204,21 @@ def run(job: Job, config: Settings) -> int:
     if (text := output_directory.read_text(plan.output, metrics_file.TABLE)) is not None:
         print(text)
     _show(config, plan.output)
-    return _verdict(job, config, summary)
+    return _ended(job, config, plan.output, summary)
+
+
+def _ended(job: Job, config: Settings, output: Location, summary: Mapping[str, Any]) -> int:
+    """The exit code, after the upload of what is good."""
+    from trio.job.output import hub_upload
+
+    code, repository = _verdict(job, config, summary), config.output.push_to_hub
+    if repository is not None and code == OK:
+        print(f"uploading to {repository}", flush=True)
+        url = hub_upload.push(output, repository, private=config.output.private)
+        print(f"data set: {url}", flush=True)
+    elif repository is not None:
+        print(f"not uploaded to {repository}", file=sys.stderr, flush=True)
+    return code
 
 
 def _show(config: Settings, output: Location) -> None:
@@ -298,6 +315,10 @@ def dry_run(job: Job, config: Settings) -> int:
     """Print what would be done: the settings as run.yaml, the input and what is left of it."""
     sys.stdout.write(run_yaml.dump(config))
     plan = _plan(config)
+    if (repository := config.output.push_to_hub) is not None:
+        kind = "private data set" if config.output.private else "data set"
+        print(f"# at the end rows/, stats/, figures and run.yaml go to the {kind} {repository} of")
+        print("# the hub, which needs HF_TOKEN")
     if plan.finished:
         print("# finished already")
         return OK

@@ -22,7 +22,8 @@ from trio.engine.kv_budget import describe
 from trio.errors import JobFailed
 from trio.job import stages
 from trio.job.comparing.audit import Audit
-from trio.job.comparing.metrics_file import ERROR, audit_of, metrics_files, metrics_of
+from trio.job.comparing.changed_answers import CHANGED, write_changed
+from trio.job.comparing.metrics_file import ERROR, TABLE, audit_of, metrics_files, metrics_of
 from trio.job.engines.engine_settings import (
     EngineFactory,
     EngineSettings,
@@ -35,8 +36,9 @@ from trio.job.input import ids
 from trio.job.input.manifest import Manifest
 from trio.job.input.units import Unit, unit_rows, units
 from trio.job.nodes.cluster import Resources
-from trio.job.output import output_directory
+from trio.job.output import compaction, output_directory
 from trio.job.output import totals as sums
+from trio.job.output.dataset_card import CARD, dataset_card
 from trio.job.output.output_rows import RowSettings, Source, output_row
 from trio.job.output.progress import Progress
 from trio.job.output.schema import AUDIT, KEEP, KEPT, LIKELIHOOD, QUESTION, SCORE, row_key
@@ -61,6 +63,7 @@ PAUSES_S = (1.0, 5.0, 20.0, 60.0)
 # before the next try of what failed once, twice, ...
 SHARED_TRIES, SHARED_PAUSE_S = 5, 2.0
 # until a shared file system shows what another node has written
+MEGABYTE = 10**6
 DESCRIBE_S = 60.0
 # for id and prompt of a row that is given up
 ENOUGH_ROWS = 500
@@ -160,6 +163,19 @@ def execute(
                 parts = sums.added(parts, receipt.parts)
                 _check_errors(config, before, progress.done)
     _check_complete(run, wanted, progress.done)
+
+    def check() -> None:
+        held.check()
+        passes.check_stop()
+
+    compaction.compact(
+        run.output,
+        pinned.run_id,
+        wanted,
+        config.output.file_mb * MEGABYTE,
+        check=check,
+        say=progress.say,
+    )
     engines = room.engines_for(len(wanted))
     settings = [
         of_setting(part, one.name, engines=engines, score=score)
@@ -187,8 +203,20 @@ def execute(
     if metrics is not None and ERROR in metrics:
         summary["metrics_error"] = metrics[ERROR]
     also = {} if metrics is None else metrics_files(metrics)
+    also[CARD] = _card(run, pinned.run_id, config, summary, also.get(TABLE))
     output_directory.close(run.output, summary, facts.get("images"), also)
     return summary
+
+
+def _card(
+    run: Plan, run_id: str, config: Settings, summary: Mapping[str, Any], figures: str | None
+) -> str:
+    """The dataset card, written after the file of changed answers that it may name."""
+    changed = None
+    if len(config.compared) > 1 and summary["rows"]:
+        names = [one.name for one in config.compared]
+        changed = CHANGED, write_changed(run.output, run_id, names)
+    return dataset_card(config, summary, figures=figures, changed=changed)
 
 
 def _receipts(

@@ -76,6 +76,12 @@ def _template(value: Any) -> str:
     return PromptTemplate(read).text
 
 
+def _repository(value: Any) -> str:
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", text(value)):
+        raise UserError(f"expected ORG/NAME, got {value!r}")
+    return str(value)
+
+
 def _adapter(value: Any) -> str:
     if not re.fullmatch(r"[\w.-]+=\w+(\.\w+)*:\w+", text(value)):
         raise UserError(f"expected TYPE=MODULE:CLASS, as in my_vl=my_module:MyAdapter: {value!r}")
@@ -177,6 +183,9 @@ class Output:
     one is left alone (default: a new directory below trio-output/)."""
     rows_per_file: Rows | None = None
     """Rows of one work unit and output file: what is redone after a crash (default: by size)."""
+    file_mb: Annotated[int, Value(read=whole(0), unit="MB")] = 64
+    """When all rows are there, put the units' files together into larger ones of this size; 0
+    leaves them as they are."""
     save_kept: Switch = False
     """Write the kept visual tokens of each stage."""
     score: Annotated[str | None, one_of((*SCORED, "none"))] = None
@@ -191,6 +200,12 @@ class Output:
     the unpruned model, 1/9 a retention, fastv:1/9 and visionzip+trio:1/9 name what chooses, given
     stands for what the other flags say (default: 1,given for the bundled shard)."""
 
+    push_to_hub: Annotated[str | None, Value(read=_repository, unit="ORG/NAME")] = None
+    """When the run has ended well, upload rows, statistics, figures and run.yaml as a data set to
+    this repository of the Hugging Face Hub, which is made if need be; needs HF_TOKEN (default: no
+    upload)."""
+    private: Switch = False
+    """With --push-to-hub: a repository that is made is a private one."""
     audit: Share | None = None
     """Ask this share of the rows unpruned as well, and say how many answers stay the same; the
     rows are chosen by --seed (default: none)."""
@@ -268,6 +283,8 @@ class Settings:
             )
         if rows.remote_images_from and not rows.allow_remote_images:
             raise UserError("--remote-images-from needs --allow-remote-images: give both or none")
+        if self.output.private and self.output.push_to_hub is None:
+            raise UserError("--private needs --push-to-hub ORG/NAME")
         self._check_compared()
         self._check_prompts()
         if model.text_tower is not None and self.text_tower_method is None:
@@ -382,7 +399,7 @@ class Settings:
 
 FIELDS = settings_of(Settings())
 """Every setting by name, that of its flag and of run.yaml."""
-_NOT_RESULTS = {"output"} | {
+_NOT_RESULTS = {"output", "file_mb", "push_to_hub", "private"} | {
     name for name, setting in FIELDS.items() if setting.group in ("cluster", "limits")
 }
 

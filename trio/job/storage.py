@@ -12,8 +12,9 @@ import errno
 import os
 import re
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -333,6 +334,48 @@ def _flush_directory(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def writing(location: Location) -> Iterator[pa.NativeFile]:
+    """A stream to a file that is larger than memory, lasting when the block ends.
+
+    Where the block fails, part of the file may stay: only for names that no reader knows yet.
+    """
+    make_directory(location.at(location.path.rpartition("/")[0]))
+    with location.filesystem.open_output_stream(location.path) as stream:
+        yield stream
+    if location.local:
+        with open(location.path, "rb") as written:
+            os.fsync(written.fileno())
+        flush(location.at(location.path.rpartition("/")[0]))
+
+
+def move(source: Location, target: Location) -> None:
+    """Give a file another name in one step; on object stores: a copy, seen when it is whole, and
+    then the source goes."""
+    source.filesystem.move(source.path, target.path)
+    flush(target.at(target.path.rpartition("/")[0]))
+
+
+def remove(location: Location) -> None:
+    location.filesystem.delete_file(location.path)
+
+
+def remove_directory(location: Location) -> None:
+    """With all that is in it; nothing where there is none."""
+    if exists(location):
+        location.filesystem.delete_dir(location.path)
+
+
+def empty_directory(location: Location) -> None:
+    location.filesystem.delete_dir_contents(location.path)
+
+
+def flush(directory: Location) -> None:
+    """Make the names in a directory last; object stores do that by themselves."""
+    if directory.local:
+        _flush_directory(Path(directory.path))
 
 
 def sweep(directory: Location) -> None:

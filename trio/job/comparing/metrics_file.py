@@ -17,6 +17,7 @@ from trio.job.comparing import audit
 from trio.job.comparing.compared import UNPRUNED
 from trio.job.output.scoring import SCORED
 from trio.job.output.sink import ROWS
+from trio.job.output.totals import from_pairs
 from trio.job.plan import Plan
 from trio.job.questions.asking import Asking, metric_prediction
 from trio.job.questions.question_settings import LIKELIHOOD, Questions
@@ -160,7 +161,7 @@ def _answered(
         prediction=prediction,
         error=None if row["error"] is None else row["error"].partition(":")[0],
         fields=fields,
-        groups=dict(row.get("groups") or ()),
+        groups=from_pairs(row.get("groups")),
     )
 
 

@@ -18,10 +18,17 @@ ROW_BITS = 32
 TIMESTAMP = pa.timestamp("us", tz="UTC")
 RUN_KEY = b"trio.run"
 UNITS_KEY = b"trio.units"
+
+
+def pairs(value: pa.DataType) -> pa.DataType:
+    """Values by name, as `as_pairs` makes them: `datasets` reads no maps."""
+    return pa.list_(pa.struct([("name", pa.string()), ("value", value)]))
+
+
 KINDS: dict[Any, pa.DataType] = {
     int: pa.int64(),
     float: pa.float64(),
-    Mapping[str, int]: pa.map_(pa.string(), pa.int64()),
+    Mapping[str, int]: pairs(pa.int64()),
 }
 """Of columns, by the types of `Totals`."""
 
@@ -56,7 +63,7 @@ OPTIONAL: dict[str, list[pa.Field]] = {
         _field("answers", pa.list_(pa.string())),
         _field("metric", pa.string()),
         _field("fields", pa.string(), "JSON"),
-        _field("groups", pa.map_(pa.string(), pa.string())),
+        _field("groups", pairs(pa.string())),
         _field("prediction", pa.string()),
     ],
     LIKELIHOOD: [

@@ -110,7 +110,7 @@ class Totals:
         A unit that engines with different `cuda_graphs` shared counts once, under all their states.
         """
         return self.values() | {
-            "error_kinds": list(self.error_kinds.items()),
+            "error_kinds": as_pairs(self.error_kinds),
             "cuda_graphs": "; ".join(sorted(self.cuda_graphs)) or None,
         }
 
@@ -119,7 +119,7 @@ class Totals:
         """Sums over rows of ``stats/``: Python's, as FLOPs of 10⁶ rows and more pass 64 bits."""
         out = cls()
         for row in table.select([f.name for f in dataclasses.fields(cls)]).to_pylist():
-            kinds, graphs = dict(row.pop("error_kinds")), row.pop("cuda_graphs")
+            kinds, graphs = from_pairs(row.pop("error_kinds")), row.pop("cuda_graphs")
             out += cls(error_kinds=kinds, cuda_graphs={graphs: 1} if graphs else {}, **row)
         return out
 
@@ -134,6 +134,15 @@ def merge(parts: Iterable[Totals]) -> Totals:
 def added(*parts: Sequence[Totals]) -> tuple[Totals, ...]:
     """Of each setting, the sum over what `parts` say of it."""
     return tuple(map(merge, zip(*parts, strict=True)))
+
+
+def as_pairs(values: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return [{"name": name, "value": value} for name, value in values.items()]
+
+
+def from_pairs(cell: Sequence[Mapping[str, Any]] | None) -> dict[str, Any]:
+    """Of a cell that Arrow has turned into Python."""
+    return {pair["name"]: pair["value"] for pair in cell or ()}
 
 
 def ratio(part: float, whole: float) -> float | None:

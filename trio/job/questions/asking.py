@@ -21,6 +21,7 @@ from trio.job.images.policy import RowError
 from trio.job.input.columns import OWN
 from trio.job.input.kinds.saved_datasets import WHOLE, Part
 from trio.job.output.output_rows import Ask, Source
+from trio.job.output.totals import as_pairs
 from trio.job.questions.keep_if import Condition
 from trio.job.questions.question_settings import LIKELIHOOD, TOKENS, Questions
 from trio.vqa.aggregates import METRICS, row_score
@@ -121,7 +122,7 @@ class Asking:
             "answers": _answers(fields),
             "metric": self.preset.metric,
             "fields": json.dumps(fields, ensure_ascii=False),
-            "groups": list(ask.groups.items()),
+            "groups": as_pairs(ask.groups),
         }
         if self.questions.mode == LIKELIHOOD:
             row["choices"] = list(ask.candidates) or None
