@@ -47,7 +47,8 @@ def requests(**sampling: Any) -> list[Request]:
 
 def spoiling(worker: Engine, wrong: float, tokens: slice) -> Engine:
     """Features of the marked image get numbers that are none."""
-    encode = worker._runner._encode_images
+    adapter = worker._runner.adapter
+    encode = adapter.encode_images
     marked = worker.prepare(Request(prompt="", images=(picture(77),)))
     assert isinstance(marked, Prepared)
     pixels = marked.image_inputs[0]["pixel_values"]
@@ -59,7 +60,7 @@ def spoiling(worker: Engine, wrong: float, tokens: slice) -> Engine:
                 features.tokens[tokens] = wrong
         return list(made)
 
-    worker._runner._encode_images = encoded
+    adapter.encode_images = encoded  # type: ignore[method-assign]
     return worker
 
 

@@ -11,7 +11,7 @@ from tests.engine.support import mixed_requests
 from tests.every_family.family import FAMILIES, Family
 from tests.every_family.test_contexts import text_tower
 from trio.engine.engine import Engine
-from trio.engine.request import Prepared, Result
+from trio.engine.request import ImageInputs, Prepared, Result
 from trio.pruning.options import Pruning
 
 UNPRUNED = Pruning(method="none", retention=1.0)
@@ -188,6 +188,7 @@ def test_other_pixels_are_another_image(family: Family) -> None:
     alone = engine(family, UNPRUNED)
     (one, other, *_) = [r for r in prepared(alone, 12) if len(r.image_inputs) == 1]
     (first,), (second,) = one.image_inputs, other.image_inputs
+    assert isinstance(first, ImageInputs) and isinstance(second, ImageInputs)
     assert first.digest != second.digest
     plain = {**first}
     encoder = alone._runner._encoder

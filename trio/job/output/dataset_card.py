@@ -71,7 +71,7 @@ def _facts(config: Settings, summary: Mapping[str, Any]) -> str:
         "model": f"`{_model(config)}`" + (f" at `{revision}`" if revision else ""),
         "asked with": _asked_with(config),
         "visual tokens kept, layer average": None if config.output.compare else kept,
-        "prompt": config.input.prompt,
+        "prompt": "; ".join(config.input.prompt) or config.input.prompt_template,
         "rows": str(summary["rows"]),
         "rows in error": f"{summary['errors']} ({share(summary['error_rate'])})",
     }
