@@ -105,15 +105,13 @@ def plan(
     else:
         check_constraint(config)
         manifest, schemas = inspect(paths, output, say, part)
-        found_in = own_columns.partitions([shard.path for shard in manifest.shards])
-        schemas = [
-            own_columns.with_fields(schema, shard.path, found_in)
-            for schema, shard in zip(schemas, manifest.shards, strict=True)
-        ]
+        paths = [shard.path for shard in manifest.shards]
+        found_in = own_columns.partitions(paths)
+        schemas = own_columns.with_fields(schemas, paths, found_in)
         if questions.mode is not None and asking is None:
             asking = asking_of(questions, template, schemas[0].names)
-        columns = _columns(config, asking, manifest, schemas)
-        columns = _with_own(columns, config, found_in, manifest, schemas, say)
+        columns = _columns(config, asking, schemas, paths)
+        columns = _with_own(columns, config, found_in, schemas, paths, say)
     return Plan(
         config=config, manifest=manifest, columns=columns, output=output, fingerprint=now,
         earlier=earlier, finished=output_directory.finished(output),
@@ -123,10 +121,9 @@ def plan(
 
 
 def _columns(
-    config: Settings, asking: Asking | None, manifest: Manifest, schemas: Sequence[pa.Schema]
+    config: Settings, asking: Asking | None, schemas: Sequence[pa.Schema], paths: Sequence[str]
 ) -> Columns:
     """What is read of the shards."""
-    paths = [shard.path for shard in manifest.shards]
     mapping = parse_mapping(config.input.columns or "")
     template = _template(config)
     if asking is not None or template is not None:
@@ -165,8 +162,8 @@ def _with_own(
     columns: Columns,
     config: Settings,
     found_in: pa.Schema,
-    manifest: Manifest,
     schemas: Sequence[pa.Schema],
+    paths: Sequence[str],
     say: Callable[[str], None],
 ) -> Columns:
     """With the columns that go along, and those in the names of directories that are read."""
@@ -176,7 +173,7 @@ def _with_own(
         kept = own_columns.kept_columns(
             config.input.keep_columns,
             schemas,
-            [shard.path for shard in manifest.shards],
+            paths,
             given={*same, *(name for role, name in roles.items() if role == "image")},
             ours=rows_schema(pa.null(), run_id="", also=tuple(OPTIONAL)).names,
             say=say,

@@ -34,8 +34,17 @@ def partitions(paths: Sequence[str]) -> pa.Schema:
     return pa.schema({name: _kind(values - {MISSING}) for name, values in found.items()})
 
 
-def with_fields(schema: pa.Schema, path: str, columns: pa.Schema) -> pa.Schema:
-    """A shard's schema with the partition columns that its path has."""
+def with_fields(
+    schemas: Sequence[pa.Schema], paths: Sequence[str], columns: pa.Schema
+) -> list[pa.Schema]:
+    """The shards' schemas, each with the partition columns that its path has."""
+    return [
+        _with_fields(schema, path, columns) if len(columns) else schema
+        for schema, path in zip(schemas, paths, strict=True)
+    ]
+
+
+def _with_fields(schema: pa.Schema, path: str, columns: pa.Schema) -> pa.Schema:
     there = dict(_parts(bare(path).rpartition("/")[0]))
     new = (f for f in columns if f.name in there and f.name not in schema.names)
     return pa.schema([*schema, *new])
