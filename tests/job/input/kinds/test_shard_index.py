@@ -92,6 +92,15 @@ def test_columns_of_json_have_one_type_over_all_shards(tmp_path: Path) -> None:
     assert table.column("json.tags").to_pylist() == ['["a"]', None, None]
 
 
+def test_json_of_too_many_fields_stays_text(tmp_path: Path) -> None:
+    text = json.dumps({f"k{n}": n for n in range(201)})
+    write_tar(tmp_path / "0.tar", [("0.jpg", picture(0)), ("0.json", text.encode())])
+    said: list[str] = []
+    manifest, schemas = inspect([str(tmp_path)], say=said.append)
+    assert schemas[0].names == ["id", "image", "json"] and "JSON of 201 different" in said[1]
+    assert pq.read_table(manifest.shards[0].index).column("json").to_pylist() == [text]
+
+
 def test_ids_tell_tars_of_one_name_apart(tmp_path: Path) -> None:
     for folder in "ab":
         write_tar(tmp_path / folder / "0.tar", members_of([1]))

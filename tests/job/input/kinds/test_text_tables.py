@@ -52,7 +52,7 @@ def lines(rows: list[dict[str, Any]]) -> str:
 
 
 def test_jsonl_keeps_types_and_text_that_looks_like_a_time(tmp_path: Path) -> None:
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"image": ["a.png", "b.png"], "n": 1, "when": "2024-01-01", "of": {"at": "2024-01-02"}},
         {"image": [], "n": None, "when": "2024-01-01 10:00:00", "of": None},
     ]

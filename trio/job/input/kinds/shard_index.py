@@ -153,7 +153,7 @@ def _finished(
     found: Sequence[Found],
     directory: Path,
     firsts: Mapping[int, _First],
-    kinds: Mapping[str, pa.DataType],
+    kinds: Mapping[str, pa.DataType] | None,
     with_text: bool,
     number: int,
 ) -> Index:
@@ -195,7 +195,9 @@ def _report(
         f"index: {shards}, {size / 1e9:.3g} GB, {1e3 * read / max(size, 1):.3g} MB read per GB,"
         f" {took_s:.1f} s"
     )
-    if names := json_fields.disagreeing(seen):
+    if len(seen) > json_fields.MOST_FIELDS:
+        yield f"index: JSON of {len(seen)} different fields, which stays text in a column json"
+    elif names := json_fields.disagreeing(seen):
         yield f"index: values of several types, taken as text: {', '.join(names)}"
     notes = Notes()
     for first in firsts.values():
