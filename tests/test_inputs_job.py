@@ -35,7 +35,7 @@ from trio.job.storage import exists, list_files, locate
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPT = ["--prompt", "Describe the image."]
-ROWS = 24
+ROWS = 16
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,9 @@ class Source:
 
 
 def tars(folder: Path) -> Source:
-    write_img2dataset(folder, shards=3, rows=ROWS // 3)
+    write_img2dataset(folder, shards=2, rows=ROWS // 2)
     write_tar(folder / "x" / "odd.tar", [("a.txt", b"no picture"), ("b.png", picture(1))])
-    widths = {f"{n // 8:05d}.tar/{n:09d}": width_of(n) for n in range(ROWS)}
+    widths = {f"{n // (ROWS // 2):05d}.tar/{n:09d}": width_of(n) for n in range(ROWS)}
     return Source(
         (str(folder),), widths | {"odd.tar/b": width_of(1)}, {"odd.tar/a": "image_missing"}
     )
@@ -202,7 +202,7 @@ def uploaded(store: Store, folder: Path, source: Source) -> Source:
 
 def hive(folder: Path) -> Source:
     """Parquet in partitions."""
-    for day in range(3):
+    for day in range(ROWS // 8):
         cells = [picture(n) for n in range(day * 8, day * 8 + 8)]
         path = folder / f"year=2024/day={day}" / "part-0.parquet"
         path.parent.mkdir(parents=True)

@@ -39,7 +39,7 @@ def test_old_texts_are_prompts_only_where_they_are_named(tmp_path: Path) -> None
     write_img2dataset(tmp_path / "tars")
     write_images(tmp_path / "photos", 3)
     for name in ("tars", "photos"):
-        with pytest.raises(UserError, match=r"no column .prompt.; it has id, image, txt, json\.cap"):
+        with pytest.raises(UserError, match=r"no column .prompt.; it has id, image, txt, json"):
             planned(tmp_path, tmp_path / name)
         made = planned(tmp_path, tmp_path / name, columns="prompt=txt")
         assert made.columns.roles["prompt"] == "txt"
