@@ -208,7 +208,8 @@ def _put_indexes(made: Manifest, wanted: Manifest) -> None:
     pairs = [(a.index, b.index) for a, b in zip(made.shards, wanted.shards, strict=True) if a.index]
 
     def put(pair: tuple[str, str]) -> None:
-        write_atomic(open_location(pair[1]), Path(pair[0]).read_bytes())
+        with pa.memory_map(pair[0]) as stream:
+            write_atomic(open_location(pair[1]), stream.read_buffer())
 
     with ThreadPoolExecutor(PUT_THREADS) as pool:
         for _ in pool.map(put, pairs):

@@ -94,4 +94,4 @@ def _as_text(value: Any) -> str:
 
 def clean(text: str) -> str:
     """Text that Arrow takes: half of a pair of surrogates is none."""
-    return text.encode("utf-8", "backslashreplace").decode()
+    return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()
