@@ -95,7 +95,7 @@ def plan(
         if questions.mode is not None and asking is None:
             asking = asking_of(questions, [role[1:] for role in columns.roles if role[0] == OWN])
     else:
-        manifest, schemas = inspect(paths, output, say, part)
+        manifest, schemas = inspect(paths, output, say, part, config.input.limit)
         if questions.mode is not None and asking is None:
             asking = asking_of(questions, schemas[0].names)
         columns = _columns(config, asking, manifest, schemas)

@@ -205,7 +205,8 @@ def claim(output: Location, run: Pinned, facts: Sequence[str] = ()) -> Pinned:
 
 def _put_indexes(made: Manifest, wanted: Manifest) -> None:
     """From where planning made them."""
-    pairs = [(a.index, b.index) for a, b in zip(made.shards, wanted.shards, strict=True) if a.index]
+    both = zip(made.shards, wanted.shards, strict=True)
+    pairs = [(one.index, other.index) for one, other in both if one.index and other.index]
 
     def put(pair: tuple[str, str]) -> None:
         with pa.memory_map(pair[0]) as stream:

@@ -139,6 +139,20 @@ def test_an_index_that_is_gone(tmp_path: Path) -> None:
     assert isinstance(found, ShardGone) and "000000.parquet, its index, is gone" in str(found)
 
 
+def test_shards_behind_the_limit_are_not_looked_at(tmp_path: Path) -> None:
+    for number in range(7):
+        write_tar(tmp_path / f"{number}.tar", members_of(range(5)))
+    (tmp_path / "5.tar").write_text("no tar")
+    said: list[str] = []
+    manifest, schemas = inspect([str(tmp_path)], say=said.append, limit=12)
+    assert [shard.rows for shard in manifest.shards] == [5, 5, 5, 0, 0, 0, 0]
+    assert said[0] == "index: the first 3 shards hold --limit 12 rows"
+    assert len(set(map(id, schemas))) == 1 and manifest.unpacked == 3 * manifest.shards[0].size
+    assert sum(unit.stop - unit.start for unit in units(manifest, 3, 12)) == 12
+    with pytest.raises(UserError, match=r"5\.tar: not a readable tar"):
+        inspect([str(tmp_path)], say=said.append, limit=16)
+
+
 def test_what_is_no_tar_and_what_holds_nothing(tmp_path: Path) -> None:
     (tmp_path / "a.tar").write_text("<html>" * 200)
     with pytest.raises(UserError, match=r"a\.tar: not a readable tar"):
