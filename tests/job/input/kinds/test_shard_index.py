@@ -47,7 +47,7 @@ def test_tars_give_their_rows_and_columns(tmp_path: Path) -> None:
     write_img2dataset(tmp_path, rows=150)
     manifest, reader, said = planned(tmp_path, prompt="txt")
     assert manifest.rows == 300 and "index: 2 tar shards" in said[-1]
-    numbers = []
+    numbers: list[int] = []
     for unit in units(manifest, 40):
         table = read(reader, unit)
         assert table.column_names == ["image", "prompt", "id"]
