@@ -207,7 +207,7 @@ def hive(folder: Path) -> Source:
         path = folder / f"year=2024/day={day}" / "part-0.parquet"
         path.parent.mkdir(parents=True)
         pq.write_table(pa.table({"image": cells}), path)
-    name = "{}/part-0.parquet#{}"
+    name = "day={}/part-0.parquet#{}"
     widths = {name.format(n // 8, n % 8): width_of(n) for n in range(ROWS)}
     return Source((str(folder),), widths, {})
 
