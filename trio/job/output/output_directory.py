@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
+import shutil
 import uuid
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -204,7 +205,7 @@ def claim(output: Location, run: Pinned, facts: Sequence[str] = ()) -> Pinned:
 
 
 def _put_indexes(made: Manifest, wanted: Manifest) -> None:
-    """From where planning made them."""
+    """From where planning made them, where they are not left: a driver may be killed."""
     both = zip(made.shards, wanted.shards, strict=True)
     pairs = [(one.index, other.index) for one, other in both if one.index and other.index]
 
@@ -215,6 +216,8 @@ def _put_indexes(made: Manifest, wanted: Manifest) -> None:
     with ThreadPoolExecutor(PUT_THREADS) as pool:
         for _ in pool.map(put, pairs):
             pass
+    for directory in {Path(path).parent for path, _ in pairs}:
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 def close(
