@@ -249,6 +249,7 @@ def test_what_is_no_parquet_is_indexed_once_and_read_by_ranges(
 
     found = output_directory.earlier(output)
     assert found is not None and found.manifest == run.manifest
+    assert all(exists(locate(shard.index)) for shard in run.manifest.shards)
     assert [s.index for s in found.manifest.shards] == [s.index for s in run.manifest.shards]
     assert found.manifest.difference(expand(inputs, output)) is None
     assert not [r for r in store.requests() if "/in/" in r.path and r.method == "GET"]

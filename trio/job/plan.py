@@ -104,7 +104,7 @@ def plan(
             asking = asking_of(questions, template, names)
     else:
         check_constraint(config)
-        manifest, schemas = inspect(paths, output, say, part)
+        manifest, schemas = inspect(paths, output, say, part, config.input.limit)
         paths = [shard.path for shard in manifest.shards]
         found_in = own_columns.partitions(paths)
         schemas = own_columns.with_fields(schemas, paths, found_in)

@@ -101,7 +101,7 @@ class Manifest:
     @property
     def unpacked(self) -> int:
         """Bytes that the rows take in memory, about."""
-        return sum(max(shard.size, shard.unpacked) for shard in self.shards)
+        return sum(max(shard.size, shard.unpacked) for shard in self.shards if shard.rows)
 
     def shared_directory(self) -> str | None:
         """What the paths begin with, up to a ``/``, if file names alone do not tell the shards
@@ -112,7 +112,7 @@ class Manifest:
         """The same, its indexes being there."""
         shards = [
             shard
-            if shard.kind == PARQUET
+            if shard.kind == PARQUET or not shard.rows
             else dataclasses.replace(
                 shard, index=directory.join(shard_index.name_of(shard.number)).uri
             )
@@ -228,48 +228,57 @@ def inspect(
     output: Location | None = None,
     say: Callable[[str], None] = tell,
     part: Part = WHOLE,
+    limit: int | None = None,
 ) -> tuple[Manifest, list[pa.Schema]]:
     """Manifest of the input and the Arrow schema of each shard: from the footers, or from indexes
     that are made here, in a temporary directory.
 
-    What lies below ``output`` is left out.
+    Args:
+        inputs: paths or URIs.
+        output: what lies below it is left out.
+        say: told what is left out, and what indexes took.
+        part: of data sets that have several.
+        limit: rows of the run. Behind it no shard is looked at but Parquet: they have no rows here.
 
     Raises:
         UserError: nothing found, or a file that is not what its name says.
     """
     found = expand(inputs, output, say, part)
-    indexes = _indexes(found, say)
+    indexes = _indexes(found, say, limit)
     kept: dict[Any, Any] = {}
     with ThreadPoolExecutor(FOOTER_THREADS) as pool:
         read = list(pool.map(partial(_shard, kept, indexes), range(len(found)), found))
     return Manifest(shards=tuple(shard for shard, _ in read)), [schema for _, schema in read]
 
 
-def _indexes(found: Sequence[Found], say: Callable[[str], None]) -> dict[int, Index]:
+def _indexes(
+    found: Sequence[Found], say: Callable[[str], None], limit: int | None
+) -> dict[int, Index]:
     """Of what is no Parquet, by number; gone when this process ends."""
     if all(one.kind == PARQUET for one in found):
         return {}
     directory = Path(tempfile.mkdtemp(prefix="trio-index-"))
     atexit.register(shutil.rmtree, directory, ignore_errors=True)
-    return shard_index.build(found, directory, say)
+    return shard_index.build(found, directory, say, limit)
 
 
 def _shard(
     kept: dict[Any, Any], indexes: dict[int, Index], number: int, found: Found
 ) -> tuple[Shard, pa.Schema]:
     """A shard and its schema."""
-    index = indexes.get(number)
-    if index is None:
+    if found.kind == PARQUET:
         return _footer(kept, number, found)
+    index = indexes.get(number)
     shard = Shard(
         number=number,
         path=found.location.uri,
         size=found.size,
-        rows=index.rows,
-        row_groups=_once(kept, index.row_groups),
-        index=str(index.path),
+        rows=index.rows if index else 0,
+        row_groups=_once(kept, index.row_groups) if index else (),
+        index=str(index.path) if index else "",
     )
-    return shard, _once(kept, index.schema)
+    schema = index.schema if index else next(iter(indexes.values())).schema
+    return shard, _once(kept, schema)
 
 
 def _footer(kept: dict[Any, Any], number: int, found: Found) -> tuple[Shard, pa.Schema]:

@@ -1,7 +1,7 @@
 """Rows of work units from their shards: each row group is read once for a run.
 
 INPUT shards as the manifest describes them and units of them; OUTPUT the units' rows as Arrow
-tables under the names of the roles, image cells still encoded, with `PREPARED` where errors of rows
+tables under the names of the roles, image cells still encoded, with `ERRORS` where errors of rows
 are known already.
 """
 
@@ -28,8 +28,8 @@ from trio.job.storage import open_location
 
 IMAGE = "image"
 # of a tar's index, where the pictures lie
-PREPARED = "prepared"
-# column of what is known of a row before its images are looked at
+ERRORS = "prepared"
+# column of errors that are known before images are looked at, as `stages` calls it
 TRIES = 3
 # of a unit, before its rows become errors
 
@@ -139,7 +139,7 @@ class _Cursor:
             table = table.set_column(place, IMAGE, self._pictures(table.column(IMAGE)))
         made = table.select(list(named.values())).rename_columns(list(named))
         if is_tar and (errors := table.column(ERROR_COLUMN)).null_count < len(table):
-            made = made.append_column(PREPARED, errors)
+            made = made.append_column(ERRORS, errors)
         return made
 
     def _pictures(self, places: pa.ChunkedArray) -> pa.Array:

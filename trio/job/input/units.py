@@ -77,7 +77,7 @@ def runs(manifest: Manifest, todo: Collection[Unit], parallel: int) -> list[list
     row group or a shard begins."""
     shards = {shard.number: shard for shard in manifest.shards}
     rows = sum(unit.stop - unit.start for unit in todo)
-    row_bytes = manifest.size / max(manifest.rows, 1)
+    row_bytes = sum(s.size for s in manifest.shards if s.rows) / max(manifest.rows, 1)
     least, most = (size / max(row_bytes, 1.0) for size in (MIN_RUN_BYTES, MAX_RUN_BYTES))
     share = min(max(rows / max(parallel, 1), least), most)
     out: list[list[Unit]] = []

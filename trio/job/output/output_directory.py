@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
+import shutil
 import uuid
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -204,15 +205,19 @@ def claim(output: Location, run: Pinned, facts: Sequence[str] = ()) -> Pinned:
 
 
 def _put_indexes(made: Manifest, wanted: Manifest) -> None:
-    """From where planning made them."""
-    pairs = [(a.index, b.index) for a, b in zip(made.shards, wanted.shards, strict=True) if a.index]
+    """From where planning made them, where they are not left: a driver may be killed."""
+    both = zip(made.shards, wanted.shards, strict=True)
+    pairs = [(one.index, other.index) for one, other in both if one.index and other.index]
 
     def put(pair: tuple[str, str]) -> None:
-        write_atomic(open_location(pair[1]), Path(pair[0]).read_bytes())
+        with pa.memory_map(pair[0]) as stream:
+            write_atomic(open_location(pair[1]), stream.read_buffer())
 
     with ThreadPoolExecutor(PUT_THREADS) as pool:
         for _ in pool.map(put, pairs):
             pass
+    for directory in {Path(path).parent for path, _ in pairs}:
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 def close(

@@ -29,7 +29,7 @@ def column(values: list[Any]) -> tuple[pa.DataType, list[Any], list[str]]:
     seen: Seen = {}
     for one in objects:
         json_fields.look(one, seen)
-    (kind,) = json_fields.types(seen).values()
+    (kind,) = (json_fields.types(seen) or {}).values()
     return kind, json_fields.column("a", kind, objects).to_pylist(), json_fields.disagreeing(seen)
 
 

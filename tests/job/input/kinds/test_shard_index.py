@@ -47,7 +47,7 @@ def test_tars_give_their_rows_and_columns(tmp_path: Path) -> None:
     write_img2dataset(tmp_path, rows=150)
     manifest, reader, said = planned(tmp_path, prompt="txt")
     assert manifest.rows == 300 and "index: 2 tar shards" in said[-1]
-    numbers = []
+    numbers: list[int] = []
     for unit in units(manifest, 40):
         table = read(reader, unit)
         assert table.column_names == ["image", "prompt", "id"]
@@ -92,6 +92,15 @@ def test_columns_of_json_have_one_type_over_all_shards(tmp_path: Path) -> None:
     assert table.column("json.tags").to_pylist() == ['["a"]', None, None]
 
 
+def test_json_of_too_many_fields_stays_text(tmp_path: Path) -> None:
+    text = json.dumps({f"k{n}": n for n in range(201)})
+    write_tar(tmp_path / "0.tar", [("0.jpg", picture(0)), ("0.json", text.encode())])
+    said: list[str] = []
+    manifest, schemas = inspect([str(tmp_path)], say=said.append)
+    assert schemas[0].names == ["id", "image", "json"] and "JSON of 201 different" in said[1]
+    assert pq.read_table(manifest.shards[0].index).column("json").to_pylist() == [text]
+
+
 def test_ids_tell_tars_of_one_name_apart(tmp_path: Path) -> None:
     for folder in "ab":
         write_tar(tmp_path / folder / "0.tar", members_of([1]))
@@ -128,6 +137,20 @@ def test_an_index_that_is_gone(tmp_path: Path) -> None:
     Path(manifest.shards[0].index).unlink()
     found = reader.read(Unit(0, 0, 2))
     assert isinstance(found, ShardGone) and "000000.parquet, its index, is gone" in str(found)
+
+
+def test_shards_behind_the_limit_are_not_looked_at(tmp_path: Path) -> None:
+    for number in range(7):
+        write_tar(tmp_path / f"{number}.tar", members_of(range(5)))
+    (tmp_path / "5.tar").write_text("no tar")
+    said: list[str] = []
+    manifest, schemas = inspect([str(tmp_path)], say=said.append, limit=12)
+    assert [shard.rows for shard in manifest.shards] == [5, 5, 5, 0, 0, 0, 0]
+    assert said[0] == "index: the first 3 shards hold --limit 12 rows"
+    assert len(set(map(id, schemas))) == 1 and manifest.unpacked == 3 * manifest.shards[0].size
+    assert sum(unit.stop - unit.start for unit in units(manifest, 3, 12)) == 12
+    with pytest.raises(UserError, match=r"5\.tar: not a readable tar"):
+        inspect([str(tmp_path)], say=said.append, limit=16)
 
 
 def test_what_is_no_tar_and_what_holds_nothing(tmp_path: Path) -> None:

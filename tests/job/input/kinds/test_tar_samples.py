@@ -43,18 +43,18 @@ def test_keys_end_at_the_first_dot_of_a_name(tmp_path: Path) -> None:
     rows, said = rows_in(
         tmp_path,
         ("x.y/one.jpg", jpg), ("x.y/one.txt", x), ("x.y/.hidden.jpg", jpg), ("x.y/none", x),
-        ("two.seg.png", jpg), ("two.PNG", jpg), ("two.cls", x), ("IMG.2020.v1.jpg", jpg),
+        ("two.seg.png", jpg), ("two.PNG", jpg), ("two.cls", x), ("./IMG.2020.v1.jpg", jpg),
         ("pair.0.jpg", jpg), ("pair.1.jpg", jpg), ("both.jpg", jpg), ("both.png", jpg),
     )  # fmt: skip
     assert {row["id"]: shown(row) for row in rows} == {
         "a.tar/x.y/one": ["x.y/one.jpg"],
         "a.tar/two": ["two.PNG"],
-        "a.tar/IMG": ["IMG.2020.v1.jpg"],
+        "a.tar/IMG": ["./IMG.2020.v1.jpg"],
         "a.tar/pair": ["pair.0.jpg", "pair.1.jpg"],
         "a.tar/both": ["both.jpg"],
     }
     assert said == [
-        "members .cls left out: 1, first a.tar/two",
+        "members that are no image, txt or json, left out: 1, first two.cls",
         "keys of several pictures, of which the first is taken: 1, first both.jpg",
     ]
 

@@ -1,6 +1,5 @@
 """JSONL and CSV as Parquet."""
 
-import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -40,10 +39,12 @@ def test_types_of_csv_are_those_that_lose_nothing(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["a.tsv", "a.TSV", "a.tsv.gz"])
+@pytest.mark.parametrize("name", ["a.tsv", "a.TSV", "a.tsv.gz", "a.tsv.bz2", "a.tsv.zst"])
 def test_tabs_compression_and_a_mark_of_utf8(tmp_path: Path, name: str) -> None:
     data = b"\xef\xbb\xbfid\timage\nx,y\ta.png\n"
-    table = of_text(tmp_path, gzip.compress(data) if name.endswith(".gz") else data, name)
+    with pa.output_stream(tmp_path / name, compression="detect") as stream:
+        stream.write(data)
+    table = table_of(tmp_path / name)
     assert table.to_pylist() == [{"id": "x,y", "image": "a.png"}]
 
 
@@ -52,7 +53,7 @@ def lines(rows: list[dict[str, Any]]) -> str:
 
 
 def test_jsonl_keeps_types_and_text_that_looks_like_a_time(tmp_path: Path) -> None:
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"image": ["a.png", "b.png"], "n": 1, "when": "2024-01-01", "of": {"at": "2024-01-02"}},
         {"image": [], "n": None, "when": "2024-01-01 10:00:00", "of": None},
     ]

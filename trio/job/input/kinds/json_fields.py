@@ -14,7 +14,7 @@ import pyarrow as pa
 
 PREFIX = "json."
 MOST_FIELDS = 200
-"""More come from keys that are data themselves."""
+"""More come from keys that are data themselves: the column `json` holds the text then."""
 MOST_INT = 1 << 63
 _TYPES = {
     frozenset[str](): pa.string(),
@@ -66,8 +66,10 @@ def merged(parts: Iterable[Seen]) -> Seen:
     return out
 
 
-def types(seen: Seen) -> dict[str, pa.DataType]:
-    """Of the columns, by field."""
+def types(seen: Seen) -> dict[str, pa.DataType] | None:
+    """Of the columns, by field; None where these are too many."""
+    if len(seen) > MOST_FIELDS:
+        return None
     return {name: _TYPES.get(frozenset(kinds), pa.string()) for name, kinds in seen.items()}
 
 
@@ -92,4 +94,4 @@ def _as_text(value: Any) -> str:
 
 def clean(text: str) -> str:
     """Text that Arrow takes: half of a pair of surrogates is none."""
-    return text.encode("utf-8", "backslashreplace").decode()
+    return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import pyarrow as pa
@@ -34,10 +35,12 @@ class Notes:
 
     counts: Counter[str] = field(default_factory=Counter)
     examples: dict[str, str] = field(default_factory=dict)
+    _lock: Lock = field(default_factory=Lock)
 
     def add(self, what: str, example: str) -> None:
-        self.counts[what] += 1
-        self.examples.setdefault(what, example)
+        with self._lock:
+            self.counts[what] += 1
+            self.examples.setdefault(what, example)
 
     def merge(self, other: Notes) -> None:
         self.counts.update(other.counts)
@@ -98,7 +101,7 @@ def group_rows(size: int, rows: int) -> int:
 
 
 def write_index(
-    raw: Path, path: Path, size: int, kinds: Mapping[str, pa.DataType], *, with_text: bool
+    raw: Path, path: Path, size: int, kinds: Mapping[str, pa.DataType] | None, *, with_text: bool
 ) -> None:
     """The index of raw rows: `id`, `image`, `txt`, a column for each field, `error`.
 
@@ -106,18 +109,19 @@ def write_index(
         raw: their file.
         path: of the index.
         size: bytes of the shard, by which row groups are cut.
-        kinds: types of the fields.
+        kinds: types of the fields; None: `json` stays text.
         with_text: whether any shard has a `txt`.
     """
     file = pq.ParquetFile(raw)
     columns = {name: file.schema_arrow.field(name).type for name in ("id", "image")}
     columns |= {"txt": pa.string()} if with_text else {}
-    columns |= {json_fields.PREFIX + name: kind for name, kind in kinds.items()}
+    columns |= {"json": pa.string()} if kinds is None else {}
+    columns |= {json_fields.PREFIX + name: kind for name, kind in (kinds or {}).items()}
     schema = pa.schema({**columns, ERROR_COLUMN: ERROR})
     length = group_rows(size, file.metadata.num_rows)
     with pq.ParquetWriter(path, schema) as writer:
         for number in range(file.metadata.num_row_groups):
-            table = _with_fields(file.read_row_group(number), kinds)
+            table = _with_fields(file.read_row_group(number), kinds or {})
             writer.write_table(table.select(schema.names), row_group_size=length)
 
 

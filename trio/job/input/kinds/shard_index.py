@@ -56,6 +56,7 @@ class _First:
 
     schema: pa.Schema | None = None
     # of an Arrow stream
+    rows: int = 0
     seen: Seen = field(default_factory=dict)
     has_text: bool = False
     bytes_read: int = 0
@@ -67,13 +68,16 @@ def name_of(number: int) -> str:
     return f"{number:06d}.parquet"
 
 
-def build(found: Sequence[Found], directory: Path, say: Callable[[str], None]) -> dict[int, Index]:
+def build(
+    found: Sequence[Found], directory: Path, say: Callable[[str], None], limit: int | None = None
+) -> dict[int, Index]:
     """Index all shards that are no Parquet, by their numbers.
 
     Args:
         found: all shards.
         directory: an empty one, for the indexes.
         say: told what they took, and what is odd about their rows.
+        limit: rows of the run: shards behind those that hold so many are left out.
 
     Raises:
         UserError: a shard that cannot be read.
@@ -83,16 +87,29 @@ def build(found: Sequence[Found], directory: Path, say: Callable[[str], None]) -
     pool = ThreadPoolExecutor(THREADS)
     try:
         look = partial(_first_look, found, names, directory)
-        firsts = dict(zip(numbers, pool.map(look, numbers), strict=True))
+        firsts: dict[int, _First] = {}
+        for wave in _waves(numbers, limit):
+            if limit is not None and sum(first.rows for first in firsts.values()) >= limit:
+                say(f"index: the first {len(firsts)} shards hold --limit {limit} rows")
+                break
+            firsts |= dict(zip(wave, pool.map(look, wave), strict=True))
         seen = json_fields.merged(first.seen for first in firsts.values())
         kinds, texts = json_fields.types(seen), any(first.has_text for first in firsts.values())
         finish = partial(_finished, found, directory, firsts, kinds, texts)
-        made = dict(zip(numbers, pool.map(finish, numbers), strict=True))
+        made = dict(zip(firsts, pool.map(finish, firsts), strict=True))
     finally:
         pool.shutdown(cancel_futures=True)
     for line in _report(found, firsts, seen, time.monotonic() - began):
         say(line)
     return made
+
+
+def _waves(numbers: Sequence[int], limit: int | None) -> Iterator[Sequence[int]]:
+    """All at once; where there is a limit few first, as these may do."""
+    place, length = 0, len(numbers) if limit is None else 1
+    while place < len(numbers):
+        yield numbers[place : place + length]
+        place, length = place + length, min(2 * length, THREADS)
 
 
 def _raw(directory: Path, number: int) -> Path:
@@ -108,9 +125,12 @@ def _first_look(
     if one.kind == TABLE:
         first.bytes_read = write_table(one, name, path)
     elif one.kind == ARROW:
-        first.schema, first.bytes_read = _write_batches(one, path)
+        _write_batches(one, path, first)
+        return first
     else:
-        _write_raw(one, name, _raw(directory, number), first)
+        path = _raw(directory, number)
+        _write_raw(one, name, path, first)
+    first.rows = pq.read_metadata(path).num_rows
     return first
 
 
@@ -135,25 +155,25 @@ def _tar(one: Found, name: str, path: Path, notes: Notes) -> tuple[Seen, int]:
         raise UserError(f"{one.location.uri}: not a readable tar ({reason})") from error
 
 
-def _write_batches(one: Found, path: Path) -> tuple[pa.Schema, int]:
+def _write_batches(one: Found, path: Path, first: _First) -> None:
     try:
         with arrow_streams.opened(one.location) as stream:
             file = ReadAhead(stream, one.size, far=not one.location.local)
             batches = list(arrow_streams.batches_of(file))
-            schema = arrow_streams.schema_of(stream)
+            first.schema = arrow_streams.schema_of(stream)
     except (OSError, ValueError, pa.ArrowException) as error:
         reason = first_line(error)
         raise UserError(f"{one.location.uri}: not a readable Arrow stream ({reason})") from error
     rows = [{"offset": b.offset, "length": b.length, "rows": b.rows} for b in batches]
     pq.write_table(pa.Table.from_pylist(rows, schema=BATCHES), path)
-    return schema, file.bytes_read
+    first.rows, first.bytes_read = sum(b.rows for b in batches), file.bytes_read
 
 
 def _finished(
     found: Sequence[Found],
     directory: Path,
     firsts: Mapping[int, _First],
-    kinds: Mapping[str, pa.DataType],
+    kinds: Mapping[str, pa.DataType] | None,
     with_text: bool,
     number: int,
 ) -> Index:
@@ -195,7 +215,9 @@ def _report(
         f"index: {shards}, {size / 1e9:.3g} GB, {1e3 * read / max(size, 1):.3g} MB read per GB,"
         f" {took_s:.1f} s"
     )
-    if names := json_fields.disagreeing(seen):
+    if len(seen) > json_fields.MOST_FIELDS:
+        yield f"index: JSON of {len(seen)} different fields, which stays text in a column json"
+    elif names := json_fields.disagreeing(seen):
         yield f"index: values of several types, taken as text: {', '.join(names)}"
     notes = Notes()
     for first in firsts.values():

@@ -16,7 +16,7 @@ from trio.job.images.policy import MAX_BYTES
 from trio.job.input.kinds import json_fields
 from trio.job.input.kinds.raw_rows import ERROR_COLUMN, MOST_TEXT, Notes, text_of
 from trio.job.input.kinds.read_ahead import ReadAhead
-from trio.job.input.kinds.shard_kinds import PICTURE_SUFFIXES
+from trio.job.input.kinds.shard_kinds import PICTURE_SUFFIXES, suffix_of
 from trio.job.input.kinds.tar_members import Member, TarEnd, members
 
 PLACES = pa.list_(pa.struct([("path", pa.string()), ("offset", pa.int64()), ("size", pa.int64())]))
@@ -51,7 +51,7 @@ def _told(file: ReadAhead, end: TarEnd, notes: Notes) -> Iterator[tuple[str, Mem
 
 def _key(member: Member) -> str | None:
     """None for a member that belongs to no row: hidden, or without a dot."""
-    folder, slash, name = member.name.rpartition("/")
+    folder, slash, name = member.name.removeprefix("./").rpartition("/")
     key, dot, _ = name.partition(".")
     return f"{folder}{slash}{key}" if key and dot else None
 
@@ -61,9 +61,9 @@ def _row(id: str, group: list[tuple[Member, str | None]], notes: Notes) -> dict[
     if not last.whole:
         return _lost(id, f"the tar ends within {last.name}")
     texts = {_suffix(member): text for member, text in reversed(group)}
-    for suffix in texts.keys() - TEXTS:
-        if f".{suffix.rpartition('.')[2]}" not in PICTURE_SUFFIXES:
-            notes.add(f"members .{suffix} left out", id)
+    for member, _ in group:
+        if _suffix(member) not in TEXTS and suffix_of(member.name) not in PICTURE_SUFFIXES:
+            notes.add("members that are no image, txt or json, left out", member.name)
     row: dict[str, Any] = {"id": id, "image": _pictures([m for m, _ in group], notes)}
     row |= {name: text for name, text in texts.items() if name in TEXTS}
     large = [place for place in row["image"] or () if place["size"] > MAX_BYTES]
@@ -87,10 +87,7 @@ def _pictures(group: list[Member], notes: Notes) -> list[dict[str, Any]] | None:
     found = [m for m in group if f".{_suffix(m)}" in PICTURE_SUFFIXES]
     if len(found) > 1:
         notes.add("keys of several pictures, of which the first is taken", found[0].name)
-    if not found:
-        found = [m for m in group if f".{_suffix(m).rpartition('.')[2]}" in PICTURE_SUFFIXES]
-    else:
-        found = found[:1]
+    found = found[:1] or [m for m in group if suffix_of(m.name) in PICTURE_SUFFIXES]
     return [
         {"path": json_fields.clean(m.name), "offset": m.offset, "size": m.size} for m in found
     ] or None
