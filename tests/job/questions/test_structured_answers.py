@@ -128,6 +128,7 @@ def test_a_plan_brings_the_content_and_refuses_what_cannot_be(
 
 @pytest.mark.slow
 @pytest.mark.ray
+@pytest.mark.usefixtures("ray_local")
 def test_a_job_whose_answers_are_json(
     models: dict[str, str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -138,7 +139,7 @@ def test_a_job_whose_answers_are_json(
     output = tmp_path / "out"
     flags = ["--model", models["letters"], "--limit", "24", "--json-schema", str(file)]
     flags += ["--output", str(output), "--max-new-tokens", "24", "--max-error-rate", "1"]
-    flags += ["--retention", "1/3", "--address", "local", "--temperature", "1"]
+    flags += ["--method", "none", "--temperature", "1"]
     assert main(caption.JOB, flags) == 0
     made = rows(output)
     whole = [row for row in made if row["error"] is None]
@@ -157,10 +158,11 @@ def test_a_job_whose_answers_are_json(
 
 @pytest.mark.slow
 @pytest.mark.ray
+@pytest.mark.usefixtures("ray_local")
 def test_a_job_whose_answers_are_choices(tmp_path: Path) -> None:
     choices = ("yes", "no", "a red 5", "a red 5 and a green 7")
     flags = ["--limit", "40", "--choices", ",".join(choices), "--output", str(tmp_path / "out")]
-    assert main(vqa.JOB, [*flags, "--retention", "1/9", "--address", "local"]) == 0
+    assert main(vqa.JOB, [*flags, "--retention", "1/9"]) == 0
     made = rows(tmp_path / "out")
     assert {row["response"] for row in made} <= set(choices) and len(made) == 40
     assert {row["finish_reason"] for row in made} == {"stop"}
