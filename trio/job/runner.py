@@ -19,7 +19,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError
 
 from trio.engine.kv_budget import describe
-from trio.errors import JobFailed
+from trio.errors import JobFailed, kind_and_line
 from trio.job import stages
 from trio.job.comparing.audit import Audit
 from trio.job.comparing.changed_answers import CHANGED, write_changed
@@ -164,18 +164,7 @@ def execute(
                 _check_errors(config, before, progress.done)
     _check_complete(run, wanted, progress.done)
 
-    def check() -> None:
-        held.check()
-        passes.check_stop()
-
-    compaction.compact(
-        run.output,
-        pinned.run_id,
-        wanted,
-        config.output.file_mb * MEGABYTE,
-        check=check,
-        say=progress.say,
-    )
+    _put_together(run, pinned.run_id, wanted, held, passes, progress.say)
     engines = room.engines_for(len(wanted))
     settings = [
         of_setting(part, one.name, engines=engines, score=score)
@@ -367,6 +356,30 @@ def _check_complete(run: Plan, wanted: Sequence[Unit], totals: Totals) -> None:
             f"{totals.inputs} of {run.rows} rows were written"
             f" ({len(missing)} files missing: {names})"
         )
+
+
+def _put_together(
+    run: Plan,
+    run_id: str,
+    wanted: Sequence[Unit],
+    held: lease.Held,
+    passes: Passes,
+    say: Callable[[str], None],
+) -> None:
+    """Larger files of those of the units."""
+
+    def check() -> None:
+        held.check()
+        passes.check_stop()
+
+    file_bytes = run.config.output.file_mb * MEGABYTE
+    try:
+        compaction.compact(run.output, run_id, wanted, file_bytes, check=check, say=say)
+    except OSError as error:
+        raise JobFailed(
+            "all rows are written, but their files could not be put together"
+            f" ({kind_and_line(error)}); the same command goes on, with --file-mb 0 without that"
+        ) from error
 
 
 def stages_task(

@@ -2,6 +2,7 @@
 
 import os
 import random
+import resource
 import shutil
 import threading
 from collections import Counter
@@ -204,3 +205,22 @@ def test_a_unit_done_beside_a_larger_file_counts_once(out: Path) -> None:
     assert committed.listed(output) == {*UNITS, late}
     both = committed.by_setting(output, [*UNITS[:3], late], "run1")[0]
     assert both.rows == 8
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_million_rows_in_little_memory(tmp_path: Path) -> None:
+    """Rows of half a kilobyte, in units of 128, become files of 64 MB."""
+    count, of_unit, file_bytes = 10**6, 128, 64 * 10**6
+    units = [Unit(0, n, min(n + of_unit, count)) for n in range(0, count, of_unit)]
+    for unit in units:
+        commit_long(tmp_path, unit, letters=1000)
+    output, before = locate(str(tmp_path)), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    child = os.fork()
+    if child == 0:
+        compact(output, units, file_bytes, Steps())
+        os._exit(0)
+    _, code, used = os.wait4(child, 0)
+    assert code == 0 and used.ru_maxrss - before < 500_000  # KB
+    sizes = [(tmp_path / "rows" / name).stat().st_size for name in check_end(output, units)]
+    assert len(sizes) >= 7 and all(file_bytes <= size < 1.3 * file_bytes for size in sizes[:-1])

@@ -63,11 +63,12 @@ def test_figures_and_changed_answers_are_there_where_the_run_has_them(tmp_path: 
     compared = config(compare=("1", "1/4"), retention=None)
     text = dataset_card(compared, summary_of(), figures="| a |", changed=("changed.parquet", 3))
     card = DatasetCard(text)
-    assert card.data.configs[2] == {"config_name": "changed", "data_files": "changed.parquet"}
+    third = {"config_name": "changed", "data_files": "changed.parquet"}
+    assert card.data.to_dict()["configs"][2] == third
     assert "## Figures\n\n| a |" in card.text and "unpruned, trio 1/4" in card.text
     assert "layer average |" not in card.text
     none = DatasetCard(dataset_card(compared, summary_of(), changed=("changed.parquet", 0)))
-    assert len(none.data.configs) == 2
+    assert len(none.data.to_dict()["configs"]) == 2
 
 
 def test_a_directory_is_named_by_its_last_part(tmp_path: Path) -> None:
@@ -109,7 +110,7 @@ def test_libraries_see_the_same_rows(tmp_path: Path, larger: bool) -> None:
     assert pandas.read_parquet(rows)[columns].to_dict("records") == expected
     assert polars.read_parquet(rows)[columns].to_dicts() == expected
     for place in (rows, f"{rows}/*.parquet"):
-        said = duckdb.sql(f"select row, response from read_parquet('{place}') order by row")
+        said = duckdb.execute(f"select row, response from read_parquet('{place}') order by row")
         assert said.fetchall() == [tuple(row.values()) for row in expected]
 
 
@@ -128,5 +129,6 @@ def test_a_job_ends_in_larger_files_and_a_resumed_one_leaves_them(tmp_path: Path
         assert list((out / "rows").iterdir()) == [file]
         assert pq.read_table(file)["id"].to_pylist() == list(range(24))
         assert pq.read_table(out / "stats").num_rows == 3 and (out / "_SUCCESS").exists()
-        assert DatasetCard.load(out / "README.md").data.configs[0]["config_name"] == "rows"
+        card = DatasetCard.load(out / "README.md")
+        assert card.data.to_dict()["pretty_name"] == "Captions by demo"
         (out / "_SUCCESS").unlink()

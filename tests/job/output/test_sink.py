@@ -13,7 +13,7 @@ from trio.errors import JobFailed
 from trio.job.input.units import Unit
 from trio.job.output import sink as module
 from trio.job.output.sink import Sink
-from trio.job.output.totals import Totals
+from trio.job.output.totals import Totals, from_pairs
 from trio.job.resume.committed import listed, totals
 from trio.job.storage import locate
 
@@ -30,7 +30,7 @@ def test_rows_and_statistics_are_there_after_a_commit(tmp_path: Path) -> None:
     assert rows.column("row").to_pylist() == [(1 << 32) + 4, (1 << 32) + 5]
     assert rows.schema.metadata[b"trio.run"] == stats.schema.metadata[b"trio.run"] == b"run1"
     assert stats.column("unit").to_pylist() == ["000001-0000000004-0000000006"]
-    assert stats.column("error_kinds").to_pylist() == [[("image", 1), ("odd4", 2)]]
+    assert from_pairs(stats["error_kinds"][0].as_py()) == {"image": 1, "odd4": 2}
 
 
 @pytest.mark.parametrize(

@@ -91,7 +91,7 @@ def _written(
 ) -> Sequence[LargerFile]:
     """Steps 1 and 2; nothing where the files would hardly become fewer."""
     sizes = {folder: _sizes(output, folder) for folder in (ROWS, STATS)}
-    whole = sum(sizes[ROWS][unit.name] for unit in units)
+    whole = sum(sizes[ROWS].get(unit.name, 0) for unit in units)
     if len(units) <= -(-whole // file_bytes):
         return ()
     say(f"putting {len(units)} files together")
@@ -137,11 +137,12 @@ def _groups(
     own: list[Unit] = []
     held = 0
     for unit in units:
-        if own and held + sizes[unit.name] > group_bytes:
+        size = sizes.get(unit.name, 0)  # who reads it says that it is gone
+        if own and held + size > group_bytes:
             yield own
             own, held = [], 0
         own.append(unit)
-        held += sizes[unit.name]
+        held += size
     if own:
         yield own
 
