@@ -36,7 +36,7 @@ def config(**changes: Any) -> Settings:
 
 
 def test_a_card_says_what_the_run_was() -> None:
-    text = dataset_card(config(prompt="one | two?"), summary_of())
+    text = dataset_card(config(prompt=("one | two?",)), summary_of())
     card = DatasetCard(text)
     assert card.data.to_dict() == {
         "pretty_name": "Captions by org/name",
