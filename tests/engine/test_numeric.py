@@ -60,7 +60,7 @@ def spoiling(worker: Engine, wrong: float, tokens: slice) -> Engine:
                 features.tokens[tokens] = wrong
         return list(made)
 
-    adapter.encode_images = encoded  # type: ignore[method-assign]
+    adapter.encode_images = encoded  # type: ignore[method-assign, assignment]
     return worker
 
 
@@ -120,7 +120,7 @@ def test_a_later_step(model: Any, wrong: float, gpu_way: bool, temperature: floa
             steps[5] = 0
         return logits_BV
 
-    worker._runner.decode = damaged  # type: ignore[method-assign]
+    worker._runner.decode = damaged  # type: ignore[method-assign, assignment]
     check(worker, expected, asked, "in decode step 3")
 
 
