@@ -132,20 +132,20 @@ def test_a_plan_brings_the_content_and_refuses_what_cannot_be(
 def test_a_job_whose_answers_are_json(
     models: dict[str, str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    word = {"type": "string", "maxLength": 30}
+    word = {"type": "string", "maxLength": 12}
     wanted = SCHEMA | {"properties": {**SCHEMA["properties"], "word": word}}  # type: ignore[dict-item]
     file = tmp_path / "scene.json"
     file.write_text(json.dumps(wanted | {"required": ["a", "word"]}))
     output = tmp_path / "out"
     flags = ["--model", models["letters"], "--limit", "24", "--json-schema", str(file)]
-    flags += ["--output", str(output), "--max-new-tokens", "24", "--max-error-rate", "1"]
+    flags += ["--output", str(output), "--max-new-tokens", "34", "--max-error-rate", "1"]
     flags += ["--method", "none", "--temperature", "1"]
     assert main(caption.JOB, flags) == 0
     made = rows(output)
     whole = [row for row in made if row["error"] is None]
     for row in whole:
         jsonschema.validate(json.loads(row["response"]), json.loads(file.read_text()))
-    cut = [row for row in made if (row["error"] or "").startswith("incomplete: 24 tokens")]
+    cut = [row for row in made if (row["error"] or "").startswith("incomplete: 34 tokens")]
     assert len(whole) + len(cut) == len(made) and whole and cut
     assert all(row["response"] is None and '{"a":"' in row["error"] for row in cut)
     summary = json.loads((output / "summary.json").read_text())
