@@ -21,7 +21,7 @@ from trio.errors import JobFailed, UserError
 from trio.job.output import hub_upload, output_directory
 from trio.job.storage import Location, locate, write_atomic
 
-FEW = UNITS[:4]
+FEW = UNITS[:6]
 REPOSITORY = "org/captions"
 ROOT = Path(__file__).resolve().parents[3]
 
