@@ -387,6 +387,7 @@ class Engine:
         admitted = self._scheduler.admit()
         if room.budget < budget:
             self._kv_limit.cut(room.budget)
+            self._runner.forget()
             self._counters.out_of_memory += 1
         else:
             room.budget = self._kv_limit.went_well()

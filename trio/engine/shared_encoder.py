@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Sequence
@@ -32,8 +33,8 @@ class _Encoded:
 
 @dataclass(slots=True)
 class _Image:
-    inputs: Inputs
-    """Held, as an image without a digest is known by the object that it is."""
+    inputs: Inputs | None
+    """Held where it has no digest: the object that it is stands for it."""
     encoded: dict[_Key, _Encoded] = field(default_factory=dict)
 
 
@@ -64,6 +65,8 @@ class SharedEncoder:
         """The one read last is the last."""
         self._held: set[_Name] = set()
         self._bytes = 0
+        self._lock = threading.RLock()
+        """`release` is called from other threads."""
         self.images = 0
         """That the encoder has read."""
         self.saved_s = 0.0
@@ -79,6 +82,17 @@ class SharedEncoder:
         reader: int = 0,
     ) -> list[Features]:
         """As `Adapter.encode_images`; `reader`: which engine asks."""
+        with self._lock:
+            return self._features(inputs, encoder, keeps, join, reader)
+
+    def _features(
+        self,
+        inputs: Sequence[Inputs],
+        encoder: str,
+        keeps: Sequence[int],
+        join: Join | None,
+        reader: int,
+    ) -> list[Features]:
         wanted: Sequence[int | None] = keeps if encoder != "none" else [None] * len(inputs)
         keys = [(_name(image), encoder, keep) for image, keep in zip(inputs, wanted, strict=True)]
         asked = dict(zip(keys, inputs, strict=True))
@@ -91,14 +105,16 @@ class SharedEncoder:
 
     def release(self, inputs: Iterable[Inputs]) -> None:
         """Nobody is known to read these images again."""
-        self._held.difference_update(map(_name, inputs))
-        self._trim()
+        with self._lock:
+            self._held.difference_update(map(_name, inputs))
+            self._trim()
 
     def forget(self) -> None:
         """Drop all features."""
-        self._found.clear()
-        self._held.clear()
-        self._bytes = 0
+        with self._lock:
+            self._found.clear()
+            self._held.clear()
+            self._bytes = 0
 
     def _has(self, key: _Key) -> bool:
         found = self._found.get(key[0])
@@ -115,7 +131,8 @@ class SharedEncoder:
         seconds = (self._now() - began) / len(new)
         for (key, image), features in zip(new.items(), made, strict=True):
             own = _alone(features)
-            place = self._found.setdefault(key[0], _Image(image))
+            held = None if isinstance(image, ImageInputs) else image
+            place = self._found.setdefault(key[0], _Image(held))
             place.encoded[key] = _Encoded(own, seconds, {reader})
             self._bytes += _size(own)
         self.images += len(new)

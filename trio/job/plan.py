@@ -13,7 +13,7 @@ import pyarrow as pa
 from trio.engine.decoding.generation_rules import Rules
 from trio.errors import UserError
 from trio.job.input import own_columns
-from trio.job.input.columns import OWN, Columns, of_template, parse_mapping, resolve
+from trio.job.input.columns import CARRIED, OWN, Columns, of_template, parse_mapping, resolve
 from trio.job.input.joined_pictures import PictureFiles
 from trio.job.input.kinds.saved_datasets import WHOLE, Part
 from trio.job.input.manifest import Manifest, expand, inspect, tell
@@ -107,11 +107,11 @@ def plan(
         manifest, schemas = inspect(paths, output, say, part, config.input.limit)
         paths = [shard.path for shard in manifest.shards]
         found_in = own_columns.partitions(paths)
-        schemas = own_columns.with_fields(schemas, paths, found_in)
+        whole = own_columns.with_fields(schemas, paths, found_in)
         if questions.mode is not None and asking is None:
-            asking = asking_of(questions, template, schemas[0].names)
-        columns = _columns(config, asking, schemas, paths)
-        columns = _with_own(columns, config, found_in, schemas, paths, say)
+            asking = asking_of(questions, template, whole[0].names)
+        columns = _columns(config, asking, schemas, whole, paths)
+        columns = _with_own(columns, config, found_in, whole, paths, say)
     return Plan(
         config=config, manifest=manifest, columns=columns, output=output, fingerprint=now,
         earlier=earlier, finished=output_directory.finished(output),
@@ -121,15 +121,19 @@ def plan(
 
 
 def _columns(
-    config: Settings, asking: Asking | None, schemas: Sequence[pa.Schema], paths: Sequence[str]
+    config: Settings,
+    asking: Asking | None,
+    schemas: Sequence[pa.Schema],
+    whole: Sequence[pa.Schema],
+    paths: Sequence[str],
 ) -> Columns:
-    """What is read of the shards."""
+    """What is read of the shards, whose `whole` schemas have the columns of their paths too."""
     mapping = parse_mapping(config.input.columns or "")
     template = _template(config)
     if asking is not None or template is not None:
         _refuse(mapping, "prompt", "--prompt-template")
     if asking is None:
-        also = of_template(template, schemas, paths) if template is not None else []
+        also = of_template(template, whole, paths) if template is not None else []
         return resolve(
             schemas, paths, mapping if template is None else mapping | {"prompt": "none"},
             prompt_given=bool(config.input.prompt) or template is not None,
@@ -137,14 +141,15 @@ def _columns(
             also=also,
         )  # fmt: skip
     _refuse(mapping, "answers", "a preset's fields")
-    asking.check(schemas, paths)
+    asking.check(whole, paths)
+    there = {name for schema in whole for name in schema.names}
     return resolve(
         schemas,
         paths,
         asking.roles() | mapping | {"prompt": "none"},
         prompt_given=True,
         joined=asking.preset.images is not None,
-        also=asking.columns,
+        also=[name for name in asking.columns if name in there],
     )
 
 
@@ -174,12 +179,12 @@ def _with_own(
             config.input.keep_columns,
             schemas,
             paths,
-            given={*same, *(name for role, name in roles.items() if role == "image")},
+            given=same,
             ours=rows_schema(pa.null(), run_id="", also=tuple(OPTIONAL)).names,
             say=say,
         )
-        roles |= {OWN + name: name for name in own_columns.sources_of(kept)}
-    read = [field for field in found_in if OWN + field.name in roles]
+        roles |= {CARRIED + name: name for name in own_columns.sources_of(kept)}
+    read = [one for one in found_in if {OWN + one.name, CARRIED + one.name} & roles.keys()]
     return replace(columns, roles=roles, kept=kept, partitions=pa.schema(read))
 
 

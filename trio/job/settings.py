@@ -53,6 +53,7 @@ DEMO = bundled.NAME
 """Stands for the bundled shard and the bundled model, wherever the package is installed."""
 AUTO, LOCAL = "auto", "local"
 """Of --address: the Ray of this machine, and one of the job's own."""
+MOST_FILE_MB = 4000
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -74,6 +75,15 @@ def _template(value: Any) -> str:
     """Of a prompt; a shell hands on a line break as it is written, with a backslash."""
     read = text(value).replace("\\n", "\n")
     return PromptTemplate(read).text
+
+
+def _file_mb(value: Any) -> int:
+    read = whole(0)(value)
+    if read > MOST_FILE_MB:
+        raise UserError(
+            f"must be at most {MOST_FILE_MB}, got {read}: stores copy no larger objects"
+        )
+    return read
 
 
 def _repository(value: Any) -> str:
@@ -183,7 +193,7 @@ class Output:
     one is left alone (default: a new directory below trio-output/)."""
     rows_per_file: Rows | None = None
     """Rows of one work unit and output file: what is redone after a crash (default: by size)."""
-    file_mb: Annotated[int, Value(read=whole(0), unit="MB")] = 64
+    file_mb: Annotated[int, Value(read=_file_mb, unit="MB")] = 64
     """When all rows are there, put the units' files together into larger ones of this size; 0
     leaves them as they are."""
     save_kept: Switch = False

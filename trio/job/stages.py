@@ -220,7 +220,7 @@ def read(
                 found = _errors(unit, columns, found)
             elif joined is not None:
                 found = _with_pictures(found, joined, unit, columns, desk)
-            found = with_partitions(found, path, columns.partitions)
+            found = with_partitions(found, path, columns)
             yield Block(unit, path, found).pack()
         reader.close()
 
@@ -436,7 +436,7 @@ def describe(run: Run, columns: Columns, settings: RowSettings) -> Described:
     reader.close()
     if isinstance(table, ShardUnreadable):
         return Described(carried=columns.carried(pa.table({"": pa.nulls(1)})))
-    table = with_partitions(table, path, columns.partitions)
+    table = with_partitions(table, path, columns)
     (source,) = sources(table, unit, path)
     with suppress(RowError):
         identify(source, settings)

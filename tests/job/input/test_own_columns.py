@@ -12,7 +12,7 @@ import pytest
 from tests.job.commits import STATS, answered
 from tests.job.fakes import write_shard
 from trio.errors import UserError
-from trio.job.input.columns import OWN, Columns
+from trio.job.input.columns import CARRIED, OWN, Columns
 from trio.job.input.manifest import Shard
 from trio.job.input.own_columns import (
     kept_columns,
@@ -36,7 +36,7 @@ def schema(**columns: pa.DataType) -> pa.Schema:
 
 
 def kept(
-    wanted: tuple[str, ...], *schemas: pa.Schema, given: tuple[str, ...] = ("image",)
+    wanted: tuple[str, ...], *schemas: pa.Schema, given: tuple[str, ...] = ("id",)
 ) -> tuple[pa.Schema, list[str]]:
     said: list[str] = []
     paths = [f"s{n}.parquet" for n in range(len(schemas))]
@@ -57,7 +57,8 @@ def test_all_are_those_without_images() -> None:
         url=pa.dictionary(pa.int8(), pa.string()),
     )  # fmt: skip
     found, said = kept(("all",), kinds)
-    assert found.equals(schema(tags=pa.list_(pa.string()), url=pa.string()))
+    wanted = schema(image=pa.string(), tags=pa.list_(pa.string()), url=pa.string())
+    assert found.equals(wanted), "a path is no image"
     assert said == ["--keep-columns all: thumb, raw left out (bytes); name what to keep"]
 
 
@@ -77,6 +78,30 @@ def test_shards_are_brought_to_one_type() -> None:
         kept(("w",), schema(w=pa.int16()), schema(w=pa.string()))
 
 
+@pytest.mark.parametrize(
+    ("one", "other", "both"),
+    [
+        (pa.uint8(), pa.int16(), pa.int16()),
+        (pa.uint64(), pa.int8(), None),
+        (pa.int64(), pa.float64(), None),
+        (pa.int8(), pa.float64(), None),
+        (pa.float32(), pa.float64(), pa.float64()),
+        (pa.string(), pa.large_string(), pa.large_string()),
+        (pa.list_(pa.int8()), pa.list_(pa.int32()), pa.list_(pa.int32())),
+        (pa.timestamp("s"), pa.timestamp("ns"), None),
+    ],
+)
+def test_no_value_changes_by_that(
+    one: pa.DataType, other: pa.DataType, both: pa.DataType | None
+) -> None:
+    """Else rows would fail in the middle of a run, or say something else."""
+    if both is None:
+        with pytest.raises(UserError, match="give all shards one type"):
+            kept(("w",), schema(w=one), schema(w=other))
+    else:
+        assert kept(("w",), schema(w=one), schema(w=other))[0].equals(schema(w=both))
+
+
 def test_a_column_that_is_not_there() -> None:
     with pytest.raises(UserError, match="--keep-columns wide: the input has no such column; it"):
         kept(("wide",), schema(width=pa.int8()))
@@ -92,18 +117,25 @@ def test_partitions_are_whole_numbers_or_text() -> None:
     found = partitions(paths)
     kinds = {field.name: field.type for field in found}
     assert kinds == {"day": pa.int64(), "lang": pa.string(), "hour": pa.string()}
+    roles = {
+        OWN + "day": "day",
+        CARRIED + "day": "day",
+        OWN + "lang": "lang",
+        CARRIED + "hour": "h",
+    }
+    columns = Columns(roles=roles, id_type=pa.string(), partitions=found)
     table = pa.table({OWN + "url": ["u", "v"]})
 
     def values(path: str) -> dict[str, Any]:
-        return with_partitions(table, path, found).drop_columns([OWN + "url"]).to_pydict()
+        return with_partitions(table, path, columns).drop_columns([OWN + "url"]).to_pydict()
 
-    assert values(paths[0]) == {".day": [1, 1], ".lang": ["en", "en"]}
+    assert values(paths[0]) == {".day": [1, 1], "=day": [1, 1], ".lang": ["en", "en"]}
     assert values(paths[1])[".lang"] == ["a b", "a b"]
-    assert values(paths[2]) == {".hour": ["01", "01"]} and values(paths[3]) == {}
+    assert values(paths[2]) == {"=hour": ["01", "01"]} and values(paths[3]) == {}
     (whole,) = with_fields([schema(day=pa.string())], paths[:1], found)
     assert whole.names == ["day", "lang"]
     own = pa.table({OWN + "day": ["of the file"]})
-    assert with_partitions(own, paths[0], found)[".day"].to_pylist() == ["of the file"]
+    assert with_partitions(own, paths[0], columns)[".day"].to_pylist() == ["of the file"]
 
 
 def test_columns_go_along_through_a_plan(tmp_path: Path) -> None:
@@ -118,10 +150,12 @@ def test_columns_go_along_through_a_plan(tmp_path: Path) -> None:
     )  # fmt: skip
     made = plan(config, config.input.input, say=said.append)
     assert made.columns.kept.equals(schema(url=pa.string(), seed=pa.int32(), day=pa.int64()))
-    assert made.columns.roles == {"image": "image", ".url": "url", ".day": "day", ".seed": "seed"}
+    assert made.columns.roles == {
+        "image": "image", ".url": "url", ".day": "day", "=url": "url", "=seed": "seed", "=day": "day",
+    }  # fmt: skip
     again = Columns.from_bytes(made.columns.to_bytes())
     assert again == made.columns and again.kept.field("day").metadata == {b"column": b"day"}
-    read = pa.table({".url": ["u"], ".day": [2]})
+    read = pa.table({"=url": ["u"], "=day": [2], ".url": ["u"]})
     assert again.carried(read).to_pylist() == [{"url": "u", "seed": None, "day": 2}]
     with pytest.raises(UserError, match="--prompt-template: no column 'hour'; it has image, url"):
         plan(config.replace(prompt_template="{hour}"), config.input.input)

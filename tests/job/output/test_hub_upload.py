@@ -23,6 +23,7 @@ from trio.job.storage import Location, locate, write_atomic
 
 FEW = UNITS[:6]
 REPOSITORY = "org/captions"
+CARD = 'load_dataset(".", split="train") of "."'
 ROOT = Path(__file__).resolve().parents[3]
 
 
@@ -40,7 +41,7 @@ def finished(output: Location) -> Location:
     """A finished run, as far as an upload looks at it."""
     for unit in FEW:
         commit_long(output.uri, unit)
-    texts = {"run.yaml": "model: demo\n", "README.md": 'load_dataset(".")', "manifest.parquet": "x"}
+    texts = {"run.yaml": "model: demo\n", "README.md": CARD, "manifest.parquet": "x"}
     for name, text in texts.items():
         write_atomic(output.join(name), text.encode())
     output_directory.close(output, {"rows": 2 * len(FEW)})
@@ -54,7 +55,7 @@ def test_all_that_is_of_use_goes_in_one_commit(hub: Hub, tmp_path: Path) -> None
     there = hub.files[REPOSITORY]
     own = {f"{folder}/{unit.name}" for folder in ("rows", "stats") for unit in FEW}
     assert there.keys() == {"README.md", "summary.json", "run.yaml", *own}
-    assert there["README.md"] == f'load_dataset("{REPOSITORY}")'.encode()
+    assert there["README.md"] == CARD.replace(".", REPOSITORY, 1).encode()
     for name in own:
         assert there[name] == (tmp_path / "out" / name).read_bytes()
     assert len(hub.commits) == 1 and hub.uploads == len(own)

@@ -1,6 +1,7 @@
 """Input rows to requests, results to output rows."""
 
 import decimal
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -55,8 +56,14 @@ def asked(row: Source, base: RowSettings, shards: Location | None = None) -> Req
     """The request of a row whose images are loaded first, as in the job."""
     images = load_images(row.cell("image"), shards, base.policy)
     note_images(row, images)
-    (request,) = requests_of(row, images, base)
+    (request,) = made_of(row, base, images)
     return request
+
+
+def made_of(row: Source, base: RowSettings, images: Sequence[Any] = ()) -> list[Request]:
+    found = list(requests_of(row, images, base))
+    assert not any(isinstance(one, RowError) for one in found)
+    return [one for one in found if isinstance(one, Request)]
 
 
 def test_a_row_becomes_a_request() -> None:
@@ -125,20 +132,29 @@ def test_each_row_samples_from_its_own_stream() -> None:
 
 def test_a_row_may_bring_several_prompts() -> None:
     row = source(image=png(), prompt=["what?", "where?"], id=7)
-    requests = list(requests_of(row, [], settings()))
+    requests = made_of(row, settings())
     assert [request.prompt for request in requests] == ["what?", "where?"]
     plain = source(image=png())
     two = settings(prompts=("a", "b"), sampling=Sampling(temperature=1.0))
-    seeds = [request.sampling and request.sampling.seed for request in requests_of(plain, [], two)]
+    seeds = [request.sampling and request.sampling.seed for request in made_of(plain, two)]
     assert len(set(seeds)) == 2 and [ask.prompt for ask in plain.asks] == ["a", "b"]
 
 
-@pytest.mark.parametrize("prompts", [[], ["x", None], ["x", " "]])
+@pytest.mark.parametrize("prompts", [[], [None], [" ", None]])
 def test_a_list_without_prompts(prompts: list[str | None]) -> None:
     row = source(image=png(), prompt=pa.scalar(prompts, pa.list_(pa.string())))
     with pytest.raises(RowError) as raised:
-        identify(row, settings(prompts=("x",)))
+        identify(row, settings())
     assert raised.value.kind == "prompt_missing"
+
+
+def test_what_is_missing_in_a_list_is_its_own_error() -> None:
+    row = source(image=png(), prompt=["a", None, "b"])
+    first, error, last = requests_of(row, [], settings(prompts=("x",)))
+    assert isinstance(error, RowError) and error.kind == "prompt_missing"
+    assert [one.prompt for one in (first, last) if isinstance(one, Request)] == ["a", "b"]
+    empty = source(image=png(), prompt=pa.scalar([], pa.list_(pa.string())))
+    assert [one.prompt for one in made_of(empty, settings(prompts=("x",)))] == ["x"]
 
 
 def test_a_prompt_made_of_columns() -> None:
@@ -156,20 +172,19 @@ def test_a_prompt_made_of_columns() -> None:
 def test_a_row_may_bring_settings_of_its_own() -> None:
     base = settings(prompts=("x",), sampling=Sampling(temperature=0.5, max_new_tokens=9))
     row = source(max_new_tokens=3, temperature=0.25, seed=5, system="Be brief.")
-    (request,) = requests_of(row, [], base)
+    (request,) = made_of(row, base)
     assert request.system == "Be brief." and request.sampling is not None
     assert (request.sampling.max_new_tokens, request.sampling.temperature) == (3, 0.25)
     table = pa.table({"seed": [5, 6]})
     same, different = (
-        next(requests_of(one, [], base)).sampling
-        for one in sources(table, Unit(7, 1, 3), "y.parquet")
+        made_of(one, base)[0].sampling for one in sources(table, Unit(7, 1, 3), "y.parquet")
     )
     assert same is not None and different is not None
     assert same.seed == request.sampling.seed != different.seed
     empty = source(
         max_new_tokens=pa.scalar(None, pa.int64()), seed=pa.scalar(None, pa.int64()), system=None
     )
-    (request,) = requests_of(empty, [], base)
+    (request,) = made_of(empty, base)
     assert request.system is None and request.sampling is not None
     assert request.sampling.max_new_tokens == 9 and request.sampling.seed != same.seed
 

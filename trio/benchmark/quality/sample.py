@@ -69,7 +69,8 @@ def sample(
                 try:
                     with limit.row():
                         images = load_images(source.cell("image"), base, settings.policy)
-                    requests += requests_of(source, images, settings)
+                    for one in requests_of(source, images, settings):
+                        (errors if isinstance(one, RowError) else requests).append(one)
                 except RowError as error:
                     errors.append(error)
     reader.close()

@@ -26,6 +26,9 @@ PER_ROW = ("max_new_tokens", "temperature", "seed", "system")
 ROLES = ("image", "prompt", "id", "answers", *PER_ROW)
 ALIASES = {"prompt": ("prompt", "question")}
 OWN = "."
+"""Before the name of a column that prompts are made of, as its role."""
+CARRIED = "="
+"""The same of one that goes along."""
 COLUMN = b"column"
 """Of the metadata of a column that goes along: its name in the input."""
 NONE = ("none", "")
@@ -61,7 +64,7 @@ class Columns:
 
     def carried(self, table: pa.Table) -> pa.Table:
         """Of rows that were read, the columns that go along; null where a shard lacks one."""
-        sources = (OWN + field.metadata[COLUMN].decode() for field in self.kept)
+        sources = (CARRIED + field.metadata[COLUMN].decode() for field in self.kept)
         there = set(table.column_names)
         columns = [
             table.column(name).cast(field.type)
@@ -112,8 +115,7 @@ def resolve(
         prompt_given: whether there is a prompt for rows without one.
         scored: whether each shard has to bring answers; theirs are left unread else.
         joined: images lie in other files.
-        also: columns that are read under their own names, `OWN` before them; the caller has looked
-            whether they are there.
+        also: columns that prompts are made of; the caller has looked whether they are there.
 
     Raises:
         UserError: a column that is missing or of a type that cannot be one, naming the shard.
@@ -140,8 +142,7 @@ def resolve(
     for schema, path in zip(schemas, paths, strict=True):
         _check_shard(schema, path, roles, needed)
     id_type = _id_type(roles["id"], schemas, paths) if "id" in roles else pa.string()
-    own = {OWN + name: name for name in also if any(name in one.names for one in schemas)}
-    return Columns(roles=roles | own, id_type=id_type)
+    return Columns(roles=roles | {OWN + name: name for name in also}, id_type=id_type)
 
 
 def of_template(

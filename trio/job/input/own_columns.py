@@ -14,14 +14,14 @@ import pyarrow as pa
 import pyarrow.types as pt
 
 from trio.errors import UserError
-from trio.job.input.answers import is_bytes, is_list
-from trio.job.input.columns import COLUMN, OWN
+from trio.job.input.answers import is_bytes, is_list, is_text
+from trio.job.input.columns import CARRIED, COLUMN, OWN, Columns
 from trio.job.storage import bare
 
 ALL = "all"
 MISSING = "__HIVE_DEFAULT_PARTITION__"
 """How a null is written."""
-PREFIX = "input_"
+RENAMED = "input_"
 """Before the name of a column that the output has itself."""
 
 
@@ -50,14 +50,16 @@ def _with_fields(schema: pa.Schema, path: str, columns: pa.Schema) -> pa.Schema:
     return pa.schema([*schema, *new])
 
 
-def with_partitions(table: pa.Table, path: str, columns: pa.Schema) -> pa.Table:
+def with_partitions(table: pa.Table, path: str, columns: Columns) -> pa.Table:
     """A shard's rows with the partition columns that it has; one of the file itself goes first."""
     values = dict(_parts(bare(path).rpartition("/")[0]))
-    for field in columns:
-        name = OWN + field.name
-        if name not in table.column_names and values.get(field.name, MISSING) != MISSING:
-            value = pa.scalar(values[field.name]).cast(field.type)
-            table = table.append_column(name, pa.repeat(value, table.num_rows))
+    for field in columns.partitions:
+        if values.get(field.name, MISSING) == MISSING:
+            continue
+        value = pa.scalar(values[field.name]).cast(field.type)
+        for role in (OWN + field.name, CARRIED + field.name):
+            if role in columns.roles and role not in table.column_names:
+                table = table.append_column(role, pa.repeat(value, table.num_rows))
     return table
 
 
@@ -87,7 +89,7 @@ def kept_columns(
         wanted: names, or `ALL` alone.
         schemas: of the shards, with their partitions.
         paths: of the shards, for messages.
-        given: columns that the output holds already, under their own names or as images.
+        given: columns that the output holds already under their own names.
         ours: names of the output's own columns.
         say: takes a line on what has another name there, or is left out.
 
@@ -96,7 +98,7 @@ def kept_columns(
     """
     kinds = _unified(schemas, paths)
     if tuple(wanted) == (ALL,):
-        pictures = [f.name for f in kinds if f.name not in given and _may_hold_images(f.type)]
+        pictures = [field.name for field in kinds if _may_hold_images(field.type)]
         if pictures:
             say(f"--keep-columns all: {', '.join(pictures)} left out (bytes); name what to keep")
         wanted = [name for name in kinds.names if name not in {*given, *pictures}]
@@ -107,7 +109,7 @@ def kept_columns(
             raise UserError(f"--keep-columns {name}: the input has no such column; it has {have}")
         called = name
         while called in ours or called in {*wanted} - {name}:
-            called = PREFIX + called
+            called = RENAMED + called
         if called != name:
             say(f"--keep-columns: the output has a column {name!r} itself; yours is {called!r}")
         fields.append(pa.field(called, kinds.field(name).type, metadata={COLUMN: name}))
@@ -132,14 +134,34 @@ def _unified(schemas: Sequence[pa.Schema], paths: Sequence[str]) -> pa.Schema:
 
 
 def _common(before: pa.Field, mine: pa.Field, path: str) -> pa.Field:
+    """One that holds the values of both, none of them changed."""
+    schemas = [pa.schema([before]), pa.schema([mine])]
     try:
-        schemas = [pa.schema([before]), pa.schema([mine])]
-        return pa.unify_schemas(schemas, promote_options="permissive").field(0)
-    except pa.ArrowException as error:
+        both = pa.unify_schemas(schemas, promote_options="permissive").field(0)
+    except pa.ArrowException:
+        both = None
+    if both is None or not all(_holds(both.type, one.type) for one in (before, mine)):
         raise UserError(
             f"{path}: column {mine.name!r} is {mine.type}, elsewhere {before.type}: give all shards"
             " one type, or leave it out of --keep-columns"
-        ) from error
+        )
+    return both
+
+
+def _holds(whole: pa.DataType, part: pa.DataType) -> bool:
+    """Whether each value of one type is one of the other."""
+    if whole == part or pt.is_null(part):
+        return True
+    if pt.is_integer(whole) and pt.is_integer(part):
+        room = whole.bit_width - int(pt.is_signed_integer(whole))
+        signs = pt.is_signed_integer(whole) or not pt.is_signed_integer(part)
+        return signs and part.bit_width - int(pt.is_signed_integer(part)) <= room
+    if pt.is_struct(whole) and pt.is_struct(part):
+        return all(_holds(whole.field(field.name).type, field.type) for field in part)
+    if is_list(whole) and is_list(part):
+        return _holds(whole.value_type, part.value_type)
+    kinds = pt.is_floating, is_text, is_bytes
+    return any(is_kind(whole) and is_kind(part) for is_kind in kinds)
 
 
 def plain_type(kind: pa.DataType) -> pa.DataType:
@@ -152,6 +174,10 @@ def plain_type(kind: pa.DataType) -> pa.DataType:
         return pa.list_(plain_type(kind.value_type))
     if pt.is_large_list(kind):
         return pa.large_list(plain_type(kind.value_type))
+    if pt.is_fixed_size_list(kind):
+        return pa.list_(plain_type(kind.value_type), kind.list_size)
+    if pt.is_map(kind):
+        return pa.map_(plain_type(kind.key_type), plain_type(kind.item_type))
     return kind
 
 

@@ -14,7 +14,7 @@ from trio.job.settings import Settings
 from trio.tables import markdown
 
 CARD = "README.md"
-HERE = '"."'
+HERE = 'load_dataset(".", '
 """How the card's sample names the place where the card is."""
 
 
@@ -75,8 +75,12 @@ def _facts(config: Settings, summary: Mapping[str, Any]) -> str:
         "rows": str(summary["rows"]),
         "rows in error": f"{summary['errors']} ({share(summary['error_rate'])})",
     }
-    lines = [[name, value.replace("|", r"\|")] for name, value in facts.items() if value]
+    lines = [[name, _in_a_cell(value)] for name, value in facts.items() if value]
     return markdown([["", ""], *lines])
+
+
+def _in_a_cell(text: str) -> str:
+    return text.replace("|", r"\|").replace("\n", "<br>")
 
 
 def _asked_with(config: Settings) -> str:
@@ -89,6 +93,6 @@ def _asked_with(config: Settings) -> str:
 
 
 def _opening(names: Sequence[str]) -> str:
-    code = f'from datasets import load_dataset\n\nrows = load_dataset({HERE}, split="train")'
+    code = f'from datasets import load_dataset\n\nrows = {HERE}split="train")'
     others = " and ".join(f"`{name}`" for name in names[1:])
     return f"```python\n{code}\n```\n\n{others}: the same, with this name as the second argument."

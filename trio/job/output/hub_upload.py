@@ -78,7 +78,7 @@ def push(output: Location, repository: str, *, private: bool) -> str:
 
 
 def _card(output: Location, repository: str) -> CommitOperationAdd:
-    text = read_bytes(output.join(CARD)).decode().replace(HERE, f'"{repository}"')
+    text = read_bytes(output.join(CARD)).decode().replace(HERE, HERE.replace(".", repository, 1))
     return CommitOperationAdd(CARD, text.encode())
 
 

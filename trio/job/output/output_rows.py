@@ -18,7 +18,7 @@ import pyarrow.types as pt
 from PIL.Image import Image
 
 from trio.engine.request import Request, Result, Sampling
-from trio.errors import UserError
+from trio.errors import UserError, first_line
 from trio.job.images.image_files import note_of
 from trio.job.images.policy import ImagePolicy, RowError
 from trio.job.input.answers import texts
@@ -105,9 +105,11 @@ class Source:
             return read(self.table.column(role)[self.index])
         except UnicodeDecodeError as error:
             raise RowError(f"{role.lstrip('.')}_invalid", "the text is not UTF-8") from error
+        except (ValueError, OverflowError) as error:  # Python's dates end in 9999
+            raise RowError(f"{role.lstrip('.')}_invalid", first_line(error)) from error
 
     def own_columns(self) -> dict[str, Any]:
-        """Values of the columns that are read under their own names; errors as of `cell`."""
+        """Values of the columns that prompts are made of; errors as of `cell`."""
         own = [name for name in self.table.column_names if name.startswith(OWN)]
         return {name.removeprefix(OWN): self.cell(name) for name in own}
 
@@ -149,8 +151,11 @@ def note_images(source: Source, images: Sequence[Image]) -> None:
     source.note = note_of(images)
 
 
-def requests_of(source: Source, images: Sequence[Any], settings: RowSettings) -> Iterator[Request]:
-    """The requests of a row's prompts, with its images; notes on the source what it reads.
+def requests_of(
+    source: Source, images: Sequence[Any], settings: RowSettings
+) -> Iterator[Request | RowError]:
+    """The requests of a row's prompts, with its images, or the error of a prompt; notes on the
+    source what it reads.
 
     Raises:
         RowError: the row cannot be asked.
@@ -158,7 +163,9 @@ def requests_of(source: Source, images: Sequence[Any], settings: RowSettings) ->
     identify(source, settings)
     system = source.cell("system")
     for number, ask in enumerate(source.asks):
-        assert ask.prompt is not None
+        if _is_missing(ask.prompt):
+            yield RowError("prompt_missing", "the prompt is empty")
+            continue
         sampling = _sampling(settings, source, number)
         if settings.audit is not None and settings.audit.chooses(source.key):
             sampling = replace(sampling, first_logprobs=True)
@@ -186,7 +193,7 @@ def identify(source: Source, settings: RowSettings) -> None:
     prompts = prompts_of(source, settings.template, settings.prompts)
     if not prompts:
         raise RowError("prompt_missing", "the row has no prompt, and --prompt gives none")
-    if not all(prompt is not None and prompt.strip() for prompt in prompts):
+    if all(map(_is_missing, prompts)):
         raise RowError("prompt_missing", "the row's prompt is empty")
     # Should its answers not be readable:
     source.asks = tuple(Ask(prompt=prompt) for prompt in prompts)
@@ -208,9 +215,13 @@ def prompts_of(
         except UserError as error:
             raise RowError("prompt_invalid", str(error)) from error
     own: str | list[str | None] | None = source.cell("prompt")
-    if own is None:
+    if own is None or own == []:
         return otherwise
     return [own] if isinstance(own, str) else own
+
+
+def _is_missing(prompt: str | None) -> bool:
+    return prompt is None or not prompt.strip()
 
 
 def _id_of(source: Source, settings: RowSettings) -> Any:
