@@ -151,7 +151,8 @@ def test_columns_go_along_through_a_plan(tmp_path: Path) -> None:
     made = plan(config, config.input.input, say=said.append)
     assert made.columns.kept.equals(schema(url=pa.string(), seed=pa.int32(), day=pa.int64()))
     assert made.columns.roles == {
-        "image": "image", ".url": "url", ".day": "day", "=url": "url", "=seed": "seed", "=day": "day",
+        "image": "image", ".url": "url", ".day": "day",
+        "=url": "url", "=seed": "seed", "=day": "day",
     }  # fmt: skip
     again = Columns.from_bytes(made.columns.to_bytes())
     assert again == made.columns and again.kept.field("day").metadata == {b"column": b"day"}
