@@ -205,7 +205,7 @@ def test_rules_of_decoding_are_off_and_named(
     rules.write_text(json.dumps(there | {"repetition_penalty": 1.05, "top_p": 0.5}))
     told: list[str] = []
     given = made_of(
-        model=str(place), input=(shard,), prompt=PROMPT, columns="image=jpg", retention=0.5
+        model=str(place), input=(shard,), prompt=(PROMPT,), columns="image=jpg", retention=0.5
     )
     Calibration(Plan.of(given.replace(max_new_tokens=2), 8), told.append)
     (line,) = (line for line in told if "generation_config.json" in line)

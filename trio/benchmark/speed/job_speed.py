@@ -148,7 +148,7 @@ def job_config(workload: Workload, path: Path) -> Settings:
         input=(str(path),),
         model=workload.model,
         retention=workload.retention,
-        prompt=PROMPT,
+        prompt=(PROMPT,),
         actors=1,
         log_interval=3600.0,
     )
