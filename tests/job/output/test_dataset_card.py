@@ -24,9 +24,12 @@ TOTALS = Totals(rows=40, inputs=40, errors=1, error_kinds={"image": 1}, retentio
                 retention_rows=39)  # fmt: skip
 
 
-def summary_of(totals: Totals = TOTALS) -> dict[str, Any]:
+RUN = {"version": f"0.0.{0xABC}"}
+
+
+def summary_of(totals: Totals = TOTALS, run_id: str = "abc") -> dict[str, Any]:
     return summarise(
-        totals, name="trio", run_id="abc", wall_s=1.0, done_before=Totals(), work_s=1.0,
+        totals, name="trio", run_id=run_id, wall_s=1.0, done_before=Totals(), work_s=1.0,
         resources="here",
     )  # fmt: skip
 
@@ -42,8 +45,8 @@ def test_a_card_says_what_the_run_was() -> None:
         "pretty_name": "Captions by org/name",
         "tags": ["trio-vlm"],
         "configs": [
-            {"config_name": "rows", "data_files": "rows/*.parquet", "default": True},
-            {"config_name": "stats", "data_files": "stats/*.parquet"},
+            {"config_name": "rows", "data_files": "rows/*.parquet", **RUN, "default": True},
+            {"config_name": "stats", "data_files": "stats/*.parquet", **RUN},
         ],
     }
     facts = {
@@ -63,7 +66,7 @@ def test_figures_and_changed_answers_are_there_where_the_run_has_them(tmp_path: 
     compared = config(compare=("1", "1/4"), retention=None)
     text = dataset_card(compared, summary_of(), figures="| a |", changed=("changed.parquet", 3))
     card = DatasetCard(text)
-    third = {"config_name": "changed", "data_files": "changed.parquet"}
+    third = {"config_name": "changed", "data_files": "changed.parquet", **RUN}
     assert card.data.to_dict()["configs"][2] == third
     assert "## Figures\n\n| a |" in card.text and "unpruned, trio 1/4" in card.text
     assert "layer average |" not in card.text
@@ -112,6 +115,22 @@ def test_libraries_see_the_same_rows(tmp_path: Path, larger: bool) -> None:
     for place in (rows, f"{rows}/*.parquet"):
         said = duckdb.execute(f"select row, response from read_parquet('{place}') order by row")
         assert said.fetchall() == [tuple(row.values()) for row in expected]
+
+
+@pytest.mark.slow
+def test_directories_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    """`datasets` keeps what it has read by the directory's name, and not by its path."""
+    import datasets
+
+    for number, run in enumerate(("abc", "abd")):
+        out = tmp_path / run / "out"
+        for unit in UNITS[: 1 + number]:
+            commit_long(out, unit)
+        card = dataset_card(config(), summary_of(Totals(rows=2 + 2 * number), run))
+        (out / "run.yaml").write_text("model: demo\n")
+        output_directory.close(locate(str(out)), summary_of(), also={"README.md": card})
+        loaded = datasets.load_dataset(str(out), split="train", cache_dir=str(tmp_path / "cache"))
+        assert len(loaded) == 2 + 2 * number
 
 
 @pytest.mark.slow

@@ -36,8 +36,11 @@ def dataset_card(
     files = {ROWS: f"{ROWS}/*.parquet", STATS: f"{STATS}/*.parquet"} if summary["rows"] else {}
     if changed is not None and changed[1]:
         files["changed"] = changed[0]
+    # By it `datasets` tells apart what it keeps of directories that have the same name.
+    version = f"0.0.{int(summary['run'][:12], 16)}"
     configs = [
-        {"config_name": name, "data_files": pattern} | ({"default": True} if name == ROWS else {})
+        {"config_name": name, "data_files": pattern, "version": version}
+        | ({"default": True} if name == ROWS else {})
         for name, pattern in files.items()
     ]
     head = DatasetCardData(pretty_name=_title(config), tags=["trio-vlm"], configs=configs or None)
