@@ -124,22 +124,25 @@ def _filled(fields: Iterable[pa.Field], place: str, notes: Notes) -> list[pa.Fie
 
 def _check_whole(text: bytes, schema: pa.Schema) -> None:
     """ValueError: a whole number that the type of its column does not hold."""
-    for line in filter(_LONG.search, text.splitlines()):
-        for name, value in json.loads(line).items():
-            if name in schema.names and (lost := _lost(value, schema.field(name).type)):
+    fractions = {field.name: field.type for field in schema if "double" in str(field.type)}
+    for line in filter(_LONG.search, text.splitlines() if fractions else ()):
+        row = json.loads(line)
+        for name in fractions.keys() & row.keys():
+            if lost := _lost(row[name], fractions[name]):
                 raise ValueError(f"{name}: write the number as text, digits are lost: {lost}")
 
 
 def _lost(value: Any, kind: pa.DataType) -> int | None:
-    """A whole number that is none in its type."""
+    """A whole number that is another in its type."""
+    if type(value) is int:
+        return value if float(str(value)) != value and pa.types.is_floating(kind) else None
     if isinstance(value, list):
         return next(filter(None, (_lost(one, kind.value_type) for one in value)), None)
     if isinstance(value, dict):
         there = ((one, kind.get_field_index(name)) for name, one in value.items())
         lost = (_lost(one, kind.field(place).type) for one, place in there if place >= 0)
         return next(filter(None, lost), None)
-    is_lost = type(value) is int and pa.types.is_floating(kind) and float(str(value)) != value
-    return value if is_lost else None
+    return None
 
 
 def _untimed(kind: pa.DataType) -> pa.DataType:
