@@ -146,7 +146,7 @@ def test_several_kinds_in_one_run(tmp_path: Path, capsys: pytest.CaptureFixture[
 def killed_and_resumed(source: Source, output: str, log: Path) -> None:
     """A driver is killed once some files are there; the same command goes on."""
     command = [sys.executable, "jobs/caption.py", "--input", *source.inputs, "--output", output]
-    command += [*PROMPT, "--rows-per-file", "2", "--max-running", "2"]
+    command += [*PROMPT, "--rows-per-file", "2", "--max-running", "2", "--file-mb", "0"]
     command += ["--address", ray.get_runtime_context().gcs_address]
     with log.open("wb") as stream:
         driver = subprocess.Popen(command, cwd=ROOT, stdout=stream, stderr=stream)

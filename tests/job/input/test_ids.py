@@ -116,3 +116,13 @@ def test_a_shard_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "0.parquet").write_text("gone")
     with pytest.raises(UserError, match=r"0\.parquet: column 'id' cannot be read"):
         scan(manifest, "id")
+
+
+def test_arrow_shards_without_rows(tmp_path: Path) -> None:
+    schema = pa.schema([("id", pa.string())])
+    for name, ids in (("a", []), ("b", ["x", "x"]), ("c", [])):
+        with pa.ipc.new_stream(tmp_path / f"{name}.arrow", schema) as stream:
+            if ids:
+                stream.write_batch(pa.RecordBatch.from_pydict({"id": ids}, schema))
+    found = scan(inspect([str(tmp_path)], say=lambda _: None)[0], "id")
+    assert (found.rows, found.duplicates, found.complete) == (2, 1, True)

@@ -12,7 +12,7 @@ import pytest
 from tests.job.commits import STATS, answered
 from tests.job.fakes import write_shard
 from trio.errors import UserError
-from trio.job.input.columns import CARRIED, OWN, Columns
+from trio.job.input.columns import CARRIED, OWN, Columns, of_template
 from trio.job.input.manifest import Shard
 from trio.job.input.own_columns import (
     kept_columns,
@@ -26,6 +26,7 @@ from trio.job.output.sink import Sink
 from trio.job.output.totals import Totals
 from trio.job.plan import plan
 from trio.job.settings import made_of
+from trio.vqa.presets.prompt_template import PromptTemplate
 
 OURS = ("row", "id", "prompt", "note")
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
@@ -184,3 +185,14 @@ def test_what_goes_along_stands_beside_each_answer(tmp_path: Path) -> None:
 def test_a_shard_has_its_partitions_where_it_lies() -> None:
     shard = Shard(number=0, path="s3://b/d=1/x.parquet?region=eu", size=1, rows=1, row_groups=(1,))
     assert partitions([shard.path]).names == ["d"]
+
+
+def test_columns_that_come_twice() -> None:
+    twice = pa.schema([("url", pa.string()), ("a", pa.int64()), ("url", pa.string())])
+    with pytest.raises(UserError, match=r"s1\.parquet: 2 columns are called 'url'"):
+        kept(("url",), schema(url=pa.string()), twice)
+    with pytest.raises(UserError, match=r"s0\.parquet: 2 columns are called 'url'"):
+        kept(("all",), twice)
+    assert kept(("a",), twice)[0].names == ["a"]
+    with pytest.raises(UserError, match="x: 2 columns are called 'url'"):
+        of_template(PromptTemplate("{url} {a}"), [twice], ["x"])

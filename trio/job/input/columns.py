@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import pyarrow as pa
@@ -154,7 +154,15 @@ def of_template(
         if lacking := sorted(names.difference(schema.names)):
             have = ", ".join(schema.names) or "none"
             raise UserError(f"{path}: --prompt-template: no column {lacking[0]!r}; it has {have}")
+        check_once(schema, path, names)
     return sorted(names)
+
+
+def check_once(schema: pa.Schema, path: str, names: Collection[str]) -> None:
+    """UserError: several columns have one of the names."""
+    for name in names:
+        if (count := schema.names.count(name)) > 1:
+            raise UserError(f"{path}: {count} columns are called {name!r}")
 
 
 def _check_one_prompt(schemas: Sequence[pa.Schema], paths: Sequence[str], name: str) -> None:

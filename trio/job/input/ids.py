@@ -92,7 +92,9 @@ def scan(
     wanted = manifest.rows if limit is None else min(limit, manifest.rows)
     most, deadline = min(wanted, most_rows), time.monotonic() + most_s
     ends = accumulate(shard.rows for shard in manifest.shards)
-    shards = [s for s, end in zip(manifest.shards, ends, strict=True) if end - s.rows < most]
+    shards = [
+        s for s, end in zip(manifest.shards, ends, strict=True) if s.rows and end - s.rows < most
+    ]
     tables = [pa.table({"id": pa.nulls(0)})]
     pool = ThreadPoolExecutor(THREADS)
     try:

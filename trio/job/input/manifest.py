@@ -248,7 +248,10 @@ def inspect(
     kept: dict[Any, Any] = {}
     with ThreadPoolExecutor(FOOTER_THREADS) as pool:
         read = list(pool.map(partial(_shard, kept, indexes), range(len(found)), found))
-    return Manifest(shards=tuple(shard for shard, _ in read)), [schema for _, schema in read]
+    # Shards without rows may lack columns, as a JSONL without lines does.
+    some = next((schema for shard, schema in read if shard.rows), read[0][1])
+    schemas = [schema if shard.rows else some for shard, schema in read]
+    return Manifest(shards=tuple(shard for shard, _ in read)), schemas
 
 
 def _indexes(
@@ -257,9 +260,16 @@ def _indexes(
     """Of what is no Parquet, by number; gone when this process ends."""
     if all(one.kind == PARQUET for one in found):
         return {}
-    directory = Path(tempfile.mkdtemp(prefix="trio-index-"))
-    atexit.register(shutil.rmtree, directory, ignore_errors=True)
-    return shard_index.build(found, directory, say, limit)
+    try:
+        directory = Path(tempfile.mkdtemp(prefix="trio-index-"))
+        atexit.register(shutil.rmtree, directory, ignore_errors=True)
+        return shard_index.build(found, directory, say, limit)
+    except OSError as error:
+        place = tempfile.gettempdir()
+        raise UserError(
+            f"the index of the input cannot be written in {place} ({first_line(error)}); name"
+            " another directory with the environment variable TMPDIR"
+        ) from error
 
 
 def _shard(
@@ -277,8 +287,7 @@ def _shard(
         row_groups=_once(kept, index.row_groups) if index else (),
         index=str(index.path) if index else "",
     )
-    schema = index.schema if index else next(iter(indexes.values())).schema
-    return shard, _once(kept, schema)
+    return shard, _once(kept, index.schema if index else pa.schema([]))
 
 
 def _footer(kept: dict[Any, Any], number: int, found: Found) -> tuple[Shard, pa.Schema]:

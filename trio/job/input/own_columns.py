@@ -15,7 +15,7 @@ import pyarrow.types as pt
 
 from trio.errors import UserError
 from trio.job.input.answers import is_bytes, is_list, is_text
-from trio.job.input.columns import CARRIED, COLUMN, OWN, Columns
+from trio.job.input.columns import CARRIED, COLUMN, OWN, Columns, check_once
 from trio.job.storage import bare
 
 ALL = "all"
@@ -102,6 +102,8 @@ def kept_columns(
         if pictures:
             say(f"--keep-columns all: {', '.join(pictures)} left out (bytes); name what to keep")
         wanted = [name for name in kinds.names if name not in {*given, *pictures}]
+    for schema, path in zip(schemas, paths, strict=True):
+        check_once(schema, path, wanted)
     fields: list[pa.Field] = []
     for name in wanted:
         if kinds.get_field_index(name) < 0:

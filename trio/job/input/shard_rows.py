@@ -69,8 +69,8 @@ def first_rows(shard: Shard, names: Collection[str], count: int) -> pa.Table | N
 
 
 def column_of(shard: Shard, name: str) -> pa.ChunkedArray:
-    """A whole column, which is held in memory."""
-    if shard.kind == ARROW and shard.rows:
+    """A whole column of a shard that has rows, which is held in memory."""
+    if shard.kind == ARROW:
         table = first_rows(shard, [name], shard.rows)
         assert table is not None
         return table.column(name)

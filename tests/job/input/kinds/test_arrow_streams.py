@@ -5,8 +5,10 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
+from trio.errors import UserError
 from trio.job.input.kinds.arrow_streams import Batch, batches_of, opened, read_batch, schema_of
 from trio.job.input.kinds.read_ahead import HOP, ReadAhead
+from trio.job.input.manifest import inspect
 from trio.job.storage import locate
 
 LENGTHS = [3, 0, 100, 7]
@@ -63,6 +65,26 @@ def test_a_stream_that_is_cut(tmp_path: Path) -> None:
         path.write_bytes(data[:size])
         with pytest.raises(ValueError, match="it ends"):
             found(path)
+
+
+def test_damaged_metadata(tmp_path: Path) -> None:
+    path = tmp_path / "a.arrow"
+    write(path)
+    data = path.read_bytes()
+    message = pa.ipc.read_message(data)
+    length = int.from_bytes(data[4:8], "little")
+    path.write_bytes(data[:8] + b"\xff" * length + data[8 + length :])
+    with pytest.raises(UserError, match=r"a\.arrow: not a readable Arrow stream \(damaged"):
+        inspect([str(path)], say=lambda _: None)
+    second = 8 + length + (message.body.size if message.body else 0)
+    size = len(pa.ipc.read_message(data[second:]).body)
+    end = second + 8 + int.from_bytes(data[second + 4 : second + 8], "little")
+    head = data[second:end]
+    assert head.count(size.to_bytes(8, "little")) == 1
+    back = (second - end).to_bytes(8, "little", signed=True)
+    path.write_bytes(data[:second] + head.replace(size.to_bytes(8, "little"), back) + data[end:])
+    with pytest.raises(ValueError, match="damaged metadata at byte"):
+        found(path)
 
 
 def test_what_is_no_stream(tmp_path: Path) -> None:

@@ -3,14 +3,20 @@
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from tests.job.input.kinds.input_samples import picture, write_images
+from trio.job.images.fetch import fetch
+from trio.job.images.policy import ImagePolicy
 from trio.job.input.kinds import image_folders
 from trio.job.input.kinds.found_shard import Found
 from trio.job.input.kinds.image_folders import bytes_beside, image_rows
 from trio.job.input.kinds.raw_rows import Notes
-from trio.job.input.manifest import expand
+from trio.job.input.manifest import expand, inspect
+from trio.job.input.own_columns import partitions, with_fields
+from trio.job.storage import parent
 
 
 def found(folder: Path) -> list[Found]:
@@ -57,3 +63,40 @@ def test_what_lies_beside_and_cannot_be_read(tmp_path: Path) -> None:
         "files beside images that cannot be read, whose columns are null",
         "texts that are not UTF-8, which are null",
     ]
+
+
+def test_links_out_of_the_folder_are_not_read(tmp_path: Path) -> None:
+    write_images(tmp_path / "photos", 2)
+    (tmp_path / "secret").write_text("secret")
+    for name, target in (("trip 0/IMG.000.txt", "secret"), ("trip 1/IMG.001.txt", "photos/note")):
+        (tmp_path / "photos" / name).unlink()
+        (tmp_path / "photos" / name).symlink_to(tmp_path / target)
+    (tmp_path / "photos/note").write_text("mine")
+    notes = Notes()
+    assert [row["txt"] for row in rows(found(tmp_path / "photos"), notes)] == [None, "mine"]
+    (line,) = notes.lines()
+    assert line.startswith(
+        "files beside images that are links out of their folder, read as null: 1"
+    )
+
+
+def test_partitions_are_folders_of_their_own(tmp_path: Path) -> None:
+    for name in ("a.png", "day=1/b.png", "day=1/c/d.png", "day=2/x=y/b.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(picture(1))
+    (tmp_path / "day=1/c/d.txt").write_text("beside")
+    manifest, schemas = inspect([str(tmp_path)], say=lambda _: None)
+    paths = [shard.path for shard in manifest.shards]
+    columns = partitions(paths)
+    assert columns == pa.schema({"day": pa.int64(), "x": pa.string()})
+    names = [schema.names[3:] for schema in with_fields(schemas, paths, columns)]
+    assert names == [[], ["day"], ["day", "x"]]
+    assert manifest.difference(found(tmp_path)) is None
+    tables = [pq.read_table(shard.parquet) for shard in manifest.shards]
+    assert [row["id"] for table in tables for row in table.to_pylist()] == [
+        "a.png", "day=1/b.png", "day=1/c/d.png", "day=2/x=y/b.png"
+    ]  # fmt: skip
+    assert tables[1].column("txt").to_pylist() == [None, "beside"]
+    for shard, table in zip(manifest.shards, tables, strict=True):
+        for name in table.column("image").to_pylist():
+            assert fetch(name, parent(shard.path), ImagePolicy()) == picture(1)

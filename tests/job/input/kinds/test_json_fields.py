@@ -48,6 +48,18 @@ def test_over_several_shards() -> None:
     assert json_fields.types(seen) == {"a": pa.float64(), "b": pa.string(), "c": pa.string()}
 
 
+def test_fields_that_are_too_many_are_not_kept() -> None:
+    parts: list[Seen] = [{}, {}]
+    for number in range(1000):
+        json_fields.look({f"key {number}": 1, "a": 0.5}, parts[number % 2])
+    most = json_fields.MOST_FIELDS + 1
+    assert [len(part) for part in parts] == [most, most] and parts[0]["a"] == {"number"}
+    assert len(json_fields.merged(parts)) == most
+    assert json_fields.types(json_fields.merged(parts)) is None
+    halves: list[Seen] = [{f"{half} {n}": {"text"} for n in range(150)} for half in "ab"]
+    assert json_fields.types(json_fields.merged(halves)) is None
+
+
 @pytest.mark.parametrize("text", ["", "[1]", "{", "null", "[" * 100_000, b"\xff"])
 def test_what_is_no_object(text: str | bytes) -> None:
     assert json_fields.parsed(text) is None

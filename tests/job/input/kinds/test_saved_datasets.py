@@ -93,6 +93,19 @@ def test_a_saved_data_set_that_is_not_whole(tmp_path: Path) -> None:
         expand([place])
 
 
+@pytest.mark.parametrize("text", ['{"step": 3}', "[1]", '{"_data_files": 1, "splits": 2}'])
+def test_other_files_of_these_names(tmp_path: Path, text: str) -> None:
+    shard(tmp_path / "a.parquet")
+    for name in ("state.json", "dataset_dict.json"):
+        (tmp_path / name).write_text(text)
+        assert [one.location.path for one in expand([str(tmp_path)])] == [
+            str(tmp_path / "a.parquet")
+        ]
+    (tmp_path / "dataset_dict.json").write_text('{"splits": ["."]}')
+    with pytest.raises(UserError, match=r"state\.json names no data files"):
+        expand([str(tmp_path)])
+
+
 def shard(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.table({"image": ["a.png"]}), path)

@@ -49,6 +49,13 @@ def batches_of(file: ReadAhead) -> Iterator[Batch]:
     Raises:
         ValueError: it is no stream, is cut, or has dictionaries, which batches share.
     """
+    try:
+        yield from _batches_of(file)
+    except struct.error as error:
+        raise ValueError(f"damaged metadata: {error}") from error
+
+
+def _batches_of(file: ReadAhead) -> Iterator[Batch]:
     place = 0
     while place < file.size:
         mark, length = struct.unpack("<II", _exactly(file, place, HEAD))
@@ -58,7 +65,10 @@ def batches_of(file: ReadAhead) -> Iterator[Batch]:
             return
         metadata = _exactly(file, place + HEAD, length)
         message = _Table(metadata, _offset(metadata, 0))
-        whole = HEAD + length + message.number(3, "<q")
+        body = message.number(3, "<q")
+        whole = HEAD + length + body
+        if body < 0:
+            raise ValueError(f"damaged metadata at byte {place}")
         if place + whole > file.size:
             raise ValueError(f"it ends within the record batch at byte {place}")
         kind = message.number(1, "<B")

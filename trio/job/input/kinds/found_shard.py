@@ -21,6 +21,8 @@ class Found:
     # of images: their paths from the folder
     beside: Mapping[str, int] = field(default_factory=dict)
     # of images: sizes of .txt and .json files, by path
+    above: str = ""
+    # of images: the partitions' directories that the folder is, as ids begin
 
     @property
     def kind(self) -> str:

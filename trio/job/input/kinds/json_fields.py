@@ -26,7 +26,7 @@ _TYPES = {
     frozenset({"nested"}): pa.string(),
 }
 Seen = dict[str, set[str]]
-"""By field, in their order: the types of its values."""
+"""By field, in their order: the types of its values; of too many fields the first."""
 
 
 def parsed(data: bytes | str) -> dict[str, Any] | None:
@@ -43,9 +43,13 @@ def parsed(data: bytes | str) -> dict[str, Any] | None:
 def look(fields: Mapping[str, Any], seen: Seen) -> None:
     """Add an object's fields to what is known of their types."""
     for name, value in fields.items():
-        kinds = seen.setdefault(name, set())
-        if value is not None:
+        if (kinds := _kinds(seen, name)) is not None and value is not None:
             kinds.add(_type_of(value))
+
+
+def _kinds(seen: Seen, name: str) -> set[str] | None:
+    """Of a field; None where there are too many already, which one more than the most tells."""
+    return seen.setdefault(name, set()) if len(seen) <= MOST_FIELDS else seen.get(name)
 
 
 def _type_of(value: Any) -> str:
@@ -62,7 +66,8 @@ def merged(parts: Iterable[Seen]) -> Seen:
     out: Seen = {}
     for part in parts:
         for name, kinds in part.items():
-            out.setdefault(name, set()).update(kinds)
+            if (known := _kinds(out, name)) is not None:
+                known.update(kinds)
     return out
 
 

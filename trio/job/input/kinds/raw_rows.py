@@ -7,6 +7,7 @@ through, so raw rows are written first and read again.
 
 from __future__ import annotations
 
+import errno
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -27,6 +28,8 @@ ERROR_COLUMN = "error"
 ERROR = pa.struct([("kind", pa.string()), ("message", pa.string())])
 GROUP_BYTES, MOST_GROUP_ROWS, LEAST_GROUP_ROWS = 64 << 20, 4096, 16
 # of a row group of an index: readers share a shard by these
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+# no file that is read says this
 
 
 @dataclass(slots=True)
@@ -93,6 +96,12 @@ def _look(text: str, id: str, seen: Seen, notes: Notes) -> None:
         notes.add("JSON texts that are no object, whose columns are null", id)
     else:
         json_fields.look(fields, seen)
+
+
+def check_room(error: Exception) -> None:
+    """Raise an error again that comes of writing the index, not of what is read for it."""
+    if getattr(error, "errno", None) in FULL:
+        raise error
 
 
 def group_rows(size: int, rows: int) -> int:

@@ -17,7 +17,7 @@ from trio.job.storage import Location, read_bytes
 
 HUB = "hf://"
 _REPOSITORY = re.compile(r"hf://(datasets/[^/*?\[]+/[^/*?\[@]+)(@[^/*?\[]+)?/?")
-SPLITS, STATE = "dataset_dict.json", "state.json"
+SPLITS, STATE, FILES = "dataset_dict.json", "state.json", "_data_files"
 SHOWN = 20
 
 
@@ -55,30 +55,33 @@ def data_set_files(
         return _among(uri, infos, wanted)
     root = location.path.rstrip("/")
     there = {info.path for info in infos}
-    if f"{root}/{SPLITS}" in there:
-        splits = _read(location.join(SPLITS))["splits"]
-        split = _one_of(uri, "--split", part.split, splits)
+    if f"{root}/{SPLITS}" in there and (whole := _read(location.join(SPLITS), "splits")):
+        split = _one_of(uri, "--split", part.split, whole["splits"])
         return _saved(uri, location.join(split), infos, Part(part.subset))
-    if f"{root}/{STATE}" in there:
+    if f"{root}/{STATE}" in there and _read(location.join(STATE), FILES):
         return _saved(uri, location, infos, part)
     return None
 
 
 def _saved(uri: str, location: Location, infos: Sequence[FileInfo], part: Part) -> list[FileInfo]:
-    state = _read(location.join(STATE))
+    state = _read(location.join(STATE), FILES)
+    if state is None:
+        raise UserError(f"--input {uri}: {location.join(STATE).uri} names no data files")
     if part.subset is not None:
         raise UserError(f"{part}: {uri} is a saved data set, which has no configurations")
     if part.split is not None:
         _one_of(uri, "--split", part.split, [name for name in [state.get("_split")] if name])
-    names = [file["filename"] for file in state["_data_files"]]
+    names = [file["filename"] for file in state[FILES]]
     return _among(uri, infos, {location.join(name).path for name in names})
 
 
-def _read(location: Location) -> dict[str, Any]:
+def _read(location: Location, key: str) -> dict[str, Any] | None:
+    """What `datasets` wrote, of which the key tells; None for what others call so."""
     try:
-        return dict(json.loads(read_bytes(location)))
+        value = json.loads(read_bytes(location))
     except (OSError, ValueError) as error:
         raise UserError(f"{location.uri}: cannot be read ({first_line(error)})") from error
+    return value if isinstance(value, dict) and isinstance(value.get(key), list) else None
 
 
 def _among(uri: str, infos: Sequence[FileInfo], wanted: set[str]) -> list[FileInfo]:

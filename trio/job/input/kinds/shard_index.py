@@ -27,7 +27,7 @@ from trio.job.input.kinds import arrow_streams, json_fields
 from trio.job.input.kinds.found_shard import Found, row_names
 from trio.job.input.kinds.image_folders import bytes_beside, image_rows
 from trio.job.input.kinds.json_fields import Seen
-from trio.job.input.kinds.raw_rows import ERROR_COLUMN, Notes, write_index, write_raw
+from trio.job.input.kinds.raw_rows import ERROR_COLUMN, Notes, check_room, write_index, write_raw
 from trio.job.input.kinds.read_ahead import ReadAhead
 from trio.job.input.kinds.shard_kinds import ARROW, IMAGES, PARQUET, TABLE, TAR
 from trio.job.input.kinds.tar_members import NoTar
@@ -81,6 +81,7 @@ def build(
 
     Raises:
         UserError: a shard that cannot be read.
+        OSError: an index cannot be written.
     """
     numbers = [number for number, one in enumerate(found) if one.kind != PARQUET]
     names, began = row_names(found), time.monotonic()
@@ -123,7 +124,7 @@ def _first_look(
     first = _First()
     path = directory / name_of(number)
     if one.kind == TABLE:
-        first.bytes_read = write_table(one, name, path)
+        first.bytes_read = write_table(one, name, path, first.notes)
     elif one.kind == ARROW:
         _write_batches(one, path, first)
         return first
@@ -151,6 +152,7 @@ def _tar(one: Found, name: str, path: Path, notes: Notes) -> tuple[Seen, int]:
             seen = write_raw(samples(file, name, notes), PLACES, path, notes)
             return seen, file.bytes_read
     except (OSError, NoTar, pa.ArrowException) as error:
+        check_room(error)
         reason = first_line(error)
         raise UserError(f"{one.location.uri}: not a readable tar ({reason})") from error
 
@@ -216,7 +218,8 @@ def _report(
         f" {took_s:.1f} s"
     )
     if len(seen) > json_fields.MOST_FIELDS:
-        yield f"index: JSON of {len(seen)} different fields, which stays text in a column json"
+        most = json_fields.MOST_FIELDS
+        yield f"index: JSON of more than {most} different fields, which stays text in a column json"
     elif names := json_fields.disagreeing(seen):
         yield f"index: values of several types, taken as text: {', '.join(names)}"
     notes = Notes()
