@@ -27,13 +27,13 @@ from trio.job.resume import committed
 from trio.job.storage import Location, exists, list_files, locate
 
 UNITS = [Unit(shard, start, start + 2) for shard in range(3) for start in range(0, 30, 2)]
-SMALL = 40_000
-"""Bytes of a file of two units."""
+SMALL = int(os.environ.get("LARGER_FILE_BYTES", "40000"))
+"""Of a file of two units."""
 KILLED = 17
 STEPS = ("remove", "move", "remove_directory", "empty_directory")
 
 
-def commit_long(out: Path | str, unit: Unit, letters: int = 20_000) -> None:
+def commit_long(out: Path | str, unit: Unit, letters: int = SMALL // 2) -> None:
     """A unit with long responses, which nothing compresses below half their size."""
     rng = random.Random(unit.start)
     rows = [row | {"response": f"{rng.getrandbits(4 * letters):x}"} for row in answered(unit)]
