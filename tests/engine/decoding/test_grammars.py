@@ -60,6 +60,39 @@ def test_a_regex_accepts_what_python_matches(bytewise: Grammars, regex: str) -> 
     assert accepts(bytewise, Constraint(regex=regex), f" {some}"), "a space may come first"
 
 
+CHARACTERS = [*map(chr, range(1, 128)), *"\x85\xa0\xe9\u0660\u3000\u4e2d\ud7ff\ue000\U0010ffff"]
+CLASSES = (
+    *(r"\w", r"\W", r"\d", r"\D", r"\s", r"\S", ".", r"[\s\S]", r"[^\s]", r"[^\W]", r"[\S]"),
+    *(
+        "[^a-]",
+        "[^,-]",
+        "[^-a]",
+        "[a-]",
+        "[+--]",
+        "[^+--]",
+        r"[\w-]",
+        r"[^\w-]",
+        "[^\\]a-]",
+        "[[a&&b]",
+    ),
+    *(r"[\^]", r"[\^a]", r"[\^-z]", "[^^]", r"[\\a]", r"[^\n]", "[\t-\r]", "[\\x41-\\u0043\u4e2d]"),
+)
+
+
+@pytest.mark.filterwarnings("ignore:Possible set|Possible nested:FutureWarning")
+@pytest.mark.parametrize("regex", CLASSES)
+def test_a_class_has_the_characters_that_python_matches(bytewise: Grammars, regex: str) -> None:
+    compiled, texts = bytewise.compiled(Constraint(regex=regex)), bytewise._texts
+
+    def takes(data: bytes) -> bool:
+        walk = GrammarWalk(compiled, [STOP])
+        return all(walk.take(texts.index(bytes([one]))) for one in data) and walk.is_whole
+
+    found = {one for one in CHARACTERS if takes(one.encode())}
+    assert found == {one for one in CHARACTERS if re.fullmatch(regex, one, re.ASCII)}
+    assert not takes(b"\xed\xa0\x80"), "half a character"
+
+
 @pytest.mark.parametrize(
     ("regex", "says"),
     [
@@ -71,6 +104,9 @@ def test_a_regex_accepts_what_python_matches(bytewise: Grammars, regex: str) -> 
         ("a$b", "in the middle is not followed"),
         ("a|^b", "in the middle is not followed"),
         ("[]a]", "write ] in a class"),
+        (r"[\x00-\uffff]", "are no characters"),
+        ("a{99999999999}", r"regex 'a\{9+\}': the repetition"),
+        ("(" * 3000 + ")" * 3000, "recursion"),
         ("(?=a)b", "Lookahead is not supported"),
         ("(?i)a", "not supported"),
         ("(?P<name>a)", "not supported"),

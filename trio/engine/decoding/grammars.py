@@ -187,14 +187,22 @@ def misspelt(texts: Sequence[bytes], decode: Callable[[Sequence[int]], str]) -> 
     tokens = [token for token, text in enumerate(texts) if text and _is_text(text)]
     if not tokens:
         return "no token is text"
-    for start in range(0, len(tokens), TOGETHER):
-        some = tokens[start : start + TOGETHER]
+    groups = [tokens[start : start + TOGETHER] for start in range(0, len(tokens), TOGETHER)]
+    for some in (*groups, _spaced(texts, tokens)):
         if decode(some).strip() != _spelt(texts, some):
             pairs = (pair for pair in pairwise(some) if decode(pair).strip() != _spelt(texts, pair))
             shown = next(pairs, tuple(some))
             parts = " and ".join(repr(texts[token].decode()) for token in shown[:2])
             return f"{parts} together are {decode(shown)!r:.60}"
     return None
+
+
+def _spaced(texts: Sequence[bytes], tokens: Sequence[int]) -> list[int]:
+    """Single letters and marks with a space before each, which some decoding takes out."""
+    if b" " not in texts:
+        return []
+    space = texts.index(b" ")
+    return [one for token in tokens if len(texts[token]) == 1 for one in (space, token)]
 
 
 def _spelt(texts: Sequence[bytes], tokens: Sequence[int]) -> str:

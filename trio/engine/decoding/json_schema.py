@@ -65,10 +65,12 @@ def _validator(schema: Mapping[str, Any]) -> Any:
     draft = schema.get("$schema", "")
     if not isinstance(draft, str):
         raise _wrong("$.$schema", f"{draft!r:.60} is no text")
-    validator: Any = validator_for(schema)
-    if validator in (Draft3Validator, Draft4Validator):
+    # None gives None where there is no such draft.
+    validator: Any = validator_for(schema, None) if draft else Draft202012Validator
+    if validator in (None, Draft3Validator, Draft4Validator):
+        what = "is no draft known" if validator is None else "is older than draft 6"
         newest = Draft202012Validator.META_SCHEMA["$id"]
-        raise _wrong("$.$schema", f"{draft!r} is older than draft 6; write it as of {newest}")
+        raise _wrong("$.$schema", f"{draft!r:.60} {what}; write it as of {newest}")
     try:
         validator.check_schema(schema)
         Draft202012Validator.check_schema(schema)
