@@ -309,9 +309,12 @@ def test_stop_tokens_of_a_sampling_end_answers_of_a_model_without_any() -> None:
 
 def test_what_cannot_be_followed_is_found_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
     looks: list[Any] = []
-    monkeypatch.setattr(
-        grammars, "misspelt", lambda *given: looks.append(given) or misspelt(*given)
-    )
+
+    def watched(*given: Any) -> str | None:
+        looks.append(given)
+        return misspelt(*given)
+
+    monkeypatch.setattr(grammars, "misspelt", watched)
     made = wordy_engine()._admission._constraints
     assert made is not None
     says = []

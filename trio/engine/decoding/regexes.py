@@ -19,13 +19,13 @@ _PIECE = re.compile(r"\[\^?(?:\\.|[^\]\\])*\]|" + _MEMBER, re.DOTALL)
 _ESCAPES = frozenset("dDwWsSntrfvux")
 """Letters behind a backslash that are followed."""
 _CONTROL = {"t": 9, "n": 10, "v": 11, "f": 12, "r": 13}
-_MUST_ESCAPE = frozenset((*range(32), ord('"'), ord("\\")))
+_ESCAPED: tuple[Span, ...] = ((0, 31), (ord('"'), ord('"')), (ord("\\"), ord("\\")))
 """Characters that stand in no JSON text as they are."""
 
 
 def _others(spans: Sequence[Span]) -> tuple[Span, ...]:
-    """All characters but these, which are in order, and halves of some."""
-    ends = [-1, *(number for span in (*spans, SURROGATES) for number in span), 0x110000]
+    """All characters but these, which are in order."""
+    ends = [-1, *(number for span in spans for number in span), 0x110000]
     return tuple((a + 1, b - 1) for a, b in zip(ends[::2], ends[1::2], strict=True) if b - a > 1)
 
 
@@ -34,7 +34,7 @@ _CLASSES: dict[str, tuple[Span, ...]] = {
     "w": ((0x30, 0x39), (0x41, 0x5A), (0x5F, 0x5F), (0x61, 0x7A)),
     "s": ((0x09, 0x0D), (0x20, 0x20)),
 }
-_CLASSES |= {name.upper(): _others(spans) for name, spans in _CLASSES.items()}
+_CLASSES |= {name.upper(): _others((*spans, SURROGATES)) for name, spans in _CLASSES.items()}
 
 
 def translated(regex: str) -> str:
@@ -61,7 +61,7 @@ def translated_pattern(regex: str) -> str:
         trouble = _trouble_in_json(piece)
         if trouble is not None:
             raise UserError(f"pattern {regex!r:.80}: {trouble}")
-    return "".join(map(_as_there, pieces))
+    return "".join(_as_there(piece, (*_ESCAPED, SURROGATES)) for piece in pieces)
 
 
 def _pieces(regex: str) -> list[str]:
@@ -87,7 +87,7 @@ def _trouble(piece: str, *, first: bool, last: bool) -> str | None:
     for letter in re.findall(r"\\(.)", piece, re.DOTALL):
         if letter.isalnum() and letter not in _ESCAPES:
             return rf"\{letter} is not followed"
-    halves = (a <= SURROGATES[1] and b >= SURROGATES[0] for a, b in _named(piece))
+    halves = (SURROGATES[0] <= a <= b <= SURROGATES[1] for a, b in _named(piece))
     return r"\ud800 to \udfff are no characters; leave them out" if any(halves) else None
 
 
@@ -106,24 +106,31 @@ def _trouble_in_json(piece: str) -> str | None:
     letters = set(re.findall(r"\\([a-zA-Z])", piece.replace(r"\\", "")))
     if letters & set("DWS") or (piece.startswith("[^") and letters & set("dws")):
         return rf"what {piece:.20} shuts out is not the same to all readers of JSON; name it"
-    if any({a, b} <= _MUST_ESCAPE for a, b in _named(piece)):
+    if any(_is_escaped(a) and _is_escaped(b) for a, b in _named(piece)):
         return f"{piece:.20} names a character that JSON escapes, which is not followed"
     return None
 
 
-def _as_there(piece: str) -> str:
+def _is_escaped(number: int) -> bool:
+    return any(a <= number <= b for a, b in _ESCAPED)
+
+
+def _as_there(piece: str, never: Sequence[Span] = (SURROGATES,)) -> str:
+    """`never`: in no class."""
     if piece == ".":
-        return rf"[^{_written(SURROGATES)}\n]"
+        return rf"[^{_written(*never)}\n]"
     if len(piece) > 1 and piece[0] == "[":
         shut = piece.startswith("[^")
         spans = [span for member in _members(piece[1 + shut : -1]) for span in member]
-        return f"[^{_written(SURROGATES, *spans)}]" if shut else _class(spans)
-    return _class(_CLASSES[piece[1]]) if _is_class(piece) else piece
+        return f"[^{_written(*never, *spans)}]" if shut else _class(spans, never)
+    return _class(_CLASSES[piece[1]], never) if _is_class(piece) else piece
 
 
-def _class(spans: Sequence[Span]) -> str:
+def _class(given: Sequence[Span], never: Sequence[Span]) -> str:
     """One of these characters. The library takes ^ for a negation where it comes first, also as an
     escape."""
+    both = [(max(a, c), min(b, d)) for a, b in given for c, d in _others(never)]
+    spans = [(a, b) for a, b in both if a <= b]
     last = max(b for _, b in spans)
     if {a for a, _ in spans} != {ord("^")}:
         spans = sorted(spans, key=lambda span: span[0] == ord("^"))
