@@ -176,8 +176,8 @@ def _is_class(unit: str) -> bool:
 
 
 def _written(*spans: Span) -> str:
-    return "".join("-".join(map(_escaped, span)) for span in spans)
+    return "".join("-".join(map(_escape, span)) for span in spans)
 
 
-def _escaped(number: int) -> str:
+def _escape(number: int) -> str:
     return rf"\u{number:04x}" if number < 0x10000 else chr(number)
