@@ -128,7 +128,8 @@ class Engine:
             eos=eos,
         )
         if sampling is not None and sampling.constraint is not None:
-            constraints(sampling.constraint, eos)  # for its errors
+            stop = eos.union(sampling.stop_token_ids)
+            constraints(sampling.constraint, stop)  # for its errors
         self._admission = Admission(
             self._runner,
             sampling=sampling or Sampling(),

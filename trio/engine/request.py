@@ -65,8 +65,8 @@ class Constraint:
     choices: tuple[str, ...] = ()
     """One of these texts, of any number of words."""
     regex: str | None = None
-    """All of it matches this regular expression; needs xgrammar (`pip install -e
-    '.[structured]'`), and a tokenizer whose tokens spell text."""
+    """All of it matches this regular expression, whose classes are of ASCII; needs xgrammar (`pip
+    install -e '.[structured]'`), and a tokenizer whose tokens spell text."""
     json_schema: str | None = None
     """JSON without white space between its parts that is valid by this schema, which is JSON as
     well; needs the same."""
@@ -125,8 +125,8 @@ class Sampling:
     first_logprobs: bool = False
     """Give the first token's whole distribution in the result (for comparing settings)."""
     constraint: Constraint | None = None
-    """What the answer must be; one that `max_new_tokens` cuts before it is that is an error
-    (`incomplete`). The model's end of sequence comes only where it is."""
+    """What the answer must be; one that is cut before it is that is an error (`incomplete`).
+    The model's end of sequence comes only where it is."""
 
     def __post_init__(self) -> None:
         limit: object = self.max_new_tokens

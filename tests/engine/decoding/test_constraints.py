@@ -17,7 +17,8 @@ from tests.engine.support import by_id, lively_llava, mixed_requests, tokens
 from tests.engine.test_engine import as_on_a_gpu
 from tests.tiny.byte_level import spelling_llava
 from tests.tiny.llava import WORDS, tiny_processor
-from trio.engine.decoding import logits_rules
+from trio.engine.decoding import grammars, logits_rules
+from trio.engine.decoding.grammars import misspelt
 from trio.engine.engine import Engine
 from trio.engine.request import Constraint, Request, Result, Sampling
 from trio.errors import UserError
@@ -164,6 +165,59 @@ def test_an_answer_cut_is_in_error_unless_it_is_whole() -> None:
     assert len(cut.token_ids) == 2 and cut.prompt_tokens
 
 
+@pytest.mark.parametrize(
+    ("constraint", "whole", "part"),
+    [
+        (Constraint(choices=("yes", "yes it is")), "yes", "yes it"),
+        (Constraint(regex=r"(ab)+"), "abab", "aba"),
+        (Constraint(json_schema='{"type": "array", "items": {"const": 1}}'), "[1,1]", "[1,1,"),
+    ],
+)
+def test_a_loop_cuts_an_answer_as_too_few_tokens_do(
+    constraint: Constraint, whole: str, part: str
+) -> None:
+    engine = spelling_engine()
+    constrained = engine._admission._constraints(constraint, frozenset([1]))  # type: ignore[misc]
+
+    def judged(text: str, finish_reason: Any) -> Result:
+        (ids, *_) = engine.prepare.spellings(text)
+        given = Result(id=0, response=text, token_ids=[*ids], finish_reason=finish_reason)
+        return constrained.judge(given)
+
+    for reason in ("length", "repetition"):
+        kept = judged(whole, reason)
+        assert (kept.response, kept.finish_reason, kept.error) == (whole, reason, None)
+    cut = judged(part, "length").error
+    assert cut and cut.startswith("incomplete: ") and "(max_new_tokens) are not enough" in cut
+    assert judged(part, "repetition").error == (
+        f"incomplete: it went round in a loop before it was whole (stop_repetition): {part!r}"
+    )
+
+
+def test_a_loop_ends_an_answer_that_has_a_constraint() -> None:
+    engine = spelling_engine()
+    given = {"max_new_tokens": 40, "stop_repetition": 3}
+    asked = [Constraint(regex="(ab){20}"), Constraint(regex="a{5,}")]
+    asked.append(Constraint(json_schema='{"const": "abababababababababababab"}'))
+    asked.append(Constraint(choices=("ab" * 12,)))
+    results = by_id(
+        engine.generate(
+            Request(prompt="a", id=n, sampling=Sampling(constraint=one, **given))  # type: ignore[arg-type]
+            for n, one in enumerate(asked)
+        )
+    )
+    errors = [results[n].error or "" for n in range(4)]
+    assert all(errors[n].startswith("incomplete: it went round in") for n in (0, 2, 3)), errors
+    assert results[1].response == "a" * len(results[1].response or "") and not errors[1]
+
+
+def test_what_is_nested_too_deeply_costs_its_row_only() -> None:
+    engine = spelling_engine()
+    constrained = engine._admission._constraints(Constraint(json_schema="{}"), frozenset([1]))  # type: ignore[misc]
+    result = Result(id=0, response="[" * 99_999, token_ids=[1], finish_reason="stop")
+    assert (constrained.judge(result).error or "").startswith("constraint: JSON schema: maximum")
+
+
 def test_a_stop_token_ends_whole_answers_only() -> None:
     blue = 5 + WORDS.index("blue")
     results = choose("red", "green red", stop_token_ids=(blue,), temperature=5.0)
@@ -241,6 +295,55 @@ def test_an_engine_may_have_a_constraint_for_all() -> None:
     assert result.response in ("yes", "no")
     (scored,) = engine.generate([Request(prompt="red ?", candidates=(" red", " blue"))])
     assert scored.finish_reason == "scored"
+
+
+def test_stop_tokens_of_a_sampling_end_answers_of_a_model_without_any() -> None:
+    model = lively_llava(layers=2)
+    processor = tiny_processor()
+    model.generation_config.eos_token_id = []
+    sampling = Sampling(constraint=Constraint(choices=("yes", "no")), stop_token_ids=(EOS,))
+    engine = Engine(model, processor, kv_bytes=1 << 24, sampling=sampling)
+    (result,) = engine.generate([Request(prompt="red ?")])
+    assert result.response in ("yes", "no") and result.token_ids[-1] == EOS
+
+
+def test_what_cannot_be_followed_is_found_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks: list[Any] = []
+
+    def watched(*given: Any) -> str | None:
+        looks.append(given)
+        return misspelt(*given)
+
+    monkeypatch.setattr(grammars, "misspelt", watched)
+    made = wordy_engine()._admission._constraints
+    assert made is not None
+    says = []
+    for regex in ("red", "red", "blue"):
+        with pytest.raises(UserError, match="spell the text") as raised:
+            made(Constraint(regex=regex), frozenset([EOS]))
+        says.append(str(raised.value))
+    assert len(looks) == 1 and len(set(says)) == 1
+
+
+@pytest.mark.parametrize(
+    "at", ["TokenizerInfo.from_huggingface", "GrammarCompiler.compile_grammar"]
+)
+def test_what_the_library_raises_is_one_line(at: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*given: Any, **options: Any) -> Any:
+        raise RuntimeError("[01:02:03] /a/b.cc:4: odd\nmore")
+
+    monkeypatch.setattr(f"xgrammar.{at}", fails)
+    made = spelling_engine()._admission._constraints
+    assert made is not None
+    with pytest.raises(UserError, match=r": odd$"):
+        made(Constraint(regex="a"), frozenset([1]))
+
+
+def test_a_stop_token_that_no_model_has_is_one_line() -> None:
+    made = spelling_engine()._admission._constraints
+    assert made is not None
+    with pytest.raises(UserError, match=r"regex 'a': .*stop token"):
+        made(Constraint(regex="a"), frozenset([10**7]))
 
 
 @pytest.mark.parametrize(

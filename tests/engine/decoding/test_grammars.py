@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import json
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -60,6 +61,58 @@ def test_a_regex_accepts_what_python_matches(bytewise: Grammars, regex: str) -> 
     assert accepts(bytewise, Constraint(regex=regex), f" {some}"), "a space may come first"
 
 
+CHARACTERS = [*map(chr, range(1, 128)), *"\x85\xa0\xe9\u0660\u3000\u4e2d\ud7ff\ue000\U0010ffff"]
+PATTERNS = (
+    r"\w",
+    r"\s",
+    ".",
+    "[^a-]",
+    "[-a]",
+    r"[\w-]",
+    r"[\^]",
+    r"[\^a]",
+    r"[\^-z]",
+    "[^^]",
+    r"\^",
+)
+"""Classes that a pattern of a schema may have as well."""
+CLASSES = (
+    *(r"\W", r"\d", r"\D", r"\S", r"[\s\S]", r"[^\s]", r"[^\W]", r"[\S]", "[^,-]", "[^-a]", "[a-]"),
+    *("[+--]", "[^+--]", r"[^\w-]", r"[^\]a-]", "[[a&&b]", r"[\\a]", r"[^\n]", r"[\t-\r]"),
+    *(r"[\x41-\u0043\u4e2d]", r"[\x01-\uffff]", *PATTERNS),
+)
+
+
+def taken(made: Grammars, constraint: Constraint, texts: Sequence[bytes]) -> set[bytes]:
+    """Which texts an answer may be, byte by byte."""
+    compiled, pieces = made.compiled(constraint), made._texts
+
+    def takes(data: bytes) -> bool:
+        walk = GrammarWalk(compiled, [STOP])
+        return all(walk.take(pieces.index(bytes([one]))) for one in data) and walk.is_whole
+
+    return {text for text in texts if takes(text)}
+
+
+@pytest.mark.filterwarnings("ignore:Possible set|Possible nested:FutureWarning")
+@pytest.mark.parametrize("regex", CLASSES)
+def test_a_class_has_the_characters_that_python_matches(bytewise: Grammars, regex: str) -> None:
+    texts = [*(one.encode() for one in CHARACTERS), b"\xed\xa0\x80"]  # and half a character
+    found = taken(bytewise, Constraint(regex=regex), texts)
+    assert found == {one.encode() for one in CHARACTERS if re.fullmatch(regex, one, re.ASCII)}
+
+
+@pytest.mark.parametrize(
+    "inner", [*PATTERNS, r"[ -~]", "[^\U0001f600]", "[ -\U0001f600]", r"(a|\^)"]
+)
+def test_a_pattern_has_the_same_but_what_json_escapes(bytewise: Grammars, inner: str) -> None:
+    schema = Constraint(json_schema=json.dumps({"type": "string", "pattern": f"^{inner}$"}))
+    texts = [*(f'"{one}"'.encode() for one in CHARACTERS), b'"\xed\xa0\x80"']
+    plain = (one for one in CHARACTERS if one >= " " and one not in '"\\')
+    matching = {f'"{one}"'.encode() for one in plain if re.search(f"^{inner}$", one, re.ASCII)}
+    assert taken(bytewise, schema, texts) == matching
+
+
 @pytest.mark.parametrize(
     ("regex", "says"),
     [
@@ -71,6 +124,9 @@ def test_a_regex_accepts_what_python_matches(bytewise: Grammars, regex: str) -> 
         ("a$b", "in the middle is not followed"),
         ("a|^b", "in the middle is not followed"),
         ("[]a]", "write ] in a class"),
+        (r"[a\ud800-\udfff]", "are no characters"),
+        ("a{99999999999}", r"regex 'a\{9+\}': the repetition"),
+        ("(" * 3000 + ")" * 3000, "recursion"),
         ("(?=a)b", "Lookahead is not supported"),
         ("(?i)a", "not supported"),
         ("(?P<name>a)", "not supported"),

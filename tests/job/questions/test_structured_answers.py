@@ -25,6 +25,15 @@ from trio.job.settings import Settings, made_of
 SCHEMA = {"type": "object", "properties": {"a": {"enum": ["red", "blue"]}}, "required": ["a"]}
 
 
+def tidying(directory: Path) -> Path:
+    """A model whose decoding takes spaces out, as its tokenizer's configuration has it."""
+    file = directory / "tokenizer_config.json"
+    tidy = "clean_up_tokenization_spaces"
+    given = {tidy: True, f"{tidy}_for_bpe_even_though_it_will_corrupt_output": True}
+    file.write_text(json.dumps(json.loads(file.read_text()) | given))
+    return directory
+
+
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Directories of a model whose tokens are words, and of one whose tokens spell."""
@@ -32,6 +41,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {
         "words": str(save_tiny_checkpoint(make("words"), layers=1)),
         "letters": str(save_spelling_llava(make("letters"))),
+        "tidy": str(tidying(save_spelling_llava(make("tidy")))),
         "hub": "nobody/nothing",
     }
 
@@ -85,6 +95,8 @@ def test_another_schema_is_another_run(schema: Path) -> None:
     [
         ("words", {"choices": ("red", "yes please")}, None),
         ("words", {"choices": ("red", "purple")}, "--choices: the model's tokens write '' for 'pu"),
+        ("words", {"choices": ("red", "<image>")}, None),
+        ("tidy", {"regex": "red"}, "tokens spell the text; this model's do not"),
         ("words", {"regex": "red"}, "tokens spell the text; this model's do not"),
         ("words", {"regex": "red("}, r"regex 'red\('"),
         ("letters", {"regex": "red"}, None),

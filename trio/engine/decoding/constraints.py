@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trio.engine.decoding.grammars import Grammars, GrammarWalk, invalidity
+from trio.engine.decoding.grammars import Grammars, GrammarWalk, invalidity, refusing
 from trio.engine.decoding.sampler import Chosen, sent
 from trio.engine.preprocess import Preprocessor
 from trio.engine.request import Constraint, Result
@@ -128,10 +128,12 @@ class Constrained:
 
     def judge(self, result: Result) -> Result:
         """A finished result, in error where the answer is not what it must be."""
-        is_cut = result.finish_reason == "length"
+        is_cut = result.finish_reason in ("length", "repetition")
         if is_cut and not self._is_whole(result.token_ids):
-            count, said = len(result.token_ids), result.response
-            error = f"incomplete: {count} tokens (max_new_tokens) are not enough: {said!r}"
+            why = f"{len(result.token_ids)} tokens (max_new_tokens) are not enough"
+            if result.finish_reason == "repetition":
+                why = "it went round in a loop before it was whole (stop_repetition)"
+            error = f"incomplete: {why}: {result.response!r}"
             return replace(result, finish_reason="error", error=error)
         regex, trouble = self._constraint.regex, None
         if self._constraint.json_schema is not None:
@@ -140,9 +142,9 @@ class Constrained:
             text = self._text_of(result.token_ids if is_cut else result.token_ids[:-1])
             # A space may have come first that is none of the answer.
             forms = (text.strip(), text, text.removeprefix(" "))
-            matching = (one for one in forms if re.fullmatch(regex, one))
-            result = replace(result, response=next(matching, text))
-            trouble = None if re.fullmatch(regex, result.response or "") else "it does not match"
+            matching = [one for one in forms if re.fullmatch(regex, one, re.ASCII)]
+            result = replace(result, response=(matching or [text])[0])
+            trouble = None if matching else "it does not match"
         if trouble is None:
             return result
         error = f"constraint: {self._constraint.name}: {trouble}: {result.response!r}"
@@ -179,14 +181,28 @@ class Constraints:
         if not stop_ids:
             raise UserError(f"{constraint.name}: the model has no end of sequence to end it with")
         compiled, stop = self._compiled(constraint), sorted(stop_ids)
+        if isinstance(compiled, str):
+            raise UserError(compiled)
         start: Callable[[], Walk] = partial(GrammarWalk, compiled, stop)
         if isinstance(compiled, Trie):
             start = partial(TrieWalk, compiled)
-        return Constrained(constraint, start, stop, self._prepare.text_of)
+        with refusing(constraint.name):
+            return Constrained(constraint, start, stop, self._prepare.text_of)
 
     def _compile(self, constraint: Constraint) -> Any:
-        if not constraint.choices:
-            return self._grammars.compiled(constraint)
+        """A trie, or a grammar; a text that says why it cannot be followed, which is held as well:
+        to find it out may take as long."""
+        try:
+            return self._trie(constraint) if constraint.choices else self._grammar(constraint)
+        except UserError as error:
+            return str(error)
+
+    def _grammar(self, constraint: Constraint) -> Any:
+        if isinstance(self._grammars, str):
+            raise UserError(self._grammars)
+        return self._grammars.compiled(constraint)
+
+    def _trie(self, constraint: Constraint) -> Trie:
         trie = Trie()
         for choice in constraint.choices:
             for token_ids in self._prepare.spellings(choice):
@@ -194,14 +210,18 @@ class Constraints:
         return trie
 
     @cached_property
-    def _grammars(self) -> Grammars:
-        return Grammars(
-            self._tokenizer,
-            self._prepare.decode,
-            size=self._vocabulary,
-            stop_ids=self._eos,
-            threads=torch.get_num_threads(),
-        )
+    def _grammars(self) -> Grammars | str:
+        """Or why the model has none."""
+        try:
+            return Grammars(
+                self._tokenizer,
+                self._prepare.decode,
+                size=self._vocabulary,
+                stop_ids=self._eos,
+                threads=torch.get_num_threads(),
+            )
+        except UserError as error:
+            return str(error)
 
 
 class Masks:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
 from trio.engine.decoding.json_schema import exact_schema
+from trio.engine.decoding.regexes import translated, translated_pattern
 from trio.engine.request import Constraint
 from trio.errors import UserError, first_line
 
@@ -20,9 +22,6 @@ SPACE = " ?"
 """What may stand before an answer: it is cut off, and many models begin with it."""
 TOGETHER = 64
 """Tokens that are decoded together to see whether they spell text."""
-_REGEX_PIECE = re.compile(r"\\.|\[\^?(?:\\.|[^\]\\])*\]|.", re.DOTALL)
-_ESCAPES = frozenset("dDwWsSntrfvux")
-"""Letters behind a backslash that mean the same to Python and to the library."""
 
 
 def library() -> Any:
@@ -48,59 +47,34 @@ def grammar_of(constraint: Constraint) -> Any:
         UserError: it is wrong, or cannot be followed exactly.
     """
     grammar = library().Grammar
-    try:
+    with refusing(constraint.name):
         if constraint.regex is not None:
-            inner = grammar.from_regex(_translated(constraint.regex))
+            inner = grammar.from_regex(translated(constraint.regex))
         else:
             assert constraint.json_schema is not None
-            schema = exact_schema(constraint.json_schema, _translated)
+            schema = exact_schema(constraint.json_schema, translated_pattern)
             inner = grammar.from_json_schema(schema, any_whitespace=False, separators=(",", ":"))
         return grammar.concat(grammar.from_regex(SPACE), inner)
+
+
+@contextmanager
+def refusing(what: str) -> Iterator[None]:
+    """Turns what the library raises, which it does not document, into one line about `what`.
+
+    Raises:
+        UserError: instead of anything else.
+    """
+    try:
+        yield
     except UserError:
         raise
-    except Exception as error:  # what the library raises is not documented
-        raise UserError(f"{constraint.name}: {_reason(error)}") from error
+    except Exception as error:
+        raise UserError(f"{what}: {_reason(error)}") from error
 
 
 def _reason(error: Exception) -> str:
     """What the library says, without its time and place."""
     return re.sub(r"^\[[\d:]+\] \S+ (Check failed: \(.*?\) is false: )?", "", first_line(error))
-
-
-def _translated(regex: str) -> str:
-    """A regex of Python as the library reads it: there a dot is a line's end as well, and what a
-    class shuts out leaves halves of characters (surrogates), which decode to something else.
-
-    Raises:
-        UserError: it is none, or means something else there.
-    """
-    try:
-        re.compile(regex)
-    except re.error as error:
-        raise UserError(f"regex {regex!r:.80}: {error}") from error
-    pieces = _REGEX_PIECE.findall(regex)
-    for place, piece in enumerate(pieces):
-        trouble = _trouble(piece, first=place == 0, last=place == len(pieces) - 1)
-        if trouble is not None:
-            raise UserError(f"regex {regex!r:.80}: {trouble}")
-    return "".join(map(_as_there, pieces))
-
-
-def _as_there(piece: str) -> str:
-    inner = r"\n" if piece == "." else piece[2:-1] if piece.startswith("[^") else None
-    return piece if inner is None else rf"[^{inner}\ud800-\udfff]"
-
-
-def _trouble(piece: str, *, first: bool, last: bool) -> str | None:
-    """Why a piece of a regex cannot be followed."""
-    if (piece == "^" and not first) or (piece == "$" and not last):
-        return f"{piece} in the middle is not followed; the whole answer has to match without it"
-    if piece in ("[]", "[^]"):
-        return r"write ] in a class as \]"
-    for letter in re.findall(r"\\(.)", piece, re.DOTALL):
-        if letter.isalnum() and letter not in _ESCAPES:
-            return rf"\{letter} is not followed"
-    return None
 
 
 class Grammars:
@@ -134,7 +108,8 @@ class Grammars:
             UserError: it is wrong, or cannot be followed exactly.
         """
         grammar = grammar_of(constraint)
-        return self._compiler(constraint.json_schema is not None).compile_grammar(grammar)
+        with refusing(constraint.name):
+            return self._compiler(constraint.json_schema is not None).compile_grammar(grammar)
 
     def _compiler(self, of_json: bool) -> Any:
         if of_json not in self._compilers:
@@ -186,11 +161,12 @@ def token_texts(tokenizer: Any, decode: Callable[[Sequence[int]], str]) -> list[
         decode: token ids to text without control tokens.
 
     Raises:
-        UserError: tokens decode to another text than that.
+        UserError: tokens decode to another text than that, or the library does not know their
+            kind.
     """
-    texts = list(
-        library().TokenizerInfo.from_huggingface(tokenizer, stop_token_ids=[0]).decoded_vocab
-    )
+    info = library().TokenizerInfo
+    with refusing("the model's tokenizer, for a regex or JSON schema"):
+        texts = list(info.from_huggingface(tokenizer, stop_token_ids=[0]).decoded_vocab)
     special = {token for token, one in tokenizer.added_tokens_decoder.items() if one.special}
     for token in special.union(tokenizer.all_special_ids):
         texts[token] = b""
@@ -211,14 +187,22 @@ def misspelt(texts: Sequence[bytes], decode: Callable[[Sequence[int]], str]) -> 
     tokens = [token for token, text in enumerate(texts) if text and _is_text(text)]
     if not tokens:
         return "no token is text"
-    for start in range(0, len(tokens), TOGETHER):
-        some = tokens[start : start + TOGETHER]
+    groups = [tokens[start : start + TOGETHER] for start in range(0, len(tokens), TOGETHER)]
+    for some in (*groups, _spaced(texts, tokens)):
         if decode(some).strip() != _spelt(texts, some):
             pairs = (pair for pair in pairwise(some) if decode(pair).strip() != _spelt(texts, pair))
             shown = next(pairs, tuple(some))
             parts = " and ".join(repr(texts[token].decode()) for token in shown[:2])
             return f"{parts} together are {decode(shown)!r:.60}"
     return None
+
+
+def _spaced(texts: Sequence[bytes], tokens: Sequence[int]) -> list[int]:
+    """Single letters and marks with a space before each, which some decoding takes out."""
+    if b" " not in texts:
+        return []
+    space = texts.index(b" ")
+    return [one for token in tokens if len(texts[token]) == 1 for one in (space, token)]
 
 
 def _spelt(texts: Sequence[bytes], tokens: Sequence[int]) -> str:
@@ -240,7 +224,7 @@ def invalidity(json_schema: str, text: str) -> str | None:
     schema = json.loads(json_schema)
     try:
         found = json.loads(text)
-    except ValueError as error:
+        wrong = next(validator_for(schema)(schema).iter_errors(found), None)
+    except (ValueError, RecursionError) as error:  # what is nested too deeply is neither
         return first_line(error)
-    wrong = next(validator_for(schema)(schema).iter_errors(found), None)
     return None if wrong is None else wrong.message

@@ -24,7 +24,7 @@ OF_TYPE = {
     "number": ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"),
 }
 """What is followed of a type."""
-ALONE = ("$ref", "anyOf", "oneOf", "allOf", "enum", "const")
+ALONE = ("$ref", "anyOf", "allOf", "enum", "const")
 """What is followed where nothing else says what a value is."""
 FORMATS = (
     *("date", "time", "date-time", "duration", "email", "hostname", "ipv4", "ipv6", "uuid"),
@@ -39,25 +39,44 @@ def exact_schema(text: str, translate: Callable[[str], str]) -> str:
     Raises:
         UserError: it is none, or cannot be followed exactly.
     """
-    from jsonschema import SchemaError
-    from jsonschema.validators import validator_for
-
     try:
         schema = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"JSON schema: no JSON: {first_line(error)}") from error
     if not isinstance(schema, dict):
         raise UserError(f"JSON schema: expected an object, got {text.strip()!r:.60}")
-    validator = validator_for(schema)
-    try:
-        validator.check_schema(schema)
-    except SchemaError as error:
-        raise _wrong(error.json_path, error.message) from error
-    _check(schema, "$", validator)
+    _check(schema, "$", _validator(schema))
     for one in _all(schema):
         if "pattern" in one:
             one["pattern"] = translate(one["pattern"])
     return json.dumps(schema, ensure_ascii=False)
+
+
+def _validator(schema: Mapping[str, Any]) -> Any:
+    """That of its draft, by which it is a schema, as by the newest."""
+    from jsonschema import (
+        Draft3Validator,
+        Draft4Validator,
+        Draft202012Validator,
+        SchemaError,
+    )
+    from jsonschema.validators import validator_for
+
+    draft = schema.get("$schema", "")
+    if not isinstance(draft, str):
+        raise _wrong("$.$schema", f"{draft!r:.60} is no text")
+    # None gives None where there is no such draft.
+    validator: Any = validator_for(schema, None) if draft else Draft202012Validator
+    if validator in (None, Draft3Validator, Draft4Validator):
+        what = "is no draft known" if validator is None else "is older than draft 6"
+        newest = Draft202012Validator.META_SCHEMA["$id"]
+        raise _wrong("$.$schema", f"{draft!r:.60} {what}; write it as of {newest}")
+    try:
+        validator.check_schema(schema)
+        Draft202012Validator.check_schema(schema)
+    except SchemaError as error:
+        raise _wrong(error.json_path, error.message) from error
+    return validator
 
 
 def _wrong(where: str, what: str) -> UserError:
@@ -71,6 +90,8 @@ def _check(schema: Any, where: str, validator: Any) -> None:
     if not isinstance(schema, dict):
         raise _wrong(where, "expected one schema")
     words = set(schema) - ANNOTATIONS
+    if "oneOf" in words:
+        raise _wrong(where, "'oneOf' is not followed; write 'anyOf'")
     alone = sorted(words.intersection(ALONE))
     if alone:
         _check_alone(schema, alone[0], words, where, validator)
@@ -110,12 +131,18 @@ def _check_typed(schema: Mapping[str, Any], words: set[str], where: str) -> None
     missing = sorted(set(schema.get("required", ())) - set(schema.get("properties", ())))
     if missing:
         raise _wrong(where, f"required {missing[0]!r} is not among its properties")
-    if "pattern" in schema and words & {"minLength", "maxLength"}:
+    lengths = words & {"minLength", "maxLength"}
+    if lengths and "pattern" in schema:
         raise _wrong(where, "lengths beside 'pattern' are not followed; put them into it")
+    if lengths and "format" in schema:
+        raise _wrong(where, f"{min(lengths)!r} beside 'format' is not followed; leave it out")
     if schema.get("format") not in (None, *FORMATS):
         raise _wrong(where, f"format {schema['format']!r} is not followed; leave it out")
     if words & {"pattern"} and words & {"format"}:
         raise _wrong(where, "'format' beside 'pattern' is not followed; leave it out")
+    is_open = schema.get("additionalProperties", False) is not False
+    if is_open and schema.get("minProperties", 0) > len(schema.get("required", ())):
+        raise _wrong(where, "'minProperties' above what is required is not followed; name more")
 
 
 def _all(schema: Any) -> Iterator[dict[str, Any]]:
@@ -131,7 +158,7 @@ def _inner(schema: Mapping[str, Any]) -> list[tuple[str, Any]]:
     found: list[tuple[str, Any]] = []
     for word in ("properties", "$defs", "definitions"):
         found += [(f"{word}.{name}", one) for name, one in schema.get(word, {}).items()]
-    for word in ("prefixItems", "anyOf", "oneOf", "allOf"):
+    for word in ("prefixItems", "anyOf", "allOf"):
         found += [(f"{word}[{number}]", one) for number, one in enumerate(schema.get(word, ()))]
     for word in ("items", "additionalProperties"):
         if word in schema:

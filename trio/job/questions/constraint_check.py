@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from trio.engine.request import Constraint
@@ -46,29 +48,40 @@ def check_constraint(config: Settings) -> None:
         grammar_of(constraint)
     try:
         path = model_file(config.model, "tokenizer.json")
+        model_file(config.model, "tokenizer_config.json")  # beside it
     except NotHere:
         return
     if path is not None:
         with explaining(str(path)):
-            _check_tokens(constraint, str(path))
+            _check_tokens(constraint, path)
 
 
-def _check_tokens(constraint: Constraint, path: str) -> None:
-    from tokenizers import Tokenizer
-
+def _check_tokens(constraint: Constraint, path: Path) -> None:
+    tokenizer = _tokenizer(path)
+    decode = partial(tokenizer.decode, skip_special_tokens=True)
     if not constraint.choices:
-        from transformers import PreTrainedTokenizerFast
-
         from trio.engine.decoding.grammars import token_texts
 
-        fast: Any = PreTrainedTokenizerFast(tokenizer_file=path)
-        token_texts(fast, lambda ids: fast.decode(ids, skip_special_tokens=True))
+        token_texts(tokenizer, decode)
         return
-    tokenizer = Tokenizer.from_file(path)
+    added = {one.content for one in tokenizer.added_tokens_decoder.values()}
     for choice in constraint.choices:
-        ids = tokenizer.encode(choice, add_special_tokens=False).ids
-        if (found := tokenizer.decode(ids).strip()) != choice:
+        if any(one in choice for one in added - {tokenizer.unk_token}):
+            continue  # engines spell it out where it is a control token
+        ids = tokenizer.encode(choice, add_special_tokens=False)
+        if (found := decode(ids).strip()) != choice:
             raise UserError(
                 f"--choices: the model's tokens write {found!r:.60} for {choice!r:.60}; give what"
                 " they can write"
             )
+
+
+def _tokenizer(path: Path) -> Any:
+    """Of a tokenizer.json; as engines have it, where its configuration lies beside."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    if not Path(path.parent, "tokenizer_config.json").is_file():
+        return PreTrainedTokenizerFast(tokenizer_file=str(path))
+    return AutoTokenizer.from_pretrained(
+        path.parent, local_files_only=True, trust_remote_code=False
+    )
