@@ -120,7 +120,7 @@ def test_a_later_step(model: Any, wrong: float, gpu_way: bool, temperature: floa
             steps[5] = 0
         return logits_BV
 
-    worker._runner.decode = damaged  # type: ignore[method-assign, assignment]
+    worker._runner.decode = damaged  # type: ignore[method-assign]
     check(worker, expected, asked, "in decode step 3")
 
 

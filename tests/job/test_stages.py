@@ -124,7 +124,7 @@ def through(run: Run, task: Task, desk: Any) -> Images:
     for source, images in out:
         if not isinstance(images, RowError):
             (request,) = requests_of(source, images, task.rows)
-            assert request.images == tuple(images)
+            assert isinstance(request, Request) and request.images == tuple(images)
     return out
 
 

@@ -70,7 +70,10 @@ def sample(
                     with limit.row():
                         images = load_images(source.cell("image"), base, settings.policy)
                     for one in requests_of(source, images, settings):
-                        (errors if isinstance(one, RowError) else requests).append(one)
+                        if isinstance(one, RowError):
+                            errors.append(one)
+                        else:
+                            requests.append(one)
                 except RowError as error:
                     errors.append(error)
     reader.close()

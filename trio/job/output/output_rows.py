@@ -163,7 +163,7 @@ def requests_of(
     identify(source, settings)
     system = source.cell("system")
     for number, ask in enumerate(source.asks):
-        if _is_missing(ask.prompt):
+        if ask.prompt is None or not ask.prompt.strip():
             yield RowError("prompt_missing", "the prompt is empty")
             continue
         sampling = _sampling(settings, source, number)
@@ -193,7 +193,7 @@ def identify(source: Source, settings: RowSettings) -> None:
     prompts = prompts_of(source, settings.template, settings.prompts)
     if not prompts:
         raise RowError("prompt_missing", "the row has no prompt, and --prompt gives none")
-    if all(map(_is_missing, prompts)):
+    if not any(prompt is not None and prompt.strip() for prompt in prompts):
         raise RowError("prompt_missing", "the row's prompt is empty")
     # Should its answers not be readable:
     source.asks = tuple(Ask(prompt=prompt) for prompt in prompts)
@@ -218,10 +218,6 @@ def prompts_of(
     if own is None or own == []:
         return otherwise
     return [own] if isinstance(own, str) else own
-
-
-def _is_missing(prompt: str | None) -> bool:
-    return prompt is None or not prompt.strip()
 
 
 def _id_of(source: Source, settings: RowSettings) -> Any:
