@@ -184,6 +184,7 @@ def test_a_comparison_is_one_run(
     assert {p: p.stat().st_mtime_ns for p in out.rglob("*")} == before
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_local")
 def test_run_yaml_of_an_earlier_version_compares_in_one_run(model: str, tmp_path: Path) -> None:

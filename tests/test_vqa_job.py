@@ -163,7 +163,7 @@ def scored_unpruned(
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_local")
-@pytest.mark.parametrize("count", [FEW, MANY])
+@pytest.mark.parametrize("count", [pytest.param(FEW, marks=pytest.mark.slow), MANY])
 def test_ten_answers_as_vqav2(tmp_path: Path, count: int) -> None:
     truth = write_ten_answers(tmp_path / "in.parquet", count)
     fields = {"answers": "answers[].answer", "question_type": "question_type"}
