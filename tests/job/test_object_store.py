@@ -1,6 +1,5 @@
 """Output and input on an object store: a real S3 server, reached as users reach theirs."""
 
-import itertools
 import os
 import signal
 import subprocess
@@ -384,25 +383,30 @@ def compaction_killed(output: Location, count: int, step: int) -> bool:
     return ended.returncode == KILLED
 
 
-@pytest.mark.parametrize(
-    ("count", "small"), [(6, True), pytest.param(45, False, marks=pytest.mark.slow)]
-)
-@pytest.mark.timeout(1200)
-def test_larger_files_though_their_writer_is_killed(
-    store: Store, tmp_path: Path, count: int, small: bool
-) -> None:
-    """Before, at and after the record; then at each few steps of what is left."""
-    own, steps, output = UNITS[:count], Steps(), store.at("out")
-    for unit in own:
-        commit_long(tmp_path, unit)
+def killed_at(output: Location, units: Sequence[Unit], step: int) -> bool:
+    """Whether a compaction of these units, on the store anew, came to a step; then it goes on."""
+    for unit in units:
         commit_long(output.uri, unit)
-    compact(locate(str(tmp_path)), own, SMALL, steps)
-    record = steps.names.index("record") + 1
-    for step in [record + 1] if small else [record // 3, record, record + 1]:
-        assert compaction_killed(output, count, step)
-        check_between(output, own)
-    later = itertools.count(4, 9)  # each file in its place is a step of those that go on, too
-    while not small and compaction_killed(output, count, next(later)):
-        check_between(output, own)
-    compact(output, own, SMALL, Steps())
-    assert len(check_end(output, own)) >= count // 2
+    killed = compaction_killed(output, len(units), step)
+    check_between(output, units)
+    compact(output, units, SMALL, Steps())
+    assert len(check_end(output, units)) >= len(units) // 2
+    return killed
+
+
+def test_larger_files_though_their_writer_is_killed(store: Store, tmp_path: Path) -> None:
+    """Right behind the record."""
+    steps = Steps()
+    for unit in UNITS[:6]:
+        commit_long(tmp_path, unit)
+    compact(locate(str(tmp_path)), UNITS[:6], SMALL, steps)
+    assert killed_at(store.at("out"), UNITS[:6], steps.names.index("record") + 2)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_larger_files_though_their_writer_is_killed_at_every_step(store: Store) -> None:
+    step = 1
+    while killed_at(store.at(f"out-{step}"), UNITS, step):
+        step += 1
+    assert step > len(UNITS)
