@@ -24,7 +24,7 @@ TOTALS = Totals(rows=40, inputs=40, errors=1, error_kinds={"image": 1}, retentio
                 retention_rows=39)  # fmt: skip
 
 
-RUN = {"version": f"0.0.{0xABC}"}
+RUN = {"version": "0.0.891568578"}
 
 
 def summary_of(totals: Totals = TOTALS, run_id: str = "abc") -> dict[str, Any]:

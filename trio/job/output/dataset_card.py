@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
+from zlib import crc32
 
 from huggingface_hub import DatasetCard, DatasetCardData
 
@@ -37,7 +38,7 @@ def dataset_card(
     if changed is not None and changed[1]:
         files["changed"] = changed[0]
     # By it `datasets` tells apart what it keeps of directories that have the same name.
-    version = f"0.0.{int(summary['run'][:12], 16)}"
+    version = f"0.0.{crc32(summary['run'].encode())}"
     configs = [
         {"config_name": name, "data_files": pattern, "version": version}
         | ({"default": True} if name == ROWS else {})
