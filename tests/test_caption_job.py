@@ -180,7 +180,8 @@ def test_a_comparison_is_one_run(
     assert run(*flags) == 0
     assert "finished already: nothing to do" in capsys.readouterr().out
     assert run(*flags[:-1], "1,given") == 2
-    assert "differs in this: compare: " in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "holds a run that differs in this: " in told and " compare: " in told
     assert {p: p.stat().st_mtime_ns for p in out.rglob("*")} == before
 
 
