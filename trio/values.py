@@ -73,14 +73,19 @@ def each(read: Reader, unit: str) -> Value:
 
 
 def listed(read: Reader) -> Reader:
-    """A tuple of values, of text with commas."""
-    return lambda value: tuple(read(part.strip()) for part in text(value).split(","))
+    """A tuple of values, of text with commas or a list."""
+
+    def read_all(value: Any) -> tuple[Any, ...]:
+        if isinstance(value, list | tuple):
+            return several(read, least=1)(value)
+        return tuple(read(part.strip()) for part in text(value).split(","))
+
+    return read_all
 
 
 def names(value: Any) -> tuple[str, ...]:
     """Names, in text with commas or in a list, each once."""
-    read = several(text, least=1) if isinstance(value, list | tuple) else listed(text)
-    return tuple(dict.fromkeys(read(value)))
+    return tuple(dict.fromkeys(listed(text)(value)))
 
 
 def number(*, least: float = -math.inf, above: float = -math.inf, most: float = math.inf) -> Reader:

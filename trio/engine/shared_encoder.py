@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from trio.engine.request import ImageInputs
-from trio.families.adapter import Adapter, Features, Inputs, Join, Joint
+from trio.families.adapter import Adapter, Features, Inputs, Join
 
 CACHE_BYTES = 256 << 20
 """Of features that nobody is known to read again."""
@@ -65,7 +65,7 @@ class SharedEncoder:
         """The one read last is the last."""
         self._held: set[_Name] = set()
         self._bytes = 0
-        self._lock = threading.RLock()
+        self._lock = threading.Lock()
         """`release` is called from other threads."""
         self.images = 0
         """That the encoder has read."""
@@ -169,16 +169,13 @@ def _name(image: Inputs) -> _Name:
 
 def _alone(features: Features) -> Features:
     """The same without what they are a part of, the features of a whole batch."""
+    joint = features.joint
     return replace(
         features,
         tokens=_own(features.tokens),
         injected=tuple(map(_own, features.injected)),
-        joint=None if features.joint is None else _joint_alone(features.joint),
+        joint=joint and replace(joint, tokens=_own(joint.tokens)),
     )
-
-
-def _joint_alone(joint: Joint) -> Joint:
-    return replace(joint, tokens=_own(joint.tokens))
 
 
 def _own(x: Tensor) -> Tensor:

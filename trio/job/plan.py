@@ -110,7 +110,7 @@ def plan(
         whole = own_columns.with_fields(schemas, paths, found_in)
         if questions.mode is not None and asking is None:
             asking = asking_of(questions, template, whole[0].names)
-        columns = _columns(config, asking, schemas, whole, paths)
+        columns = _columns(config, asking, template, schemas, whole, paths)
         columns = _with_own(columns, config, found_in, whole, paths, say)
     return Plan(
         config=config, manifest=manifest, columns=columns, output=output, fingerprint=now,
@@ -123,13 +123,13 @@ def plan(
 def _columns(
     config: Settings,
     asking: Asking | None,
+    template: PromptTemplate | None,
     schemas: Sequence[pa.Schema],
     whole: Sequence[pa.Schema],
     paths: Sequence[str],
 ) -> Columns:
     """What is read of the shards, whose `whole` schemas have the columns of their paths too."""
     mapping = parse_mapping(config.input.columns or "")
-    template = _template(config)
     if asking is not None or template is not None:
         _refuse(mapping, "prompt", "--prompt-template")
     if asking is None:

@@ -163,7 +163,6 @@ def execute(
                 parts = sums.added(parts, receipt.parts)
                 _check_errors(config, before, progress.done)
     _check_complete(run, wanted, progress.done)
-
     _put_together(run, pinned.run_id, wanted, held, passes, progress.say)
     engines = room.engines_for(len(wanted))
     settings = [

@@ -79,6 +79,13 @@ def test_shards_are_brought_to_one_type() -> None:
         kept(("w",), schema(w=pa.int16()), schema(w=pa.string()))
 
 
+def test_columns_that_do_not_go_along_may_be_of_any_type() -> None:
+    shards = [schema(id=kind, w=kind, url=pa.string()) for kind in (pa.int16(), pa.string())]
+    assert kept(("url",), *shards)[0].names == ["url"]
+    shards = [schema(id=kind, url=pa.string()) for kind in (pa.int16(), pa.string())]
+    assert kept(("all",), *shards)[0].names == ["url"], "the output has the id itself"
+
+
 @pytest.mark.parametrize(
     ("one", "other", "both"),
     [

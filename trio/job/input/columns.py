@@ -200,8 +200,8 @@ def _check_shard(
         if count == 0 and needed[role]:
             have = ", ".join(schema.names) or "none"
             raise UserError(f"{path}: no column {name!r}; it has {have}. {MEND[role]}")
-        if count > 1:
-            raise UserError(f"{path}: {count} columns are called {name!r}")
+        if role in roles:
+            check_once(schema, path, [name])
         fits, expected = FITS[role]
         if count == 1 and not fits(kind := schema.field(name).type):
             raise UserError(f"{path}: column {name!r} is {str(kind)[:200]}; {expected}")

@@ -96,18 +96,20 @@ def kept_columns(
     Raises:
         UserError: there is no such column, or shards disagree on its type.
     """
-    kinds = _unified(schemas, paths)
-    if tuple(wanted) == (ALL,):
+    there = dict.fromkeys(name for schema in schemas for name in schema.names)
+    is_all = tuple(wanted) == (ALL,)
+    kinds = _unified(schemas, paths, there.keys() - {*given} if is_all else wanted)
+    if is_all:
         pictures = [field.name for field in kinds if _may_hold_images(field.type)]
         if pictures:
             say(f"--keep-columns all: {', '.join(pictures)} left out (bytes); name what to keep")
-        wanted = [name for name in kinds.names if name not in {*given, *pictures}]
+        wanted = [name for name in kinds.names if name not in pictures]
     for schema, path in zip(schemas, paths, strict=True):
         check_once(schema, path, wanted)
     fields: list[pa.Field] = []
     for name in wanted:
         if kinds.get_field_index(name) < 0:
-            have = ", ".join(kinds.names) or "none"
+            have = ", ".join(there) or "none"
             raise UserError(f"--keep-columns {name}: the input has no such column; it has {have}")
         called = name
         while called in ours or called in {*wanted} - {name}:
@@ -123,11 +125,13 @@ def sources_of(kept: pa.Schema) -> list[str]:
     return [field.metadata[COLUMN].decode() for field in kept]
 
 
-def _unified(schemas: Sequence[pa.Schema], paths: Sequence[str]) -> pa.Schema:
-    """One type for each column of all shards."""
+def _unified(
+    schemas: Sequence[pa.Schema], paths: Sequence[str], wanted: Collection[str]
+) -> pa.Schema:
+    """One type for each of the wanted columns of all shards."""
     found: dict[str, pa.Field] = {}
     for schema, path in zip(schemas, paths, strict=True):
-        for field in schema:
+        for field in (field for field in schema if field.name in wanted):
             mine = pa.field(field.name, plain_type(field.type))
             before = found.setdefault(field.name, mine)
             if not before.equals(mine):

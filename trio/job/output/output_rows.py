@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import datetime
 import hashlib
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -23,10 +22,11 @@ from trio.job.images.image_files import note_of
 from trio.job.images.policy import ImagePolicy, RowError
 from trio.job.input.answers import texts
 from trio.job.input.columns import OWN
+from trio.job.input.kinds.found_shard import row_name
 from trio.job.input.units import Unit
 from trio.job.output.schema import KEPT, SCORE, row_key, rows_schema, split_key
 from trio.job.output.scoring import exact_match
-from trio.job.storage import Location, bare
+from trio.job.storage import Location
 from trio.vqa.presets.prompt_template import PromptTemplate
 
 if TYPE_CHECKING:
@@ -229,9 +229,7 @@ def _id_of(source: Source, settings: RowSettings) -> Any:
 
 def _made_up_id(source: Source, settings: RowSettings) -> str:
     """Of a row whose data set brings no ids: its file and the row in it."""
-    shared = settings.shared_directory
-    path = bare(source.path)
-    file = os.path.basename(path) if shared is None else path.removeprefix(shared)
+    file = row_name(source.path, settings.shared_directory)
     return f"{file}#{split_key(source.key)[1]}"
 
 

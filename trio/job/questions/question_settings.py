@@ -18,7 +18,7 @@ SUM, TOKENS = "sum", "tokens"
 
 def different_texts(value: Any) -> tuple[str, ...]:
     """Two or more, of text with commas or a list."""
-    found = tuple(map(text, value)) if isinstance(value, list | tuple) else listed(text)(value)
+    found = listed(text)(value)
     if len(set(found)) != len(found) or len(found) < 2:
         raise UserError(f"give two or more different answers, as in Yes,No: {value!r}")
     return found

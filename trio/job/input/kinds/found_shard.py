@@ -51,8 +51,12 @@ def shared_directory(paths: Sequence[str]) -> str | None:
 
 def row_names(found: Sequence[Found]) -> list[str]:
     """What ids call each shard: its file's name, with as much of the path as tells them apart."""
-    paths = [bare(one.location.uri) for one in found]
+    paths = [one.location.uri for one in found]
     shared = shared_directory(paths)
-    if shared is None:
-        return [path.rpartition("/")[2] for path in paths]
-    return [path.removeprefix(shared) for path in paths]
+    return [row_name(path, shared) for path in paths]
+
+
+def row_name(path: str, shared: str | None) -> str:
+    """The same of one path or URI; `shared`: the `shared_directory` of all."""
+    path = bare(path)
+    return path.rpartition("/")[2] if shared is None else path.removeprefix(shared)
