@@ -25,6 +25,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
+from trio.decoder.gpu import on_gpu
 from trio.errors import first_line
 
 NAME = "trio_ragged"
@@ -235,7 +236,7 @@ VarlenKernel = Callable[[Tensor, Tensor, Tensor, Tensor, int, float], Tensor]
 
 def _varlen_kernel(device: torch.device, dtype: torch.dtype) -> VarlenKernel | None:
     """A causal variable-length kernel `(q [T, H, E], k, v, offsets, longest, scale)`, if any."""
-    if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
+    if not on_gpu(device) or dtype not in (torch.float16, torch.bfloat16):
         return None
     return _cuda_kernel(device)
 

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from trio.decoder.gpu import on_gpu
+
 # Elements of a weight that are widened at a time: what a processor's cache holds, elsewhere less.
 _BLOCK = {"cpu": 1 << 20}
 _BLOCK_ON_DEVICE = 1 << 18
@@ -35,7 +37,7 @@ def times(x: Tensor, weight: Tensor) -> Tensor:
     """
     if weight.dtype == x.dtype:
         return _sliced_times(x, weight)
-    if x.is_cuda and weight.dtype == torch.bfloat16 and x.dtype == torch.float32:
+    if on_gpu(x) and weight.dtype == torch.bfloat16 and x.dtype == torch.float32:
         return _split_times(x, weight)
     return _widened_times(x, weight)
 
@@ -63,7 +65,7 @@ def _sliced_times(x: Tensor, weight: Tensor) -> Tensor:
     most_rows = _FEW_ROWS_OF_HEAD if is_head else _FEW_ROWS
     slices = _SLICES_OF_HEAD if is_head else _SLICES
     deep = is_head and inputs > outputs
-    plain = x.device.type != "cpu" or x.dtype != torch.float32 or weight.numel() < _SMALL
+    plain = on_gpu(x) or x.dtype != torch.float32 or weight.numel() < _SMALL
     if plain or x.dim() != 2 or len(x) > most_rows or (inputs if deep else outputs) % slices:
         return x @ weight
     if deep:
@@ -114,7 +116,7 @@ class few_row_linears(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.linear and len(args) > 1:
             x, weight = args[:2]
-            if x.device.type == "cpu" or x.dtype != weight.dtype:
+            if not on_gpu(x) or x.dtype != weight.dtype:
                 rest = (*args[2:], *(kwargs or {}).values())
                 return linear(x.flatten(0, -2), weight, *rest).unflatten(0, x.shape[:-1])
         return func(*args, **(kwargs or {}))

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from trio.decoder.decoder import Decoder
+from trio.decoder.gpu import on_gpu
 from trio.decoder.matmul import times
 
 Span = tuple[int, int]
@@ -38,7 +39,7 @@ def tile_tokens(decoder: Decoder, batch_tokens: int) -> int:
 
     batch_tokens: tokens of the whole batch before any pruning; memory stays small beside theirs.
     """
-    if decoder.device.type == "cpu":
+    if not on_gpu(decoder.device):
         return max(1, _TILE // decoder.hidden_size)
     return max(_LEAST_TOKENS, batch_tokens // _TILES_OF_A_BATCH)
 

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trio.decoder.gpu import on_gpu
+
 Combined = Literal["product", "sum"]
 """How a candidate's saliency and its coverage make one gain."""
 
@@ -75,7 +77,7 @@ def cover(
     if saliency_BN is None:
         saliency_BN, combined = ones_BN, "product"
     weights = importance_BN, saliency_BN.float()
-    if features_BNC.device.type != "cpu":
+    if on_gpu(features_BNC):
         return _all_at_once(similarity(features_BNC, shifted=shifted), keep, *weights, combined)
     # One similarity matrix at a time stays in the CPU's cache.
     chosen = []
@@ -103,7 +105,7 @@ def similarity(features_BNC: Tensor, *, shifted: bool = True) -> Tensor:
     # A zero vector resembles nothing, itself included.
     first_BN = torch.where(cosine_BNN.diagonal(dim1=-2, dim2=-1) >= _SAME, first_BN, index_N)
     # A GPU is not asked whether there are any.
-    if first_BN.device.type != "cpu" or not torch.equal(first_BN, index_N.expand_as(first_BN)):
+    if on_gpu(first_BN) or not torch.equal(first_BN, index_N.expand_as(first_BN)):
         cosine_BNN = cosine_BNN.take_along_dim(first_BN[..., None], dim=-2)
     return cosine_BNN.add_(1).mul_(0.5) if shifted else cosine_BNN
 

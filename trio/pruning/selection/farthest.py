@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trio.decoder.gpu import on_gpu
 from trio.pruning.selection.nms import Walked, tokens_per_round
 
 _BLOCK = 256
@@ -69,7 +70,7 @@ def _mixed(features_TD: Tensor, coordinates_T2: Tensor, walked: Walked) -> Tenso
     near_NV = _nearest(features_TD, coordinates_T2, index_NV, taken_NV, most_taken)
     near_NV.masked_fill_(taken_NV | ~there_NV, torch.inf)
     looked_at = features_TD, coordinates_T2, index_NV, near_NV, far_N
-    if features_TD.is_cuda:
+    if on_gpu(features_TD):
         far_NV = _farthest(*looked_at, most_far)
     else:
         far_NV = _farthest_on_host(*looked_at)

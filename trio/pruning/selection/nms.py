@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trio.decoder.gpu import on_gpu
+
 # On a CPU a round more costs little, and most walks end early; a GPU is not asked whether they did.
 _ROUND = {"cpu": 64}
 _ROUND_ON_DEVICE = 128
@@ -81,7 +83,7 @@ def suppress(
     index_NV = start_N[:, None] + order_NV.where(there_NV, 0)
     taken_NV = torch.zeros_like(there_NV)
     for first in range(0, most, step):
-        if device.type == "cpu" and not ((room_N > 0) & (count_N > first)).any():
+        if not on_gpu(device) and not ((room_N > 0) & (count_N > first)).any():
             break
         index_NC = index_NV[:, first : first + step]
         block_NCD = F.normalize(features_TD[index_NC].to(dtype), dim=-1)
@@ -119,7 +121,7 @@ Walk = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 def _walk(device: torch.device) -> Walk:
     """One round's decisions, on a GPU where Triton is and else on the host."""
-    if device.type == "cuda" and importlib.util.find_spec("triton") is not None:
+    if on_gpu(device) and importlib.util.find_spec("triton") is not None:
         return walk_on_device
     return _walk_on_host
 
