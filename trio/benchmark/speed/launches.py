@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 from unittest.mock import patch
 
@@ -242,7 +243,7 @@ def _attend_packed(
     """Causal attention of sequences back to back, `[T, H, E]`."""
     bounds = offsets.detach().clone().tolist()
     pieces = []
-    for start, stop in zip(bounds, bounds[1:], strict=False):
+    for start, stop in pairwise(bounds):
         own = (x[start:stop].transpose(0, 1)[None] for x in (q, k, v))
         out = F.scaled_dot_product_attention(*own, is_causal=True, scale=scale, enable_gqa=True)
         pieces.append(out[0].transpose(0, 1))
