@@ -22,7 +22,7 @@ from trio.engine.kv_budget import Need
 from trio.engine.kv_cache import KVCache
 from trio.engine.metrics import beside_decoder
 from trio.engine.packing import Entry, coordinates, entered
-from trio.engine.prefix_cache import PART, PrefixCache
+from trio.engine.prefix_cache import PrefixCache, part_for_images
 from trio.engine.request import Prepared
 from trio.engine.sequence import SequenceState
 from trio.engine.shared_encoder import SharedEncoder
@@ -70,7 +70,7 @@ class ModelRunner:
         # largest is in reach for all.
         stages = self.pruning.stages(adapter.max_visual_tokens, self.num_layers)
         depth = shared_depth(self.pruning, adapter.max_visual_tokens, self.num_layers)
-        self.prefixes = PrefixCache(depth if share_images else 0, kv_bytes // PART)
+        self.prefixes = PrefixCache(depth if share_images else 0, part_for_images(kv_bytes))
         if self.prefixes.depth:
             kv_bytes -= self.prefixes.budget
         self.cache = KVCache(

@@ -13,8 +13,9 @@ from trio.engine.request import ImageInputs, Prepared
 from trio.engine.sequence import SequenceState
 from trio.shared_prefix import PrefixStates, Sharing
 
-PART = 16
-"""One of so many parts of the memory for keys and values is for states of images."""
+_PART, _LEAST = 16, 256 << 20
+"""One of so many parts of the memory for keys and values is for states of images; where there are
+fewer bytes, none is, and only prompts of one batch share."""
 
 
 class PrefixCache:
@@ -98,6 +99,11 @@ class PrefixCache:
         for key, states in used.items():
             self._found[key] = states
             self._found.move_to_end(key)
+
+
+def part_for_images(kv_bytes: int) -> int:
+    """Bytes for the states of images, of those for keys and values."""
+    return kv_bytes // _PART if kv_bytes >= _LEAST else 0
 
 
 def prefix_of(prepared: Prepared, spans: Sequence[tuple[int, int]]) -> bytes | None:
