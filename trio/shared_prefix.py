@@ -127,7 +127,7 @@ class _Owners:
         self._decoder, self._sharing = decoder, sharing
         starts = [0, *accumulate(lengths)]
         rows = [torch.arange(starts[row], starts[row + 1]) for row in sharing.owners]
-        self._host_index_T = torch.cat(rows)
+        self._host_index_T = torch.cat([torch.empty(0, dtype=torch.int64), *rows])
         index_T = self._host_index_T.to(embeds_TD.device)
         own = [lengths[row] for row in sharing.owners]
         self._starts = dict(zip(sharing.owners, (0, *accumulate(own)), strict=False))
@@ -137,6 +137,8 @@ class _Owners:
 
     def run(self, layer: int, inject: Inject) -> tuple[Tensor, Tensor]:
         """Keys and values of a layer, `[K, T, E]`."""
+        if not self._sharing.owners:
+            return _none(self._decoder, self.hidden_TD)
         capture = _Capture()
         self.hidden_TD = self._decoder.run_layers(
             layer, layer + 1, self.hidden_TD, self._rotary, self._layout, capture
@@ -193,9 +195,7 @@ class _Followers:
     def run(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values of a layer, `[K, F, E]`."""
         if self._layout is None:
-            kv_heads, dim = self._decoder.num_kv_heads, self._decoder.head_dim
-            none = self.hidden_FD.new_empty(kv_heads, 0, dim)
-            return none, none
+            return _none(self._decoder, self.hidden_FD)
         reader = _Reader(self.stored(layer), self._layout, self._longest)
         self.hidden_FD = self._decoder.run_layers(
             layer, layer + 1, self.hidden_FD, self._rotary, self._layout, reader
@@ -234,6 +234,12 @@ class _Reader:
         for row, own in enumerate(given):
             out[row, :, : own.shape[1]] = own
         return out
+
+
+def _none(decoder: Decoder, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values of no tokens."""
+    empty = like.new_empty(decoder.num_kv_heads, 0, decoder.head_dim)
+    return empty, empty
 
 
 def _by_prefix(followers: dict[int, PrefixStates]) -> dict[PrefixStates, list[int]]:

@@ -169,6 +169,7 @@ class ModelRunner:
         counts = sequence.prepared.image_tokens
         return [self.pruning.encoded(count, self.num_layers) for count in counts]
 
+    @torch.no_grad()
     def prefill(
         self,
         sequences: Sequence[SequenceState],
