@@ -120,7 +120,8 @@ def test_candidates_are_scored_alike(family: Family) -> None:
 def test_states_stay_within_their_memory() -> None:
     """What was used longest ago goes first, and a small memory keeps none over batches."""
     family = FAMILIES["llava"]()
-    large = engine(family, Pruning(schedule="2:0.4"), batch_tokens=1, max_running=1)
+    options = {"batch_tokens": 1, "max_running": 1}
+    large = engine(family, Pruning(schedule="2:0.4"), **options)
     list(large.generate(questions()))
     prefixes = large._runner.prefixes
     left = large.memory_plan.kv_budget_bytes

@@ -34,6 +34,7 @@ from trio.engine.engine import Engine
 from trio.engine.model_runner import ModelRunner
 from trio.engine.sequence import SequenceState
 from trio.pruning.options import Pruning
+from trio.tables import aligned
 
 NARROW = replace(
     LLAVA_NEXT_7B,
@@ -250,11 +251,51 @@ def _attend_packed(
     return torch.cat(pieces)
 
 
-def prefill(pruning: Pruning, images: int) -> Counted:
-    """Of a prefill of so many images: tower, decoder and choosing.
+RUNS = {
+    "unpruned": Pruning(),
+    "nothing filled up": Pruning(retention=1 / 9, similarity_threshold=1.0),
+    "filled up": Pruning(retention=1 / 9, similarity_threshold=-0.9),
+}
+"""The last one takes all tokens for alike, so that the fill-up chooses nearly all of them."""
 
-    pruning: with a `similarity_threshold` of -0.9 nearly all tokens are filled up.
+
+def compare(images: int, places: int, tell: Callable[[str], None]) -> list[dict[str, Any]]:
+    """A row for each of `RUNS`.
+
+    Args:
+        images: of one prefill.
+        places: lines of code that launch most, of each run.
+        tell: is told of every run that is done.
     """
+    rows = []
+    for name, pruning in RUNS.items():
+        found = prefill(pruning, images)
+        rows.append(
+            {
+                "prefill": name,
+                "launches": found.launches,
+                "host_syncs": found.syncs,
+                "launch_places": dict(found.by_place.most_common(places)),
+                "sync_places": dict(found.sync_places.most_common(places)),
+                "operations": dict(found.by_operation.most_common(places)),
+            }
+        )
+        tell(name)
+    return rows
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """The counts as aligned text, then where most launches come from."""
+    counts = [[row["prefill"], str(row["launches"]), str(row["host_syncs"])] for row in rows]
+    places = [
+        f"{row['prefill']}: " + ", ".join(f"{at} {n}" for at, n in row["launch_places"].items())
+        for row in rows
+    ]
+    return "\n".join([aligned([["prefill", "launches", "host syncs"], *counts]), *places])
+
+
+def prefill(pruning: Pruning, images: int) -> Counted:
+    """Of a prefill of so many images: tower, decoder and choosing."""
     model = NARROW.model(tokenizer()).to(torch.bfloat16).eval()
     fill_weights(model)
     processor = NARROW.processor(tokenizer())
