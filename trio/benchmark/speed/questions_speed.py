@@ -111,9 +111,7 @@ def _measure(
     ratios = [each[ALONE] / each[SHARED] for each in took]
     return {
         "questions": len(asked),
-        "answered_alike": sum(
-            answers[SHARED][key] == answers[ALONE][key] for key in answers[ALONE]
-        ),
+        "answered_alike": sum(alike),
         "images_encoded": counted["images_encoded"],
         "image_layers": counted["image_layers"],
         "shared_prompts": counted["shared_prompts"],
