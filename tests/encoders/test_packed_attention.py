@@ -88,9 +88,16 @@ def test_a_tower_attends_once_a_block(
 
 def test_the_config_is_restored_after_a_fault(family: tuple[Any, list[Inputs]]) -> None:
     tower = family[0].model.model.visual
-    with pytest.raises(ZeroDivisionError), packed(tower):
-        assert tower.config._attn_implementation == packed_attention.NAME
-        raise ZeroDivisionError
+    set_to: list[str] = []
+
+    def fail() -> None:
+        with packed(tower):
+            set_to.append(tower.config._attn_implementation)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert set_to == [packed_attention.NAME]
     assert tower.config._attn_implementation == "sdpa"
 
 
