@@ -6,11 +6,12 @@ Shapes: I images of a case, P patches, S tokens of the tower, D its hidden size.
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from tests.conformance.checks import Checks
 from tests.conformance.files import Case, Tensors
-from trio.encoders.clip_hooks import Watched, watched
+from trio.encoders.clip_hooks import Watched, hidden_states, watched
 from trio.encoders.merging import by_attention
 from trio.encoders.visionzip import contextual_groups, visionzip
 from trio.errors import UserError
@@ -25,13 +26,13 @@ def replay(case: Case, recorded: Tensors) -> Checks:
     Raises:
         UserError: the case's files or facts cannot be used.
     """
-    seen = _forward(case, recorded)
+    hidden_ISD, seen = _forward(case, recorded)
     checks = Checks()
-    checks.close("hidden_penultimate", seen.hidden_ISD, recorded["hidden_penultimate"])
+    checks.close("hidden_penultimate", hidden_ISD, recorded["hidden_penultimate"])
     checks.close("metric", seen.mean_keys(), recorded["metric"])
     checks.close("cls_attention_sum", seen.class_attention(), recorded["cls_attention_sum"])
     _check_settings(case, checks, *seen.class_attention().shape)
-    _check_choice(case, checks, seen, recorded)
+    _check_choice(case, checks, hidden_ISD, seen, recorded)
     return checks
 
 
@@ -50,13 +51,13 @@ def _tower(case: Case) -> CLIPVisionModel:
     return tower.eval()
 
 
-def _forward(case: Case, recorded: Tensors) -> Watched:
-    """The second-last layer after a forward of the case's images."""
+def _forward(case: Case, recorded: Tensors) -> tuple[Tensor, Watched]:
+    """Hidden states that leave the second-last layer, and the layer, of the case's images."""
     tower, pixels = _tower(case), recorded["pixel_values"]
     layer = tower.config.num_hidden_layers - 2
     with torch.no_grad(), watched(tower, [layer]) as seen:
-        tower(pixels)
-    return seen[layer]
+        (hidden_ISD,) = hidden_states(tower, pixels, [layer])
+    return hidden_ISD, seen[layer]
 
 
 def _check_settings(case: Case, checks: Checks, images: int, patches: int) -> None:
@@ -71,7 +72,9 @@ def _check_settings(case: Case, checks: Checks, images: int, patches: int) -> No
         )
 
 
-def _check_choice(case: Case, checks: Checks, seen: Watched, recorded: Tensors) -> None:
+def _check_choice(
+    case: Case, checks: Checks, hidden_ISD: Tensor, seen: Watched, recorded: Tensors
+) -> None:
     attention_IP, keys_ISE = seen.class_attention(), seen.mean_keys()
     images, patches = attention_IP.shape
     dominant, contextual = case.fact("dominant"), case.fact("contextual")
@@ -92,7 +95,7 @@ def _check_choice(case: Case, checks: Checks, seen: Watched, recorded: Tensors) 
     checks.equal("context_assignment", assigned, recorded["context_assignment"])
 
     reduced = visionzip(
-        attention_IP, keys_ISE, seen.hidden_ISD, [dominant] * images, [contextual] * images
+        attention_IP, keys_ISE, hidden_ISD, [dominant] * images, [contextual] * images
     )
     sources_IX = reduced.sources_T.view(images, -1)
     kept = [[-1, *sorted(own)] for own in order_IP.tolist()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from tests.tiny.llava import randomise
-from trio.encoders.clip_hooks import watched
+from trio.encoders.clip_hooks import hidden_states, watched
 
 LAYERS, HEADS = 4, 3
 
@@ -45,7 +46,7 @@ def hooks(model: Any) -> int:
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @torch.no_grad()
-def test_attention_keys_and_hidden_states_are_those_of_transformers(attention: str) -> None:
+def test_attention_and_keys_are_those_of_transformers(attention: str) -> None:
     plain = tower("eager")(pixels(), output_attentions=True, output_hidden_states=True)
     model = tower(attention)
     with watched(model, [2, 1]) as seen:
@@ -57,8 +58,6 @@ def test_attention_keys_and_hidden_states_are_those_of_transformers(attention: s
         expected = weights.sum(dim=1)[:, 0, 1:]
         assert expected.std() > 0.01  # of no use if attention were flat
         torch.testing.assert_close(layer.class_attention(), expected, atol=5e-6, rtol=5e-5)
-        hidden = plain.hidden_states[index + 1]
-        torch.testing.assert_close(layer.hidden_ISD, hidden, atol=5e-5, rtol=5e-5)
         entering = model.encoder.layers[index].layer_norm1(plain.hidden_states[index])
         keys = model.encoder.layers[index].self_attn.k_proj(entering)
         mean = keys.view(3, 26, HEADS, 8).mean(dim=2)
@@ -74,7 +73,7 @@ def test_the_tower_keeps_its_attention_and_no_hook_stays() -> None:
     own = attention.register_forward_hook(lambda *call: weighed.append(call[2][1]))
     before = hooks(model)
     with watched(model, [1, 1, 3]):
-        assert hooks(model) == before + 2 * 3
+        assert hooks(model) == before + 2 * 2
         result = model(pixels()).last_hidden_state
     assert hooks(model) == before
     own.remove()
@@ -99,7 +98,7 @@ def test_other_towers_are_not_watched() -> None:
     with watched(model, [1]) as seen:
         other(pixels())
         assert hooks(other) == 0
-    assert not hasattr(seen[1], "hidden_ISD")
+    assert not hasattr(seen[1], "_key_ISX")
 
 
 @torch.no_grad()
@@ -110,3 +109,55 @@ def test_half_precision_is_weighed_in_single() -> None:
     attention = seen[2].class_attention()
     assert attention.dtype == seen[2].mean_keys().dtype == torch.float32
     assert attention.unique().numel() == attention.numel()
+
+
+def layers_run(model: Any) -> list[int]:
+    """Filled by forwards of it: the layers that were computed."""
+    run: list[int] = []
+    for number, layer in enumerate(model.encoder.layers):
+        layer.register_forward_hook(lambda *_, number=number: run.append(number))
+    return run
+
+
+@pytest.mark.parametrize("layers", [[2], [3], [-1], [0, 2], [2, -1, 1]])
+@torch.no_grad()
+def test_hidden_states_are_those_of_transformers_and_no_layer_behind_them_is_run(
+    layers: list[int],
+) -> None:
+    model = tower()
+    plain = model(pixels(), output_hidden_states=True)
+    run = layers_run(model)
+    before = hooks(model)
+    found = hidden_states(model, pixels(), layers)
+    assert hooks(model) == before
+    assert run == list(range(max(layers) + 1))
+    for layer, states in zip(layers, found, strict=True):
+        assert torch.equal(states, plain.hidden_states[layer + 1])
+    assert torch.equal(model(pixels()).last_hidden_state, plain.last_hidden_state)
+
+
+@torch.no_grad()
+def test_other_threads_run_the_whole_tower_meanwhile() -> None:
+    model = tower()
+    whole = model(pixels()).last_hidden_state
+    with ThreadPoolExecutor(1) as other:
+        seen: list[Tensor] = []
+
+        def enter(*_: Any) -> None:
+            if not seen:
+                seen.append(whole)
+                with torch.no_grad():
+                    seen[0] = other.submit(model, pixels()).result(timeout=60).last_hidden_state
+
+        model.encoder.layers[0].register_forward_pre_hook(enter)
+        hidden_states(model, pixels(), [1])
+    assert torch.equal(seen[0], whole) and seen[0] is not whole
+
+
+def test_a_fault_in_the_tower_is_no_early_end() -> None:
+    model = tower()
+    with pytest.raises(ValueError):
+        hidden_states(model, torch.zeros(1, 3, 7, 7), [1])
+    with pytest.raises(IndexError):
+        hidden_states(model, pixels(), [0, LAYERS])
+    assert hooks(model) == 0

@@ -9,6 +9,7 @@ import torch
 
 from tests.engine.support import mixed_requests, tokens
 from tests.tiny.llava import save_tiny_checkpoint
+from trio.decoder import default_dtype
 from trio.engine.engine import Engine
 from trio.engine.loading import load, load_preprocessor, load_processor
 from trio.engine.preprocess import Preprocessor
@@ -37,6 +38,21 @@ def test_dtype_on_a_cpu(
     model, _ = load(str(checkpoint), device="cpu", dtype=dtype)
     assert model.dtype == expected
     assert not model.training
+
+
+def test_a_cpu_with_matrix_units_keeps_half_precision_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    half = str(save_tiny_checkpoint(tmp_path, dtype=torch.bfloat16))
+    for there, expected in ((False, torch.float32), (True, torch.bfloat16)):
+        monkeypatch.setattr(default_dtype, "has_matrix_units", lambda _, there=there: there)
+        caplog.clear()
+        model, _ = load(half, device="cpu")
+        assert model.dtype == expected
+        said = [record.message for record in caplog.records if "is loaded in" in record.message]
+        assert len(said) == there
+    assert "is loaded in bfloat16: the checkpoint is bfloat16, and this CPU" in said[0]
+    assert load(half, device="cpu", dtype="float32")[0].dtype == torch.float32
 
 
 def test_workers_prepare_with_the_processor_alone(checkpoint: Path) -> None:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytest
+import torch
 
 from tests.engine.support import mixed_requests
 from tests.every_family.family import FAMILIES, Family
 from tests.every_family.test_contexts import text_tower
+from trio.decoder.stopwatch import Stopwatch
+from trio.engine import shared_encoder
 from trio.engine.engine import Engine
 from trio.engine.request import ImageInputs, Prepared, Result
 from trio.pruning.options import Pruning
@@ -86,12 +90,24 @@ def test_what_is_spared_is_charged_all_the_same(
     family: Family, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, second = engine(family, UNPRUNED).beside([TRIO])
-    clock = iter(range(10**6))
-    shared = first._runner._encoder
-    monkeypatch.setattr(shared, "_now", lambda: float(next(clock)))
+    shared, passes = first._runner._encoder, 0
+
+    class Seconds(Stopwatch):
+        """A second each."""
+
+        def __init__(self, device: torch.device) -> None:
+            nonlocal passes
+            passes += 1
+
+        def running(self) -> AbstractContextManager[None]:
+            return nullcontext()
+
+        def seconds(self) -> float:
+            return 1.0
+
+    monkeypatch.setattr(shared_encoder, "Stopwatch", Seconds)
     requests = prepared(first, 8)
     said(first, requests)
-    passes = next(clock) // 2
     assert 0 < passes <= images(requests) and shared.saved_s == 0
     said(second, requests)
     assert shared.saved_s == pytest.approx(passes), "a second each"

@@ -64,6 +64,27 @@ def test_towers_with_and_without_a_class_token(
     assert tokens(Engine(model, processor, kv_bytes=1 << 24).generate(requests)) == expected
 
 
+@pytest.mark.parametrize("layer", [-1, -2, 1, -4])
+@pytest.mark.parametrize(("tower", "strategy"), [("clip", "default"), ("siglip", "full")])
+def test_features_are_the_models_own_and_no_layer_is_run_for_nobody(
+    tower: Tower, strategy: Strategy, layer: int
+) -> None:
+    """Bit for bit."""
+    model = tiny_llava(tower=tower, strategy=strategy, vision_use_head=True, layers=1)
+    layers = model.model.vision_tower.encoder.layers
+    model.config.vision_feature_layer = layer
+    adapter, pixels = adapt(model), torch.randn(3, 3, 32, 32)
+    run: list[int] = []
+    for number, one in enumerate(layers):
+        one.register_forward_hook(lambda *_, number=number: run.append(number))
+    features = adapter.encode_images(inputs(pixels))
+    assert run == list(range(layer % (len(layers) + 1)))
+    with torch.no_grad():
+        own = model.get_image_features(pixels, return_dict=True).pooler_output
+    for image, wanted in zip(features, own, strict=True):
+        assert torch.equal(image.tokens, wanted)
+
+
 def test_a_tower_that_takes_pictures_of_any_size_is_refused() -> None:
     sizes: dict[str, Any] = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     vision = PixtralVisionConfig(**sizes, intermediate_size=8, image_size=32, patch_size=8)

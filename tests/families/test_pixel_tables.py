@@ -29,6 +29,7 @@ from trio.errors import UserError
 from trio.families.llava import LlavaAdapter
 from trio.families.llava_next import LlavaNextAdapter
 from trio.families.llava_onevision import LlavaOnevisionAdapter
+from trio.families.pixel_tables import finished
 from trio.families.qwen2_5_vl import Qwen25VLAdapter
 from trio.families.qwen3_vl import Qwen3VLAdapter
 
@@ -44,6 +45,7 @@ def prepared(prepare: Preprocessor, images: Any) -> Prepared:
 def assert_same(one: Prepared, other: Prepared) -> None:
     assert (one.input_ids, one.image_tokens) == (other.input_ids, other.image_tokens)
     for mine, theirs in zip(one.image_inputs, other.image_inputs, strict=True):
+        mine, theirs = finished([mine, theirs], torch.device("cpu"))
         assert mine.keys() == theirs.keys()
         for name in mine:
             assert mine[name].dtype == theirs[name].dtype
@@ -162,7 +164,9 @@ def test_what_hangs_on_single_values_is_in_the_table() -> None:
     prepare, album = of(Clips), [picture(n, (70, 50)) for n in range(2)]
     assert prepare.cut
     made = prepared(prepare, prepare.process(album))
-    assert made.image_inputs[0]["pixel_values"].max() == 1.5
+    assert made.image_inputs[0]["pixel_values"].dtype == torch.uint8
+    (image,) = finished(made.image_inputs[:1], torch.device("cpu"))
+    assert image["pixel_values"].max() == 1.5
     assert_same(made, prepared(prepare, album))
 
 
@@ -220,7 +224,6 @@ def test_processed_images_that_do_not_belong_to_the_request() -> None:
     qwen = Preprocessor(tiny_qwen_processor(), Qwen25VLAdapter)
     one, two = prepare.process([picture(0), picture(1)])
     (alone,) = prepare.process([picture(0)])
-    (finished,) = prepared(prepare, [alone]).image_inputs
     (other,) = qwen.process([picture(0)])
     other.inputs.pop("pixel_values")  # type: ignore[attr-defined]
 
@@ -233,6 +236,6 @@ def test_processed_images_that_do_not_belong_to_the_request() -> None:
     assert fault(one, picture(1)) == "image: image 1 is not processed, and others of its prompt are"
     assert fault(one).startswith("mismatch: image 0 was processed as one of 2 of a prompt")
     assert "image 0 was not processed for this model: it has no pixel_values" in fault(other)
-    alone.inputs["pixel_values"] = finished["pixel_values"].numpy()  # type: ignore[index]
+    alone.inputs["pixel_values"] = other.inputs["image_grid_thw"]  # type: ignore[index]
     assert "it has no pixel_values of uint8" in fault(alone)
     assert "cannot be stopped at uint8" in fault(alone, by=of(Stretches))

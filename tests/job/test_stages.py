@@ -17,6 +17,7 @@ from tests.tiny.llava import save_tiny_checkpoint
 from trio.engine.loading import load_preprocessor
 from trio.engine.request import Prepared, ProcessedImage, Request, Sampling
 from trio.errors import UserError
+from trio.families.pixel_tables import finished
 from trio.job import stages
 from trio.job.engines.engine_settings import build_preprocessor
 from trio.job.images.image_files import load_images
@@ -221,7 +222,8 @@ def test_pixels_are_those_that_the_engine_would_make(tmp_path: Path, desk: Any, 
         one, other = (prepare(Request(prompt="a", images=tuple(i))) for i in (images, pil))
         assert isinstance(one, Prepared) and isinstance(other, Prepared)
         assert (one.input_ids, one.image_tokens) == (other.input_ids, other.image_tokens)
-        for mine, theirs in zip(one.image_inputs, other.image_inputs, strict=True):
+        made = finished(one.image_inputs, torch.device("cpu"))
+        for mine, theirs in zip(made, other.image_inputs, strict=True):
             assert mine.keys() == theirs.keys()
             assert all(torch.equal(mine[name], theirs[name]) for name in mine)
 

@@ -64,7 +64,7 @@ def test_the_published_setting_on_a_7b_shape() -> None:
     assert unpruned / (alone + forwards) == pytest.approx(6.76, abs=5e-3)
 
     # With the text in, and all that the method itself costs.
-    for counted, expected in ((two, (5.244, 4.944, 4.026)), (shape, (5.219, 4.977, 4.209))):
+    for counted, expected in ((two, (5.244, 4.944, 4.054)), (shape, (5.219, 4.977, 4.234))):
         before, after = counted.prefill_flops(full), counted.prefill_flops(pruned)
         proxy = sum(counted.proxy_flops(count + TEXT_TOKENS, rows=4) for count in scored)
         vision = adapter.vision_flops({"pixel_values": torch.empty(1, 3, 336, 336)})
@@ -80,10 +80,10 @@ NINTH = Pruning(retention=1 / 9)
 PUBLISHED_NEXT = Pruning(schedule="1:436,10:255,15:173")
 # Of LLaVA-NeXT: 5 tiles and a newline for each of 48 rows; of an image of 3:2 only 32 rows.
 README = [
-    ("llava-1.5-7b", NINTH, (336, 336), 576, (5.219, 4.974, 4.207, 5.129)),
-    ("llava-next-7b", NINTH, (672, 672), 2928, (8.361, 7.904, 6.040, 7.755)),
-    ("llava-next-7b", PUBLISHED_NEXT, (672, 672), 2928, (7.941, 7.520, 5.823, 7.362)),
-    ("llava-next-7b", PUBLISHED_NEXT, (672, 448), 2144, (6.122, 5.840, 4.504, 5.779)),
+    ("llava-1.5-7b", NINTH, (336, 336), 576, (5.219, 4.974, 4.232, 5.129)),
+    ("llava-next-7b", NINTH, (672, 672), 2928, (8.361, 7.904, 6.093, 7.755)),
+    ("llava-next-7b", PUBLISHED_NEXT, (672, 672), 2928, (7.941, 7.520, 5.872, 7.362)),
+    ("llava-next-7b", PUBLISHED_NEXT, (672, 448), 2144, (6.122, 5.840, 4.542, 5.779)),
     ("qwen2.5-vl-7b", NINTH, (1008, 1008), 1296, (6.825, 6.678, 2.564, 6.646)),
     ("qwen3-vl-8b", NINTH, (1024, 1024), 1024, (6.428, 6.214, 2.586, 6.231)),
     ("llava-onevision-7b", NINTH, (1008, 1008), 7371, (9.551, 9.356, 6.485, 8.454)),
@@ -225,14 +225,13 @@ def test_the_tower_of_llava_onevision_costs_what_its_operations_add_up_to() -> N
 
 @pytest.mark.parametrize(("strategy", "head"), [("default", False), ("full", True)])
 def test_a_siglip_tower_costs_what_its_operations_add_up_to(strategy: Strategy, head: bool) -> None:
-    """Without a class token, and with the head that it has by default."""
+    """Without a class token; the head that it has by default is not run."""
     model = tiny_llava(layers=1, tower="siglip", strategy=strategy, vision_use_head=head)
     adapter = adapt(model)
     image = {"pixel_values": torch.zeros(1, 3, 32, 32)}
     with torch.no_grad(), counter() as operations:
         adapter.encode_images([image])
     shape = VisionShape.of_llava_config(model.config)
-    assert shape.pooled == head
     assert operations.get_total_flops() == 2 * (adapter.vision_flops(image) - _attention(shape))
 
 

@@ -1,5 +1,8 @@
 """Forward hooks on layers of a CLIP-like tower: hidden states, keys, the class token's attention.
 
+No more of a tower is run than the layers that are asked for: most models take the output of the
+last but one, and what is behind it would be computed for nobody.
+
 The attention of one query, the class token's, is all that a reduction asks for. So the tower keeps
 the fast attention that it was loaded with, which gives no weights, and the one row is done again.
 
@@ -9,21 +12,21 @@ hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from threading import get_ident
 from typing import Any
 
 import torch
 from torch import Tensor
 
 
+class _DeepEnough(Exception):
+    """Leaves a tower's forward."""
+
+
 class Watched:
-    """One encoder layer, after a forward of the tower.
-
-    hidden_ISD: hidden states that leave it.
-    """
-
-    hidden_ISD: Tensor
+    """One encoder layer, after a forward of the tower."""
 
     def __init__(self, layer: Any) -> None:
         self._attention = layer.self_attn
@@ -52,15 +55,12 @@ class Watched:
     def _see_keys(self, module: Any, args: Any, output: Tensor) -> None:
         self._key_ISX = output
 
-    def _see_hidden(self, module: Any, args: Any, output: Tensor) -> None:
-        self.hidden_ISD = output
-
 
 @contextmanager
 def watched(tower: Any, indices: Iterable[int]) -> Iterator[dict[int, Watched]]:
     """See what these layers do, counted from 0, in forwards of a CLIP tower (`encoder.layers`).
 
-    Each has three hooks of its own as long as the context lasts, on this instance alone.
+    Each has two hooks of its own as long as the context lasts, on this instance alone.
 
     Yields:
         By index, the layers; to be read once the tower has run.
@@ -73,8 +73,45 @@ def watched(tower: Any, indices: Iterable[int]) -> Iterator[dict[int, Watched]]:
             own = seen[index] = Watched(layer)
             handles.append(layer.self_attn.q_proj.register_forward_hook(own._see_query))
             handles.append(layer.self_attn.k_proj.register_forward_hook(own._see_keys))
-            handles.append(layer.register_forward_hook(own._see_hidden))
         yield seen
     finally:
         for handle in handles:
             handle.remove()
+
+
+def hidden_states(tower: Any, pixels: Tensor, layers: Sequence[int]) -> list[Tensor]:
+    """Runs a tower as far as the deepest of some layers (`encoder.layers`).
+
+    Args:
+        pixels: `[I, 3, height, width]`, as the tower takes them.
+        layers: counted from 0; -1 stands for what enters the first.
+
+    Returns:
+        `[I, S, D]` each, the hidden states that leave these layers. The forward is the tower's own,
+        left by an exception; forwards in other threads see nothing of that.
+    """
+    found: dict[int, Tensor] = {}
+    caller, deepest = get_ident(), max(layers)
+
+    def see(layer: int, states: Tensor) -> None:
+        if get_ident() == caller:
+            found[layer] = states
+            if layer == deepest:
+                raise _DeepEnough
+
+    blocks, handles = tower.encoder.layers, []
+    try:
+        for layer in {*layers}:
+            if layer < 0:
+                hook = blocks[0].register_forward_pre_hook(lambda _, args: see(-1, args[0]))
+            else:
+                hook = blocks[layer].register_forward_hook(
+                    lambda _, __, output, layer=layer: see(layer, output)
+                )
+            handles.append(hook)
+        with suppress(_DeepEnough):
+            tower(pixels)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [found[layer] for layer in layers]

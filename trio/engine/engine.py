@@ -174,7 +174,9 @@ class Engine:
                 repository is run. "demo" is the bundled one, also where a directory is called so.
             device: None takes the GPU if there is one.
             dtype: float32, bfloat16, float16, float64, or "auto" for the checkpoint's; None takes
-                the checkpoint's on a GPU, float32 on a CPU.
+                bfloat16 on a GPU that has it, float32 on a CPU, but where that has matrix units
+                (amx_bf16) bfloat16 for a checkpoint in half precision. What is not the checkpoint's
+                own, or differs by machine, is said in one line.
             revision: commit, tag or branch of a hub id; None takes its main branch.
             min_pixels, max_pixels: width times height to which an image is enlarged or reduced
                 before the model sees it, for models that take images at many sizes (Qwen-VL);

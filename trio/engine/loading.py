@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 from contextlib import AbstractContextManager
@@ -14,6 +15,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.utils import cached_file
 
 from trio import bundled, cgroups
+from trio.decoder.default_dtype import on_a_cpu, on_a_gpu, saved_dtype
 from trio.decoder.weights import DTYPES, check_unquantised
 from trio.engine.checkpoint_files import check_directory, check_files, check_tensors
 from trio.engine.preprocess import Preprocessor
@@ -23,6 +25,8 @@ from trio.families.pixel_limits import limit_images
 from trio.families.registry import adapt, adapter_class
 from trio.families.text_tower import TextTower
 from trio.pruning.pruning_config import FILE as PRUNING_DEFAULTS
+
+_log = logging.getLogger(__name__)
 
 
 def load(
@@ -36,11 +40,12 @@ def load(
 ) -> tuple[Any, Any]:
     """Model and processor, see `Engine.from_pretrained`."""
     where = _device(device)
-    kind = _dtype(dtype, where)
+    kind = _asked_dtype(dtype)
     if model == bundled.NAME and (line := bundled.shadowed()):
         warnings.warn(line, stacklevel=3)
     model = _expanded(model)
     config = _config(model, revision)
+    kind = kind or _default_dtype(model, config, where)
     processor = _processor(model, config, revision)
     limit_images(processor, min_pixels=min_pixels, max_pixels=max_pixels)
     with _explaining("config.json or the weights", model, revision):
@@ -240,10 +245,10 @@ def _device(device: str | torch.device | None) -> torch.device:
     return where
 
 
-def _dtype(dtype: str | torch.dtype | None, where: torch.device) -> str | torch.dtype:
-    """As transformers takes it; the default is the checkpoint's on a GPU, float32 on a CPU."""
+def _asked_dtype(dtype: str | torch.dtype | None) -> str | torch.dtype | None:
+    """As transformers takes it; None where nothing is asked for."""
     if dtype is None:
-        return "auto" if where.type == "cuda" else torch.float32
+        return None
     known: dict[Any, str | torch.dtype] = {
         str(kind).removeprefix("torch."): kind for kind in DTYPES
     }
@@ -252,6 +257,20 @@ def _dtype(dtype: str | torch.dtype | None, where: torch.device) -> str | torch.
     if not isinstance(dtype, str | torch.dtype) or dtype not in known:
         raise UserError(f"dtype {dtype!r} is none of auto, {names}")
     return known[dtype]
+
+
+def _default_dtype(model: str, config: Any, where: torch.device) -> str | torch.dtype:
+    """What is taken where nothing is asked for, said in one line unless it is the usual."""
+    saved = saved_dtype(config.to_dict())
+    if where.type == "cuda":
+        if torch.cuda.get_device_capability(where) < (8, 0):
+            return "auto"  # older ones have no bfloat16
+        name, why = on_a_gpu(saved)
+    else:
+        name, why = on_a_cpu(saved)
+    if name != (saved if where.type == "cuda" else "float32"):
+        _log.warning("%s is loaded in %s: %s", model, name, why)
+    return getattr(torch, name)
 
 
 def default_kv_bytes(device: torch.device, share: float = 1.0) -> int:

@@ -118,7 +118,7 @@ class Preprocessor:
     def process(self, images: Sequence[Image]) -> list[ProcessedImage]:
         """The model's image processor on the images of one prompt, up to uint8 pixels.
 
-        A request with what comes out of it is prepared bit for bit as one with the images.
+        A request with what comes out of it is read bit for bit as one with the images.
 
         Raises:
             Unservable: an image that cannot be read or has an impossible shape.
@@ -209,11 +209,12 @@ class Preprocessor:
             numbers = f"{image.prompt_images} of a prompt, and here are {len(images)}"
             raise Unservable("mismatch", f"{where} was processed as one of {numbers}")
         try:
-            made = self._known_tables().finish(image.inputs)
+            tables = self._known_tables()
+            made = tables.tensors(image.inputs)
         except ValueError as fault:
             message = f"{where} was not processed for this model: {first_line(fault)}"
             raise Unservable("image", message) from fault
-        return image.input_ids.tolist(), ImageInputs(made, image.digest)
+        return image.input_ids.tolist(), ImageInputs(made, image.digest, tables)
 
     def _candidates(
         self,

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
+    from trio.families.pixel_tables import PixelTables
+
 FailureKind = Literal[
     "prompt", "image", "mismatch", "too_long", "no_room", "numeric", "constraint", "incomplete"
 ]
@@ -145,13 +147,20 @@ class Sampling:
 
 
 class ImageInputs(dict[str, Any]):
-    """What an image processor made of one image; `digest` is the same for equal ones."""
+    """What an image processor made of one image; `digest` is the same for equal ones.
 
-    __slots__ = ("digest",)
+    With `tables` its pixels are still uint8: `trio.families.pixel_tables.finished` makes the
+    model's floats of them.
+    """
 
-    def __init__(self, values: Mapping[str, Any], digest: bytes) -> None:
+    __slots__ = ("digest", "tables")
+
+    def __init__(
+        self, values: Mapping[str, Any], digest: bytes, tables: PixelTables | None = None
+    ) -> None:
         super().__init__(values)
         self.digest = digest
+        self.tables = tables
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -205,7 +214,8 @@ class Prepared:
     image_tokens: tuple[int, ...] = ()
     """Placeholder tokens of each image, in the prompt's order."""
     image_inputs: tuple[Mapping[str, Tensor], ...] = ()
-    """What the image processor made of each image, one mapping per image."""
+    """What the image processor made of each image, one mapping per image. Pixels may still be
+    uint8, see `ImageInputs`."""
     prompt: str = ""
     """The user's text alone, for a method that compares images with it."""
     instruction_ids: tuple[int, ...] = ()

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
-import torch
 from torch import Tensor
 
+from trio.decoder.stopwatch import Stopwatch
 from trio.engine.request import ImageInputs
 from trio.families.adapter import Adapter, Features, Inputs, Join
 
@@ -25,8 +24,10 @@ _Key = tuple[_Name, str, int | None]
 @dataclass(slots=True)
 class _Encoded:
     features: Features
-    seconds: float
-    """That they took."""
+    took: Stopwatch
+    """Of the pass of the encoder that they come from."""
+    images: int
+    """In that pass."""
     readers: set[int] = field(default_factory=set)
     """Who has read them."""
 
@@ -124,16 +125,16 @@ class SharedEncoder:
         if not new:
             return
         (_, encoder, _), *_ = new
-        began = self._now()
+        took = Stopwatch(self._adapter.decoder.device)
         keeps = [keep or 0 for _, _, keep in new]
         joins = self.join or join
-        made = self._adapter.encode_images(list(new.values()), encoder, keeps, joins)
-        seconds = (self._now() - began) / len(new)
+        with took.running():
+            made = self._adapter.encode_images(list(new.values()), encoder, keeps, joins)
         for (key, image), features in zip(new.items(), made, strict=True):
             own = _alone(features)
             held = None if isinstance(image, ImageInputs) else image
             place = self._found.setdefault(key[0], _Image(held))
-            place.encoded[key] = _Encoded(own, seconds, {reader})
+            place.encoded[key] = _Encoded(own, took, len(new), {reader})
             self._bytes += _size(own)
         self.images += len(new)
 
@@ -142,7 +143,7 @@ class SharedEncoder:
         found = self._found[key[0]].encoded[key]
         if reader not in found.readers:
             found.readers.add(reader)
-            self.saved_s += found.seconds
+            self.saved_s += found.took.seconds() / found.images
         return found.features
 
     def _trim(self) -> None:
@@ -154,13 +155,6 @@ class SharedEncoder:
                 break
             gone = self._found.pop(name)
             self._bytes -= sum(_size(one.features) for one in gone.encoded.values())
-
-    def _now(self) -> float:
-        """Seconds by a clock that has waited for the device."""
-        device = self._adapter.decoder.device
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter()
 
 
 def _name(image: Inputs) -> _Name:

@@ -18,9 +18,11 @@ from torch import Tensor
 from transformers import AutoProcessor
 
 from trio.decoder.decoder import Decoder
+from trio.decoder.gpu import sent, without_cudnn
 from trio.decoder.unchanged import Unchanged
 from trio.errors import UserError
 from trio.families.hub_defaults import defaults_of
+from trio.families.pixel_tables import finished
 from trio.pruning.flops import DecoderShape
 from trio.pruning.options import Pruning
 from trio.pruning.pruning_config import PruningDefaults
@@ -219,7 +221,8 @@ class Adapter(ABC):
         """Visual features, all images in one pass of the tower.
 
         Args:
-            inputs: for each image what `process_images` made of it.
+            inputs: for each image what `process_images` made of it; pixels may still be uint8, as
+                of `trio.families.pixel_tables`.
             encoder: what reduces them in the tower, one of `encoders`, or `none`.
             keeps: for each image the tokens that are to be left; ignored with `none`.
             join: as of the text tower that belongs to `clip_tower`, for `Features.joint`.
@@ -227,7 +230,8 @@ class Adapter(ABC):
         Returns:
             For each image its features in the decoder's dtype and on its device.
         """
-        with torch.no_grad():
+        with torch.no_grad(), without_cudnn(self.decoder.device):
+            inputs = finished(inputs, self.decoder.device)
             if encoder == "none" and join is None:
                 features = self._features(inputs)
             else:
@@ -314,7 +318,8 @@ class Adapter(ABC):
         """Decoder input of packed prompts.
 
         Args:
-            input_ids: `[T]`, prompts back to back.
+            input_ids: `[T]`, prompts back to back, on the host: what is looked up here is then no
+                reason to wait for a device.
             features: visual features of all their images in order.
 
         Returns:
@@ -323,20 +328,21 @@ class Adapter(ABC):
         Raises:
             UserError: placeholders and features do not match, with both numbers.
         """
-        input_ids = input_ids.to(self.decoder.device)
-        is_image_T = input_ids == self.image_token_id
+        is_image_T = input_ids.cpu() == self.image_token_id
+        place_N = is_image_T.nonzero()[:, 0]
         count = sum(len(image) for image in features)
-        placeholders = int(is_image_T.sum())
-        if placeholders != count:
+        if len(place_N) != count:
             raise UserError(
-                f"prompts have {placeholders} image placeholder tokens but their images give "
+                f"prompts have {len(place_N)} image placeholder tokens but their images give "
                 f"{count} features"
             )
-        embeds_TD = self.decoder.embed(input_ids.masked_fill(is_image_T, 0))
+        both = torch.cat((input_ids.cpu().masked_fill(is_image_T, 0), place_N))
+        ids_T, place_N = sent(both, self.decoder.device).split([len(input_ids), count])
+        embeds_TD = self.decoder.embed(ids_T)
         if not features:
             return embeds_TD
-        packed = torch.cat([image.tokens for image in features]).to(embeds_TD)
-        return embeds_TD.masked_scatter(is_image_T[:, None], packed)
+        packed_ND = torch.cat([image.tokens for image in features]).to(embeds_TD)
+        return embeds_TD.index_copy_(0, place_N, packed_ND)
 
     def shape(self) -> DecoderShape:
         """The decoder's size, for counting its cost."""

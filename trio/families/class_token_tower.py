@@ -7,8 +7,7 @@ with its text tower, T tokens that are left, N visual tokens that an image has w
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain
 from typing import Any
@@ -20,7 +19,13 @@ from trio.encoders.clip_hooks import watched
 from trio.encoders.merging import shared
 from trio.encoders.reduction import CLASS_TOKEN, Reduced, TowerStates, reduction
 from trio.families.adapter import Features, Inputs, Join, Joint
-from trio.families.llava_vision import CLASS_TOKENS, TiledAdapter, VisionShape, patches_per_edge
+from trio.families.llava_vision import (
+    CLASS_TOKENS,
+    TiledAdapter,
+    VisionShape,
+    feature_layers,
+    patches_per_edge,
+)
 from trio.pruning.options import ENCODERS
 
 
@@ -39,17 +44,13 @@ class ClassTokenAdapter(TiledAdapter):
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)
-        self._feature_layers = _feature_layers(model.config)
+        self._feature_layers = feature_layers(model.config)
         tower = model.config.vision_config.model_type
         if CLASS_TOKENS[tower] > 0 and min(self._feature_layers) >= 0:
             self.encoders = tuple(name for name in ENCODERS if name != "none")
         # A text tower's joint space is made for the width of one layer.
         if tower == "clip_vision_model" and self.encoders and len(self._feature_layers) == 1:
             self.clip_tower = model.model.vision_tower
-
-    @abstractmethod
-    def _pixels(self, inputs: Sequence[Inputs]) -> Tensor:
-        """Tiles of images, `[Q, 3, height, width]`."""
 
     @abstractmethod
     def _places(self, inputs: Inputs) -> Tensor:
@@ -84,11 +85,10 @@ class ClassTokenAdapter(TiledAdapter):
 
     def _whole(self, inputs: Sequence[Inputs], join: Join | None) -> list[Features]:
         """Unreduced features, in the joint space too if asked for."""
-        with _taken_by(self.model.model.multi_modal_projector) as taken:
-            features = self._features(inputs)
+        hidden_QSD = self._selected(inputs)
+        features = self._projected(hidden_QSD, inputs)
         if join is None:
-            return list(features)
-        (hidden_QSD,) = taken
+            return features
         edge = patches_per_edge(self.model.config)
         patches_QPD = hidden_QSD[:, hidden_QSD.shape[1] - edge**2 :]
         tiles = [self.tiles(image)[0] for image in inputs]
@@ -100,7 +100,8 @@ class ClassTokenAdapter(TiledAdapter):
         return [replace(own, joint=joint) for own, joint in zip(features, joints, strict=True)]
 
     def _patches(self, inputs: Inputs) -> Tensor:
-        """The other way round than `_places`: for each visual token its patch, `[N]`, or -1."""
+        """The other way round than `_places`: for each visual token of an image its patch, counted
+        tile by tile, `[N]` on the CPU; -1 for newlines and a class token."""
         place_P = self._places(inputs).flatten()
         is_there_P = place_P >= 0
         patch_N = torch.full((self.visual_tokens(inputs)[0],), -1)
@@ -144,9 +145,8 @@ class ClassTokenAdapter(TiledAdapter):
         deep = max(self._feature_layers)
         # The sixth of 24 layers in the published code.
         shallow = min(deep, 5 * config.vision_config.num_hidden_layers // 24)
-        with watched(tower, {*self._feature_layers, shallow}) as seen:
-            tower(self._to_tower(pixels))
-        hidden_QSD = torch.cat([seen[n].hidden_ISD for n in self._feature_layers], dim=-1)
+        with watched(tower, {deep, shallow}) as seen:
+            hidden_QSD = self._states(pixels)
         valid = None if bool(valid_QP.all()) else valid_QP.to(hidden_QSD.device)
         states = TowerStates(
             hidden_ISD=hidden_QSD,
@@ -178,25 +178,3 @@ class ClassTokenAdapter(TiledAdapter):
 def _patch_counts(place_QP: Tensor) -> list[int]:
     """Patches of each tile, without padding."""
     return [int(count) for count in (place_QP >= 0).sum(dim=1)]
-
-
-def _feature_layers(config: Any) -> list[int]:
-    """Tower layers, counted from 0, whose output becomes features; -1 for its embeddings."""
-    chosen = config.vision_feature_layer
-    states = config.vision_config.num_hidden_layers + 1
-    return [layer % states - 1 for layer in ([chosen] if isinstance(chosen, int) else chosen)]
-
-
-@contextmanager
-def _taken_by(module: Any) -> Iterator[list[Tensor]]:
-    """The inputs of a module's calls."""
-    taken: list[Tensor] = []
-
-    def see(module: Any, args: Any) -> None:
-        taken.append(args[0])
-
-    handle = module.register_forward_pre_hook(see)
-    try:
-        yield taken
-    finally:
-        handle.remove()

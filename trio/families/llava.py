@@ -42,12 +42,8 @@ class LlavaAdapter(ClassTokenAdapter):
         places = torch.cat((torch.full((class_tokens,), -1), torch.arange(edge**2)))
         return [Layout(((edge, edge),), places)] * len(self.tiles(inputs))
 
-    def _pool(self, inputs: Sequence[Inputs], **settings: Any) -> Sequence[Tensor]:
-        pixels = self._to_tower(self._pixels(inputs))
-        return self.model.model.get_image_features(pixels, **settings).pooler_output
-
-    def _pixels(self, inputs: Sequence[Inputs]) -> Tensor:
-        return torch.cat([image["pixel_values"] for image in inputs])
+    def _laid_out(self, tiles_QPD: Tensor, inputs: Sequence[Inputs]) -> Sequence[Tensor]:
+        return tiles_QPD.unbind()
 
     def _places(self, inputs: Inputs) -> Tensor:
         patches = patches_per_edge(self.model.config) ** 2

@@ -117,21 +117,16 @@ class LlavaOnevisionAdapter(AnyResolutionAdapter):
         edge = ceil(patches_per_edge(self.model.config) / 2)
         return [frames * edge**2 + 1] * videos  # 1 for the newline behind the last frame
 
-    def _pool(self, inputs: Sequence[Inputs], **settings: Any) -> Sequence[Tensor]:
-        # The model takes images prompt by prompt: one of each in tiles, and all others together.
-        tiled = [next(_images(image))[1] for image in inputs]
-        order = sorted(range(len(inputs)), key=lambda index: not tiled[index])
-        prompts = [1] * sum(tiled)
-        if len(inputs) > len(prompts):
-            prompts.append(max(2, len(inputs) - len(prompts)))
-        pooled = self.model.model.get_image_features(
-            self._to_tower(torch.cat([inputs[index]["pixel_values"][0] for index in order])),
-            torch.cat([inputs[index]["image_sizes"] for index in order]),
-            batch_num_images=torch.tensor(prompts),
-            **settings,
-        ).pooler_output
-        of = dict(zip(order, pooled, strict=True))
-        return [of[index] for index in range(len(inputs))]
+    def _laid_out(self, tiles_QPD: Tensor, inputs: Sequence[Inputs]) -> Sequence[Tensor]:
+        model = self.model.model
+        counts = [self.tiles(image)[0] for image in inputs]
+        features, _ = model.pack_image_features(
+            tiles_QPD.split(counts),
+            torch.cat([image["image_sizes"] for image in inputs]),
+            image_newline=model.image_newline,
+            vision_aspect_ratio=self.model.config.vision_aspect_ratio,
+        )
+        return features
 
     def _tiles(self, size: _Size) -> int:
         rows, columns = self._grid(size)

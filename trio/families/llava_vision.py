@@ -22,6 +22,8 @@ from transformers.models.llava_next.modeling_llava_next import (
     unpad_image,
 )
 
+from trio.decoder.gpu import sent
+from trio.encoders.clip_hooks import hidden_states
 from trio.encoders.reduction import TowerShape
 from trio.errors import UserError
 from trio.families.adapter import Adapter, Features, Inputs, Layout, check_pixels, tensor_of
@@ -36,7 +38,7 @@ class VisionShape:
     """Sizes of a CLIP-like tower and a two-layer projector, for one picture that it takes."""
 
     layers_run: int
-    """Tower layers."""
+    """Tower layers, up to the deepest whose output is taken: no others are run."""
     hidden_size: int
     num_heads: int
     intermediate_size: int
@@ -47,9 +49,6 @@ class VisionShape:
     """Tokens that the projector gets."""
     patch_inputs: int
     decoder_hidden_size: int
-    pooled: bool = False
-    """Whether the tower also sums a picture up in one vector, by a query with attention and an FFN,
-    though nobody uses it."""
 
     @classmethod
     def of_llava_config(cls, config: Any) -> VisionShape:
@@ -60,7 +59,7 @@ class VisionShape:
         # Where there is no class token, that strategy drops a patch.
         dropped = config.vision_feature_select_strategy == "default"
         return cls(
-            layers_run=vision.num_hidden_layers,
+            layers_run=max(feature_layers(config)) + 1,
             hidden_size=vision.hidden_size,
             num_heads=vision.num_attention_heads,
             intermediate_size=vision.intermediate_size,
@@ -69,19 +68,16 @@ class VisionShape:
             features=tokens - dropped,
             patch_inputs=vision.num_channels * vision.patch_size**2,
             decoder_hidden_size=config.text_config.hidden_size,
-            pooled=getattr(vision, "vision_use_head", False),
         )
 
     def flops(self, projected: int | None = None) -> int:
         """Tower and projector; without what a reduction itself costs.
 
         `projected`: tokens that a reduction leaves the projector; None if there is none. The tower
-        runs as a whole in any case.
+        runs alike in any case.
         """
         n, d, m = self.tokens, self.hidden_size, self.intermediate_size
         tower = self.layers_run * (4 * n * d * d + 2 * n * n * d + 2 * n * d * m)
-        if self.pooled:
-            tower += 2 * d * (d + n * d + n + m)
         patches = self.patches * self.patch_inputs * d
         out = self.decoder_hidden_size
         projected = self.features if projected is None else projected
@@ -122,8 +118,13 @@ class TiledAdapter(Adapter):
         return []
 
     @abstractmethod
-    def _pool(self, inputs: Sequence[Inputs], **settings: Any) -> Sequence[Tensor]:
-        """The model's features of images `[1, ...]` each, in one pass of the tower."""
+    def _laid_out(self, tiles_QPD: Tensor, inputs: Sequence[Inputs]) -> Sequence[Tensor]:
+        """The model's features of images `[1, ...]` each, `[N, D]`, from what its projector made of
+        their tiles, as far as there are P tokens of each of these Q."""
+
+    def _pixels(self, inputs: Sequence[Inputs]) -> Tensor:
+        """Tiles of images, `[Q, 3, height, width]`."""
+        return torch.cat([image["pixel_values"] for image in inputs])
 
     def check_inputs(self, inputs: Inputs) -> None:
         side = self.model.config.vision_config.image_size
@@ -133,18 +134,30 @@ class TiledAdapter(Adapter):
         return sum(self.tiles(inputs)) * VisionShape.of_llava_config(self.model.config).flops()
 
     def _features(self, inputs: Sequence[Inputs]) -> Sequence[Features]:
-        config = self.model.config
-        pooled = self._pool(
-            inputs,
-            vision_feature_layer=config.vision_feature_layer,
-            vision_feature_select_strategy=config.vision_feature_select_strategy,
-            return_dict=True,
-        )
-        return [Features(image) for image in pooled]
+        return self._projected(self._selected(inputs), inputs)
 
-    def _to_tower(self, pixels: Tensor) -> Tensor:
-        parameter = next(self.model.model.vision_tower.parameters())
-        return pixels.to(parameter.device, parameter.dtype)
+    def _selected(self, inputs: Sequence[Inputs]) -> Tensor:
+        """What the projector takes of all tiles, `[Q, P, D]`, D the hidden size of the tower times
+        the layers that are taken."""
+        hidden_QSD = self._states(self._pixels(inputs))
+        return hidden_QSD[:, 1:] if self._drops_first else hidden_QSD
+
+    def _projected(self, selected_QPD: Tensor, inputs: Sequence[Inputs]) -> list[Features]:
+        tiles_QPD = self.model.model.multi_modal_projector(selected_QPD)
+        return [Features(image) for image in self._laid_out(tiles_QPD, inputs)]
+
+    def _states(self, pixels: Tensor) -> Tensor:
+        """Hidden states of the tower that become features, `[Q, S, D]`, of layers side by side."""
+        tower = self.model.model.vision_tower
+        parameter = next(tower.parameters())
+        pixels = sent(pixels, parameter.device, parameter.dtype)
+        layers = hidden_states(tower, pixels, feature_layers(self.model.config))
+        return layers[0] if len(layers) == 1 else torch.cat(layers, dim=-1)
+
+    @property
+    def _drops_first(self) -> bool:
+        """Whether the tower's first token, of a CLIP its class token, is none of the features."""
+        return self.model.config.vision_feature_select_strategy == "default"
 
 
 class AnyResolutionAdapter(TiledAdapter):
@@ -168,6 +181,9 @@ class AnyResolutionAdapter(TiledAdapter):
 
     def _tile_dimensions(self, inputs: Inputs) -> list[int]:
         return self.tiles(inputs)
+
+    def _pixels(self, inputs: Sequence[Inputs]) -> Tensor:
+        return torch.cat([image["pixel_values"][0] for image in inputs])
 
     def _grid(self, size: tuple[int, int]) -> tuple[int, int]:
         """Rows and columns of tiles for an image of this height and width."""
@@ -203,6 +219,13 @@ class AnyResolutionAdapter(TiledAdapter):
 def image_sizes(inputs: Inputs) -> list[tuple[int, int]]:
     """Height and width of each image, before any resizing."""
     return [(height, width) for height, width in tensor_of(inputs, "image_sizes").tolist()]
+
+
+def feature_layers(config: Any) -> list[int]:
+    """Tower layers, counted from 0, whose output becomes features; -1 for its embeddings."""
+    chosen = config.vision_feature_layer
+    states = config.vision_config.num_hidden_layers + 1
+    return [layer % states - 1 for layer in ([chosen] if isinstance(chosen, int) else chosen)]
 
 
 def patches_per_edge(config: Any) -> int:

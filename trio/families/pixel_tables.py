@@ -1,14 +1,15 @@
 """Stops an image processor at uint8 pixels, and makes the model's floats of them elsewhere.
 
 Rescaling and normalising look at one value of one channel at a time, so a table of what they make
-of each of the 256 values gives the processor's own floats bit for bit.
+of each of the 256 values gives the processor's own floats bit for bit. So pixels travel as uint8,
+an eighth to a quarter of the bytes, as far as the device that the tower is on.
 
 C channels; M images, tiles or patches in a tensor, each with K values of a channel.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from trio.decoder.gpu import sent
 from trio.errors import UserError, kind_and_line
 
 if TYPE_CHECKING:
@@ -57,8 +59,8 @@ class PixelTables:
             for name, tensor in inputs.items()
         }
 
-    def finish(self, inputs: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
-        """The tensors of the whole processor, on the CPU, of what `to_uint8` gave.
+    def tensors(self, inputs: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
+        """What `to_uint8` gave as tensors, its pixels still uint8.
 
         Raises:
             ValueError: pixels are missing, or not uint8 in a known layout.
@@ -66,12 +68,30 @@ class PixelTables:
         for name in self.tables:
             if name not in inputs or inputs[name].dtype != np.uint8:
                 raise ValueError(f"it has no {name} of uint8")
-        return {
-            name: torch.from_numpy(_floats(self.tables[name], name, array))
-            if name in self.tables
-            else torch.tensor(array)  # copied: a few numbers, and perhaps read-only
-            for name, array in inputs.items()
-        }
+            _rows(name, inputs[name].shape)
+        # Copied: they may be read-only, and lie in memory that is shared with other processes.
+        return {name: torch.tensor(array) for name, array in inputs.items()}
+
+    def finish(self, images: Sequence[Inputs], device: torch.device) -> list[dict[str, Tensor]]:
+        """The tensors of the whole processor, those of pixels on the device, which all images' go
+        to at once."""
+        made = [dict(image) for image in images]
+        for name in self.tables:
+            for image, floats in zip(made, self._looked_up(name, images, device), strict=True):
+                image[name] = floats
+        return made
+
+    def _looked_up(
+        self, name: str, images: Sequence[Inputs], device: torch.device
+    ) -> Iterator[Tensor]:
+        rows = [image[name].reshape(_rows(name, image[name].shape)) for image in images]
+        pixels_MCK = sent(torch.cat(rows), device)
+        start_C1 = torch.arange(0, _CHANNELS * _VALUES, _VALUES, dtype=torch.int32, device=device)
+        index = (pixels_MCK + start_C1[:, None]).flatten()
+        table = sent(torch.from_numpy(self.tables[name]), device)
+        floats = table.index_select(0, index).view(pixels_MCK.shape)
+        parts = floats.split([len(own) for own in rows])
+        return (part.view(image[name].shape) for part, image in zip(parts, images, strict=True))
 
 
 def learn(process: Process) -> PixelTables:
@@ -145,17 +165,33 @@ class _Learner:
             raise CannotCut(f"{name} does not follow from uint8 pixels value by value")
 
 
-def _floats(table: np.ndarray, name: str, pixels: np.ndarray) -> np.ndarray:
-    # Indices are in range; numpy's other modes are slower.
-    return np.take(table, _index(name, pixels), mode="clip").reshape(pixels.shape)
+def finished(images: Sequence[Inputs], device: torch.device) -> list[Inputs]:
+    """Images with floats for pixels: of those that are still uint8, which have `tables`, on the
+    device; all others as they are."""
+    made = list(images)
+    by_tables: dict[int, list[int]] = {}
+    for place, image in enumerate(images):
+        if (tables := getattr(image, "tables", None)) is not None:
+            by_tables.setdefault(id(tables), []).append(place)
+    for places in by_tables.values():
+        own: list[Any] = [images[place] for place in places]
+        for place, image in zip(places, own[0].tables.finish(own, device), strict=True):
+            made[place] = image
+    return made
 
 
 def _index(name: str, pixels: np.ndarray) -> np.ndarray:
-    """`[M, C, K]` uint16, for each pixel its place in a table.
+    """`[M, C, K]` uint16, for each pixel its place in a table."""
+    rows_MCK = pixels.reshape(_rows(name, pixels.shape))
+    return rows_MCK + (np.arange(_CHANNELS, dtype=np.uint16) * _VALUES)[:, None]
+
+
+def _rows(name: str, shape: Sequence[int]) -> tuple[int, int, int]:
+    """The shape `[M, C, K]` of pixels. The first is -1.
 
     Known are `[..., C, height, width]` of images and tiles, and `[M, C * K]` of flat patches.
     """
-    shape, known = pixels.shape, False
+    known = False
     if len(shape) >= 4:
         known = shape[-3] == _CHANNELS
     elif len(shape) == 2:
@@ -163,8 +199,7 @@ def _index(name: str, pixels: np.ndarray) -> np.ndarray:
     if not known:
         raise CannotCut(f"{name} {list(shape)} has no known place of the channels")
     count = shape[-2] * shape[-1] if len(shape) >= 4 else shape[-1] // _CHANNELS
-    rows_MCK = pixels.reshape(-1, _CHANNELS, count)
-    return rows_MCK + (np.arange(_CHANNELS, dtype=np.uint16) * _VALUES)[:, None]
+    return -1, _CHANNELS, count
 
 
 def _uint8(name: str, pixels: Tensor) -> np.ndarray:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 from transformers import Qwen2_5_VLProcessor
+from transformers.vision_utils import get_vision_window_index
 
 from trio.encoders.scan import windows
 from trio.families.adapter import Features, ImageOnly, Inputs
@@ -36,6 +37,20 @@ class Qwen25VLAdapter(GridAdapter):
         vision = self.model.config.vision_config
         edge = vision.window_size // vision.patch_size // vision.spatial_merge_size
         return windows(rows * columns, columns, edge).argsort(stable=True)
+
+    def _places(self, grids: Tensor) -> dict[str, Tensor | int]:
+        vision = self.model.config.vision_config
+        index, edges = get_vision_window_index(
+            grids,
+            spatial_merge_size=vision.spatial_merge_size,
+            window_size=vision.window_size,
+            patch_size=vision.patch_size,
+        )
+        return super()._places(grids) | {
+            "window_index": index,
+            "cu_window_seqlens": edges,
+            "max_window_seqlen": int(edges.diff().max()),
+        }
 
     def _features(self, inputs: Sequence[Inputs]) -> Sequence[Features]:
         return [Features(image) for image in self._encode(inputs).pooler_output]

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Qwen3VLProcessor
+from transformers.vision_utils import get_vision_interpolation_indices_and_weights
 
 from trio.families.adapter import Features, ImageOnly, Inputs
 from trio.families.qwen_vision import GridAdapter, GridVisionShape
@@ -33,6 +34,17 @@ class Qwen3VLAdapter(GridAdapter):
         # shallow ones of LLaVA-1.5 (5 of 24) and Qwen2.5-VL (7 of 32).
         depth = self.model.config.vision_config.depth
         return max(0, depth // 4 - 1), depth - 1
+
+    def _places(self, grids: Tensor) -> dict[str, Tensor | int]:
+        tower = self.model.model.visual
+        index, weights = get_vision_interpolation_indices_and_weights(
+            grids,
+            num_grid_per_side=tower.num_grid_per_side,
+            mode=tower.interpolation_mode,
+            align_corners=tower.interpolation_align_corners,
+            spatial_merge_size=self._merge,
+        )
+        return super()._places(grids) | {"interp_indices": index, "interp_weights": weights}
 
     def _features(self, inputs: Sequence[Inputs]) -> Sequence[Features]:
         out = self._encode(inputs)

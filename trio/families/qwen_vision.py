@@ -18,8 +18,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position_ids
 
+from trio.decoder.gpu import sent
 from trio.encoders.merging import averaged, groups
+from trio.encoders.packed_attention import packed
 from trio.encoders.received_attention import attention_received
 from trio.encoders.scan import scanned
 from trio.errors import UserError
@@ -213,12 +216,29 @@ class GridAdapter(Adapter):
 
     def _encode(self, inputs: Sequence[Inputs]) -> Any:
         """What the model's `get_image_features` makes of images, one in each of `inputs`."""
-        weight = self.model.model.visual.patch_embed.proj.weight
+        tower = self.model.model.visual
+        weight = tower.patch_embed.proj.weight
         pixels = torch.cat([tensor_of(image, "pixel_values") for image in inputs])
-        grids = torch.cat([tensor_of(image, "image_grid_thw") for image in inputs])
-        return self.model.model.get_image_features(
-            pixels.to(weight.device, weight.dtype), grids.to(weight.device), return_dict=True
-        )
+        # Grids stay on the host: what the tower reads off them is made there and sent.
+        grids = torch.cat([tensor_of(image, "image_grid_thw") for image in inputs]).cpu()
+        places = {
+            name: sent(found, weight.device) if isinstance(found, Tensor) else found
+            for name, found in self._places(grids).items()
+        }
+        with packed(tower):
+            return self.model.model.get_image_features(
+                sent(pixels, weight.device, weight.dtype), grids, return_dict=True, **places
+            )
+
+    def _places(self, grids: Tensor) -> dict[str, Tensor | int]:
+        """What the tower would read off the grids of images `[I, 3]`, under the names by which it
+        takes it ready-made; tensors on the CPU."""
+        edges = get_vision_cu_seqlens(grids)
+        return {
+            "position_ids": get_vision_position_ids(grids, self._merge),
+            "cu_seqlens": edges,
+            "max_seqlen": int(edges.diff().max()),
+        }
 
     def _reduced(
         self, inputs: Sequence[Inputs], encoder: str, keeps: Sequence[int], join: Join | None

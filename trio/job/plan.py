@@ -193,6 +193,8 @@ def _settled(config: Settings, earlier: output_directory.Pinned | None) -> Setti
     for, and a hub model is named by its commit."""
     if earlier is None:
         return pruning_resolved(pin_revision(config))
+    if config.model.dtype == "auto":
+        config = config.replace(dtype=earlier.config.model.dtype)
     if config.output.rows_per_file is None:
         config = config.replace(rows_per_file=earlier.config.output.rows_per_file)
     return pruning_resolved(pin_revision(config, earlier.config))

@@ -51,6 +51,7 @@ from trio.job.plan import Plan
 from trio.job.quarantine import ROW_LOSSES, Attempts
 from trio.job.questions import question_settings
 from trio.job.resume import committed, decoding_rules, lease
+from trio.job.resume.checkpoint_defaults import dtype_resolved
 from trio.job.settings import Settings
 from trio.job.stages import Described, Receipt, Task
 from trio.job.storage import exists
@@ -118,7 +119,8 @@ def execute(
             return execute(run, resources, makers=makers, label=label, stop=stop, held=held)
     began = time.time()
     config = resolve_resources(run.config, run.manifest, resources)
-    pinned = _pinned(run, config)
+    config, dtype = dtype_resolved(config, gpu=resources.gpus_per_actor > 0)
+    pinned = _pinned(run, config, dtype)
     run = dataclasses.replace(run, manifest=pinned.manifest)
     assert config.output.rows_per_file is not None
     wanted = list(units(run.manifest, config.output.rows_per_file, config.input.limit))
@@ -292,8 +294,8 @@ def _commit_rows(
     return parts
 
 
-def _pinned(run: Plan, config: Settings) -> output_directory.Pinned:
-    """What the run is, written down if it is new.
+def _pinned(run: Plan, config: Settings, dtype: str | None) -> output_directory.Pinned:
+    """What the run is, written down if it is new; `dtype`: how it was decided.
 
     Raises:
         UserError: another run has begun or ended there since the plan was made.
@@ -313,7 +315,7 @@ def _pinned(run: Plan, config: Settings) -> output_directory.Pinned:
             ids=ids.scan(run.manifest, column, limit=config.input.limit) if column else None,
             config=config,
         )
-        facts = decoding_rules.lines(config, run.decoding)
+        facts = [*decoding_rules.lines(config, run.decoding), *([dtype] if dtype else [])]
         pinned = output_directory.claim(run.output, pinned, facts)
     if pinned.ids is not None and pinned.ids.warning is not None:
         print(pinned.ids.warning, flush=True)
@@ -456,7 +458,6 @@ def _limits(config: Settings) -> Limits:
 def engine_settings(config: Settings, resources: Resources) -> EngineSettings:
     """What each actor is told about its engine."""
     gpu = resources.gpus_per_actor > 0
-    dtype = {"auto": None if gpu else "float32"}.get(config.model.dtype, config.model.dtype)
     return EngineSettings(
         model=config.model.model,
         prunings=tuple(one.pruning for one in config.compared),
@@ -464,7 +465,7 @@ def engine_settings(config: Settings, resources: Resources) -> EngineSettings:
         text_tower=config.model.text_tower,
         text_tower_revision=config.model.text_tower_revision,
         sampling=config.sampling,
-        dtype=dtype,
+        dtype=None if config.model.dtype == "auto" else config.model.dtype,
         batch_tokens=config.cluster.batch_tokens,
         max_running=config.cluster.max_running,
         gpu_share=min(1.0, resources.gpus_per_actor),

@@ -166,7 +166,9 @@ class Model:
     """Commit, tag or branch of a hub id; run.yaml names the commit, which a resumed run keeps to
     (default: the newest of the main branch)."""
     dtype: Annotated[str, one_of(DTYPES)] = "auto"
-    """Of the model's weights; auto: as saved on a GPU, float32 on a CPU."""
+    """Of the model's weights; auto: bfloat16 on GPUs; float32 on CPUs, but bfloat16 where the one
+    that the job starts on has matrix units (amx_bf16) and the checkpoint is in half precision.
+    run.yaml names what was taken, which a resumed run keeps to on any machine."""
     min_pixels: Pixels | None = None
     """Smaller images are enlarged to this width times height before the model sees them; for models
     that take images at many sizes, as Qwen's (default: the processor's)."""

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,12 @@ import pytest
 from huggingface_hub import constants
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
+from tests.job.output.test_output_directory import RUN
+from trio.decoder import default_dtype
 from trio.errors import UserError
+from trio.job import plan
 from trio.job.resume import decoding_rules, hub
-from trio.job.resume.checkpoint_defaults import pruning_resolved
+from trio.job.resume.checkpoint_defaults import dtype_resolved, pruning_resolved
 from trio.job.settings import made_of
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -33,6 +37,26 @@ def test_a_run_that_goes_on_keeps_to_its_commit() -> None:
     assert hub.pin_revision(config, earlier) == earlier
     asked = config.replace(revision=OTHER)
     assert hub.pin_revision(asked, earlier).model.revision == OTHER
+
+
+def test_the_dtype_is_decided_once_and_kept_to_on_other_machines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config.json").write_text('{"dtype": "float16"}')
+    config = made_of(model=str(tmp_path))
+    for there, name in ((False, "float32"), (True, "bfloat16")):
+        monkeypatch.setattr(default_dtype, "has_matrix_units", lambda _, there=there: there)
+        resolved, why = dtype_resolved(config, gpu=False)
+        assert resolved == config.replace(dtype=name)
+        assert why is not None and why.startswith(f"dtype {name}: ") and "amx_bf16" in why
+    resolved, why = dtype_resolved(config, gpu=True)
+    assert resolved.model.dtype == "bfloat16" and why is not None and "is float16" in why
+    assert dtype_resolved(resolved, gpu=False) == (resolved, None)
+
+    earlier = replace(RUN, config=resolved)
+    assert plan._settled(config, earlier).model.dtype == "bfloat16"
+    asked = config.replace(dtype="float32")
+    assert plan._settled(asked, earlier).model.dtype == "float32"  # which is refused
 
 
 class LibrarysOwnError(Exception):

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Sequence
+
+import torch
 
 from trio.engine.shared_encoder import SharedEncoder
 from trio.families.adapter import Inputs
@@ -40,3 +43,10 @@ class EncodedOnce(SharedEncoder):
                 self._adapter.encode_images(part)
                 reducing.append(seconds[-1] - (self._now() - ended) / len(part))
         return statistics.median(seconds), max(0.0, statistics.median(reducing or [0.0]))
+
+    def _now(self) -> float:
+        """Seconds by a clock that has waited for the device."""
+        device = self._adapter.decoder.device
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()

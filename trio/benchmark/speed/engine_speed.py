@@ -28,6 +28,7 @@ from trio.engine.metrics import choosing_flops
 from trio.engine.preprocess import Preprocessor
 from trio.engine.request import Prepared, Request, Result, Sampling
 from trio.errors import UserError
+from trio.families.pixel_tables import finished
 from trio.families.registry import adapt
 from trio.patching import patch, unpatch
 from trio.pruning.flops import DecoderShape
@@ -212,7 +213,7 @@ def serve(
 def generate_inputs(model: Any, batch: Sequence[Prepared]) -> dict[str, Tensor]:
     """What `model.generate` takes for prompts of one length, each with images."""
     ids = torch.tensor([request.input_ids for request in batch], device=model.device)
-    images = [image for request in batch for image in request.image_inputs]
+    images = finished([i for request in batch for i in request.image_inputs], model.device)
     inputs = {
         name: torch.cat([image[name] for image in images]).to(model.device) for name in images[0]
     }

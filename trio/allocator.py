@@ -1,0 +1,35 @@
+"""Lets the allocator of a process keep what it is given back, on Linux with GNU's C library.
+
+By default it gets every large tensor from the kernel and returns it at once, so that each batch
+faults its pages in anew, which the kernel fills with zeros. No torch in here.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+
+_TRIM_THRESHOLD, _MMAP_MAX = -1, -4
+# M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
+_LARGEST = 2**31 - 1
+CHOICES = (
+    "GLIBC_TUNABLES",
+    "MALLOC_TRIM_THRESHOLD_",
+    "MALLOC_MMAP_MAX_",
+    "MALLOC_MMAP_THRESHOLD_",
+)
+# by any of these a user decides
+
+
+def keep_pages() -> bool:
+    """From now on tensors come from memory that was used before; returns whether that is so.
+
+    To be called once long-lived tensors are there: those may lie in memory that nobody has touched
+    yet, as keys and values do, and what is reused has to be filled with zeros. The process then
+    holds as much as it ever needed at a time.
+    """
+    if platform.libc_ver()[0] != "glibc" or any(map(os.environ.get, CHOICES)):
+        return False
+    libc = ctypes.CDLL(None)
+    return bool(libc.mallopt(_MMAP_MAX, 0) and libc.mallopt(_TRIM_THRESHOLD, _LARGEST))
