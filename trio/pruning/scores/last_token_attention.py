@@ -36,7 +36,6 @@ def last_attention(
     hidden_TD: Tensor,
     positions_T: Tensor,
     lengths: Sequence[int],
-    batch_tokens: int,
 ) -> Tensor:
     """Attention of each sequence's last token to all of its own, averaged over heads.
 
@@ -48,14 +47,12 @@ def last_attention(
         hidden_TD: hidden states that enter it, packed, any floating dtype.
         positions_T: their positions, `[T]` or, on several axes, `[A, T]`.
         lengths: tokens of each sequence.
-        batch_tokens: tokens of the whole batch before any pruning; memory stays small beside
-            theirs.
 
     Returns:
         `[T]`, which sums to 1 over each sequence.
     """
     dtype = torch.promote_types(decoder.dtype, torch.float32)
-    tokens = tile_tokens(decoder, batch_tokens)
+    tokens = tile_tokens(decoder)
     own: Any = decoder.model.layers[layer]
     cos, sin = decoder.rotary(positions_T, dtype)
     keys = Keys(own, hidden_TD, cos[0], sin[0], dtype, tokens)

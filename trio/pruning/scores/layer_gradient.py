@@ -46,19 +46,16 @@ class LayerGradient:
 
     layer: index of the decoder layer.
     head: `output`, or `input_embedding` for the matrix of token embeddings.
-    batch_tokens: tokens of the whole batch before any pruning; memory stays small beside theirs.
     """
 
-    def __init__(
-        self, decoder: Decoder, layer: int, head: str = "output", batch_tokens: int = 0
-    ) -> None:
+    def __init__(self, decoder: Decoder, layer: int, head: str = "output") -> None:
         self._decoder = decoder
         self._layer: Any = decoder.model.layers[layer]
         self._head_is_embedding = head == "input_embedding"
         source = decoder.model.embed_tokens if self._head_is_embedding else decoder.lm_head
         self._head_weight: Any = source.weight
         self.dtype = torch.promote_types(decoder.dtype, torch.float32)
-        self._tile_tokens = tile_tokens(decoder, batch_tokens)
+        self._tile_tokens = tile_tokens(decoder)
 
     def forward(
         self,
