@@ -24,7 +24,6 @@ from trio.pruning.batch import (
     Ragged,
     compact,
     contiguous_positions,
-    finite_groups,
     nothing_if_finite,
 )
 from trio.pruning.method import Choice, Context, Method, Stage, choose, goals_of
@@ -189,16 +188,18 @@ class _Prefill:
         if coordinates_T2 is None:
             coordinates_T2 = unknown(len(prompts.embeds_TD))
         self.coordinates_T2 = sent(coordinates_T2, decoder.device)
-        self.request_T = sent(self.ragged.request_T(), decoder.device)
         visual = self.ragged.visual()
         token_T = torch.full((len(prompts.embeds_TD),), -1)
         token_T[visual] = torch.arange(len(visual))
-        # Of each visual token its number over all that the encoder gave for the batch.
-        self.token_T = sent(token_T, decoder.device)
+        # Of each token its request, and if it is visual its number over all that the encoder gave.
+        self.marks_2T = sent(torch.stack([self.ragged.request_T(), token_T]), decoder.device)
         given = (self.ragged.visual_tokens(request) for request in range(len(prompts.lengths)))
         self.first_tokens = list(accumulate(given, initial=0))
         self.left: list[_Left] = []
-        self.finite_B = torch.ones(len(prompts.lengths), dtype=torch.bool, device=decoder.device)
+        # NaN where something is not finite.
+        self.trouble_B = torch.zeros(
+            len(prompts.lengths), dtype=decoder.dtype, device=decoder.device
+        )
         self.pruning_time = Stopwatch(decoder.device)
 
     def result(self) -> Prefilled:
@@ -220,7 +221,7 @@ class _Prefill:
         last = torch.tensor([end - 1 for end in accumulate(self.ragged.lengths)])
         hidden_BD = self.hidden_TD[sent(last, self.hidden_TD.device)]
         # Tokens that are gone by a choice that was none would leave no trace.
-        hidden_BD = hidden_BD.masked_fill(~self.finite_B[:, None], torch.nan)
+        hidden_BD = hidden_BD + self.trouble_B[:, None]
         if self.trace is not None:
             self.trace.hidden_TD = self.hidden_TD
         logits_BV = self.decoder.head(hidden_BD)
@@ -233,7 +234,7 @@ class _Prefill:
             kept=by_request,
             visual_tokens_stages=[[len(stage) for stage in stages] for stages in by_request],
             prune_seconds=self.pruning_time.seconds(),
-            finite_B=self.finite_B,
+            finite_B=self.trouble_B == 0,
         )
 
     def _keeps_by_layer(self) -> dict[int, list[list[int] | None]]:
@@ -257,7 +258,7 @@ class _Prefill:
         layout = Packed(self.ragged.lengths)
         if self.injected[start:stop]:
             packed = sent(self.ragged.visual(), self.decoder.device)
-            encoded = self.token_T[packed]
+            encoded = self.marks_2T[1, packed]
         for layer in range(start, stop):
             if layer == looked_at:
                 self.entered_TD = self.hidden_TD
@@ -279,7 +280,7 @@ class _Prefill:
                 self._compact(choice)
             self._renumber(keeps)
             had = [request for request, keep in enumerate(keeps) if keep is not None]
-            self.left.append(_Left(self.ragged, self.token_T, had))
+            self.left.append(_Left(self.ragged, self.marks_2T[1], had))
         if self.trace is not None:
             self.trace.stages.append(
                 StageTrace(
@@ -310,18 +311,16 @@ class _Prefill:
 
     def _compact(self, choice: Choice) -> None:
         if choice.finite_B is not None:
-            self.finite_B &= choice.finite_B
+            self.trouble_B.masked_fill_(~choice.finite_B, torch.nan)
         self.ragged, index_T = compact(self.ragged, choice.goals, choice.kept_NK)
         self.hidden_TD = self.hidden_TD[index_T]
         self.positions_T = self.positions_T[..., index_T]
         self.coordinates_T2 = self.coordinates_T2[index_T]
-        self.request_T = self.request_T[index_T]
-        self.token_T = self.token_T[index_T]
+        self.marks_2T = self.marks_2T[:, index_T]
 
     def _check(self, hidden_TD: Tensor) -> None:
         """Note the requests of which a token is not finite, before it may be dropped."""
-        nothing_T = nothing_if_finite(hidden_TD)
-        self.finite_B &= finite_groups(nothing_T, self.request_T, len(self.ragged.lengths))
+        self.trouble_B.index_add_(0, self.marks_2T[0], nothing_if_finite(hidden_TD))
 
     def _renumber(self, keeps: list[list[int] | None]) -> None:
         """Requests with a stage here count on from 0, also where it removed nothing."""
@@ -330,8 +329,11 @@ class _Prefill:
         lengths = self.ragged.lengths
         fresh = contiguous_positions(lengths, self.positions_T.device)
         touched = torch.tensor([keep is not None for keep in keeps])
-        mask = sent(touched.repeat_interleave(torch.tensor(lengths)), fresh.device)
-        self.positions_T = torch.where(mask, fresh, self.positions_T)
+        if touched.all():
+            self.positions_T = fresh.expand_as(self.positions_T)
+        else:
+            mask = sent(touched.repeat_interleave(torch.tensor(lengths)), fresh.device)
+            self.positions_T = torch.where(mask, fresh, self.positions_T)
         self.next_positions = [
             length if keep is not None else position
             for length, keep, position in zip(lengths, keeps, self.next_positions, strict=True)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from trio.pruning import reference
+from trio.pruning.method import packed_index
 from trio.pruning.options import FILL_UPS
 from trio.pruning.selection import nms
 
@@ -37,7 +38,7 @@ class Case:
         kept_NK = nms.suppress_and_fill_up(
             self.features_TD,
             self.coordinates_T2,
-            self.start_N,
+            packed_index(self.start_N, self.count_N, self.order_NV.shape[1])[0],
             self.count_N,
             self.keep_N,
             self.order_NV,

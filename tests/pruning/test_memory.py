@@ -155,7 +155,7 @@ def test_choosing_takes_less_than_a_twentieth_of_one_layers_activations(similar:
         kept_NK = suppress_and_fill_up(
             hidden_TD,
             coordinates_T2,
-            torch.tensor([5]),
+            torch.arange(5, 5 + VISUAL)[None],
             torch.tensor([VISUAL]),
             torch.tensor([keep]),
             torch.randperm(VISUAL, generator=generator)[None],

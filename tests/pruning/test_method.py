@@ -8,13 +8,14 @@ from tests.pruning.stages import chosen
 from tests.tiny.llava import tiny_llava
 from trio.decoder.decoder import Decoder
 from trio.pruning.batch import Ragged
-from trio.pruning.method import Choice, rank
+from trio.pruning.method import Choice, packed_index, rank
 from trio.pruning.methods.random import salt_of
 from trio.pruning.options import Pruning
 
 
 def ranked(scores: torch.Tensor, starts: list[int], counts: list[int]) -> list[list[int]]:
-    order = rank(scores, torch.tensor(starts), torch.tensor(counts), max(counts)).tolist()
+    index = packed_index(torch.tensor(starts), torch.tensor(counts), max(counts))
+    order = rank(scores, *index).tolist()
     assert all(sorted(own) == list(range(max(counts))) for own in order)
     return [own[:count] for own, count in zip(order, counts, strict=True)]
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tests.pruning.nms_cases import draw
 from trio.pruning import reference
+from trio.pruning.method import packed_index
 from trio.pruning.options import FILL_UPS
 from trio.pruning.selection import nms
 
@@ -38,7 +39,7 @@ def suppress(
     kept_NK = nms.suppress_and_fill_up(
         features,
         coordinates,
-        start_N,
+        packed_index(start_N, count_N, width)[0],
         count_N,
         keep_N,
         order_NV.to(device),
@@ -156,7 +157,8 @@ def test_chunks_choose_as_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     case = draw(5, 128)
     expected = case.choice()
     assert len(expected) > 1
-    monkeypatch.setattr(nms, "_BYTES", 4 * case.order_NV.shape[1] ** 2)
+    most = case.order_NV.shape[1]
+    monkeypatch.setattr(nms, "_BYTES", 4 * most * (most + 16))
     assert case.choice() == expected
 
 

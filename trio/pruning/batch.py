@@ -96,14 +96,14 @@ def compact(ragged: Ragged, goals: Mapping[Place, int], kept_NK: Tensor) -> tupl
         The batch as it will be, and the packed indices that stay, `[T']`, rising, on the device of
         `kept_NK`.
     """
-    # Of each token that stays: a packed index, and what is added to it from `kept_NK`, if anything.
-    first, added, is_added = [], [], []
+    # Of each token that stays: a packed index, whether something of `kept_NK` is added to it, and
+    # row and column of that.
+    table = []
 
     def take(base: np.ndarray, number: int | None = None) -> None:
-        first.append(base)
-        at = 0 if number is None else number * kept_NK.shape[1]
-        added.append(np.arange(at, at + len(base)) if number is not None else np.zeros_like(base))
-        is_added.append(np.full(len(base), number is not None))
+        column = np.zeros_like(base) if number is None else np.arange(len(base))
+        added = np.full_like(base, number is not None)
+        table.append(np.stack([base, added, np.full_like(base, number or 0), column]))
 
     numbers = {place: number for number, place in enumerate(goals)}
     lengths, images = [], []
@@ -123,9 +123,10 @@ def compact(ragged: Ragged, goals: Mapping[Place, int], kept_NK: Tensor) -> tupl
         take(np.arange(start + done, start + length))
         lengths.append(length - gone)
         images.append(tuple(left))
-    table = np.stack([np.concatenate(own) for own in (first, added, is_added)])
-    base_T, added_T, is_added_T = sent(torch.from_numpy(table), kept_NK.device)
-    index_T = torch.addcmul(base_T, kept_NK.flatten()[added_T], is_added_T)
+    first_T, is_added_T, row_T, column_T = sent(
+        torch.from_numpy(np.concatenate(table, axis=1)), kept_NK.device
+    )
+    index_T = torch.addcmul(first_T, kept_NK[row_T, column_T], is_added_T)
     return replace(ragged, lengths=tuple(lengths), images=tuple(images)), index_T
 
 

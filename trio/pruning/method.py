@@ -190,11 +190,16 @@ class Stage:
 
     def rank(self, scores_T: Tensor) -> Tensor:
         """Local indices `[N, V]` of each image by falling score of the tokens of `requests`."""
-        start_N, count_N, _ = self.bounds
-        return rank(scores_T, start_N, count_N, self.most_tokens)
+        index_NV, missing_NV = self.index
+        return rank(scores_T, index_NV, missing_NV)
 
     def choice(
-        self, kept_NK: Tensor, order_NV: Tensor, scores: Tensor | Saliency | None = None
+        self,
+        kept_NK: Tensor,
+        order_NV: Tensor,
+        scores: Tensor | Saliency | None = None,
+        *,
+        rising: bool = False,
     ) -> Choice:
         """The outcome for all images at once.
 
@@ -203,16 +208,19 @@ class Stage:
             order_NV: local indices of each image in the order to report, of which as many count as
                 it has tokens.
             scores: what was judged by, of the tokens of `requests`.
+            rising: whether those that count in `kept_NK` rise already.
         """
         saliency = scores if isinstance(scores, Saliency) else None
         scores_T = saliency.scores_T if saliency else scores
         assert not isinstance(scores_T, Saliency)
-        keep_N1 = self.bounds[2][:, None]
-        place_K = torch.arange(kept_NK.shape[1], device=kept_NK.device)
+        if not rising:
+            place_K = torch.arange(kept_NK.shape[1], device=kept_NK.device)
+            # What does not count goes behind all that does.
+            too_many_NK = place_K >= self.bounds[2][:, None]
+            kept_NK = kept_NK.masked_fill(too_many_NK, self.most_tokens).sort(dim=1).values
         return Choice(
             goals=self.goals,
-            # What does not count goes behind all that does.
-            kept_NK=kept_NK.where(place_K < keep_N1, self.most_tokens).sort(dim=1).values,
+            kept_NK=kept_NK,
             orders_N=[
                 order_V[: image.count] for order_V, image in zip(order_NV, self.images, strict=True)
             ],
@@ -254,11 +262,14 @@ class Stage:
         spans = [self.batch.images[r][i].span for r, i in self.goals if r == request]
         return min(spans)[0], max(spans)[1]
 
-    def _finite(self, scores_T: Tensor) -> Tensor:
+    @cached_property
+    def index(self) -> tuple[Tensor, Tensor]:
+        """`packed_index` of the images that lose tokens."""
         start_N, count_N, _ = self.bounds
-        place_V = torch.arange(self.most_tokens, device=scores_T.device)
-        index_NV = start_N[:, None] + place_V.minimum(count_N[:, None] - 1)
-        return self._finite_requests(nothing_if_finite(scores_T[index_NV]))
+        return packed_index(start_N, count_N, self.most_tokens)
+
+    def _finite(self, scores_T: Tensor) -> Tensor:
+        return self._finite_requests(nothing_if_finite(scores_T[self.index[0]]))
 
     def _finite_requests(self, nothing_N: Tensor) -> Tensor:
         """`Choice.finite_B` by `nothing_if_finite` of each image that loses tokens."""
@@ -357,20 +368,31 @@ def goals_of(batch: Ragged, keeps: Sequence[Sequence[int] | None]) -> dict[Place
     }
 
 
-def rank(scores_T: Tensor, start_N: Tensor, count_N: Tensor, most: int) -> Tensor:
+def packed_index(start_N: Tensor, count_N: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """Packed index `[N, V]` of each token of each image, past its count that of its last, and where
+    that is.
+
+    Args:
+        start_N: packed index of each image's first token.
+        count_N: tokens of each.
+        most: the largest of `count_N`, V.
+    """
+    place_V = torch.arange(most, device=start_N.device)
+    missing_NV = place_V >= count_N[:, None]
+    index_NV = start_N[:, None] + place_V.minimum(count_N[:, None] - 1)
+    return index_NV, missing_NV
+
+
+def rank(scores_T: Tensor, index_NV: Tensor, missing_NV: Tensor) -> Tensor:
     """Local indices of each image by falling score; of equal scores the lower index first.
 
     Args:
         scores_T: packed scores.
-        start_N: packed index of each image's first token.
-        count_N: tokens of each.
-        most: the largest of `count_N`, V.
+        index_NV: as of `packed_index`, like the next.
+        missing_NV: where an image has no more tokens.
 
     Returns:
         `[N, V]`; past an image's count the indices that it does not have.
     """
-    place_V = torch.arange(most, device=scores_T.device)
-    valid_NV = place_V < count_N[:, None]
-    index_NV = (start_N[:, None] + place_V).where(valid_NV, start_N[:, None])
-    scores_NV = scores_T[index_NV].where(valid_NV, -torch.inf)
+    scores_NV = scores_T[index_NV].masked_fill_(missing_NV, -torch.inf)
     return scores_NV.sort(dim=1, descending=True, stable=True).indices

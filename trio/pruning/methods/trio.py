@@ -36,13 +36,14 @@ class Trio(Gradient):
         kept_NK = suppress_and_fill_up(
             hidden_TD,
             coordinates_T2,
-            *stage.bounds,
+            stage.index[0],
+            *stage.bounds[1:],
             order_NV,
             stage.most_kept,
             self.similarity_threshold,
             self.fill_up,
         )
-        return stage.choice(kept_NK, order_NV, scores)
+        return stage.choice(kept_NK, order_NV, scores, rising=True)
 
     def flops(self, shape: DecoderShape, tokens: int, images: Sequence[tuple[int, int]]) -> int:
         """Cosines between kept tokens and the rest, at most: in the walk, and once more where that

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from trio.decoder.decoder import Decoder
+from trio.decoder.gpu import sent
 from trio.decoder.matmul import few_row_linears
 from trio.pruning.scores.tiled_attention import (
     Group,
@@ -59,7 +60,7 @@ def last_attention(
     rows = [[length - 1] for length in lengths]
     groups = group_sequences(rows, lengths, [(0, length) for length in lengths], tokens)
     layout = _LastRows(keys, groups, hidden_TD.new_empty(len(hidden_TD), dtype=dtype))
-    last_R = torch.tensor([end - 1 for end in accumulate(lengths)], device=hidden_TD.device)
+    last_R = sent(torch.tensor([end - 1 for end in accumulate(lengths)]), hidden_TD.device)
     with decoder.ragged(), few_row_linears():
         # The layer's own code makes the queries: norms and rotation differ between families.
         own.self_attn(

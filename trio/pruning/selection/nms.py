@@ -22,16 +22,16 @@ from trio.decoder.gpu import on_gpu
 from trio.pruning.selection.farthest import SALIENT
 from trio.pruning.selection.nms_host import Rows, SimilarityMatrix, SimilarityRows, greedy
 
-# Of the similarities [N, V, V] that are held at a time. An image that alone takes more has its rows
-# worked out as they are needed.
-_BYTES, _BYTES_ON_DEVICE = 32 << 20, 1 << 30
+# Of features [N, V, D] and their similarities [N, V, V] that are held at a time. An image that alone
+# takes more, on a GPU one of 16,000 tokens, has its rows worked out as they are needed.
+_BYTES, _BYTES_ON_DEVICE = 16 << 20, 3 << 29
 _log = logging.getLogger(__name__)
 
 
 def suppress_and_fill_up(
     features_TD: Tensor,
     coordinates_T2: Tensor,
-    start_N: Tensor,
+    index_NV: Tensor,
     count_N: Tensor,
     keep_N: Tensor,
     order_NV: Tensor,
@@ -48,7 +48,7 @@ def suppress_and_fill_up(
         features_TD: packed features.
         coordinates_T2: where in its picture each token lies, in edges of a square as large as the
             picture; all alike where that is unknown.
-        start_N: packed index of each image's first token.
+        index_NV: packed index of each image's tokens; past its count that of its last.
         count_N: visual tokens of each image.
         keep_N: tokens to keep of each, at most its count.
         order_NV: for each image its local indices, most salient first; past its count the others of
@@ -61,18 +61,23 @@ def suppress_and_fill_up(
         `[N, K]`, for each image the kept local indices, rising; past its own number others.
     """
     most = order_NV.shape[1]
-    index_NV = start_N[:, None] + order_NV.minimum(count_N[:, None] - 1)
-    limit = _BYTES_ON_DEVICE if on_gpu(features_TD) else _BYTES
-    images = max(1, limit // (4 * most**2))
-    choose = _launch if 4 * most**2 <= limit and _has_kernel(features_TD) else _on_host
+    index_NV = index_NV.gather(1, order_NV)
+    fitting = _fitting(features_TD, most)
+    choose = _launch if fitting and _has_kernel(features_TD) else _on_host
     stays = [
         choose(features_TD, coordinates_T2, *own, threshold, rule)
         for own in zip(
-            *(x_N.split(images) for x_N in (index_NV, order_NV, count_N, keep_N)), strict=True
+            *(x_N.split(max(1, fitting)) for x_N in (index_NV, order_NV, count_N, keep_N)), strict=True
         )
     ]
     stays_NV = stays[0] if len(stays) == 1 else torch.cat(stays)
     return stays_NV.sort(dim=1, descending=True, stable=True).indices[:, :most_kept]
+
+
+def _fitting(features_TD: Tensor, most: int) -> int:
+    """Images of so many tokens that are worked on at a time; 0 where one is too large."""
+    limit = _BYTES_ON_DEVICE if on_gpu(features_TD) else _BYTES
+    return limit // (4 * most * (most + features_TD.shape[1]))
 
 
 def _has_kernel(features_TD: Tensor) -> bool:
@@ -133,9 +138,8 @@ def _on_host(
     """The same, chosen on the host."""
     counts, keeps = count_N.cpu().numpy(), keep_N.cpu().numpy()
     index_NV = index_NV[:, : int(counts.max())]
-    limit = _BYTES_ON_DEVICE if on_gpu(features_TD) else _BYTES
     similar: Rows
-    if 4 * index_NV.shape[1] ** 2 <= limit:
+    if _fitting(features_TD, index_NV.shape[1]):
         similar = SimilarityMatrix(features_TD, coordinates_T2, index_NV)
     else:
         similar = SimilarityRows(features_TD, coordinates_T2, index_NV[0])
