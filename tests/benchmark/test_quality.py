@@ -239,7 +239,15 @@ def test_what_the_suppression_left_is_told_from_what_filled_up() -> None:
     keep = len(walked) + 7
     count_N, keep_N = torch.tensor([[60], [keep]])
     (kept,) = suppress_and_fill_up(
-        features, torch.zeros(60, 2), torch.arange(60)[None], count_N, keep_N, order[None], keep, 0.5, "mixed"
+        features,
+        torch.zeros(60, 2),
+        torch.arange(60)[None],
+        count_N,
+        keep_N,
+        order[None],
+        keep,
+        0.5,
+        "mixed",
     ).tolist()
     ranked = [place for place in order.tolist() if place in kept]
     assert len(kept) == keep and survivors(features[ranked], 0.5) == len(walked)

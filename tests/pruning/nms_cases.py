@@ -46,9 +46,7 @@ class Case:
             self.threshold,
             self.rule,
         )
-        return [
-            own[:n] for own, n in zip(kept_NK.tolist(), self.keep_N.tolist(), strict=True)
-        ]
+        return [own[:n] for own, n in zip(kept_NK.tolist(), self.keep_N.tolist(), strict=True)]
 
     def by_the_book(self, image: int) -> list[int]:
         start, count, keep = (int(x[image]) for x in (self.start_N, self.count_N, self.keep_N))
@@ -91,9 +89,7 @@ def draw(seed: int, most: int, *, exactly: bool = False) -> Case:
     if pick(0, 3) == 0:
         coordinates_T2.zero_()
     width = max(counts)
-    orders = [
-        [*torch.randperm(n, generator=generator).tolist(), *range(n, width)] for n in counts
-    ]
+    orders = [[*torch.randperm(n, generator=generator).tolist(), *range(n, width)] for n in counts]
     return Case(
         features_TD=features_TD.to([torch.float32, torch.bfloat16][pick(0, 1)]),
         coordinates_T2=coordinates_T2,

@@ -23,9 +23,7 @@ def test_two_stages_over_two_requests_and_three_images() -> None:
     assert first.lengths == (7, 4, 8)
     assert first.visual(0).tolist() == [1, 2, 5]
     assert [image.span for image in first.images[0]] == [(1, 3), (5, 6)]
-    second, index = compact(
-        first, {(0, 0): 1, (0, 1): 1, (2, 0): 1}, torch.tensor([[1], [0], [2]])
-    )
+    second, index = compact(first, {(0, 0): 1, (0, 1): 1, (2, 0): 1}, torch.tensor([[1], [0], [2]]))
     assert index.tolist() == [0, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 18]
     assert second.lengths == (6, 4, 6)
     assert second.visual(0).tolist() == [1, 4]

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trio.decoder.gpu import sent
+from trio.decoder.gpu import on_gpu, sent
 
 Place = tuple[int, int]
 """Of an image: its request, and its number there."""
@@ -140,7 +140,8 @@ def contiguous_positions(lengths: Sequence[int], device: torch.device) -> Tensor
 
 def nothing_if_finite(x_RN: Tensor) -> Tensor:
     """`[R]`, 0 of rows of finite numbers and NaN of others."""
-    low_R, high_R = x_RN.aminmax(dim=-1)  # both pass on a NaN
+    # All pass on a NaN; on a CPU both at once are ten times as slow.
+    low_R, high_R = x_RN.aminmax(dim=-1) if on_gpu(x_RN) else (x_RN.amin(dim=-1), x_RN.amax(dim=-1))
     return (low_R * 0).add_(high_R * 0)
 
 

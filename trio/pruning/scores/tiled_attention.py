@@ -277,7 +277,6 @@ class Keys:
         own = x_T[group.start : group.start + count * length]
         return own.unflatten(0, (count, length))[:, start:stop]
 
-
     def _tokens(self, group: Group, start: int, stop: int) -> Tensor:
         """`Group.tokens` on the device, of the tile asked for last."""
         if self._last is None or self._last[0] != (group, start, stop):

@@ -8,7 +8,7 @@ the cosine of features plus a Gaussian of the distance in the picture.
 
 from __future__ import annotations
 
-from torch import Tensor
+import numpy as np
 
 SALIENT = {"mixed": 4, "reference": 1}
 """By rule: one of so many missing tokens is taken by saliency."""
@@ -20,8 +20,13 @@ _REACH = 1 / 3
 FALL = -1 / (2 * _REACH**2)
 
 
-def add_nearness(cosine_CV: Tensor, place_C2: Tensor, place_V2: Tensor) -> Tensor:
-    """Adds to cosines of C tokens with V others how near their places are; in place."""
-    down_CV, right_CV = (place_C2[:, None, axis] - place_V2[:, axis] for axis in (0, 1))
-    apart_CV = down_CV.square_().addcmul_(right_CV, right_CV)
-    return cosine_CV.add_(apart_CV.mul_(FALL).exp_(), alpha=NEARNESS)
+def nearness(place_C2: np.ndarray, place_V2: np.ndarray) -> np.ndarray:
+    """What places `[..., C, 2]` and `[..., V, 2]` add to cosines, `[..., C, V]`."""
+    down, right = (place_C2[..., :, None, axis] - place_V2[..., None, :, axis] for axis in (0, 1))
+    down *= down
+    right *= right
+    down += right
+    down *= FALL
+    np.exp(down, out=down)
+    down *= NEARNESS
+    return down

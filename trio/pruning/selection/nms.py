@@ -67,7 +67,8 @@ def suppress_and_fill_up(
     stays = [
         choose(features_TD, coordinates_T2, *own, threshold, rule)
         for own in zip(
-            *(x_N.split(max(1, fitting)) for x_N in (index_NV, order_NV, count_N, keep_N)), strict=True
+            *(x_N.split(max(1, fitting)) for x_N in (index_NV, order_NV, count_N, keep_N)),
+            strict=True,
         )
     ]
     stays_NV = stays[0] if len(stays) == 1 else torch.cat(stays)
@@ -142,7 +143,7 @@ def _on_host(
     if _fitting(features_TD, index_NV.shape[1]):
         similar = SimilarityMatrix(features_TD, coordinates_T2, index_NV)
     else:
-        similar = SimilarityRows(features_TD, coordinates_T2, index_NV[0])
+        similar = SimilarityRows(features_TD, coordinates_T2, index_NV)
     taken = torch.from_numpy(greedy(similar, counts, keeps, threshold, SALIENT[rule]))
     taken = taken.byte().to(order_NV.device)
     stays_NV = torch.zeros_like(order_NV, dtype=torch.uint8)

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trio.pruning.selection.farthest import add_nearness
+from trio.pruning.selection.farthest import nearness
 
 _BLOCK = 256
 _AHEAD = 64
@@ -26,21 +26,19 @@ _AHEAD = 64
 class Rows(Protocol):
     """How tokens resemble all others of their image."""
 
-    def cosines(
+    def one(
         self, images: np.ndarray, slots: np.ndarray, likely: Callable[[], np.ndarray]
     ) -> np.ndarray:
-        """Of one token of each of some images, `[A, V]`; `likely`: those that may come next."""
+        """Cosines of one token of each of some images, `[A, V]`; `likely`: what may come next."""
         ...
 
-    def nearest(self, image: int, slots: np.ndarray) -> np.ndarray:
-        """Of all tokens of an image, how near they are to the nearest of `slots`, `[V]`, places
-        counted in. No cosines are asked for afterwards."""
+    def most(self, image: int, slots: np.ndarray) -> np.ndarray:
+        """Cosines `[C, V]` of several tokens of an image."""
         ...
 
-    def near(
-        self, images: np.ndarray, slots: np.ndarray, likely: Callable[[], np.ndarray]
-    ) -> np.ndarray:
-        """As `cosines`, places counted in; of images that `nearest` was asked of."""
+    @property
+    def places_NV2(self) -> np.ndarray:
+        """Where in its picture each token lies."""
         ...
 
 
@@ -72,7 +70,7 @@ def _suppress(
         if not len(images):
             break
         taken_NV[images, slots] = True
-        cosines = similar.cosines(images, slots, lambda: np.flatnonzero(free_NV[0])[:_AHEAD])
+        cosines = similar.one(images, slots, lambda: np.flatnonzero(free_NV[0])[:_AHEAD])
         free_NV[images] &= cosines < threshold
         free_NV[images, slots] = False
     return taken_NV
@@ -85,8 +83,10 @@ def _farthest(
     images = np.argsort(-room_N, kind="stable")[: np.count_nonzero(room_N)]
     if not len(images):
         return
-    nearest = [similar.nearest(image, np.flatnonzero(taken_NV[image])) for image in images]
-    near_AV = np.stack(nearest)
+    near_AV = np.stack(
+        [_nearest(similar, image, np.flatnonzero(taken_NV[image])) for image in images]
+    )
+    places_AV2 = similar.places_NV2[images]
     near_AV[(taken_NV | ~there_NV)[images]] = np.inf
     rooms, place_A = room_N[images], np.arange(len(images))
     for number in range(rooms[0]):
@@ -94,9 +94,20 @@ def _farthest(
         own_AV = near_AV[:going]
         slots = own_AV.argmin(axis=1)
         taken_NV[images[:going], slots] = True
-        rows = similar.near(images[:going], slots, lambda: _lowest(near_AV[0]))
+        near = similar.one(images[:going], slots, lambda: _lowest(near_AV[0]))
         own_AV[place_A[:going], slots] = np.inf
-        np.maximum(own_AV, rows, out=own_AV)
+        own_A12 = places_AV2[place_A[:going], slots][:, None]
+        near += nearness(own_A12, places_AV2[:going])[:, 0]
+        np.maximum(own_AV, near, out=own_AV)
+
+
+def _nearest(similar: Rows, image: int, slots: np.ndarray) -> np.ndarray:
+    """Of all tokens of an image, how near they are to the nearest of `slots`, `[V]`."""
+    place_V2, near_V = similar.places_NV2[image], np.full(similar.places_NV2.shape[1], -np.inf)
+    for part in np.split(slots, range(_AHEAD, len(slots), _AHEAD)):
+        near_CV = similar.most(image, part) + nearness(place_V2[part], place_V2)
+        near_V = np.maximum(near_V, near_CV.max(axis=0))
+    return near_V
 
 
 def _lowest(near_V: np.ndarray) -> np.ndarray:
@@ -112,63 +123,47 @@ class SimilarityMatrix:
 
     def __init__(self, features_TD: Tensor, coordinates_T2: Tensor, index_NV: Tensor) -> None:
         unit_NVD = _unit(features_TD, index_NV)
-        self._places_NV2 = coordinates_T2[index_NV].cpu()
-        self._all_NVV = torch.bmm(unit_NVD, unit_NVD.mT).cpu()
-        self._rows = self._all_NVV.numpy()
+        self.places_NV2 = coordinates_T2[index_NV].cpu().numpy()
+        self._rows = torch.bmm(unit_NVD, unit_NVD.mT).cpu().numpy()
 
-    def cosines(
+    def one(
         self, images: np.ndarray, slots: np.ndarray, likely: Callable[[], np.ndarray]
     ) -> np.ndarray:
         return self._rows[images, slots]
 
-    near = cosines
-
-    def nearest(self, image: int, slots: np.ndarray) -> np.ndarray:
-        add_nearness(self._all_NVV[image], *[self._places_NV2[image]] * 2)
-        return self._rows[image, slots].max(axis=0)
+    def most(self, image: int, slots: np.ndarray) -> np.ndarray:
+        return self._rows[image, slots]
 
 
 class SimilarityRows:
     """Some rows at a time, of one large image: nothing of the size V x V, or V x D in float32, is
     held.
 
-    index_V: packed index of each token in the order.
+    index_1V: packed index of each token in the order.
     """
 
-    def __init__(self, features_TD: Tensor, coordinates_T2: Tensor, index_V: Tensor) -> None:
-        self._features_TD, self._index_V = features_TD, index_V
-        self._places_V2 = coordinates_T2[index_V].cpu()
-        self._places_count = False
+    def __init__(self, features_TD: Tensor, coordinates_T2: Tensor, index_1V: Tensor) -> None:
+        self.places_NV2 = coordinates_T2[index_1V].cpu().numpy()
+        self._features_TD, self._index_V = features_TD, index_1V[0]
         self._place_of: dict[int, int] = {}
-        self._rows = np.empty((0, len(index_V)))
+        self._rows = np.empty((0, index_1V.shape[1]))
 
-    def cosines(
+    def one(
         self, images: np.ndarray, slots: np.ndarray, likely: Callable[[], np.ndarray]
     ) -> np.ndarray:
         (slot,) = slots.tolist()
         if slot not in self._place_of:
             ahead = likely()
             ahead[0] = slot  # which of equal ones are likely is any
-            self._rows = self._work_out(ahead)
+            self._rows = self.most(0, ahead)
             self._place_of = {slot: place for place, slot in enumerate(ahead.tolist())}
         return self._rows[[self._place_of[slot]]]
 
-    near = cosines
-
-    def nearest(self, image: int, slots: np.ndarray) -> np.ndarray:
-        self._places_count, self._place_of = True, {}
-        parts = np.split(slots, range(_AHEAD, len(slots), _AHEAD))
-        return np.maximum.reduce([self._work_out(part).max(axis=0) for part in parts])
-
-    def _work_out(self, slots: np.ndarray) -> np.ndarray:
-        slot_C = torch.from_numpy(slots)
-        own_CD = _unit(self._features_TD, self._index_V[slot_C.to(self._index_V.device)])
-        cosine_CV = torch.cat(
-            [own_CD @ _unit(self._features_TD, own).T for own in self._index_V.split(_BLOCK)], dim=1
-        ).cpu()
-        if self._places_count:
-            add_nearness(cosine_CV, self._places_V2[slot_C], self._places_V2)
-        return cosine_CV.numpy()
+    def most(self, image: int, slots: np.ndarray) -> np.ndarray:
+        slot_C = torch.from_numpy(slots).to(self._index_V.device)
+        own_CD = _unit(self._features_TD, self._index_V[slot_C])
+        parts = [own_CD @ _unit(self._features_TD, own).T for own in self._index_V.split(_BLOCK)]
+        return torch.cat(parts, dim=1).cpu().numpy()
 
 
 def _unit(features_TD: Tensor, index: Tensor) -> Tensor:
