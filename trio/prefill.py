@@ -16,11 +16,17 @@ from torch import Tensor
 
 from trio.decoder.attention import Packed
 from trio.decoder.decoder import Decoder, LayerCache
+from trio.decoder.gpu import sent
 from trio.decoder.stopwatch import Stopwatch
 from trio.errors import UserError
 from trio.families.coordinates import unknown
-from trio.pruning.batch import Ragged, compact, contiguous_positions, finite_rows
-from trio.pruning.method import Choice, Context, Method, Stage, all_of, choose, goals_of
+from trio.pruning.batch import (
+    Ragged,
+    compact,
+    contiguous_positions,
+    nothing_if_finite,
+)
+from trio.pruning.method import Choice, Context, Method, Stage, choose, goals_of
 from trio.pruning.method_registry import create
 from trio.pruning.options import Pruning
 from trio.shared_prefix import Sharing
@@ -171,7 +177,6 @@ class _Prefill:
         self.contexts = prompts.contexts
         self.hidden_TD = prompts.embeds_TD
         self.entered_TD: Tensor | None = None
-        self.batch_tokens = len(prompts.embeds_TD)
         self.injected = prompts.injected
         self.sharing = prompts.sharing
         _check_injected(prompts)
@@ -183,14 +188,24 @@ class _Prefill:
             self.positions_T = contiguous_positions(prompts.lengths, decoder.device)
             self.next_positions = list(prompts.lengths)
         else:
-            self.positions_T = prompts.positions_T.to(decoder.device)
+            self.positions_T = sent(prompts.positions_T, decoder.device)
             self.next_positions = _next_positions(prompts.positions_T, prompts.lengths)
         coordinates_T2 = prompts.coordinates_T2
         if coordinates_T2 is None:
-            coordinates_T2 = unknown(self.batch_tokens)
-        self.coordinates_T2 = coordinates_T2.to(decoder.device)
-        self.kept: list[list[list[int]]] = [[] for _ in prompts.lengths]
-        self.finite_B = torch.ones(len(prompts.lengths), dtype=torch.bool, device=decoder.device)
+            coordinates_T2 = unknown(len(prompts.embeds_TD))
+        self.coordinates_T2 = sent(coordinates_T2, decoder.device)
+        visual = self.ragged.visual()
+        token_T = torch.full((len(prompts.embeds_TD),), -1)
+        token_T[visual] = torch.arange(len(visual))
+        # Of each token its request, and if it is visual its number over all that the encoder gave.
+        self.marks_2T = sent(torch.stack([self.ragged.request_T(), token_T]), decoder.device)
+        given = (self.ragged.visual_tokens(request) for request in range(len(prompts.lengths)))
+        self.first_tokens = list(accumulate(given, initial=0))
+        self.left: list[_Left] = []
+        # NaN where something is not finite.
+        self.trouble_B = torch.zeros(
+            len(prompts.lengths), dtype=decoder.dtype, device=decoder.device
+        )
         self.pruning_time = Stopwatch(decoder.device)
 
     def result(self) -> Prefilled:
@@ -210,21 +225,24 @@ class _Prefill:
             if method is not None and stop in keeps:
                 self._prune(method, stop, keeps[stop])
             start = stop
+        kept = _Kept(self.left, self.first_tokens)
         last = torch.tensor([end - 1 for end in accumulate(self.ragged.lengths)])
-        hidden_BD = self.hidden_TD[last.to(self.hidden_TD.device)]
+        hidden_BD = self.hidden_TD[sent(last, self.hidden_TD.device)]
         # Tokens that are gone by a choice that was none would leave no trace.
-        hidden_BD = hidden_BD.masked_fill(~self.finite_B[:, None], torch.nan)
+        hidden_BD = hidden_BD + self.trouble_B[:, None]
         if self.trace is not None:
             self.trace.hidden_TD = self.hidden_TD
+        logits_BV = self.decoder.head(hidden_BD)
+        by_request = kept.by_request(len(self.ragged.lengths))
         return Prefilled(
             hidden_BD=hidden_BD,
-            logits_BV=self.decoder.head(hidden_BD),
+            logits_BV=logits_BV,
             cache_lengths=lengths,
             next_positions=positions,
-            kept=self.kept,
-            visual_tokens_stages=[[len(stage) for stage in stages] for stages in self.kept],
+            kept=by_request,
+            visual_tokens_stages=[[len(stage) for stage in stages] for stages in by_request],
             prune_seconds=self.pruning_time.seconds(),
-            finite_B=self.finite_B,
+            finite_B=self.trouble_B == 0,
         )
 
     def _keeps_by_layer(self) -> dict[int, list[list[int] | None]]:
@@ -259,12 +277,13 @@ class _Prefill:
         """Into some of the packed tokens, by their indices."""
         if layer >= len(self.injected):
             return
-        packed, encoded = self.ragged.visual()
-        place_T = torch.full((self.batch_tokens,), -1)
+        # Nothing was dropped yet: visual tokens are numbered as they stand.
+        place_T = torch.full((sum(self.ragged.lengths),), -1)
         place_T[index_T] = torch.arange(len(index_T))
-        here = place_T[packed] >= 0
-        own_VD = self.injected[layer][encoded[here].to(hidden_TD.device)]
-        hidden_TD.index_add_(0, place_T[packed][here].to(hidden_TD.device), own_VD.to(hidden_TD))
+        place_V = place_T[self.ragged.visual()]
+        encoded = (place_V >= 0).nonzero()[:, 0]
+        packed, encoded = (sent(x, hidden_TD.device) for x in (place_V[encoded], encoded))
+        hidden_TD.index_add_(0, packed, self.injected[layer][encoded].to(hidden_TD))
 
     def _run(self, start: int, stop: int, looked_at: int | None) -> None:
         """Layers `start … stop-1`; holds on to what enters the one that will be looked at."""
@@ -275,7 +294,8 @@ class _Prefill:
         rotary = self.decoder.rotary(self.positions_T)
         layout = Packed(self.ragged.lengths)
         if self.injected[start:stop]:
-            packed, encoded = (index.to(self.decoder.device) for index in self.ragged.visual())
+            packed = sent(self.ragged.visual(), self.decoder.device)
+            encoded = self.marks_2T[1, packed]
         for layer in range(start, stop):
             if layer == looked_at:
                 self.entered_TD = self.hidden_TD
@@ -296,9 +316,8 @@ class _Prefill:
             if choice is not None:
                 self._compact(choice)
             self._renumber(keeps)
-            for request, keep in enumerate(keeps):
-                if keep is not None:
-                    self.kept[request].append(self.ragged.kept(request))
+            had = [request for request, keep in enumerate(keeps) if keep is not None]
+            self.left.append(_Left(self.ragged, self.marks_2T[1], had))
         if self.trace is not None:
             self.trace.stages.append(
                 StageTrace(
@@ -325,23 +344,20 @@ class _Prefill:
             salts=self.salts,
             entered_TD=self.entered_TD,
             contexts=self.contexts,
-            batch_tokens=self.batch_tokens,
         )
 
     def _compact(self, choice: Choice) -> None:
         if choice.finite_B is not None:
-            self.finite_B &= choice.finite_B
-        self.ragged, index = compact(self.ragged, choice.kept)
-        index = index.to(self.hidden_TD.device, non_blocking=True)
-        self.hidden_TD = self.hidden_TD[index]
-        self.positions_T = self.positions_T[..., index]
-        self.coordinates_T2 = self.coordinates_T2[index]
+            self.trouble_B.masked_fill_(~choice.finite_B, torch.nan)
+        self.ragged, index_T = compact(self.ragged, choice.goals, choice.kept_NK)
+        self.hidden_TD = self.hidden_TD[index_T]
+        self.positions_T = self.positions_T[..., index_T]
+        self.coordinates_T2 = self.coordinates_T2[index_T]
+        self.marks_2T = self.marks_2T[:, index_T]
 
     def _check(self, hidden_TD: Tensor) -> None:
         """Note the requests of which a token is not finite, before it may be dropped."""
-        lengths = torch.tensor(self.ragged.lengths)
-        request_T = torch.arange(len(lengths)).repeat_interleave(lengths).to(hidden_TD.device)
-        self.finite_B &= all_of(finite_rows(hidden_TD), request_T, len(lengths))
+        self.trouble_B.index_add_(0, self.marks_2T[0], nothing_if_finite(hidden_TD))
 
     def _renumber(self, keeps: list[list[int] | None]) -> None:
         """Requests with a stage here count on from 0, also where it removed nothing."""
@@ -350,8 +366,11 @@ class _Prefill:
         lengths = self.ragged.lengths
         fresh = contiguous_positions(lengths, self.positions_T.device)
         touched = torch.tensor([keep is not None for keep in keeps])
-        mask = touched.repeat_interleave(torch.tensor(lengths)).to(fresh.device)
-        self.positions_T = torch.where(mask, fresh, self.positions_T)
+        if touched.all():
+            self.positions_T = fresh.expand_as(self.positions_T)
+        else:
+            mask = sent(touched.repeat_interleave(torch.tensor(lengths)), fresh.device)
+            self.positions_T = torch.where(mask, fresh, self.positions_T)
         self.next_positions = [
             length if keep is not None else position
             for length, keep, position in zip(lengths, keeps, self.next_positions, strict=True)
@@ -367,6 +386,43 @@ def shared_depth(pruning: Pruning, tokens: int, num_layers: int) -> int:
     first = min((layer for layer, _ in pruning.stages(tokens, num_layers)), default=num_layers)
     looks_back = pruning.chooses and "attention" in create(pruning).needs
     return max(0, first - looks_back)
+@dataclass(frozen=True, slots=True)
+class _Left:
+    """What a stage left."""
+
+    ragged: Ragged
+    token_T: Tensor
+    """On the device."""
+    requests: Sequence[int]
+    """Those that had a stage there."""
+
+
+class _Kept:
+    """The tokens that the stages left, on their way to the host while the device works on."""
+
+    def __init__(self, left: Sequence[_Left], first_tokens: Sequence[int]) -> None:
+        self._left, self._first = left, first_tokens
+        self._ready: torch.cuda.Event | None = None
+        token_T = torch.cat([own.token_T for own in left]) if left else torch.empty(0)
+        if token_T.device.type == "cuda":
+            self._token_T = torch.empty(token_T.shape, dtype=token_T.dtype, pin_memory=True)
+            self._token_T.copy_(token_T, non_blocking=True)
+            self._ready = torch.cuda.Event()
+            self._ready.record()
+        else:
+            self._token_T = token_T
+
+    def by_request(self, requests: int) -> list[list[list[int]]]:
+        """`Prefilled.kept`; waits for the copy."""
+        if self._ready is not None:
+            self._ready.synchronize()
+        kept: list[list[list[int]]] = [[] for _ in range(requests)]
+        parts = self._token_T.split([len(own.token_T) for own in self._left])
+        for own, token_T in zip(self._left, parts, strict=True):
+            for request in own.requests:
+                tokens = token_T[own.ragged.visual(request)] - self._first[request]
+                kept[request].append(tokens.tolist())
+        return kept
 
 
 def _check_injected(prompts: PackedPrompts) -> None:

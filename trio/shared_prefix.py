@@ -20,6 +20,7 @@ from torch import Tensor
 
 from trio.decoder.attention import Branches, Packed
 from trio.decoder.decoder import Decoder, LayerCache, Rotary
+from trio.decoder.gpu import sent
 
 
 @dataclass(slots=True, eq=False)
@@ -84,7 +85,7 @@ def run(
     """
     owners = _Owners(decoder, sharing, embeds_TD, positions_T, lengths)
     followers = _Followers(decoder, sharing, embeds_TD, positions_T, lengths)
-    order_T = _order(sharing, lengths, followers.prefixes).to(embeds_TD.device)
+    order_T = sent(_order(sharing, lengths, followers.prefixes), embeds_TD.device)
     for layer in range(sharing.depth):
         own = owners.run(layer, inject)
         behind = followers.run(layer)
@@ -128,7 +129,7 @@ class _Owners:
         starts = [0, *accumulate(lengths)]
         rows = [torch.arange(starts[row], starts[row + 1]) for row in sharing.owners]
         self._host_index_T = torch.cat([torch.empty(0, dtype=torch.int64), *rows])
-        index_T = self._host_index_T.to(embeds_TD.device)
+        index_T = sent(self._host_index_T, embeds_TD.device)
         own = [lengths[row] for row in sharing.owners]
         self._starts = dict(zip(sharing.owners, (0, *accumulate(own)), strict=False))
         self._layout = Packed(tuple(own))
@@ -180,7 +181,7 @@ class _Followers:
             torch.arange(starts[row] + sharing.followers[row].tokens, starts[row + 1])
             for row in rows
         ]
-        self._index_F = torch.cat([torch.empty(0, dtype=torch.int64), *index]).to(device)
+        self._index_F = sent(torch.cat([torch.empty(0, dtype=torch.int64), *index]), device)
         self.hidden_FD = embeds_TD[self._index_F]
         self._layout: Branches | None = None
         if rows:
@@ -189,7 +190,7 @@ class _Followers:
                 [lengths[row] - prefix.tokens for row in own] for prefix, own in by_prefix.items()
             ]
             self._longest = max(prefix.tokens for prefix in by_prefix)
-            stored_B = torch.tensor([prefix.tokens for prefix in by_prefix], device=device)
+            stored_B = sent(torch.tensor([prefix.tokens for prefix in by_prefix]), device)
             self._layout = Branches.of(behind, device).behind(stored_B, self._longest)
 
     def run(self, layer: int) -> tuple[Tensor, Tensor]:

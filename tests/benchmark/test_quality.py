@@ -18,8 +18,7 @@ from trio.benchmark.quality.quality_table import _relative
 from trio.families.registry import adapt
 from trio.pruning.method_registry import method_names as methods
 from trio.pruning.options import Pruning
-from trio.pruning.selection.farthest import fill_up
-from trio.pruning.selection.nms import suppress
+from trio.pruning.selection.nms import suppress_and_fill_up
 from trio.vqa.intervals import wilson_interval
 
 FLAGS = ["--methods", "none,random,trio", "--retention", "1/9,1/18", "--scenes", "1"]
@@ -228,7 +227,7 @@ def test_two_schedules_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 def test_what_the_suppression_left_is_told_from_what_filled_up() -> None:
-    """Of what `suppress` keeps, those that it keeps without a fill-up, told by the kept alone."""
+    """Of what is kept, what would be without a fill-up, told by the kept alone."""
     torch.manual_seed(2)
     features = torch.randn(60, 6)
     order = torch.randperm(60)
@@ -238,8 +237,17 @@ def test_what_the_suppression_left_is_told_from_what_filled_up() -> None:
         if not (unit[walked] @ unit[place] >= 0.5).any():
             walked.append(place)
     keep = len(walked) + 7
-    start_N, count_N, keep_N = torch.tensor([[0], [60], [keep]])
-    result = suppress(features, start_N, count_N, keep_N, order[None], keep, 0.5)
-    (kept,) = fill_up(features, torch.zeros(60, 2), result, "mixed").tolist()
+    count_N, keep_N = torch.tensor([[60], [keep]])
+    (kept,) = suppress_and_fill_up(
+        features,
+        torch.zeros(60, 2),
+        torch.arange(60)[None],
+        count_N,
+        keep_N,
+        order[None],
+        keep,
+        0.5,
+        "mixed",
+    ).tolist()
     ranked = [place for place in order.tolist() if place in kept]
     assert len(kept) == keep and survivors(features[ranked], 0.5) == len(walked)

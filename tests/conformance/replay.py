@@ -141,7 +141,7 @@ class StageReplay:
     def kept(self, sample: int) -> list[int]:
         """Local indices that stay."""
         choice = self.stage.choice
-        kept = None if choice is None else choice.kept[sample][0]
+        kept = None if choice is None else choice.kept.get((sample, 0))
         count = self.stage.before.images[sample][0].count
         return list(range(count)) if kept is None else list(kept)
 

@@ -158,7 +158,7 @@ def test_attention_costs_what_its_operations_add_up_to(family: str) -> None:
         decoder.rotary(positions)  # in some versions a product, too
     rotary = operations.get_total_flops()
     with counter() as operations:
-        last_attention(decoder, 1, hidden, positions, [400], 0)
+        last_attention(decoder, 1, hidden, positions, [400])
     # The row's own key, value and output are computed by the layer and not used.
     extra = shape.hidden_size * (2 * shape.kv_size + shape.query_size)
     counted = (operations.get_total_flops() - rotary) / 2

@@ -16,8 +16,7 @@ from trio.pruning.methods.divprune import spread_out
 from trio.pruning.scores.last_token_attention import last_attention
 from trio.pruning.scores.layer_gradient import LayerGradient
 from trio.pruning.scores.saliency import saliency
-from trio.pruning.selection.farthest import fill_up
-from trio.pruning.selection.nms import suppress
+from trio.pruning.selection.nms import suppress_and_fill_up
 
 VISUAL, TEXT, KEPT = 2880, 60, 436
 TOKENS = VISUAL + TEXT
@@ -102,7 +101,7 @@ def test_scoring_takes_less_than_a_twentieth_of_one_layers_activations() -> None
     counted.watch(hidden_TD)
     with counted:
         result = saliency(
-            LayerGradient(own, 1, "output", TOKENS),
+            LayerGradient(own, 1, "output"),
             hidden_TD,
             positions_T,
             [TOKENS],
@@ -122,7 +121,7 @@ def test_attention_takes_less_than_a_twentieth_of_one_layers_activations() -> No
     counted = watched(own)
     counted.watch(hidden_TD)
     with counted:
-        last_attention(own, 1, hidden_TD, positions_T, [TOKENS], TOKENS)
+        last_attention(own, 1, hidden_TD, positions_T, [TOKENS])
     assert counted.peak < layer_activations(own) / 20
 
 
@@ -153,16 +152,17 @@ def test_choosing_takes_less_than_a_twentieth_of_one_layers_activations(similar:
     counted = Allocations()
     counted.watch(hidden_TD)
     with counted:
-        walked = suppress(
+        kept_NK = suppress_and_fill_up(
             hidden_TD,
-            torch.tensor([5]),
+            coordinates_T2,
+            torch.arange(5, 5 + VISUAL)[None],
             torch.tensor([VISUAL]),
             torch.tensor([keep]),
             torch.randperm(VISUAL, generator=generator)[None],
             keep,
             0.8,
+            "mixed",
         )
-        kept_NK = fill_up(hidden_TD, coordinates_T2, walked, "mixed")
     assert len(set(kept_NK[0].tolist())) == keep
     assert counted.peak < limit
     assert counted.largest < VISUAL * VISUAL

@@ -8,13 +8,14 @@ from tests.pruning.stages import chosen
 from tests.tiny.llava import tiny_llava
 from trio.decoder.decoder import Decoder
 from trio.pruning.batch import Ragged
-from trio.pruning.method import Choice, rank
+from trio.pruning.method import Choice, packed_index, rank
 from trio.pruning.methods.random import salt_of
 from trio.pruning.options import Pruning
 
 
 def ranked(scores: torch.Tensor, starts: list[int], counts: list[int]) -> list[list[int]]:
-    order = rank(scores, torch.tensor(starts), torch.tensor(counts), max(counts)).tolist()
+    index = packed_index(torch.tensor(starts), torch.tensor(counts), max(counts))
+    order = rank(scores, *index).tolist()
     assert all(sorted(own) == list(range(max(counts))) for own in order)
     return [own[:count] for own, count in zip(order, counts, strict=True)]
 
@@ -45,20 +46,18 @@ def random_choice(spans: list[list[tuple[int, int]]], keep: int, salts: list[int
 
 
 def test_random_depends_on_seed_and_request_not_on_the_batch() -> None:
-    alone = random_choice([[(2, 40), (41, 79)]], 10, [5]).kept[0]
+    alone = random_choice([[(2, 40), (41, 79)]], 10, [5]).kept
     batch = random_choice([[(0, 30)], [(2, 40), (41, 79)]], 10, [8, 5]).kept
-    assert list(batch[1]) == list(alone)
-    assert alone[0] != alone[1]
-    assert random_choice([[(2, 40), (41, 79)]], 10, [6]).kept[0] != alone
-    assert all(own == sorted(set(own or ())) and len(own) == 10 for own in alone if own is not None)
+    assert [batch[1, number] for number in (0, 1)] == [alone[0, number] for number in (0, 1)]
+    assert alone[0, 0] != alone[0, 1]
+    assert random_choice([[(2, 40), (41, 79)]], 10, [6]).kept != alone
+    assert all(own == sorted(set(own)) and len(own) == 10 for own in alone.values())
 
 
 def test_random_is_spread_evenly() -> None:
     hits = torch.zeros(20)
     for salt in range(400):
-        kept = random_choice([[(0, 20)]], 5, [salt]).kept[0][0]
-        assert kept is not None
-        hits[list(kept)] += 1
+        hits[random_choice([[(0, 20)]], 5, [salt]).kept[0, 0]] += 1
     assert ((hits > 60) & (hits < 140)).all()  # 100 expected, standard deviation 9
 
 
@@ -84,9 +83,9 @@ def test_gradient_is_the_order_cut_off() -> None:
     choice = chosen(pruning, torch.randn(80, 32), batch, [[6, 22], [4]], decoder=decoder())
     assert choice is not None and choice.saliency is not None
     scores = choice.saliency.scores_T
-    assert choice.kept[0][0] == sorted(scores[3:20].argsort(descending=True)[:6].tolist())
-    assert choice.kept[0][1] is None
-    assert choice.kept[1][0] == sorted(scores[51:75].argsort(descending=True)[:4].tolist())
+    assert choice.kept[0, 0] == sorted(scores[3:20].argsort(descending=True)[:6].tolist())
+    assert (0, 1) not in choice.kept
+    assert choice.kept[1, 0] == sorted(scores[51:75].argsort(descending=True)[:4].tolist())
 
 
 def test_a_callers_autocast_does_not_reach_the_scores() -> None:

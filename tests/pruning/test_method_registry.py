@@ -68,7 +68,7 @@ def test_a_method_gets_its_own_settings_and_the_common_ones() -> None:
     def kept(**options: Any) -> Any:
         choice = chosen(Pruning(schedule="1:2", method=NAMED, **options), hidden, batch, [[2]])
         assert choice is not None and choice.finite_B is not None
-        return choice.kept[0][0]
+        return choice.kept[0, 0]
 
     assert kept() == [2, 4]
     assert kept(method_options={"end": "short", "power": 1}) == [1, 3]

@@ -1,6 +1,10 @@
-"""Suppression in rounds against the sequential walk over a full cosine matrix."""
+"""Suppression and fill-up against the sequential walk over a full cosine matrix."""
 
 from __future__ import annotations
+
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -8,9 +12,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.pruning.nms_cases import draw
 from trio.pruning import reference
+from trio.pruning.method import packed_index
 from trio.pruning.options import FILL_UPS
-from trio.pruning.selection import farthest, nms
+from trio.pruning.selection import nms
 
 
 def suppress(
@@ -30,12 +36,18 @@ def suppress(
         torch.zeros(len(features), 2, device=device) if coordinates is None else coordinates
     )
     start_N, count_N, keep_N = torch.tensor([starts, counts, keeps], device=device)
-    walked = nms.suppress(
-        features, start_N, count_N, keep_N, order_NV.to(device), max(keeps), threshold
+    kept_NK = nms.suppress_and_fill_up(
+        features,
+        coordinates,
+        packed_index(start_N, count_N, width)[0],
+        count_N,
+        keep_N,
+        order_NV.to(device),
+        max(keeps),
+        threshold,
+        fill_up,
     )
-    kept = farthest.fill_up(features, coordinates, walked, fill_up)
-    assert all(set(own[n:]) <= {width} for own, n in zip(kept.tolist(), keeps, strict=True))
-    return [own[:n] for own, n in zip(kept.tolist(), keeps, strict=True)]
+    return [own[:n] for own, n in zip(kept_NK.tolist(), keeps, strict=True)]
 
 
 def clustered(count: int, clusters: int, noise: float, seed: int) -> Tensor:
@@ -46,16 +58,11 @@ def clustered(count: int, clusters: int, noise: float, seed: int) -> Tensor:
     return centres[which] + noise * torch.randn(count, 16, generator=generator)
 
 
-@pytest.fixture(params=["host", "device"])
+@pytest.fixture(params=["matrix", "rows"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """How the fill-up goes on a CPU, and how on a GPU."""
-    if request.param == "device":
-
-        def on_device(*tensors: Tensor) -> Tensor:
-            features, coordinates, index, near, room = tensors
-            return farthest._farthest(features, coordinates, index, near, room, int(room.max()))
-
-        monkeypatch.setattr(farthest, "_farthest_on_host", on_device)
+    """How cosines are worked out: at once, or of an image too large for that some rows at a time."""
+    if request.param == "rows":
+        monkeypatch.setattr(nms, "_BYTES", 0)
 
 
 @pytest.mark.usefixtures("way")
@@ -138,23 +145,62 @@ def test_half_precision_features_are_compared_in_float32(fill_up: str) -> None:
     assert got == reference.walk(features.float(), order, 60, 0.8, fill_up)
 
 
-def rounds(images: int, candidates: int) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(candidates)
-    near = torch.rand(images, candidates, candidates, generator=generator) < 0.05
-    near = near | near.transpose(1, 2) | torch.eye(candidates, dtype=torch.bool)
-    blocked = torch.rand(images, candidates, generator=generator) < 0.2
-    return near, blocked, torch.randint(0, candidates + 1, (images,), generator=generator)
+def test_ties_go_to_the_more_salient() -> None:
+    """By loops, for all that ties exactly: copies, zeros, one token, one place."""
+    for seed in range(12):
+        case = draw(seed, 60)
+        for image, kept in enumerate(case.choice()):
+            assert kept == case.by_the_book(image), seed
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("candidates", [1, 5, 64, 100, 128])
-def test_the_kernel_walks_as_the_host_does(candidates: int) -> None:
-    near, blocked, room = rounds(7, candidates)
-    expected = nms._walk_on_host(near, blocked, room)
-    assert nms._walk(torch.device("cuda")) is nms.walk_on_device
-    got = nms.walk_on_device(near.cuda(), blocked.cuda(), room.cuda())
-    assert torch.equal(got.cpu(), expected)
+def test_chunks_choose_as_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = draw(5, 128)
+    expected = case.choice()
+    assert len(expected) > 1
+    most = case.order_NV.shape[1]
+    monkeypatch.setattr(nms, "_BYTES", 4 * most * (most + 16))
+    assert case.choice() == expected
+
+
+@pytest.mark.parametrize("fill_up", FILL_UPS)
+def test_what_is_not_finite_still_keeps_so_many(fill_up: str) -> None:
+    features = clustered(90, 5, 0.3, 1)
+    features[7], features[8, 2], features[9] = torch.nan, torch.inf, 0
+    (kept,) = suppress(features, [0], [90], [list(range(90))], [50], 0.8, fill_up)
+    assert len(set(kept)) == 50
+
+
+def interpreted(*arguments: object) -> None:
+    """The kernel in Triton's interpreter against the host's way, on `nms_cases`."""
+    run_python("-m", "tests.pruning.nms_cases", *map(str, arguments), TRITON_INTERPRET="1")
+
+
+def run_python(*arguments: str, **environment: str) -> None:
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton has wheels for Linux alone")
+@pytest.mark.parametrize("cases", ["0 300 128", "1000 20 576 576", "2000 2 4096 4096"])
+def test_the_kernel_chooses_as_the_host_does(cases: str) -> None:
+    interpreted(*cases.split())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton has wheels for Linux alone")
+def test_the_kernel_chooses_as_the_host_does_in_thousands_of_cases() -> None:
+    interpreted(10_000, 3000, 128)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton has wheels for Linux alone")
+def test_the_kernel_compiles_for_a_gpu_that_is_not_here() -> None:
+    run_python("-m", "tests.pruning.nms_compiled", TRITON_INTERPRET="0")
 
 
 @pytest.mark.gpu

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from trio.decoder.attention import NAME, Layout
 from trio.decoder.cache_argument import Once, cache_keyword
 from trio.decoder.check_layers import check_layers
+from trio.decoder.gpu import on_gpu
 from trio.decoder.matmul import linear
 from trio.errors import UserError
 
@@ -95,6 +96,15 @@ class Decoder:
 
         positions_T: `[T]`, the same on all axes, or `[A, T]`.
         """
+        if positions_T.dim() == 1 and not on_gpu(positions_T) and len(positions_T):
+            # Prompts of a batch have most positions in common, and sines are slow there.
+            every = torch.arange(int(positions_T.max()) + 1)
+            if len(every) < len(positions_T) and int(positions_T.min()) >= 0:
+                cos, sin = self._rotary(every, dtype)
+                return cos[:, positions_T], sin[:, positions_T]
+        return self._rotary(positions_T, dtype)
+
+    def _rotary(self, positions_T: Tensor, dtype: torch.dtype | None) -> Rotary:
         like = torch.empty(0, dtype=dtype or self.dtype, device=positions_T.device)
         if self.position_axes > 1:
             positions_T = positions_T.expand(self.position_axes, -1)

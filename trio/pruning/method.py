@@ -8,23 +8,23 @@ images and texts share, C texts or pieces of one, L tokens of the longest.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from trio.decoder.decoder import Decoder
-from trio.pruning.batch import Image, Kept, Ragged, finite_rows
+from trio.decoder.gpu import sent
+from trio.pruning.batch import Image, Place, Ragged, finite_groups, nothing_if_finite
 from trio.pruning.flops import DecoderShape
 from trio.pruning.scores.last_token_attention import last_attention
 from trio.pruning.scores.layer_gradient import LayerGradient
 from trio.pruning.scores.saliency import Saliency, proxy_index, saliency
 
-Place = tuple[int, int]
-"""Of an image: its request, and its number there."""
 Grid = tuple[int, int]
 """Rows and columns of patches or tokens."""
 
@@ -67,15 +67,18 @@ class Context:
         return tile_M[self.places_V.clamp(min=0)].where(self.places_V >= 0, len(sizes))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Choice:
-    """What a stage decided."""
+    """What a stage decided. Tensors lie on the decoder's device, and only who asks for `kept`
+    waits for them."""
 
-    kept: Kept
-    """For each request and image the local indices that stay; None where nothing goes."""
-    orders: dict[Place, Tensor]
-    """For each pruned image its local indices by falling score, or in order of choice; empty for
-    methods without an order."""
+    goals: Mapping[Place, int]
+    """Of the stage."""
+    kept_NK: Tensor
+    """Of each image of `goals` the rising local indices that stay; past its own number any."""
+    orders_N: Sequence[Tensor] = ()
+    """Of each its local indices by falling score, or in order of choice; empty for methods without
+    an order."""
     scored: Sequence[int] = ()
     """The requests whose saliency was taken, in order."""
     saliency: Saliency | None = None
@@ -83,6 +86,17 @@ class Choice:
     finite_B: Tensor | None = None
     """Of every request, whether all that its images were judged by is finite: else the choice is
     any. None for methods that judge by hidden states alone."""
+
+    @cached_property
+    def kept(self) -> dict[Place, list[int]]:
+        """Local indices that stay of each image that loses tokens."""
+        own = zip(self.goals.items(), self.kept_NK.tolist(), strict=True)
+        return {place: row[:keep] for (place, keep), row in own}
+
+    @property
+    def orders(self) -> dict[Place, Tensor]:
+        """`orders_N` by image."""
+        return dict(zip(self.goals, self.orders_N, strict=True)) if len(self.orders_N) else {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,8 +124,6 @@ class Stage:
     methods that need `attention`."""
     contexts: Sequence[Sequence[Context]] = ()
     """Of each request's images, for methods that need `text_tower` or `instruction`."""
-    batch_tokens: int = 0
-    """Tokens of the batch before any pruning: memory stays small beside theirs."""
 
     @cached_property
     def requests(self) -> list[int]:
@@ -130,7 +142,13 @@ class Stage:
 
     @property
     def most_kept(self) -> int:
+        """The largest number of tokens to keep of one, K."""
         return max(self.goals.values())
+
+    @property
+    def most_tokens(self) -> int:
+        """The largest number of tokens of one, V."""
+        return max(image.count for image in self.images)
 
     @cached_property
     def packed(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -140,11 +158,11 @@ class Stage:
     @cached_property
     def bounds(self) -> tuple[Tensor, Tensor, Tensor]:
         """Of each image, `[N]`: first token among those of `requests`, tokens, tokens to keep."""
-        first = dict(zip(self.requests, Ragged(tuple(self.lengths), (), ()).starts, strict=True))
+        first = dict(zip(self.requests, Ragged(tuple(self.lengths), ()).starts, strict=True))
         starts = [first[r] + self.batch.images[r][i].start for r, i in self.goals]
         counts = [image.count for image in self.images]
         numbers = torch.tensor([starts, counts, list(self.goals.values())])
-        start_N, count_N, keep_N = numbers.to(self.hidden_TD.device)
+        start_N, count_N, keep_N = sent(numbers, self.hidden_TD.device)
         return start_N, count_N, keep_N
 
     def saliency(self, proxy_positions: str, proxy_layer: str, proxy_head: str) -> Saliency:
@@ -152,7 +170,7 @@ class Stage:
         hidden_TD, positions_T, _ = self.packed
         index = proxy_index(self.layer, proxy_layer)
         return saliency(
-            LayerGradient(self.decoder, index, proxy_head, self.batch_tokens),
+            LayerGradient(self.decoder, index, proxy_head),
             hidden_TD,
             positions_T,
             self.lengths,
@@ -168,17 +186,20 @@ class Stage:
             self.entered_TD, self.positions_T, self.coordinates_T2
         )
         layer = max(0, self.layer - 1)
-        return last_attention(
-            self.decoder, layer, hidden_TD, positions_T, self.lengths, self.batch_tokens
-        )
+        return last_attention(self.decoder, layer, hidden_TD, positions_T, self.lengths)
 
     def rank(self, scores_T: Tensor) -> Tensor:
         """Local indices `[N, V]` of each image by falling score of the tokens of `requests`."""
-        start_N, count_N, _ = self.bounds
-        return rank(scores_T, start_N, count_N, max(image.count for image in self.images))
+        index_NV, missing_NV = self.index
+        return rank(scores_T, index_NV, missing_NV)
 
     def choice(
-        self, kept_NK: Tensor, order_NV: Tensor, scores: Tensor | Saliency | None = None
+        self,
+        kept_NK: Tensor,
+        order_NV: Tensor,
+        scores: Tensor | Saliency | None = None,
+        *,
+        rising: bool = False,
     ) -> Choice:
         """The outcome for all images at once.
 
@@ -187,19 +208,26 @@ class Stage:
             order_NV: local indices of each image in the order to report, of which as many count as
                 it has tokens.
             scores: what was judged by, of the tokens of `requests`.
+            rising: whether those that count in `kept_NK` rise already.
         """
-        picks = {
-            place: sorted(row[:keep])
-            for (place, keep), row in zip(self.goals.items(), kept_NK.tolist(), strict=True)
-        }
-        orders = {
-            place: order[: image.count]
-            for place, order, image in zip(self.goals, order_NV, self.images, strict=True)
-        }
-        kept = self._by_request(picks)
-        if isinstance(scores, Saliency):
-            return Choice(kept, orders, self.requests, scores, self._finite(scores.scores_T))
-        return Choice(kept, orders, finite_B=None if scores is None else self._finite(scores))
+        saliency = scores if isinstance(scores, Saliency) else None
+        scores_T = saliency.scores_T if saliency else scores
+        assert not isinstance(scores_T, Saliency)
+        if not rising:
+            place_K = torch.arange(kept_NK.shape[1], device=kept_NK.device)
+            # What does not count goes behind all that does.
+            too_many_NK = place_K >= self.bounds[2][:, None]
+            kept_NK = kept_NK.masked_fill(too_many_NK, self.most_tokens).sort(dim=1).values
+        return Choice(
+            goals=self.goals,
+            kept_NK=kept_NK,
+            orders_N=[
+                order_V[: image.count] for order_V, image in zip(order_NV, self.images, strict=True)
+            ],
+            scored=self.requests if saliency else (),
+            saliency=saliency,
+            finite_B=None if scores_T is None else self._finite(scores_T),
+        )
 
     def choice_of_orders(self, orders: dict[Place, Tensor], scores: Sequence[Tensor]) -> Choice:
         """The outcome of a choice image by image.
@@ -208,18 +236,25 @@ class Stage:
             orders: for each image of `goals` the local indices that stay, in order of choice.
             scores: `[V]` of each, what was judged by; empty for hidden states alone.
         """
-        picks = {place: sorted(order_K.tolist()) for place, order_K in orders.items()}
+        orders_N = [orders[place] for place in self.goals]
+        order_NK = pad_sequence(orders_N, batch_first=True, padding_value=self.most_tokens)
         finite_B = None
         if scores:
-            finite_B = self._by_image(torch.stack([finite_rows(own_V) for own_V in scores]))
-        return Choice(self._by_request(picks), orders, finite_B=finite_B)
+            nothing_N = torch.stack([nothing_if_finite(own_V) for own_V in scores])
+            finite_B = self._finite_requests(nothing_N)
+        return Choice(
+            goals=self.goals,
+            kept_NK=sent(order_NK, self.hidden_TD.device).sort(dim=1).values,
+            orders_N=orders_N,
+            finite_B=finite_B,
+        )
 
     def _own(self, *of_all: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Hidden states, positions and coordinates of all requests, to those of `requests`."""
         hidden_TD, positions_T, coordinates_T2 = of_all
         if len(self.requests) == len(self.batch.lengths):
             return hidden_TD, positions_T, coordinates_T2
-        index = self.batch.index(self.requests).to(hidden_TD.device)
+        index = sent(self.batch.index(self.requests), hidden_TD.device)
         return hidden_TD[index], positions_T[..., index], coordinates_T2[index]
 
     def _hull(self, request: int) -> tuple[int, int]:
@@ -227,23 +262,20 @@ class Stage:
         spans = [self.batch.images[r][i].span for r, i in self.goals if r == request]
         return min(spans)[0], max(spans)[1]
 
-    def _finite(self, scores_T: Tensor) -> Tensor:
+    @cached_property
+    def index(self) -> tuple[Tensor, Tensor]:
+        """`packed_index` of the images that lose tokens."""
         start_N, count_N, _ = self.bounds
-        place_V = torch.arange(max(image.count for image in self.images), device=scores_T.device)
-        index_NV = start_N[:, None] + place_V.minimum(count_N[:, None] - 1)
-        return self._by_image(finite_rows(scores_T[index_NV]))
+        return packed_index(start_N, count_N, self.most_tokens)
 
-    def _by_image(self, finite_N: Tensor) -> Tensor:
-        """`Choice.finite_B` by whether it holds for each image that loses tokens."""
-        request_N = torch.tensor([request for request, _ in self.goals], device=finite_N.device)
-        return all_of(finite_N, request_N, len(self.batch.lengths))
+    def _finite(self, scores_T: Tensor) -> Tensor:
+        return self._finite_requests(nothing_if_finite(scores_T[self.index[0]]))
 
-    def _by_request(self, picks: dict[Place, list[int]]) -> Kept:
-        """Local indices of the images that lose tokens, as `compact` wants them."""
-        return [
-            [picks.get((request, number)) for number in range(len(images))]
-            for request, images in enumerate(self.batch.images)
-        ]
+    def _finite_requests(self, nothing_N: Tensor) -> Tensor:
+        """`Choice.finite_B` by `nothing_if_finite` of each image that loses tokens."""
+        request_N = torch.tensor([request for request, _ in self.goals])
+        request_N = sent(request_N, nothing_N.device)
+        return finite_groups(nothing_N, request_N, len(self.batch.lengths))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -301,15 +333,14 @@ class OneByOne(Method):
         """
 
     def __call__(self, stage: Stage) -> Choice:
-        starts_N, counts_N, _ = stage.bounds
-        hidden_TD, *_ = stage.packed
         orders, scores = {}, []
-        for (place, keep), start, count in zip(
-            stage.goals.items(), starts_N.tolist(), counts_N.tolist(), strict=True
-        ):
+        starts = stage.batch.starts
+        for (place, keep), image in zip(stage.goals.items(), stage.images, strict=True):
             request, number = place
             context = stage.contexts[request][number] if stage.contexts else None
-            order_K, own_V = self.choose(hidden_TD[start : start + count], keep, context)
+            start = starts[request] + image.start
+            own_VD = stage.hidden_TD[start : start + image.count]
+            order_K, own_V = self.choose(own_VD, keep, context)
             orders[place] = order_K
             scores += [] if own_V is None else [own_V]
         return stage.choice_of_orders(orders, scores)
@@ -337,26 +368,31 @@ def goals_of(batch: Ragged, keeps: Sequence[Sequence[int] | None]) -> dict[Place
     }
 
 
-def all_of(true_N: Tensor, group_N: Tensor, groups: int) -> Tensor:
-    """Whether something holds of every member of each of so many groups; nothing is read back."""
-    false_B = torch.zeros(groups, dtype=torch.int32, device=true_N.device)
-    return false_B.index_add_(0, group_N, (~true_N).int()) == 0
+def packed_index(start_N: Tensor, count_N: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """Packed index `[N, V]` of each token of each image, past its count that of its last, and where
+    that is.
+
+    Args:
+        start_N: packed index of each image's first token.
+        count_N: tokens of each.
+        most: the largest of `count_N`, V.
+    """
+    place_V = torch.arange(most, device=start_N.device)
+    missing_NV = place_V >= count_N[:, None]
+    index_NV = start_N[:, None] + place_V.minimum(count_N[:, None] - 1)
+    return index_NV, missing_NV
 
 
-def rank(scores_T: Tensor, start_N: Tensor, count_N: Tensor, most: int) -> Tensor:
+def rank(scores_T: Tensor, index_NV: Tensor, missing_NV: Tensor) -> Tensor:
     """Local indices of each image by falling score; of equal scores the lower index first.
 
     Args:
         scores_T: packed scores.
-        start_N: packed index of each image's first token.
-        count_N: tokens of each.
-        most: the largest of `count_N`, V.
+        index_NV: as of `packed_index`, like the next.
+        missing_NV: where an image has no more tokens.
 
     Returns:
         `[N, V]`; past an image's count the indices that it does not have.
     """
-    place_V = torch.arange(most, device=scores_T.device)
-    valid_NV = place_V < count_N[:, None]
-    index_NV = (start_N[:, None] + place_V).where(valid_NV, start_N[:, None])
-    scores_NV = scores_T[index_NV].masked_fill(~valid_NV, -torch.inf)
+    scores_NV = scores_T[index_NV].masked_fill_(missing_NV, -torch.inf)
     return scores_NV.sort(dim=1, descending=True, stable=True).indices

@@ -41,8 +41,7 @@ class Count:
 
     def add(self, stage: Stage, choice: Choice, threshold: float) -> None:
         for (request, number), order_V in choice.orders.items():
-            kept = choice.kept[request][number]
-            assert kept is not None
+            kept = choice.kept[request, number]
             start = stage.batch.images[request][number].start
             start += stage.batch.starts[request]
             wanted = set(kept)

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from trio.pruning.flops import DecoderShape
 from trio.pruning.method import Choice, Stage
 from trio.pruning.methods.gradient import Gradient
-from trio.pruning.selection.farthest import fill_up
-from trio.pruning.selection.nms import suppress
+from trio.pruning.selection.nms import suppress_and_fill_up
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,11 +33,17 @@ class Trio(Gradient):
         hidden_TD, _, coordinates_T2 = stage.packed
         scores = self.score(stage)
         order_NV = stage.rank(scores.scores_T)
-        walked = suppress(
-            hidden_TD, *stage.bounds, order_NV, stage.most_kept, self.similarity_threshold
+        kept_NK = suppress_and_fill_up(
+            hidden_TD,
+            coordinates_T2,
+            stage.index[0],
+            *stage.bounds[1:],
+            order_NV,
+            stage.most_kept,
+            self.similarity_threshold,
+            self.fill_up,
         )
-        kept_NK = fill_up(hidden_TD, coordinates_T2, walked, self.fill_up)
-        return stage.choice(kept_NK, order_NV, scores)
+        return stage.choice(kept_NK, order_NV, scores, rising=True)
 
     def flops(self, shape: DecoderShape, tokens: int, images: Sequence[tuple[int, int]]) -> int:
         """Cosines between kept tokens and the rest, at most: in the walk, and once more where that

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from trio.decoder.decoder import Decoder
+from trio.decoder.gpu import sent
 from trio.decoder.matmul import few_row_linears
 from trio.pruning.scores.tiled_attention import (
     Group,
@@ -36,7 +37,6 @@ def last_attention(
     hidden_TD: Tensor,
     positions_T: Tensor,
     lengths: Sequence[int],
-    batch_tokens: int,
 ) -> Tensor:
     """Attention of each sequence's last token to all of its own, averaged over heads.
 
@@ -48,21 +48,19 @@ def last_attention(
         hidden_TD: hidden states that enter it, packed, any floating dtype.
         positions_T: their positions, `[T]` or, on several axes, `[A, T]`.
         lengths: tokens of each sequence.
-        batch_tokens: tokens of the whole batch before any pruning; memory stays small beside
-            theirs.
 
     Returns:
         `[T]`, which sums to 1 over each sequence.
     """
     dtype = torch.promote_types(decoder.dtype, torch.float32)
-    tokens = tile_tokens(decoder, batch_tokens)
+    tokens = tile_tokens(decoder)
     own: Any = decoder.model.layers[layer]
     cos, sin = decoder.rotary(positions_T, dtype)
     keys = Keys(own, hidden_TD, cos[0], sin[0], dtype, tokens)
     rows = [[length - 1] for length in lengths]
     groups = group_sequences(rows, lengths, [(0, length) for length in lengths], tokens)
     layout = _LastRows(keys, groups, hidden_TD.new_empty(len(hidden_TD), dtype=dtype))
-    last_R = torch.tensor([end - 1 for end in accumulate(lengths)], device=hidden_TD.device)
+    last_R = sent(torch.tensor([end - 1 for end in accumulate(lengths)]), hidden_TD.device)
     with decoder.ragged(), few_row_linears():
         # The layer's own code makes the queries: norms and rotation differ between families.
         own.self_attn(

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from trio.decoder.decoder import Decoder
+from trio.decoder.gpu import sent
 from trio.decoder.matmul import few_row_linears, linear, times
 from trio.pruning.scores.tiled_attention import (
     Group,
@@ -46,19 +47,16 @@ class LayerGradient:
 
     layer: index of the decoder layer.
     head: `output`, or `input_embedding` for the matrix of token embeddings.
-    batch_tokens: tokens of the whole batch before any pruning; memory stays small beside theirs.
     """
 
-    def __init__(
-        self, decoder: Decoder, layer: int, head: str = "output", batch_tokens: int = 0
-    ) -> None:
+    def __init__(self, decoder: Decoder, layer: int, head: str = "output") -> None:
         self._decoder = decoder
         self._layer: Any = decoder.model.layers[layer]
         self._head_is_embedding = head == "input_embedding"
         source = decoder.model.embed_tokens if self._head_is_embedding else decoder.lm_head
         self._head_weight: Any = source.weight
         self.dtype = torch.promote_types(decoder.dtype, torch.float32)
-        self._tile_tokens = tile_tokens(decoder, batch_tokens)
+        self._tile_tokens = tile_tokens(decoder)
 
     def forward(
         self,
@@ -79,9 +77,9 @@ class LayerGradient:
         """
         starts = [0, *accumulate(lengths)]
         index_R = torch.tensor(
-            [start + row for start, own in zip(starts, rows, strict=False) for row in own],
-            device=hidden_TD.device,
+            [start + row for start, own in zip(starts, rows, strict=False) for row in own]
         )
+        index_R = sent(index_R, hidden_TD.device)
         with _autograd():
             rows_RD = hidden_TD[index_R].to(self.dtype).requires_grad_()
             cos, sin = self._decoder.rotary(positions_T, self.dtype)
@@ -212,7 +210,7 @@ class Forward:
         ]
         if not inside:
             return
-        rows, places = torch.tensor(inside, device=norms_T.device).unbind(1)
+        rows, places = sent(torch.tensor(inside), norms_T.device).unbind(1)
         as_tokens_RD = by_token_NCD.flatten(0, 1)[places] * tile.inverse.flatten(0, 1)[places]
         whole_RD = as_tokens_RD + by_rows_RD[rows]
         norms_T[self.index_R[rows]] = torch.linalg.vector_norm(whole_RD, dim=-1)
@@ -266,12 +264,15 @@ class _RowAttention:
 def _attend(keys: Keys, group: Group, cosine: Tensor, sine: Tensor) -> tuple[Tensor, Tensor]:
     """Attention of each row `[N, K, Q, S]`, summing to 1 over S, and by it the sums `[N, K, Q, D]`
     of normed hidden states."""
-    one = list(keys.tiles(group)) if group.longest <= keys.step(group) else None
-    share = keys.shares(group, cosine, sine, one)
+    tiles = list(keys.tiles(group)) if group.longest <= keys.step(group) else None
+    share = keys.shares(group, cosine, sine, tiles)
     flat = share.flatten(1, 2)
-    summed = share.new_zeros(*flat.shape[:2], keys.hidden_TD.shape[1])
-    for tile in one or keys.tiles(group):
-        summed.baddbmm_(flat[..., tile.start : tile.stop], tile.unit)
+    if tiles:
+        summed = torch.bmm(flat, tiles[0].unit)
+    else:
+        summed = share.new_zeros(*flat.shape[:2], keys.hidden_TD.shape[1])
+        for tile in keys.tiles(group):
+            summed.baddbmm_(flat[..., tile.start : tile.stop], tile.unit)
     return share, summed.mul_(keys.norm_D).view(*share.shape[:3], -1)
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from trio.decoder.gpu import sent
 from trio.pruning.scores.layer_gradient import LayerGradient
 
 # Rows that the loss is read at, counted from the end of the sequence.
@@ -77,11 +78,11 @@ def saliency(
     rows = [proxy_rows(length, proxy_positions) for length in lengths]
     if wanted is None:
         wanted = [(0, length) for length in lengths]
-    sequence_R = torch.tensor(
-        [number for number, own in enumerate(rows) for _ in own], device=hidden_TD.device
-    )
+    counts_B = torch.tensor([len(own) for own in rows])
+    sequence_R = torch.arange(len(rows)).repeat_interleave(counts_B)
     forward = proxy.forward(hidden_TD, positions_T, rows, lengths, wanted)
-    loss = _loss_gradient(forward.logits_RV, sequence_R, len(rows))
+    device = hidden_TD.device
+    loss = _loss_gradient(forward.logits_RV, sent(sequence_R, device), sent(counts_B, device))
     scores_T = forward.gradient_norms(loss.gradient_RV, loss.factor_R)
     return Saliency(scores_T, loss.log_scale_B, loss.loss_B, rows, loss.labels_R)
 
@@ -97,7 +98,7 @@ class _LossGradient:
     labels_R: Tensor
 
 
-def _loss_gradient(logits_RV: Tensor, sequence_R: Tensor, sequences: int) -> _LossGradient:
+def _loss_gradient(logits_RV: Tensor, sequence_R: Tensor, counts_B: Tensor) -> _LossGradient:
     """Gradient of each sequence's mean cross-entropy by its logits, largest entry scaled to 1.
 
     The gradient is probability minus one-hot. With a confident label the probabilities of all
@@ -114,9 +115,9 @@ def _loss_gradient(logits_RV: Tensor, sequence_R: Tensor, sequences: int) -> _Lo
     gap_R = (second_R1 - top_R1)[:, 0]
     loss_R = torch.log1p(sum_R1[:, 0] * gap_R.exp())
     log_peak_R = gap_R - loss_R
-    peak_B = loss_R.new_full((sequences,), -math.inf)
-    peak_B = peak_B.scatter_reduce(0, sequence_R, log_peak_R, "amax")
-    rows_B = torch.zeros_like(peak_B).index_add_(0, sequence_R, torch.ones_like(loss_R))
-    loss_B = torch.zeros_like(peak_B).index_add_(0, sequence_R, loss_R) / rows_B
-    factor_R = (log_peak_R - peak_B[sequence_R]).exp()
-    return _LossGradient(gradient_RV, factor_R, peak_B - rows_B.log(), loss_B, label_R1[:, 0])
+    nothing_B = loss_R.new_zeros(counts_B.shape)
+    peak_B = nothing_B.scatter_reduce(0, sequence_R, log_peak_R, "amax", include_self=False)
+    loss_B = nothing_B.index_add_(0, sequence_R, loss_R).div_(counts_B)
+    factor_R = (log_peak_R - peak_B[sequence_R]).exp_()
+    log_scale_B = peak_B - counts_B.log()
+    return _LossGradient(gradient_RV, factor_R, log_scale_B, loss_B, label_R1[:, 0])

@@ -21,27 +21,21 @@ import torch
 from torch import Tensor
 
 from trio.decoder.decoder import Decoder
-from trio.decoder.gpu import on_gpu
+from trio.decoder.gpu import on_gpu, sent
 from trio.decoder.matmul import times
 
 Span = tuple[int, int]
 
-# Elements [C, D] of a tile on a CPU: as much as its cache holds.
-_TILE = 1 << 19
-# On a GPU, which products of few rows leave idle, a share of the batch: as much as keeps all that
-# is held at a time below a twentieth of one layer's activations.
-_TILES_OF_A_BATCH = 28
-_LEAST_TOKENS = 64
+# Elements [C, D] of a tile: on a CPU as much as its cache holds. On a GPU, where each operation of a
+# tile costs a launch, 256 MB in float32, of which the saliency holds four at a time: 16,384 tokens
+# of a 7B model.
+_TILE, _TILE_ON_DEVICE = 1 << 19, 1 << 26
 
 
-def tile_tokens(decoder: Decoder, batch_tokens: int) -> int:
-    """Tokens of a tile.
-
-    batch_tokens: tokens of the whole batch before any pruning; memory stays small beside theirs.
-    """
-    if not on_gpu(decoder.device):
-        return max(1, _TILE // decoder.hidden_size)
-    return max(_LEAST_TOKENS, batch_tokens // _TILES_OF_A_BATCH)
+def tile_tokens(decoder: Decoder) -> int:
+    """Tokens of a tile."""
+    elements = _TILE_ON_DEVICE if on_gpu(decoder.device) else _TILE
+    return max(1, elements // decoder.hidden_size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,14 +81,14 @@ class Group:
         first_N1 = self.start + length_N1.cumsum(0) - length_N1
         return first_N1 + torch.arange(start, stop).minimum(length_N1 - 1)
 
-    def present(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+    def present(self, start: int, stop: int) -> Tensor:
         """Of tokens `start … stop-1` of each, those that are there: places in the flattened
-        `[N * C]`, and packed indices."""
+        `[N * C]`, and packed indices, in two rows."""
         length_N1 = torch.tensor(self.lengths)[:, None]
         first_N1 = self.start + length_N1.cumsum(0) - length_N1
         token_C = torch.arange(start, stop)
         there = token_C < length_N1
-        return there.flatten().nonzero()[:, 0], (first_N1 + token_C)[there]
+        return torch.stack([there.flatten().nonzero()[:, 0], (first_N1 + token_C)[there]])
 
     def row_places(self, start: int, stop: int) -> list[int | None]:
         """For each row its place among the flattened tokens `start … stop-1` of each, if any."""
@@ -114,7 +108,7 @@ class Group:
         for own in self.rows:
             index.append([first + min(i, len(own) - 1) for i in range(most)])
             first += len(own)
-        return x_R[torch.tensor(index, device=x_R.device)]
+        return x_R[sent(torch.tensor(index), x_R.device)]
 
     def true_rows(self, x_NP: Tensor) -> Tensor:
         """`[N, P, ...]` to `[R, ...]` of this group's rows, without repetitions."""
@@ -122,12 +116,13 @@ class Group:
         if min(counts) == self.most_rows:
             return x_NP.flatten(0, 1)
         there_NP = torch.arange(self.most_rows) < torch.tensor(counts)[:, None]
-        return x_NP.flatten(0, 1)[there_NP.flatten().nonzero()[:, 0].to(x_NP.device)]
+        return x_NP.flatten(0, 1)[sent(there_NP.flatten().nonzero()[:, 0], x_NP.device)]
 
-    def hidden_from_rows(self) -> Tensor:
+    def hidden_from_rows(self, device: torch.device) -> Tensor:
         """True where a key lies after a row, `[N, 1, P, 1, S]`."""
         rows = [[own[min(i, len(own) - 1)] for i in range(self.most_rows)] for own in self.rows]
-        return torch.arange(self.longest) > torch.tensor(rows)[:, None, :, None, None]
+        row_NP = sent(torch.tensor(rows), device)
+        return torch.arange(self.longest, device=device) > row_NP[:, None, :, None, None]
 
 
 def group_sequences(
@@ -201,6 +196,7 @@ class Keys:
         self.head_dim: int = cos_TE.shape[-1]
         self.kv_heads: int = len(self.key_weight) // self.head_dim
         self._tile_tokens = tile_tokens
+        self._last: tuple[tuple[Group, int, int], Tensor] | None = None
 
     def by_head(self, query: Tensor, scale: float) -> Tensor:
         """Scaled queries `[R, K, G, E]` of `query [1, H, R, E]`."""
@@ -223,7 +219,7 @@ class Keys:
             pieces.append(scores.add_(torch.matmul(sine, keys.mul_(sin).transpose(2, 3))))
         scores = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=3)
         rows = scores.unflatten(2, (group.most_rows, -1))
-        rows.masked_fill_(group.hidden_from_rows().to(scores.device), float("-inf"))
+        rows.masked_fill_(group.hidden_from_rows(scores.device), float("-inf"))
         return scores.softmax(dim=-1)
 
     def spread(self, out_T: Tensor, group: Group, start: int, own_NC: Tensor) -> None:
@@ -232,7 +228,7 @@ class Keys:
         if group.is_even:
             self._gather(out_T, group, start, stop).copy_(own_NC)
         else:
-            place, packed = (index.to(out_T.device) for index in group.present(start, stop))
+            place, packed = sent(group.present(start, stop), out_T.device)
             out_T[packed] = own_NC.flatten()[place]
 
     def tiles(self, group: Group, start: int = 0, stop: int | None = None) -> Iterator[Tile]:
@@ -276,10 +272,17 @@ class Keys:
 
     def _gather(self, x_T: Tensor, group: Group, start: int, stop: int) -> Tensor:
         if not group.is_even:
-            return x_T[group.tokens(start, stop).to(x_T.device)]
+            return x_T[self._tokens(group, start, stop)]
         count, length = len(group.lengths), group.lengths[0]
         own = x_T[group.start : group.start + count * length]
         return own.unflatten(0, (count, length))[:, start:stop]
+
+    def _tokens(self, group: Group, start: int, stop: int) -> Tensor:
+        """`Group.tokens` on the device, of the tile asked for last."""
+        if self._last is None or self._last[0] != (group, start, stop):
+            tokens_NC = sent(group.tokens(start, stop), self.hidden_TD.device)
+            self._last = (group, start, stop), tokens_NC
+        return self._last[1]
 
 
 def inverse_root(x: Tensor, epsilon: float) -> Tensor:

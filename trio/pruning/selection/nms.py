@@ -1,166 +1,150 @@
-"""Non-maximum suppression in feature space.
+"""Non-maximum suppression in feature space, and fill-up.
 
 TRIO (arXiv 2602.04657): walk down the saliency order, keep a token unless its cosine with a kept
-one reaches the threshold, stop at K.
+one reaches the threshold, stop at K. What is then missing is filled up, see `farthest`. Both go
+over one product of an image's features with each other: on a GPU in one launch for all images, on a
+CPU with all images of a chunk side by side.
 
-Shapes: N images, V visual tokens of the widest image, K tokens kept at most, C candidates looked at
-in one round, T packed tokens, D hidden size.
+Shapes: N images, V visual tokens of the widest image, K tokens kept at most, T packed tokens, D
+hidden size.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
-from collections.abc import Callable
-from dataclasses import dataclass
+import logging
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from trio.decoder.gpu import on_gpu
+from trio.pruning.selection.farthest import SALIENT
+from trio.pruning.selection.nms_host import Rows, SimilarityMatrix, SimilarityRows, greedy
 
-# On a CPU a round more costs little, and most walks end early; a GPU is not asked whether they did.
-_ROUND = {"cpu": 64}
-_ROUND_ON_DEVICE = 128
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Walked:
-    """Where a walk ended: maybe short of the tokens that are to be kept."""
-
-    order_NV: Tensor
-    """For each image its local indices, most salient first."""
-    index_NV: Tensor
-    """The same as packed indices."""
-    there_NV: Tensor
-    """Which of them the image has."""
-    taken_NV: Tensor
-    """Which of them are kept."""
-    keep_N: Tensor
-    """Tokens to keep of each."""
-    room_N: Tensor
-    """How many of these are missing."""
-    most_kept: int
-    """The largest of `keep_N`."""
+# Of features [N, V, D] and their similarities [N, V, V] that are held at a time. An image that alone
+# takes more, on a GPU one of 16,000 tokens, has its rows worked out as they are needed.
+_BYTES, _BYTES_ON_DEVICE = 16 << 20, 3 << 29
+_log = logging.getLogger(__name__)
 
 
-def suppress(
+def suppress_and_fill_up(
     features_TD: Tensor,
-    start_N: Tensor,
+    coordinates_T2: Tensor,
+    index_NV: Tensor,
     count_N: Tensor,
     keep_N: Tensor,
     order_NV: Tensor,
     most_kept: int,
     threshold: float,
-) -> Walked:
-    """Keep the most salient tokens of several images that are no near-duplicates.
+    rule: str,
+) -> Tensor:
+    """As many tokens of each image as it is to keep.
 
-    The walk goes in rounds of some candidates of every image, whose cosines with each other and
-    with what is kept are two products: no V x V matrix and no copy of all features is made. All
-    tensors lie on one device; on a GPU nothing is read back before the end of the walk.
+    Cosines are in float32 or better. All tensors lie on one device, and of a GPU nothing is read
+    back, unless Triton is missing or an image has more than 16,384 tokens.
 
     Args:
         features_TD: packed features.
-        start_N: packed index of each image's first token.
+        coordinates_T2: where in its picture each token lies, in edges of a square as large as the
+            picture; all alike where that is unknown.
+        index_NV: packed index of each image's tokens; past its count that of its last.
         count_N: visual tokens of each image.
         keep_N: tokens to keep of each, at most its count.
-        order_NV: for each image its local indices, most salient first; past its count anything in
+        order_NV: for each image its local indices, most salient first; past its count the others of
             `0 … V-1`.
         most_kept: the largest of `keep_N`, on the host.
         threshold: cosine from which a token is suppressed.
-    """
-    images, most = order_NV.shape
-    device = features_TD.device
-    walk = _walk(device)
-    step = tokens_per_round(device)
-    dtype = torch.promote_types(features_TD.dtype, torch.float32)
-    # One row more, into which candidates that are not kept are written.
-    kept_NKD = features_TD.new_zeros((images, most_kept + 1, features_TD.shape[1]), dtype=dtype)
-    slot_K = torch.arange(most_kept, device=device)
-    room_N = keep_N.clone()
-    there_NV = torch.arange(most, device=device) < count_N[:, None]
-    index_NV = start_N[:, None] + order_NV.where(there_NV, 0)
-    taken_NV = torch.zeros_like(there_NV)
-    for first in range(0, most, step):
-        if not on_gpu(device) and not ((room_N > 0) & (count_N > first)).any():
-            break
-        index_NC = index_NV[:, first : first + step]
-        block_NCD = F.normalize(features_TD[index_NC].to(dtype), dim=-1)
-        blocked_NC = ~there_NV[:, first : first + step]
-        if first:
-            is_kept_NK = slot_K < (keep_N - room_N)[:, None]
-            near_kept = torch.bmm(block_NCD, kept_NKD[:, :-1].transpose(1, 2)) >= threshold
-            blocked_NC |= (near_kept & is_kept_NK[:, None]).any(dim=2)
-        near_NCC = torch.bmm(block_NCD, block_NCD.transpose(1, 2)) >= threshold
-        taken_NC = walk(near_NCC, blocked_NC, room_N)
-        place_NC = (keep_N - room_N)[:, None] + taken_NC.cumsum(dim=1) - 1
-        place_NC = place_NC.where(taken_NC, most_kept)
-        kept_NKD.scatter_(1, place_NC[..., None].expand_as(block_NCD), block_NCD)
-        taken_NV[:, first : first + step] = taken_NC
-        room_N -= taken_NC.sum(dim=1)
-    return Walked(
-        order_NV=order_NV,
-        index_NV=index_NV,
-        there_NV=there_NV,
-        taken_NV=taken_NV,
-        keep_N=keep_N,
-        room_N=room_N,
-        most_kept=most_kept,
-    )
-
-
-def tokens_per_round(device: torch.device) -> int:
-    """Candidates that are looked at together, C."""
-    return _ROUND.get(device.type, _ROUND_ON_DEVICE)
-
-
-Walk = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Near `[N, C, C]`, blocked `[N, C]`, room `[N]` to the candidates taken `[N, C]`."""
-
-
-def _walk(device: torch.device) -> Walk:
-    """One round's decisions, on a GPU where Triton is and else on the host."""
-    if on_gpu(device) and importlib.util.find_spec("triton") is not None:
-        return walk_on_device
-    return _walk_on_host
-
-
-def _walk_on_host(near_NCC: Tensor, blocked_NC: Tensor, room_N: Tensor) -> Tensor:
-    """One round's decisions, candidate by candidate, for all images together."""
-    near, blocked = near_NCC.cpu().numpy(), blocked_NC.cpu().numpy().copy()
-    room = room_N.cpu().numpy().copy()
-    taken = np.zeros_like(blocked)
-    for candidate in range(blocked.shape[1]):
-        takes = ~blocked[:, candidate] & (room > 0)
-        if takes.any():
-            taken[:, candidate] = takes
-            room -= takes
-            blocked |= near[:, candidate] & takes[:, None]
-    return torch.from_numpy(taken).to(near_NCC.device)
-
-
-def walk_on_device(near_NCC: Tensor, blocked_NC: Tensor, room_N: Tensor) -> Tensor:
-    """The same by a Triton kernel, so that nothing has to come to the host.
-
-    Args:
-        near_NCC: whether two candidates suppress each other.
-        blocked_NC: whether a candidate is suppressed already, or none.
-        room_N: how many each image may still take.
+        rule: as `fill_up` in `trio.Pruning`.
 
     Returns:
-        Candidates taken `[N, C]`, bool.
+        `[N, K]`, for each image the kept local indices, rising; past its own number others.
     """
+    most = order_NV.shape[1]
+    index_NV = index_NV.gather(1, order_NV)
+    fitting = _fitting(features_TD, most)
+    choose = _launch if fitting and _has_kernel(features_TD) else _on_host
+    stays = [
+        choose(features_TD, coordinates_T2, *own, threshold, rule)
+        for own in zip(
+            *(x_N.split(max(1, fitting)) for x_N in (index_NV, order_NV, count_N, keep_N)),
+            strict=True,
+        )
+    ]
+    stays_NV = stays[0] if len(stays) == 1 else torch.cat(stays)
+    return stays_NV.sort(dim=1, descending=True, stable=True).indices[:, :most_kept]
+
+
+def _fitting(features_TD: Tensor, most: int) -> int:
+    """Images of so many tokens that are worked on at a time; 0 where one is too large."""
+    limit = _BYTES_ON_DEVICE if on_gpu(features_TD) else _BYTES
+    return limit // (4 * most * (most + features_TD.shape[1]))
+
+
+def _has_kernel(features_TD: Tensor) -> bool:
+    return on_gpu(features_TD) and _has_triton()
+
+
+@functools.cache
+def _has_triton() -> bool:
+    found = importlib.util.find_spec("triton") is not None
+    if not found:
+        _log.warning("Triton is missing: the host chooses tokens from cosines that the GPU gives")
+    return found
+
+
+def _launch(
+    features_TD: Tensor,
+    coordinates_T2: Tensor,
+    index_NV: Tensor,
+    order_NV: Tensor,
+    count_N: Tensor,
+    keep_N: Tensor,
+    threshold: float,
+    rule: str,
+) -> Tensor:
+    """Which tokens stay, uint8 `[N, V]` by local index, by the kernel."""
     from trio.pruning.selection import nms_kernel
 
-    images, candidates = blocked_NC.shape
-    taken_NC = torch.empty_like(blocked_NC, dtype=torch.uint8)
-    nms_kernel.walk[(images,)](
-        near_NCC.contiguous().view(torch.uint8),
-        blocked_NC.contiguous().view(torch.uint8),
-        room_N,
-        taken_NC,
-        candidates,
-        WIDTH=1 << (candidates - 1).bit_length(),
+    own_NVD = features_TD[index_NV]
+    return nms_kernel.launch(
+        _products(own_NVD),
+        torch.linalg.vector_norm(own_NVD, dim=2, dtype=torch.float32),
+        coordinates_T2[index_NV],
+        order_NV,
+        count_N,
+        keep_N,
+        threshold,
+        SALIENT[rule],
     )
-    return taken_NC.view(torch.bool)
+
+
+def _products(own_NVD: Tensor) -> Tensor:
+    """Float32 `[N, V, V]`, from half precision on tensor cores: its products are exact there."""
+    if own_NVD.dtype in (torch.bfloat16, torch.float16):
+        return torch.bmm(own_NVD, own_NVD.mT, out_dtype=torch.float32)
+    return torch.bmm(own_NVD, own_NVD.mT).float()
+
+
+def _on_host(
+    features_TD: Tensor,
+    coordinates_T2: Tensor,
+    index_NV: Tensor,
+    order_NV: Tensor,
+    count_N: Tensor,
+    keep_N: Tensor,
+    threshold: float,
+    rule: str,
+) -> Tensor:
+    """The same, chosen on the host."""
+    counts, keeps = count_N.cpu().numpy(), keep_N.cpu().numpy()
+    index_NV = index_NV[:, : int(counts.max())]
+    similar: Rows
+    if _fitting(features_TD, index_NV.shape[1]):
+        similar = SimilarityMatrix(features_TD, coordinates_T2, index_NV)
+    else:
+        similar = SimilarityRows(features_TD, coordinates_T2, index_NV)
+    taken = torch.from_numpy(greedy(similar, counts, keeps, threshold, SALIENT[rule]))
+    taken = taken.byte().to(order_NV.device)
+    stays_NV = torch.zeros_like(order_NV, dtype=torch.uint8)
+    return stays_NV.scatter_(1, order_NV[:, : taken.shape[1]], taken)
