@@ -16,7 +16,7 @@ from torch import Tensor
 
 from trio.decoder.attention import Packed
 from trio.decoder.decoder import Decoder, LayerCache
-from trio.decoder.gpu import sent
+from trio.decoder.gpu import Fetched, sent
 from trio.decoder.stopwatch import Stopwatch
 from trio.errors import UserError
 from trio.families.coordinates import unknown
@@ -386,6 +386,8 @@ def shared_depth(pruning: Pruning, tokens: int, num_layers: int) -> int:
     first = min((layer for layer, _ in pruning.stages(tokens, num_layers)), default=num_layers)
     looks_back = pruning.chooses and "attention" in create(pruning).needs
     return max(0, first - looks_back)
+
+
 @dataclass(frozen=True, slots=True)
 class _Left:
     """What a stage left."""
@@ -402,22 +404,15 @@ class _Kept:
 
     def __init__(self, left: Sequence[_Left], first_tokens: Sequence[int]) -> None:
         self._left, self._first = left, first_tokens
-        self._ready: torch.cuda.Event | None = None
-        token_T = torch.cat([own.token_T for own in left]) if left else torch.empty(0)
-        if token_T.device.type == "cuda":
-            self._token_T = torch.empty(token_T.shape, dtype=token_T.dtype, pin_memory=True)
-            self._token_T.copy_(token_T, non_blocking=True)
-            self._ready = torch.cuda.Event()
-            self._ready.record()
-        else:
-            self._token_T = token_T
+        self._token_T = Fetched(torch.cat([own.token_T for own in left])) if left else None
 
     def by_request(self, requests: int) -> list[list[list[int]]]:
         """`Prefilled.kept`; waits for the copy."""
-        if self._ready is not None:
-            self._ready.synchronize()
         kept: list[list[list[int]]] = [[] for _ in range(requests)]
-        parts = self._token_T.split([len(own.token_T) for own in self._left])
+        if self._token_T is None:
+            return kept
+        (token_T,) = self._token_T.read()
+        parts = token_T.split([len(own.token_T) for own in self._left])
         for own, token_T in zip(self._left, parts, strict=True):
             for request in own.requests:
                 tokens = token_T[own.ragged.visual(request)] - self._first[request]

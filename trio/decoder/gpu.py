@@ -40,3 +40,25 @@ def sent(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None)
         # The allocator of pinned memory holds the copy until its stream has read it.
         tensor = tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device, dtype)
+
+
+class Fetched:
+    """A copy of tensors for the host, on its way there; only reading it waits for CUDA."""
+
+    def __init__(self, *tensors: Tensor) -> None:
+        self._tensors = tuple(map(_started, tensors))
+        self._arrived: torch.cuda.Event | None = None
+        if any(x.is_cuda for x in tensors):
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def read(self) -> tuple[Tensor, ...]:
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._tensors
+
+
+def _started(x: Tensor) -> Tensor:
+    if not x.is_cuda:
+        return x.clone()
+    return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)

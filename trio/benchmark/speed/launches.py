@@ -17,6 +17,7 @@ from itertools import pairwise
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -34,6 +35,8 @@ from trio.engine.engine import Engine
 from trio.engine.model_runner import ModelRunner
 from trio.engine.sequence import SequenceState
 from trio.pruning.options import Pruning
+from trio.pruning.selection import nms_kernel
+from trio.pruning.selection.nms_host import greedy
 from trio.tables import aligned
 
 NARROW = replace(
@@ -118,7 +121,7 @@ class _Operations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        there = self._device.has((args, kwargs)) or isinstance(kwargs.get("device"), torch.device)
+        there = self._device.has((args, kwargs))
         mixed = func in (_aten.mm.dtype, _aten.bmm.dtype)
         out = _mixed_product(*args) if mixed else func(*args, **kwargs)
         if there:
@@ -150,22 +153,27 @@ class _Calls(TorchFunctionMode):
             return func(args[0].detach().clone(), *args[1:], **kwargs)
         out = func(*args, **kwargs)
         if func is Tensor.to and _names_a_place((*args[1:], *kwargs.values())):
-            self._uploaded(args[0], out, waits=not kwargs.get("non_blocking", False))
-        elif isinstance(kwargs.get("device"), torch.device) and isinstance(out, Tensor):
+            return self._uploaded(args[0], out, waits=not kwargs.get("non_blocking", False))
+        if isinstance(kwargs.get("device"), torch.device) and isinstance(out, Tensor):
             if func in (torch.tensor, torch.as_tensor):
-                self._uploaded(None, out, waits=True)
-            else:
+                return self._uploaded(None, out, waits=True)
+            if not self._device.has(out):
                 self._device.put(out)
+                if "empty" not in func.__name__:
+                    self._counted.launch(func.__name__)
         return out
 
-    def _uploaded(self, host: Tensor | None, out: Tensor, *, waits: bool) -> None:
+    def _uploaded(self, host: Tensor | None, out: Tensor, *, waits: bool) -> Tensor:
         if host is not None and self._device.has(host):
-            return
-        self._device.put(out)
-        if out.numel():
+            return out
+        copy = out.clone()  # what stays on the host is not on the device
+        self._device.put(copy)
+        if copy.numel():
             self._counted.launch("copy to the device")
-            if waits:
+            # `sent` copies from pinned memory, where there is such.
+            if waits and not _place().endswith("gpu.py:sent"):
                 self._counted.sync()
+        return copy
 
 
 def _names_a_place(arguments: Sequence[Any]) -> bool:
@@ -217,6 +225,9 @@ class Counting:
         with ExitStack() as stack:
             stack.enter_context(patch.object(gpu, "_pretended", True))
             stack.enter_context(patch.object(attention, "_varlen_kernel", self._varlen))
+            chosen = self.kernel("suppression and fill-up", _choose)
+            stack.enter_context(patch.object(nms_kernel, "launch", chosen))
+            stack.enter_context(patch.object(gpu.Fetched, "__init__", self._fetch()))
             stack.enter_context(self._operations)
             stack.enter_context(self._calls)
             yield self.counted
@@ -234,6 +245,17 @@ class Counting:
 
         return launch
 
+    def _fetch(self) -> Callable[..., None]:
+        """In place of the start of a copy to the host, which is waited for when it is read."""
+
+        def fetch(fetched: gpu.Fetched, *tensors: Tensor) -> None:
+            self.counted.sync()
+            copy = self.kernel("copy to the host", Tensor.numpy)
+            fetched._tensors = tuple(torch.from_numpy(copy(x.detach()).copy()) for x in tensors)
+            fetched._arrived = None
+
+        return fetch
+
     def _varlen(self, device: torch.device, dtype: torch.dtype) -> Callable[..., Tensor]:
         return self.kernel("varlen attention", _attend_packed)
 
@@ -249,6 +271,37 @@ def _attend_packed(
         out = F.scaled_dot_product_attention(*own, is_causal=True, scale=scale, enable_gqa=True)
         pieces.append(out[0].transpose(0, 1))
     return torch.cat(pieces)
+
+
+class _Cosines:
+    """Of all tokens of some images, for the host's way to choose."""
+
+    def __init__(self, cosines_NVV: np.ndarray, places_NV2: np.ndarray) -> None:
+        self._cosines_NVV, self.places_NV2 = cosines_NVV, places_NV2
+
+    def one(self, images: np.ndarray, slots: np.ndarray, likely: object) -> np.ndarray:
+        return self._cosines_NVV[images, slots]
+
+    def most(self, image: int, slots: np.ndarray) -> np.ndarray:
+        return self._cosines_NVV[image, slots]
+
+
+def _choose(
+    dots_NVV: Tensor,
+    norm_NV: Tensor,
+    places_NV2: Tensor,
+    order_NV: Tensor,
+    count_N: Tensor,
+    keep_N: Tensor,
+    threshold: float,
+    salient_part: int,
+) -> Tensor:
+    """As `trio.pruning.selection.nms_kernel.launch`."""
+    cosines = dots_NVV / (norm_NV[:, :, None] * norm_NV[:, None])
+    similar = _Cosines(cosines.numpy(), places_NV2.numpy())
+    taken = greedy(similar, count_N.numpy(), keep_N.numpy(), threshold, salient_part)
+    stays_NV = torch.zeros_like(order_NV, dtype=torch.uint8)
+    return stays_NV.scatter_(1, order_NV, torch.from_numpy(taken).byte())
 
 
 RUNS = {

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trio.decoder.gpu import Fetched
 from trio.engine.request import Sampling
 
 
@@ -30,11 +31,7 @@ class Chosen:
 
     def __init__(self, tokens_B: Tensor, logprobs_B: Tensor) -> None:
         self.tokens_B = tokens_B
-        self._host = tuple(map(_start_copy, (tokens_B, logprobs_B)))
-        self._arrived = None
-        if tokens_B.is_cuda:
-            self._arrived = torch.cuda.Event()
-            self._arrived.record()
+        self._host = Fetched(tokens_B, logprobs_B)
 
     @cached_property
     def token_ids(self) -> list[int]:
@@ -45,15 +42,7 @@ class Chosen:
         return self._read(1)
 
     def _read(self, which: int) -> list[Any]:
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        return self._host[which].tolist()
-
-
-def _start_copy(x_B: Tensor) -> Tensor:
-    if not x_B.is_cuda:
-        return x_B.clone()
-    return torch.empty(x_B.shape, dtype=x_B.dtype, pin_memory=True).copy_(x_B, non_blocking=True)
+        return self._host.read()[which].tolist()
 
 
 def stream(sampling: Sampling) -> random.Random:
