@@ -25,7 +25,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
-from trio.decoder.gpu import on_gpu
+from trio.decoder.gpu import on_gpu, sent
 from trio.errors import first_line
 
 NAME = "trio_ragged"
@@ -48,7 +48,7 @@ class Packed:
         """Cumulative lengths, int32 `[B + 1]`."""
         if device not in self._offsets:
             bounds = [0, *accumulate(self.lengths)]
-            self._offsets[device] = torch.tensor(bounds, dtype=torch.int32, device=device)
+            self._offsets[device] = sent(torch.tensor(bounds, dtype=torch.int32), device)
         return self._offsets[device]
 
 
