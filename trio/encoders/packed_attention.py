@@ -72,9 +72,9 @@ def window_attention(
             module, query, key, value, attention_mask, scaling=scaling, **kwargs
         )
     if query.device.type == "cuda" and query.dtype in (torch.float16, torch.bfloat16):
-        packed_PHE = (x[0].transpose(0, 1) for x in (query, key, value))
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
         edges, longest = cu_seq_lens_q, int(max_length_q or cu_seq_lens_q.diff().max())
-        out = varlen_attn(*packed_PHE, edges, edges, longest, longest, scale=scaling)
+        out = varlen_attn(q, k, v, edges, edges, longest, longest, scale=scaling)
         assert isinstance(out, Tensor)  # a tuple only where the log-sum-exp is asked for
         return out[None], None
     return _by_size(query, key, value, scaling, tuple(cu_seq_lens_q.tolist())), None
@@ -86,10 +86,10 @@ def _by_size(
     """One call for all windows of a size."""
     out = query.new_empty(query.transpose(1, 2).shape)
     for size, place in _places(edges, query.device):
-        own_WHSE = (
+        q, k, v = (
             x[0, :, place].unflatten(1, (-1, size)).transpose(0, 1) for x in (query, key, value)
         )
-        done_WHSE = F.scaled_dot_product_attention(*own_WHSE, scale=scale)
+        done_WHSE = F.scaled_dot_product_attention(q, k, v, scale=scale)
         out[0, place] = done_WHSE.transpose(1, 2).flatten(0, 1)
     return out
 
