@@ -22,8 +22,8 @@ from trio.decoder.gpu import on_gpu
 from trio.pruning.selection.farthest import SALIENT
 from trio.pruning.selection.nms_host import Rows, SimilarityMatrix, SimilarityRows, greedy
 
-# Of features [N, V, D] and their similarities [N, V, V] that are held at a time. An image that alone
-# takes more, on a GPU one of 16,000 tokens, has its rows worked out as they are needed.
+# Of features [N, V, D] and similarities [N, V, V] held at a time. An image that alone takes
+# more, on a GPU one of 16,000 tokens, has its rows worked out as they are needed.
 _BYTES, _BYTES_ON_DEVICE = 16 << 20, 3 << 29
 _log = logging.getLogger(__name__)
 
