@@ -60,7 +60,7 @@ def clustered(count: int, clusters: int, noise: float, seed: int) -> Tensor:
 
 @pytest.fixture(params=["matrix", "rows"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """How cosines are worked out: at once, or of an image too large for that some rows at a time."""
+    """How cosines are worked out: at once, or as of a large image some rows at a time."""
     if request.param == "rows":
         monkeypatch.setattr(nms, "_BYTES", 0)
 

@@ -96,7 +96,8 @@ class Decoder:
 
         positions_T: `[T]`, the same on all axes, or `[A, T]`.
         """
-        if positions_T.dim() == 1 and not on_gpu(positions_T) and len(positions_T):
+        on_host = positions_T.device.type == "cpu" and not on_gpu(positions_T)
+        if on_host and positions_T.dim() == 1 and len(positions_T):
             # Prompts of a batch have most positions in common, and sines are slow there.
             every = torch.arange(int(positions_T.max()) + 1)
             if len(every) < len(positions_T) and int(positions_T.min()) >= 0:

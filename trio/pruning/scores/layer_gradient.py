@@ -297,6 +297,16 @@ class _Backward:
     @torch.no_grad()
     def by_tokens(self, tile: Tile) -> Tensor:
         """By the hidden states `[N, C, D]` of a tile, times their root mean square."""
+        by_normed = times(self._by_projected(tile), self._keys.key_weight)
+        by_unit = by_normed.mul_(self._keys.norm_D).view_as(tile.unit)
+        share = self._share[..., tile.start : tile.stop].flatten(1, 2)
+        by_unit.baddbmm_(share.transpose(1, 2), self._gradient_NxD)
+        # Backwards through the norm: the part along the token itself goes.
+        along = (tile.unit * by_unit).mean(dim=-1, keepdim=True)
+        return by_unit.addcmul_(tile.unit, along, value=-1)
+
+    def _by_projected(self, tile: Tile) -> Tensor:
+        """By the keys of a tile as the projection gives them, `[N * C, K * E]`."""
         keys, (cosine, sine) = self._keys, self.queries
         score_NKCQ = self._by_score(tile).transpose(2, 3)
         cos, sin = keys.angles(tile)
@@ -305,13 +315,7 @@ class _Backward:
         by_key_NCKE = by_key.transpose(1, 2)
         if keys.key_norm is not None:
             self._through_key_norm(tile, by_key_NCKE)
-        by_normed = times(by_key_NCKE.flatten(0, 1).flatten(1), keys.key_weight)
-        by_unit = by_normed.mul_(keys.norm_D).view_as(tile.unit)
-        share = self._share[..., tile.start : tile.stop].flatten(1, 2)
-        by_unit.baddbmm_(share.transpose(1, 2), self._gradient_NxD)
-        # Backwards through the norm: the part along the token itself goes.
-        along = (tile.unit * by_unit).mean(dim=-1, keepdim=True)
-        return by_unit.addcmul_(tile.unit, along, value=-1)
+        return by_key_NCKE.flatten(0, 1).flatten(1)
 
     @torch.no_grad()
     def by_queries(self) -> tuple[Tensor, Tensor]:

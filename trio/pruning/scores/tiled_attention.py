@@ -26,10 +26,9 @@ from trio.decoder.matmul import times
 
 Span = tuple[int, int]
 
-# Elements [C, D] of a tile: on a CPU as much as its cache holds. On a GPU, where each operation of a
-# tile costs a launch, 256 MB in float32, of which the saliency holds four at a time: 16,384 tokens
-# of a 7B model.
-_TILE, _TILE_ON_DEVICE = 1 << 19, 1 << 26
+# Elements [C, D] of a tile: on a CPU as much as its cache holds. On a GPU, where each operation is
+# a launch, 256 MB in float32, of which four are held at a time: 16,384 tokens of a 7B model.
+_TILE, _TILE_ON_DEVICE = 3 << 17, 1 << 26
 
 
 def tile_tokens(decoder: Decoder) -> int:

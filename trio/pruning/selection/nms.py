@@ -22,8 +22,8 @@ from trio.decoder.gpu import on_gpu
 from trio.pruning.selection.farthest import SALIENT
 from trio.pruning.selection.nms_host import Rows, SimilarityMatrix, SimilarityRows, greedy
 
-# Of features [N, V, D] and their similarities [N, V, V] that are held at a time. An image that alone
-# takes more, on a GPU one of 16,000 tokens, has its rows worked out as they are needed.
+# Of features [N, V, D] and similarities [N, V, V] held at a time. An image that alone takes
+# more, on a GPU one of 16,000 tokens, has its rows worked out as they are needed.
 _BYTES, _BYTES_ON_DEVICE = 16 << 20, 3 << 29
 _log = logging.getLogger(__name__)
 
@@ -64,12 +64,10 @@ def suppress_and_fill_up(
     index_NV = index_NV.gather(1, order_NV)
     fitting = _fitting(features_TD, most)
     choose = _launch if fitting and _has_kernel(features_TD) else _on_host
+    parts = [x_N.split(max(1, fitting)) for x_N in (index_NV, order_NV, count_N, keep_N)]
     stays = [
-        choose(features_TD, coordinates_T2, *own, threshold, rule)
-        for own in zip(
-            *(x_N.split(max(1, fitting)) for x_N in (index_NV, order_NV, count_N, keep_N)),
-            strict=True,
-        )
+        choose(features_TD, coordinates_T2, index, order, count, keep, threshold, rule)
+        for index, order, count, keep in zip(*parts, strict=True)
     ]
     stays_NV = stays[0] if len(stays) == 1 else torch.cat(stays)
     return stays_NV.sort(dim=1, descending=True, stable=True).indices[:, :most_kept]
