@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from trio.decoder.matmul import few_row_linears, linear, times
+from trio.decoder.matmul import through_linear, linear, times
 
 
 @pytest.mark.parametrize("rows", [1, 60, 300])
@@ -55,7 +55,7 @@ def test_a_gpu_keeps_sixteen_bits_of_the_activations(
 def test_wide_inputs_pass_through_a_narrow_layer_and_so_do_gradients() -> None:
     layer = nn.Linear(12, 7).bfloat16()
     x = torch.randn(2, 3, 12, requires_grad=True)
-    with few_row_linears():
+    with through_linear():
         out = layer(x)
     expected = F.linear(x, layer.weight.float(), layer.bias.float())
     torch.testing.assert_close(out, expected)

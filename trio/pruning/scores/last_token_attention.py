@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from trio.decoder.decoder import Decoder
-from trio.decoder.matmul import few_row_linears
+from trio.decoder.matmul import through_linear
 from trio.pruning.scores.tiled_attention import (
     Group,
     Keys,
@@ -63,7 +63,7 @@ def last_attention(
     groups = group_sequences(rows, lengths, [(0, length) for length in lengths], tokens)
     layout = _LastRows(keys, groups, hidden_TD.new_empty(len(hidden_TD), dtype=dtype))
     last_R = torch.tensor([end - 1 for end in accumulate(lengths)], device=hidden_TD.device)
-    with decoder.ragged(), few_row_linears():
+    with decoder.ragged(), through_linear():
         # The layer's own code makes the queries: norms and rotation differ between families.
         own.self_attn(
             own.input_layernorm(hidden_TD[last_R].to(dtype))[None],

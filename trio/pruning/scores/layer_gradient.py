@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from trio.decoder.decoder import Decoder
-from trio.decoder.matmul import few_row_linears, linear, times
+from trio.decoder.matmul import through_linear, linear, times
 from trio.pruning.scores.tiled_attention import (
     Group,
     Keys,
@@ -88,7 +88,7 @@ class LayerGradient:
             keys = Keys(self._layer, hidden_TD, cos[0], sin[0], self.dtype, self._tile_tokens)
             groups = group_sequences(rows, lengths, wanted, self._tile_tokens)
             attention = _RowAttention(keys, self._layer.self_attn.v_proj, groups)
-            with self._decoder.ragged(), few_row_linears():
+            with self._decoder.ragged(), through_linear():
                 out = self._layer(
                     rows_RD[None],
                     attention_mask=None,
