@@ -1,4 +1,4 @@
-"""Products in slices and in a wider precision, against plain ones."""
+"""Products by oneDNN and in a wider precision, against plain ones."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from trio.decoder.matmul import through_linear, linear, times
+from trio.decoder.matmul import linear, through_linear, times
 
 
 @pytest.mark.parametrize("rows", [1, 60, 300])
 @pytest.mark.parametrize("shape", [(64, 1601), (1600, 64), (256, 260)])
-def test_few_rows_in_slices(rows: int, shape: tuple[int, int]) -> None:
+def test_few_and_many_rows(rows: int, shape: tuple[int, int]) -> None:
     x, weight = torch.randn(rows, shape[0]), torch.randn(shape)
     if rows != 60:
         weight = weight.T.contiguous().T

@@ -146,6 +146,11 @@ class Decoder:
         inference alone. On a CPU weights are copied once if memory allows, see `check_copies`."""
         self._fused = fused_layers(self.model, self.lm_head, self._try)
 
+    @property
+    def fused(self) -> bool:
+        """Whether some layer runs fused."""
+        return self._fused is not None and self._fused.used
+
     def check_copies(self) -> None:
         """Look at all weights for edits that `fuse` has not seen; to be called where work begins,
         since it reads each of them."""
@@ -160,12 +165,12 @@ class Decoder:
             self.device, self.dtype
         )
         rotary, layout = self.rotary(torch.arange(tokens, device=self.device)), Packed((tokens,))
+        cache = _PassedOn()
         if fused is not None:
-            return fused(hidden_TD, rotary, index, layout, None)
+            return fused(hidden_TD, rotary, index, layout, cache)
         with self.ragged():
-            return self._run_module(
-                index, hidden_TD, rotary, Once(None, layout, self._cache_keyword)
-            )
+            once = Once(cache, layout, self._cache_keyword)
+            return self._run_module(index, hidden_TD, rotary, once)
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits `[N, V]` of hidden states `[N, D]`: final norm, then output head."""
@@ -190,6 +195,15 @@ class Decoder:
             yield
         finally:
             self.config._attn_implementation = before
+
+
+class _PassedOn:
+    """A cache that stores nothing."""
+
+    def update(
+        self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        return key, value
 
 
 def _max_positions(model: Any) -> int:

@@ -22,9 +22,7 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     return out
 
 
-def add_rms_norm(
-    x: Tensor, added: Tensor, weight: Tensor, epsilon: float
-) -> tuple[Tensor, Tensor]:
+def add_rms_norm(x: Tensor, added: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     """`x + added`, both `[..., D]`, and its RMS norm."""
     x, added = x.contiguous(), added.contiguous()
     total, out = torch.empty_like(x), torch.empty_like(x)

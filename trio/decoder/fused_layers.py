@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import math
 from collections.abc import Callable
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -55,16 +56,23 @@ class FusedLayers:
         """Final hidden states, normed, to logits; None where `F.linear` does it."""
         weight = model.embed_tokens.weight
         self._kind = weight.dtype, weight.device
-        if (why := _unfit(weight) or next(filter(None, map(foreign, model.layers)), None)) is None:
-            made = self._make(model, lm_head)
-            self._layers, why = _tried(made, model.layers, run)
+        why = _unfit(weight)
+        if why is None:
+            why = next(filter(None, map(foreign, model.layers)), None)
+        if why is None:
+            self._layers, why = _tried(self._make(model, lm_head), model.layers, run)
         if why:
             _log.warning("decoder layers run as transformers has them: %s", why)
 
     def is_of(self, model: Any, lm_head: nn.Linear) -> bool:
-        weight = model.embed_tokens.weight
-        same = zip(self._parts, _parts(model, lm_head), strict=False)
-        return self._kind == (weight.dtype, weight.device) and all(a is b for a, b in same)
+        """Whether it holds the modules that these have now, in their kind of numbers."""
+        weight, parts = model.embed_tokens.weight, _parts(model, lm_head)
+        return self._kind == (weight.dtype, weight.device) and self._parts == parts
+
+    @property
+    def used(self) -> bool:
+        """Whether some layer may run fused."""
+        return any(layer is not None for layer in self._layers)
 
     def layer(self, index: int, hidden_TD: Tensor) -> FusedLayer | None:
         """The layer of that number for these hidden states; None where its module is to run."""
@@ -141,6 +149,8 @@ def _fault(index: int, layer: FusedLayer, run: Try) -> str | None:
     except (RuntimeError, NotImplementedError, TypeError) as error:
         return f"fused, layer {index} fails: {first_line(error)}"
     off, size = (got - wanted).abs().max().item(), wanted.abs().max().item()
+    if not math.isfinite(size):
+        return ""  # as weights that are not finite themselves give
     if off <= _TOLERANCE[wanted.dtype] * size:
         return None
     return f"fused, layer {index} gives numbers that differ by {off:.2g} of {size:.2g}"

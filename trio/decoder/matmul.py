@@ -98,8 +98,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 class through_linear(TorchFunctionMode):
-    """Inside, linear layers use `linear` where it makes a difference: inputs may be of a wider dtype
-    than weights, and float32 is fast on a CPU."""
+    """Inside, linear layers use `linear` where that makes a difference: inputs may be of a wider
+    dtype than weights, and float32 is fast on a CPU."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.linear and len(args) > 1:

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from trio.decoder.decoder import Decoder
-from trio.decoder.matmul import through_linear, linear, times
+from trio.decoder.matmul import linear, through_linear, times
 from trio.pruning.scores.tiled_attention import (
     Group,
     Keys,
