@@ -130,7 +130,7 @@ class OnCPU(FusedLayer):
         all_TxE = self._qkv(normed_TD).unflatten(-1, (-1, self._head_dim))
         both_TxE, value_TKE = all_TxE.split([heads + kv_heads, kv_heads], dim=1)
         query_norm, key_norm = self._head_norms
-        if query_norm is not None:
+        if query_norm is not None and key_norm is not None:
             weight_HE = query_norm.weight.expand(heads, -1)
             weight_xE = torch.cat([weight_HE, key_norm.weight.expand(kv_heads, -1)])
             both_TxE = rms_norm(both_TxE, weight_xE, key_norm.variance_epsilon)
