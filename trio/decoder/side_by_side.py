@@ -35,6 +35,8 @@ class SideBySide:
         self._copied = copied and not any(p.is_inference() for p in self._parameters())
         self._seen: _State | None = None
         self._sums: list[int] = []
+        self._held: list[tuple[Tensor, Tensor]] = []
+        # What was copied, with its memory, so that nothing else comes to lie there.
         self._weight = self._bias = torch.empty(0)
         self._has_bias = any(linear.bias is not None for linear in linears)
 
@@ -89,6 +91,7 @@ class SideBySide:
                 ]
             ).detach()
         self._seen, self._sums = self._state(), self._checksums()
+        self._held = [(p, p.detach()) for p in self._parameters()]
 
     def _checksums(self) -> list[int]:
         return [_checksum(p.detach()) for p in self._parameters()]
