@@ -23,6 +23,8 @@ from trio.pruning.batch import Ragged, compact, contiguous_positions, finite_row
 from trio.pruning.method import Choice, Context, Method, Stage, all_of, choose, goals_of
 from trio.pruning.method_registry import create
 from trio.pruning.options import Pruning
+from trio.shared_prefix import Sharing
+from trio.shared_prefix import run as run_shared
 
 
 class PrefillCache(LayerCache, Protocol):
@@ -62,6 +64,9 @@ class PackedPrompts:
     contexts: Sequence[Sequence[Context]] = ()
     """For methods that need `text_tower` or `instruction`, what encoder and prompt tell of each
     request's images."""
+    sharing: Sharing | None = None
+    """How the first layers are shared by prompts that begin alike, no further than `shared_depth`;
+    None runs them for each."""
 
     def __post_init__(self) -> None:
         assert sum(self.lengths) == self.embeds_TD.shape[0]
@@ -168,6 +173,7 @@ class _Prefill:
         self.entered_TD: Tensor | None = None
         self.batch_tokens = len(prompts.embeds_TD)
         self.injected = prompts.injected
+        self.sharing = prompts.sharing
         _check_injected(prompts)
         self.ragged = Ragged.of_spans(prompts.lengths, prompts.images)
         self.given = prompts.given or [
@@ -188,11 +194,13 @@ class _Prefill:
         self.pruning_time = Stopwatch(decoder.device)
 
     def result(self) -> Prefilled:
-        lengths, positions = [], []
-        start = 0
         keeps = self._keeps_by_layer()
+        self.begins = {0, *keeps}
         method = create(self.pruning) if keeps else None
         looks_back = method is not None and "attention" in method.needs
+        start = self._share()
+        lengths = [list(self.ragged.lengths)] * start
+        positions = [list(self.next_positions)] * start
         for stop in sorted({*keeps, self.decoder.num_layers}):
             self._run(start, stop, stop - 1 if looks_back and stop in keeps else None)
             if stop == 0 and looks_back:
@@ -230,11 +238,39 @@ class _Prefill:
                     row[request] = [*(row[request] or []), keep]
         return keeps
 
+    def _share(self) -> int:
+        """Runs the layers that prompts share; returns how many these are."""
+        if self.sharing is None:
+            return 0
+        if self.cache is not None:
+            self.cache.begin_prefill(0, self.ragged.lengths)
+        self.hidden_TD = run_shared(
+            self.decoder,
+            self.sharing,
+            self.hidden_TD,
+            self.positions_T,
+            self.ragged.lengths,
+            self.cache,
+            self._inject,
+        )
+        return self.sharing.depth
+
+    def _inject(self, layer: int, hidden_TD: Tensor, index_T: Tensor) -> None:
+        """Into some of the packed tokens, by their indices."""
+        if layer >= len(self.injected):
+            return
+        packed, encoded = self.ragged.visual()
+        place_T = torch.full((self.batch_tokens,), -1)
+        place_T[index_T] = torch.arange(len(index_T))
+        here = place_T[packed] >= 0
+        own_VD = self.injected[layer][encoded[here].to(hidden_TD.device)]
+        hidden_TD.index_add_(0, place_T[packed][here].to(hidden_TD.device), own_VD.to(hidden_TD))
+
     def _run(self, start: int, stop: int, looked_at: int | None) -> None:
         """Layers `start … stop-1`; holds on to what enters the one that will be looked at."""
         if stop == start:
             return
-        if self.cache is not None:
+        if self.cache is not None and start in self.begins:
             self.cache.begin_prefill(start, self.ragged.lengths)
         rotary = self.decoder.rotary(self.positions_T)
         layout = Packed(self.ragged.lengths)
@@ -320,6 +356,17 @@ class _Prefill:
             length if keep is not None else position
             for length, keep, position in zip(lengths, keeps, self.next_positions, strict=True)
         ]
+
+
+def shared_depth(pruning: Pruning, tokens: int, num_layers: int) -> int:
+    """Layers whose states of an image do not depend on what stands behind it in a prompt: those
+    before the first stage, without the one that this looks back at.
+
+    tokens: visual tokens of an image of the model.
+    """
+    first = min((layer for layer, _ in pruning.stages(tokens, num_layers)), default=num_layers)
+    looks_back = pruning.chooses and "attention" in create(pruning).needs
+    return max(0, first - looks_back)
 
 
 def _check_injected(prompts: PackedPrompts) -> None:

@@ -139,9 +139,9 @@ def test_one_prefill_for_all_candidates(family: Family, monkeypatch: pytest.Monk
     prefill = own._runner.prefill
     prompts: list[int] = []
 
-    def counted(sequences: Any, features: Any) -> Any:
+    def counted(sequences: Any, features: Any, ahead: Any) -> Any:
         prompts.extend(sequence.prepared.id for sequence in sequences)
-        return prefill(sequences, features)
+        return prefill(sequences, features, ahead)
 
     monkeypatch.setattr(own._runner, "prefill", counted)
     request = Request(prompt="how many", images=(picture(0),), candidates=(" a", " b", " c d"))

@@ -78,10 +78,13 @@ def read(argv: Sequence[str], description: str) -> Measurement:
         UserError: anything in it that is wrong.
     """
     # They import this module for what they share.
+    from trio.benchmark.engine_commands import Launches, Questions
     from trio.benchmark.quality_commands import Calibrate, Quality
     from trio.benchmark.speed_commands import Cost, Likelihood, Pipeline, Speed, Targets
 
-    kinds = (Quality, Speed, Likelihood, Cost, Targets, Pipeline, Calibrate)
+    kinds = (
+        Quality, Speed, Likelihood, Questions, Cost, Launches, Targets, Pipeline, Calibrate,
+    )  # fmt: skip
     commands: dict[str, type[Measurement]] = {kind.__name__.lower(): kind for kind in kinds}
     shown = {
         name: Command(about=inspect.getdoc(kind) or "", groups=kind.groups())

@@ -131,7 +131,7 @@ class Speed(Measurement):
         workload = Workload(**{name: getattr(self, name) for name in names})
         _check_encoder(self.pruning)
         pruning = one_ninth(self.pruning)
-        device, dtype = _device(self.device, self.dtype)
+        device, dtype = device_and_dtype(self.device, self.dtype)
         conditions = {
             "shape": self.shape,
             "batch": self.batch,
@@ -197,7 +197,7 @@ class Likelihood(Measurement):
 
         _check_encoder(self.pruning)
         pruning = one_ninth(self.pruning)
-        device, dtype = _device(self.device, self.dtype)
+        device, dtype = device_and_dtype(self.device, self.dtype)
         shown = ("shape", "batch", "prompt_tokens", "candidates", "candidate_tokens")
         conditions = {
             **{name: getattr(self, name) for name in shown},
@@ -316,7 +316,7 @@ class Targets(Measurement):
         from trio.benchmark.speed.targets import RUNS, parity_row, table
 
         asked = self._asked([*PARTS, GOALS])
-        device, dtype = _device(self.device, self.dtype)
+        device, dtype = device_and_dtype(self.device, self.dtype)
         shape = self.shape or ("small" if device.type == "cpu" else "llava-next-7b")
         bench = Bench(shape, device, getattr(torch, dtype), self.seconds)
         runs = RUNS[device.type] if GOALS in asked else ()
@@ -449,7 +449,7 @@ def _shown(figure: Mapping[str, Any]) -> str:
     )
 
 
-def _device(device: str | None, dtype: str | None) -> tuple[torch.device, str]:
+def device_and_dtype(device: str | None, dtype: str | None) -> tuple[torch.device, str]:
     """Where to measure, and in which dtype."""
     import torch
 

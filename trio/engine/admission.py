@@ -11,6 +11,7 @@ from trio.engine.decoding.logits_rules import follow
 from trio.engine.decoding.repetition import RepetitionWatch
 from trio.engine.decoding.sampler import stream
 from trio.engine.model_runner import ModelRunner
+from trio.engine.prefix_cache import prefix_of
 from trio.engine.request import Prepared, Result, Sampling, failed
 from trio.engine.sequence import SequenceState
 from trio.errors import UserError
@@ -99,6 +100,7 @@ class Admission:
             need=need,
             stream=stream(sampling),
             submitted=time.perf_counter(),
+            prefix=prefix_of(prepared, spans) if runner.prefixes.depth else None,
             following=following,
             watch=_watch(sampling),
             constrained=constrained,

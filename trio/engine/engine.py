@@ -57,6 +57,8 @@ class Engine:
     `encoder`: of images, for engines that read the same ones after one another; None: one of its
         own, which keeps what it made of the last ones.
     `text_tower`: of the model's vision encoder, for methods that need it.
+    `share_images`: whether prompts that begin alike, as several questions on one image do, share
+        what the layers before the first stage make of it.
 
     `memory_plan` says how many requests the memory holds at once, `decoding` which rules the
     checkpoint's `generation_config.json` has; what it asks for and is not followed is logged. One
@@ -80,6 +82,7 @@ class Engine:
         system: str | None = None,
         encoder: SharedEncoder | None = None,
         text_tower: TextTower | None = None,
+        share_images: bool = True,
     ) -> None:
         if batch_tokens < 1 or max_running < 1:
             raise UserError("batch_tokens and max_running must be at least 1")
@@ -99,6 +102,7 @@ class Engine:
             max_running=max_running,
             encoder=encoder,
             text_tower=text_tower,
+            share_images=share_images,
         )
         self._cache = self._runner.cache
         self._scheduler: Scheduler[SequenceState] = Scheduler(
@@ -114,6 +118,7 @@ class Engine:
             max_running=max_running,
             system=system,
             text_tower=text_tower,
+            share_images=share_images,
         )
         self._shape = adapter.shape()
         eos = end_of_sequence(model, processor)
@@ -444,7 +449,11 @@ class Engine:
         sequences, features, saved_s = self._encode(sequences)
         encoded = self._runner.now()
         if sequences:
-            logits_BV, prune_s = self._runner.prefill(sequences, features)
+            before = self._runner.prefixes.image_layers, self._runner.prefixes.followers
+            ahead = {sequence.prefix for sequence in self._scheduler.waiting}
+            logits_BV, prune_s = self._runner.prefill(sequences, features, ahead)
+            self._counters.image_layers += self._runner.prefixes.image_layers - before[0]
+            self._counters.shared_prompts += self._runner.prefixes.followers - before[1]
             _note_distributions(sequences, logits_BV)
             complete = self._score(*_those(sequences, logits_BV, scored=True))
             complete += self._start(*_those(sequences, logits_BV, scored=False))

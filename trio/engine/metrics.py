@@ -32,6 +32,10 @@ class Counters:
     images_encoded: int = 0
     """Images that the encoder read: not those whose features were there from another prompt, or
     from another engine."""
+    image_layers: int = 0
+    """Layers before the first stage, counted for each image whose tokens went through them."""
+    shared_prompts: int = 0
+    """Prompts that took over what these layers had made of their image for another one."""
     encode_s: float = 0.0
     """As if this engine were alone, where several share an encoder."""
     encode_saved_s: float = 0.0

@@ -6,7 +6,7 @@ Shapes: T packed tokens, B requests, D hidden size, V vocabulary, N visual token
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from itertools import chain
 
@@ -22,13 +22,14 @@ from trio.engine.kv_budget import Need
 from trio.engine.kv_cache import KVCache
 from trio.engine.metrics import beside_decoder
 from trio.engine.packing import Entry, coordinates, entered
+from trio.engine.prefix_cache import PrefixCache, part_for_images
 from trio.engine.request import Prepared
 from trio.engine.sequence import SequenceState
 from trio.engine.shared_encoder import SharedEncoder
 from trio.families.adapter import Adapter, Features, Inputs, Join, Span, joined
 from trio.families.coordinates import packed
 from trio.families.text_tower import TextTower
-from trio.prefill import PackedPrompts, prefill
+from trio.prefill import PackedPrompts, prefill, shared_depth
 from trio.pruning.batch import contiguous_positions
 from trio.pruning.method_registry import create
 from trio.pruning.methods.random import Salts
@@ -39,6 +40,7 @@ class ModelRunner:
     """Model, pruning and cache, one step at a time.
 
     encoder: of images; None: one of its own.
+    share_images: whether prompts on one image share what the first layers make of it.
 
     Raises:
         UserError: the pruning settings cannot be met by this model.
@@ -53,6 +55,7 @@ class ModelRunner:
         max_running: int,
         encoder: SharedEncoder | None = None,
         text_tower: TextTower | None = None,
+        share_images: bool = True,
     ) -> None:
         self.adapter = adapter
         self._encoder, self._encodes_alone = encoder or SharedEncoder(adapter), encoder is None
@@ -67,6 +70,10 @@ class ModelRunner:
         # Stages lie at the same layers for images of any size, and a retention in reach for the
         # largest is in reach for all.
         stages = self.pruning.stages(adapter.max_visual_tokens, self.num_layers)
+        depth = shared_depth(self.pruning, adapter.max_visual_tokens, self.num_layers)
+        self.prefixes = PrefixCache(depth if share_images else 0, part_for_images(kv_bytes))
+        if self.prefixes.depth:
+            kv_bytes -= self.prefixes.budget
         self.cache = KVCache(
             # A stage behind the last layer leaves keys and values as they are.
             group_starts=sorted({0, *(layer for layer, _ in stages if layer < self.num_layers)}),
@@ -145,9 +152,11 @@ class ModelRunner:
     def forget(self) -> None:
         """Give back the features of all images, where memory is short: they are made anew."""
         self._encoder.forget()
+        self.prefixes.forget()
 
     def reset(self) -> None:
-        """Begin without features of images, but for those that other engines may read."""
+        """Begin without what was made of images, but for features that other engines may read."""
+        self.prefixes.forget()
         if self._encodes_alone:
             self._encoder.forget()
 
@@ -162,14 +171,24 @@ class ModelRunner:
         counts = sequence.prepared.image_tokens
         return [self.pruning.encoded(count, self.num_layers) for count in counts]
 
+    @torch.no_grad()
     def prefill(
-        self, sequences: Sequence[SequenceState], features: Sequence[Sequence[Features]]
+        self,
+        sequences: Sequence[SequenceState],
+        features: Sequence[Sequence[Features]],
+        ahead: Collection[bytes | None] = (),
     ) -> tuple[Tensor, float]:
-        """Run the prompts of fresh sequences; returns logits [B, V] and the seconds of pruning."""
+        """Run the prompts of fresh sequences; returns logits [B, V] and the seconds of pruning.
+
+        ahead: `SequenceState.prefix` of prompts that wait.
+        """
         self.adapter.check_unchanged()
         if not self.cache.rows.count:
             self.decoder.check_copies()
         prompts, compared_s = self._packed(sequences, features), 0.0
+        ends = [spans[-1][1] if spans else 0 for spans in prompts.images]
+        sharing = self.prefixes.plan(sequences, prompts.lengths, ends, ahead)
+        prompts = replace(prompts, sharing=sharing)
         if self._contexts is not None and self._contexts.needed:
             comparing = Stopwatch(self.decoder.device)
             with comparing.running():
@@ -181,6 +200,7 @@ class ModelRunner:
             self.pruning,
             self.cache.prefill([sequence.key for sequence in sequences]),
         )
+        self.prefixes.trim()
         for row, sequence in enumerate(sequences):
             sequence.layer_tokens = [lengths[row] for lengths in done.cache_lengths]
             sequence.positions = [done.next_positions[start][row] for start, _ in self.cache.spans]

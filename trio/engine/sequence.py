@@ -32,6 +32,8 @@ class SequenceState:
     stream: random.Random
     submitted: float
     """Time of arrival, by `time.perf_counter`."""
+    prefix: bytes | None = None
+    """The same for prompts that begin alike, up to the end of their last image."""
     following: Following | None = None
     """The checkpoint's and the sampling's rules of decoding, if there are any."""
     watch: RepetitionWatch | None = None

@@ -70,7 +70,7 @@ def build(name: str, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any
     with torch.device(device):
         model = named(name).model(tokenizer())
     model = model.to(dtype).eval()
-    _fill(model)
+    fill_weights(model)
     return model, processor(name)
 
 
@@ -103,7 +103,7 @@ def named(name: str) -> Shape:
 
 
 @torch.no_grad()
-def _fill(model: torch.nn.Module) -> None:
+def fill_weights(model: torch.nn.Module) -> None:
     """Weights that keep hidden states of unit size; norms as they start."""
     generator = torch.Generator(next(model.parameters()).device).manual_seed(0)
     for parameter in model.parameters():

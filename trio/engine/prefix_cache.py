@@ -1,0 +1,123 @@
+"""What the first layers make of an image, kept for the other prompts on it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter, OrderedDict
+from collections.abc import Collection, Sequence
+from itertools import chain
+
+import numpy as np
+
+from trio.engine.request import ImageInputs, Prepared
+from trio.engine.sequence import SequenceState
+from trio.shared_prefix import PrefixStates, Sharing
+
+_PART, _LEAST = 16, 256 << 20
+"""One of so many parts of the memory for keys and values is for states of images; where there are
+fewer bytes, none is, and only prompts of one batch share."""
+
+
+class PrefixCache:
+    """States of the tokens up to the end of a prompt's last image, behind the first layers.
+
+    They are kept where they are known to be asked for again: by another prompt of the batch, or by
+    one that waits. The last image of a batch is kept too, since the prompts on one image mostly
+    come one after the other. What was used last stays, within `budget`.
+
+    depth: layers; 0 keeps nothing. budget: bytes.
+    """
+
+    def __init__(self, depth: int, budget: int) -> None:
+        self.depth = depth
+        self.budget = budget
+        self._found: OrderedDict[bytes, PrefixStates] = OrderedDict()
+        """The one used last is the last."""
+        self.image_layers = 0
+        """Layers, counted for each image whose tokens went through them."""
+        self.followers = 0
+        """Prompts that were spared them."""
+
+    def plan(
+        self,
+        sequences: Sequence[SequenceState],
+        lengths: Sequence[int],
+        ends: Sequence[int],
+        ahead: Collection[bytes | None],
+    ) -> Sharing | None:
+        """Who goes through the first layers, and who takes over what they made.
+
+        Args:
+            sequences: of the batch.
+            lengths: tokens of each that enter the decoder.
+            ends: where the last image of each ends among them.
+            ahead: prefixes of prompts that wait.
+
+        Returns:
+            None where nothing is shared nor kept.
+        """
+        if not self.depth:
+            return None
+        keys = [
+            one.prefix if end < length else None
+            for one, length, end in zip(sequences, lengths, ends, strict=True)
+        ]
+        times = Counter(keys)
+        last = next((key for key in reversed(keys) if key is not None), None)
+        owners: list[int] = []
+        followers: dict[int, PrefixStates] = {}
+        kept: dict[int, PrefixStates] = {}
+        used: dict[bytes, PrefixStates] = {}
+        for row, (key, end) in enumerate(zip(keys, ends, strict=True)):
+            states = None if key is None else used.get(key) or self._found.get(key)
+            if states is not None:
+                followers[row] = states
+            else:
+                owners.append(row)
+                if key is not None and (times[key] > 1 or key in ahead or key == last):
+                    states = kept[row] = PrefixStates(end)
+            if key is not None and states is not None:
+                used[key] = states
+        self.image_layers += self.depth * sum(len(sequences[row].spans) for row in owners)
+        self.followers += len(followers)
+        self._remember(used)
+        if not followers and not kept:
+            return None
+        return Sharing(depth=self.depth, owners=tuple(owners), followers=followers, kept=kept)
+
+    def trim(self) -> None:
+        """After a prefill: down to the budget, what was not used for longest first."""
+        held = sum(states.nbytes for states in self._found.values())
+        while held > self.budget:
+            _, gone = self._found.popitem(last=False)
+            held -= gone.nbytes
+
+    def forget(self) -> None:
+        self._found.clear()
+
+    def _remember(self, used: dict[bytes, PrefixStates]) -> None:
+        for key, states in used.items():
+            self._found[key] = states
+            self._found.move_to_end(key)
+
+
+def part_for_images(kv_bytes: int) -> int:
+    """Bytes for the states of images, of those for keys and values."""
+    return kv_bytes // _PART if kv_bytes >= _LEAST else 0
+
+
+def prefix_of(prepared: Prepared, spans: Sequence[tuple[int, int]]) -> bytes | None:
+    """The same for prompts that begin with the same tokens and images; None without an image, or
+    where an image has no digest.
+
+    spans: of the images' tokens.
+    """
+    if not spans or not all(isinstance(one, ImageInputs) for one in prepared.image_inputs):
+        return None
+    tokens = np.asarray(prepared.input_ids[: spans[-1][1]], dtype=np.int64)
+    digest = hashlib.blake2b(tokens.tobytes(), digest_size=16)
+    for edge in chain.from_iterable(spans):
+        digest.update(edge.to_bytes(8, "little"))
+    for image in prepared.image_inputs:
+        digest.update(image.digest)
+    return digest.digest()
