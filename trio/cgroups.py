@@ -5,6 +5,7 @@ Elsewhere, or where nothing is set, there is no limit.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
@@ -43,6 +44,18 @@ def free_memory(cgroups: Path = CGROUPS, membership: Path = MEMBERSHIP) -> int |
     """
     found = (_free(group) for group in groups("memory", cgroups, membership))
     return min((free for free in found if free is not None), default=None)
+
+
+def free_main_memory() -> int:
+    """Bytes of main memory still to be had, by the machine and by this process's groups; all of it
+    where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    (available,) = (line.split()[1] for line in lines if line.startswith("MemAvailable:"))
+    machine, groups = int(available) * 1024, free_memory()
+    return machine if groups is None else min(machine, groups)
 
 
 def _free(group: Path) -> int | None:

@@ -1,4 +1,4 @@
-"""Products in slices and in a wider precision, against plain ones."""
+"""Products by oneDNN and in a wider precision, against plain ones."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from trio.decoder.matmul import few_row_linears, linear, times
+from trio.decoder.matmul import linear, through_linear, times
 
 
 @pytest.mark.parametrize("rows", [1, 60, 300])
 @pytest.mark.parametrize("shape", [(64, 1601), (1600, 64), (256, 260)])
-def test_few_rows_in_slices(rows: int, shape: tuple[int, int]) -> None:
+def test_few_and_many_rows(rows: int, shape: tuple[int, int]) -> None:
     x, weight = torch.randn(rows, shape[0]), torch.randn(shape)
     if rows != 60:
         weight = weight.T.contiguous().T
@@ -55,7 +55,7 @@ def test_a_gpu_keeps_sixteen_bits_of_the_activations(
 def test_wide_inputs_pass_through_a_narrow_layer_and_so_do_gradients() -> None:
     layer = nn.Linear(12, 7).bfloat16()
     x = torch.randn(2, 3, 12, requires_grad=True)
-    with few_row_linears():
+    with through_linear():
         out = layer(x)
     expected = F.linear(x, layer.weight.float(), layer.bias.float())
     torch.testing.assert_close(out, expected)

@@ -58,8 +58,9 @@ class Once:
         self._cache, self._layout = cache, layout
         self._updates: list[int] = []
         self._attended = 0
-        self._wanted = 0 if cache is None else 1
-        self.arguments: dict[str, Any] = {keyword: self if self._wanted else None, "layout": self}
+        self.stores = cache is not None
+        self._wanted = int(self.stores)
+        self.arguments: dict[str, Any] = {keyword: self if self.stores else None, "layout": self}
         self._keyword = keyword
 
     def update(

@@ -13,9 +13,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from trio.decoder.attention import NAME, Layout
+from trio.decoder.attention import NAME, Layout, Packed
 from trio.decoder.cache_argument import Once, cache_keyword
 from trio.decoder.check_layers import check_layers
+from trio.decoder.fused_layer import FusedLayer
+from trio.decoder.fused_layers import FusedLayers, fused_layers
 from trio.decoder.gpu import on_gpu
 from trio.decoder.matmul import linear
 from trio.errors import UserError
@@ -78,6 +80,7 @@ class Decoder:
         self.max_positions = _max_positions(model)
         self.position_axes = 3 if hasattr(model.rotary_emb, "mrope_section") else 1
         """Numbers that a position consists of: one, or with M-RoPE time, row and column."""
+        self._fused: FusedLayers | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -128,19 +131,57 @@ class Decoder:
             Hidden states `[T, D]` that leave layer `stop - 1`.
         """
         assert self.config._attn_implementation == NAME, "run_layers outside of Decoder.ragged()"
-        hidden = hidden_TD[None]
         once = Once(cache, layout, self._cache_keyword)
         for index in range(start, stop):
-            layer = self.model.layers[index]
-            hidden = layer(
-                hidden,
-                attention_mask=None,
-                position_embeddings=rotary,
-                use_cache=cache is not None,
-                **once.arguments,
-            )
-            once.check(index, layer)
+            fused = None if self._fused is None else self._fused.layer(index, hidden_TD)
+            if fused is not None:
+                hidden_TD = fused(hidden_TD, rotary, index, layout, cache)
+            else:
+                hidden_TD = self._run_module(index, hidden_TD, rotary, once)
+        return hidden_TD
+
+    def _run_module(self, index: int, hidden_TD: Tensor, rotary: Rotary, once: Once) -> Tensor:
+        layer = self.model.layers[index]
+        hidden = layer(
+            hidden_TD[None],
+            attention_mask=None,
+            position_embeddings=rotary,
+            use_cache=once.stores,
+            **once.arguments,
+        )
+        once.check(index, layer)
         return hidden[0]
+
+    def fuse(self) -> None:
+        """From now on run layers in few operations, where that gives what their modules give; for
+        inference alone. On a CPU weights are copied once if memory allows, see `check_copies`."""
+        self._fused = fused_layers(self.model, self.lm_head, self._try)
+
+    @property
+    def fused(self) -> bool:
+        """Whether some layer runs fused."""
+        return self._fused is not None and self._fused.used
+
+    def check_copies(self) -> None:
+        """Look at all weights for edits that `fuse` has not seen; to be called where work begins,
+        since it reads each of them."""
+        if self._fused is not None:
+            self._fused.check()
+
+    @torch.no_grad()
+    def _try(self, index: int, fused: FusedLayer | None) -> Tensor:
+        """What a layer makes of a few tokens."""
+        generator, tokens = torch.Generator().manual_seed(0), 3
+        hidden_TD = torch.randn(tokens, self.hidden_size, generator=generator).to(
+            self.device, self.dtype
+        )
+        rotary, layout = self.rotary(torch.arange(tokens, device=self.device)), Packed((tokens,))
+        cache = _PassedOn()
+        if fused is not None:
+            return fused(hidden_TD, rotary, index, layout, cache)
+        with self.ragged():
+            once = Once(cache, layout, self._cache_keyword)
+            return self._run_module(index, hidden_TD, rotary, once)
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits `[N, V]` of hidden states `[N, D]`: final norm, then output head."""
@@ -148,6 +189,9 @@ class Decoder:
 
     def project(self, normed: Tensor) -> Tensor:
         """Logits `[N, V]` of hidden states `[N, D]` that are normed already."""
+        head = None if self._fused is None else self._fused.head
+        if head is not None and not torch.is_grad_enabled() and normed.dtype == self.dtype:
+            return head(normed)
         return linear(normed, self.lm_head.weight, self.lm_head.bias)
 
     @contextmanager
@@ -162,6 +206,15 @@ class Decoder:
             yield
         finally:
             self.config._attn_implementation = before
+
+
+class _PassedOn:
+    """A cache that stores nothing."""
+
+    def update(
+        self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        return key, value
 
 
 def _max_positions(model: Any) -> int:

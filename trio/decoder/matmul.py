@@ -1,4 +1,4 @@
-"""Matrix products: few rows with large weights, and activations wider than the weights.
+"""Matrix products without a gradient by the weights, which may be narrower than activations.
 
 Shapes: N rows, I inputs, O outputs; leading dimensions may come before.
 """
@@ -12,17 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from trio.decoder import onednn
 from trio.decoder.gpu import on_gpu
 
 # Elements of a weight that are widened at a time: what a processor's cache holds, elsewhere less.
 _BLOCK = {"cpu": 1 << 20}
 _BLOCK_ON_DEVICE = 1 << 18
-# Measured on CPUs, in float32: with few rows, a batch of products with slices of the weight is 1.3
-# to 2 times as fast as one product. Rows up to which that holds, and slices; heads (one side of the
-# weight many times the other) take more of both.
-_FEW_ROWS, _SLICES = 64, 4
-_FEW_ROWS_OF_HEAD, _SLICES_OF_HEAD = 256, 16
-_SMALL = 1 << 16
 
 
 def times(x: Tensor, weight: Tensor) -> Tensor:
@@ -36,10 +31,16 @@ def times(x: Tensor, weight: Tensor) -> Tensor:
         `[..., N, O]` in the dtype of `x`.
     """
     if weight.dtype == x.dtype:
-        return _sliced_times(x, weight)
+        return onednn.product(x, weight.T) if _by_onednn(x, weight) else x @ weight
     if on_gpu(x) and weight.dtype == torch.bfloat16 and x.dtype == torch.float32:
         return _split_times(x, weight)
     return _widened_times(x, weight)
+
+
+def _by_onednn(x: Tensor, weight: Tensor) -> bool:
+    """Where PyTorch's own product, which goes through it in bfloat16, is slower."""
+    large = weight.dim() == 2 and weight.numel() >= onednn.SMALL
+    return large and x.dtype == torch.float32 and onednn.usable(x.device, x.dtype)
 
 
 def _widened_times(x: Tensor, weight: Tensor) -> Tensor:
@@ -59,22 +60,6 @@ def _widened_times(x: Tensor, weight: Tensor) -> Tensor:
     return out
 
 
-def _sliced_times(x: Tensor, weight: Tensor) -> Tensor:
-    inputs, outputs = weight.shape[-2:]
-    is_head = max(inputs, outputs) >= 8 * min(inputs, outputs)
-    most_rows = _FEW_ROWS_OF_HEAD if is_head else _FEW_ROWS
-    slices = _SLICES_OF_HEAD if is_head else _SLICES
-    deep = is_head and inputs > outputs
-    plain = on_gpu(x) or x.dtype != torch.float32 or weight.numel() < _SMALL
-    if plain or x.dim() != 2 or len(x) > most_rows or (inputs if deep else outputs) % slices:
-        return x @ weight
-    if deep:
-        parts = x.unflatten(1, (slices, -1)).transpose(0, 1)
-        return torch.bmm(parts, weight.unflatten(0, (slices, -1))).sum(dim=0)
-    parts = weight.unflatten(1, (slices, -1)).transpose(0, 1)
-    return torch.bmm(x.expand(slices, *x.shape), parts).transpose(0, 1).flatten(1)
-
-
 def _split_times(x: Tensor, weight: Tensor) -> Tensor:
     """On tensor cores: a bfloat16 and the bfloat16 of its rest hold 16 bits of each activation, the
     weights are exact, and sums are kept in float32. Both go through one product, which reads the
@@ -92,13 +77,16 @@ class _Linear(torch.autograd.Function):
     """Gradients go to the activations only."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.weight = weight
-        return times(x, weight.transpose(-1, -2))
+        if weight.dtype == x.dtype and _by_onednn(x, weight):
+            return onednn.product(x, weight, bias)
+        out = times(x, weight.transpose(-1, -2))
+        return out if bias is None else out + bias
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return times(gradients[0], ctx.weight), None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        return times(gradients[0], ctx.weight), None, None
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -107,19 +95,19 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Args:
         x: `[..., N, I]`. weight: `[..., O, I]`. bias: `[..., O]`, added to every row.
     """
-    out = _Linear.apply(x, weight)
+    out = _Linear.apply(x, weight, bias)
     assert isinstance(out, Tensor)
-    return out if bias is None else out + bias.detach()
+    return out
 
 
-class few_row_linears(TorchFunctionMode):
-    """Inside, linear layers use `linear`: few rows are fast, inputs may be of a wider dtype than
-    weights, and no gradient goes to weights."""
+class through_linear(TorchFunctionMode):
+    """Inside, linear layers use `linear` where that makes a difference: inputs may be of a wider
+    dtype than weights, and float32 is fast on a CPU."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.linear and len(args) > 1:
             x, weight = args[:2]
-            if not on_gpu(x) or x.dtype != weight.dtype:
+            if x.dtype != weight.dtype or _by_onednn(x, weight):
                 rest = (*args[2:], *(kwargs or {}).values())
                 return linear(x.flatten(0, -2), weight, *rest).unflatten(0, x.shape[:-1])
         return func(*args, **(kwargs or {}))

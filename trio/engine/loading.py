@@ -284,19 +284,7 @@ def default_kv_bytes(device: torch.device, share: float = 1.0) -> int:
         free, total = torch.cuda.mem_get_info(device)
         left = share * total - torch.cuda.memory_reserved(device)
         return max(0, int(min(free, left) * 0.7))
-    return min(_free_memory() // 4, 8 << 30)
-
-
-def _free_memory() -> int:
-    """Bytes of main memory still to be had, by the machine and by this process's container; all
-    of it where the system does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    (available,) = (line.split()[1] for line in lines if line.startswith("MemAvailable:"))
-    machine, container = int(available) * 1024, cgroups.free_memory()
-    return machine if container is None else min(machine, container)
+    return min(cgroups.free_main_memory() // 4, 8 << 30)
 
 
 def _expanded(model: str, demo: Path = bundled.MODEL) -> str:

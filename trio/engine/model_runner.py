@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from trio.decoder.attention import Branches, Padded
-from trio.decoder.matmul import few_row_linears
+from trio.decoder.matmul import through_linear
 from trio.decoder.stopwatch import Stopwatch
 from trio.engine.contexts import Contexts
 from trio.engine.cuda_graphs import StepGraphs, rounded_up
@@ -60,6 +60,7 @@ class ModelRunner:
         self.adapter = adapter
         self._encoder, self._encodes_alone = encoder or SharedEncoder(adapter), encoder is None
         self.decoder = adapter.decoder
+        self.decoder.fuse()
         self.pruning = adapter.settle(pruning)
         self.method = create(self.pruning) if self.pruning.chooses else None
         """None where the decoder prunes nothing."""
@@ -135,7 +136,8 @@ class ModelRunner:
             return [[] for _ in sequences]
         keeps = [keep for sequence in sequences for keep in self.encoded(sequence)]
         reduction = self.pruning.encoder
-        features = iter(self._encoder(inputs, reduction, keeps, self.join, reader=id(self)))
+        with through_linear():
+            features = iter(self._encoder(inputs, reduction, keeps, self.join, reader=id(self)))
         return [[next(features) for _ in sequence.prepared.image_inputs] for sequence in sequences]
 
     @property
@@ -181,6 +183,8 @@ class ModelRunner:
         ahead: `SequenceState.prefix` of prompts that wait.
         """
         self.adapter.check_unchanged()
+        if not self.cache.rows.count:
+            self.decoder.check_copies()
         prompts, compared_s = self._packed(sequences, features), 0.0
         ends = [spans[-1][1] if spans else 0 for spans in prompts.images]
         sharing = self.prefixes.plan(sequences, prompts.lengths, ends, ahead)
@@ -290,7 +294,7 @@ class ModelRunner:
         count = rows.count if padded is None else padded
         writer = self.cache.writer(padded)
         hidden_BD = self.decoder.embed(rows.token_B[:count])
-        with self.decoder.ragged(), few_row_linears():
+        with self.decoder.ragged():
             for group, (start, stop) in enumerate(self.cache.spans):
                 rotary = self.decoder.rotary(rows.position_GB[group, :count])
                 layout = Padded(writer.length_GB[group])

@@ -72,11 +72,10 @@ def choose(
         probabilities = distribution(ruled_BV[rows], [samplings[row] for row in drawn])
         possible_B[rows] &= probabilities[:, 0].isfinite()
         tokens_B[rows] = _invert(probabilities, uniforms)
-    log_norm_B = logits_BV.logsumexp(dim=-1)
-    # The sum passes on a NaN and a positive infinity, the least is the other one.
-    finite_B = log_norm_B.isfinite() & logits_BV.amin(dim=-1).isfinite()
     tokens_B = tokens_B.where(possible_B, 0)  # what NaN probabilities draw may be no token at all
-    logprobs_B = logits_BV.gather(1, tokens_B[:, None])[:, 0] - log_norm_B
+    logprobs_B = logits_BV.log_softmax(dim=-1).gather(1, tokens_B[:, None])[:, 0]
+    # A NaN and a positive infinity make all of them NaN, the least is the other one.
+    finite_B = logprobs_B.isfinite() & logits_BV.amin(dim=-1).isfinite()
     logprobs_B = logprobs_B.where(possible_B, -torch.inf).where(finite_B, torch.nan)
     return Chosen(tokens_B, logprobs_B)
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from trio.decoder.decoder import Decoder
 from trio.decoder.gpu import sent
-from trio.decoder.matmul import few_row_linears
+from trio.decoder.matmul import through_linear
 from trio.pruning.scores.tiled_attention import (
     Group,
     Keys,
@@ -61,7 +61,7 @@ def last_attention(
     groups = group_sequences(rows, lengths, [(0, length) for length in lengths], tokens)
     layout = _LastRows(keys, groups, hidden_TD.new_empty(len(hidden_TD), dtype=dtype))
     last_R = sent(torch.tensor([end - 1 for end in accumulate(lengths)]), hidden_TD.device)
-    with decoder.ragged(), few_row_linears():
+    with decoder.ragged(), through_linear():
         # The layer's own code makes the queries: norms and rotation differ between families.
         own.self_attn(
             own.input_layernorm(hidden_TD[last_R].to(dtype))[None],

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from trio.decoder.decoder import Decoder
 from trio.decoder.gpu import sent
-from trio.decoder.matmul import few_row_linears, linear, times
+from trio.decoder.matmul import linear, through_linear, times
 from trio.pruning.scores.tiled_attention import (
     Group,
     Keys,
@@ -86,7 +86,7 @@ class LayerGradient:
             keys = Keys(self._layer, hidden_TD, cos[0], sin[0], self.dtype, self._tile_tokens)
             groups = group_sequences(rows, lengths, wanted, self._tile_tokens)
             attention = _RowAttention(keys, self._layer.self_attn.v_proj, groups)
-            with self._decoder.ragged(), few_row_linears():
+            with self._decoder.ragged(), through_linear():
                 out = self._layer(
                     rows_RD[None],
                     attention_mask=None,

@@ -1,0 +1,104 @@
+"""Linear layers with the same input as one product on a CPU.
+
+Their weights are copied, one under the other and in oneDNN's layout, so that few rows are fast. A
+copy that is no longer like its source must never be used: every product looks at where the weights
+lie and how often they were written to, which tells of all edits but those through `.data`. Of these
+`check` tells, which reads all weights.
+
+Shapes: N rows, I inputs, O outputs of all layers together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trio.decoder import onednn
+
+_State = tuple[tuple[int, int, int], ...]
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32}
+
+
+class SideBySide:
+    """Some linear layers of one input, in this order.
+
+    Args:
+        linears: with weights `[., I]` on a CPU, of one dtype.
+        copied: their weights may be copied; else each product reads them as they are.
+    """
+
+    def __init__(self, linears: Sequence[nn.Linear], *, copied: bool) -> None:
+        self._linears = tuple(linears)
+        self._copied = copied and not any(p.is_inference() for p in self._parameters())
+        self._seen: _State | None = None
+        self._sums: list[int] = []
+        self._held: list[tuple[Tensor, Tensor]] = []
+        # What was copied, with its memory, so that nothing else comes to lie there.
+        self._weight = self._bias = torch.empty(0)
+        self._has_bias = any(linear.bias is not None for linear in linears)
+
+    def __call__(self, x_NI: Tensor, plus_NO: Tensor | None = None) -> Tensor:
+        """`[N, O]`, added to `plus_NO` if given."""
+        if not self._copied:
+            out_NO = self._by_sources(x_NI)
+            return out_NO if plus_NO is None else plus_NO + out_NO
+        if self._seen != self._state():
+            self._copy()
+        bias = self._bias if self._has_bias else None
+        if not self._weight.is_mkldnn:
+            out_NO = F.linear(x_NI, self._weight, bias)
+        elif plus_NO is not None and x_NI.dtype == torch.float32:
+            return onednn.product_plus(x_NI, plus_NO, self._weight, bias)
+        else:
+            out_NO = onednn.product(x_NI, self._weight, bias)
+        # In bfloat16 product and sum are rounded one after the other, as the model's own are.
+        return out_NO if plus_NO is None else plus_NO + out_NO
+
+    def check(self) -> None:
+        """Compare all weights bit by bit with what was copied; what differs is copied anew."""
+        if self._seen is not None and self._sums != self._checksums():
+            self._seen = None
+
+    def _by_sources(self, x_NI: Tensor) -> Tensor:
+        product = onednn.product if onednn.usable(x_NI.device, x_NI.dtype) else F.linear
+        parts = [product(x_NI, linear.weight, linear.bias) for linear in self._linears]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+    def _parameters(self) -> list[Tensor]:
+        return [
+            own
+            for linear in self._linears
+            for own in (linear.weight, linear.bias)
+            if own is not None
+        ]
+
+    def _state(self) -> _State:
+        return tuple((id(p), p.data_ptr(), p._version) for p in self._parameters())
+
+    def _copy(self) -> None:
+        weight = torch.cat([linear.weight.detach() for linear in self._linears])
+        if weight.numel() >= onednn.SMALL and onednn.usable(weight.device, weight.dtype):
+            weight = onednn.laid_out(weight)
+        self._weight = weight
+        if self._has_bias:
+            self._bias = torch.cat(
+                [
+                    weight.new_zeros(len(linear.weight)) if linear.bias is None else linear.bias
+                    for linear in self._linears
+                ]
+            ).detach()
+        self._seen, self._sums = self._state(), self._checksums()
+        self._held = [(p, p.detach()) for p in self._parameters()]
+
+    def _checksums(self) -> list[int]:
+        return [_checksum(p.detach()) for p in self._parameters()]
+
+
+def _checksum(x: Tensor) -> int:
+    """Sum of its bits as whole numbers, which any one edit changes."""
+    whole = x.contiguous().view(-1)
+    even = whole.nbytes % 8 == 0 and whole.data_ptr() % 8 == 0
+    return int(whole.view(torch.int64 if even else _INTEGERS[x.element_size()]).sum())
