@@ -84,6 +84,13 @@ def run(
         Hidden states `[T, D]` that leave the last of these layers.
     """
     owners = _Owners(decoder, sharing, embeds_TD, positions_T, lengths)
+    if not sharing.followers:  # all prompts are owners, and stand as they did
+        for layer in range(sharing.depth):
+            key, value = owners.run(layer, inject)
+            if cache is not None:
+                cache.update(key[None], value[None], layer)
+        owners.keep()
+        return owners.hidden_TD
     followers = _Followers(decoder, sharing, embeds_TD, positions_T, lengths)
     order_T = sent(_order(sharing, lengths, followers.prefixes), embeds_TD.device)
     for layer in range(sharing.depth):

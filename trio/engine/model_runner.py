@@ -71,7 +71,12 @@ class ModelRunner:
         # largest is in reach for all.
         stages = self.pruning.stages(adapter.max_visual_tokens, self.num_layers)
         depth = shared_depth(self.pruning, adapter.max_visual_tokens, self.num_layers)
-        self.prefixes = PrefixCache(depth if share_images else 0, part_for_images(kv_bytes))
+        numbers = 2 * depth * self.decoder.num_kv_heads * self.decoder.head_dim
+        self.prefixes = PrefixCache(
+            depth if share_images else 0,
+            part_for_images(kv_bytes),
+            (numbers + self.decoder.hidden_size) * self.decoder.dtype.itemsize,
+        )
         if self.prefixes.depth:
             kv_bytes -= self.prefixes.budget
         self.cache = KVCache(

@@ -25,12 +25,13 @@ class PrefixCache:
     one that waits. The last image of a batch is kept too, since the prompts on one image mostly
     come one after the other. What was used last stays, within `budget`.
 
-    depth: layers; 0 keeps nothing. budget: bytes.
+    depth: layers; 0 keeps nothing. budget: bytes. token_bytes: of a token's states.
     """
 
-    def __init__(self, depth: int, budget: int) -> None:
+    def __init__(self, depth: int, budget: int, token_bytes: int) -> None:
         self.depth = depth
         self.budget = budget
+        self._token_bytes = token_bytes
         self._found: OrderedDict[bytes, PrefixStates] = OrderedDict()
         """The one used last is the last."""
         self.image_layers = 0
@@ -74,7 +75,10 @@ class PrefixCache:
                 followers[row] = states
             else:
                 owners.append(row)
-                if key is not None and (times[key] > 1 or key in ahead or key == last):
+                stays = end * self._token_bytes <= self.budget
+                if key is not None and (
+                    times[key] > 1 or (stays and (key in ahead or key == last))
+                ):
                     states = kept[row] = PrefixStates(end)
             if key is not None and states is not None:
                 used[key] = states

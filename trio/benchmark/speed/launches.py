@@ -29,11 +29,9 @@ from torch.utils._pytree import tree_flatten
 from trio.benchmark.shapes.random_llava import LLAVA_NEXT_7B
 from trio.benchmark.shapes.sizes import fill_weights
 from trio.benchmark.speed.engine_speed import Workload, requests_for
-from trio.decoder import attention, gpu
+from trio.decoder import attention, fused_kernels, gpu
 from trio.demo.language import tokenizer
 from trio.engine.engine import Engine
-from trio.engine.model_runner import ModelRunner
-from trio.engine.sequence import SequenceState
 from trio.pruning.options import Pruning
 from trio.pruning.selection import nms_kernel
 from trio.pruning.selection.nms_host import greedy
@@ -115,7 +113,7 @@ class _Operations(TorchDispatchMode):
 
     def __init__(self, device: _Device, counted: Counted) -> None:
         super().__init__()
-        self._device, self._counted = device, counted
+        self._device, self.counted = device, counted
         self.within = False
         """A kernel's replacement is running: it counts as one."""
 
@@ -132,24 +130,24 @@ class _Operations(TorchDispatchMode):
 
     def _note(self, func: Any, args: Any) -> None:
         if func in _READ_BACK or _by_mask(func, args):
-            self._counted.sync()
+            self.counted.sync()
         if func in _FREE or _is_view(func):
             return
-        self._counted.launch(str(func.overloadpacket).removeprefix("aten."))
+        self.counted.launch(str(func.overloadpacket).removeprefix("aten."))
 
 
 class _Calls(TorchFunctionMode):
     """Copies between host and device, which a CPU does not see as such."""
 
     def __init__(self, device: _Device, counted: Counted, operations: _Operations) -> None:
-        self._device, self._counted, self._operations = device, counted, operations
+        self._device, self.counted, self._operations = device, counted, operations
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if self._operations.within:
             return func(*args, **kwargs)
         if func in _FROM_DEVICE and self._device.has(args[0]):
-            self._counted.sync()
+            self.counted.sync()
             return func(args[0].detach().clone(), *args[1:], **kwargs)
         out = func(*args, **kwargs)
         if func is Tensor.to and _names_a_place((*args[1:], *kwargs.values())):
@@ -160,7 +158,7 @@ class _Calls(TorchFunctionMode):
             if not self._device.has(out):
                 self._device.put(out)
                 if "empty" not in func.__name__:
-                    self._counted.launch(func.__name__)
+                    self.counted.launch(func.__name__)
         return out
 
     def _uploaded(self, host: Tensor | None, out: Tensor, *, waits: bool) -> Tensor:
@@ -169,10 +167,10 @@ class _Calls(TorchFunctionMode):
         copy = out.clone()  # what stays on the host is not on the device
         self._device.put(copy)
         if copy.numel():
-            self._counted.launch("copy to the device")
+            self.counted.launch("copy to the device")
             # `sent` copies from pinned memory, where there is such.
             if waits and not _place().endswith("gpu.py:sent"):
-                self._counted.sync()
+                self.counted.sync()
         return copy
 
 
@@ -202,7 +200,8 @@ def _is_view(func: Any) -> bool:
 def _place() -> str:
     """The innermost line of this package that a call comes from."""
     for frame in reversed(traceback.extract_stack(limit=40)):
-        if "/trio/" in frame.filename and not frame.filename.endswith("launches.py"):
+        own = "/trio/" in frame.filename and not frame.filename.endswith("launches.py")
+        if own and frame.name != "__torch_function__":
             return f"{frame.filename.rpartition('/trio/')[2]}:{frame.name}"
     return "elsewhere"
 
@@ -221,15 +220,26 @@ class Counting:
         self._calls = _Calls(device, self.counted, self._operations)
 
     @contextmanager
-    def running(self) -> Iterator[Counted]:
+    def pretended(self) -> Iterator[None]:
+        """Takes the ways made for a GPU, with something that computes the same for each kernel."""
+        kernels = {"norm": _norm, "rotate": _rotate, "activate": _activate}
         with ExitStack() as stack:
             stack.enter_context(patch.object(gpu, "_pretended", True))
+            stack.enter_context(patch.object(gpu.Fetched, "__init__", self._fetch()))
             stack.enter_context(patch.object(attention, "_varlen_kernel", self._varlen))
             chosen = self.kernel("suppression and fill-up", _choose)
             stack.enter_context(patch.object(nms_kernel, "launch", chosen))
-            stack.enter_context(patch.object(gpu.Fetched, "__init__", self._fetch()))
-            stack.enter_context(self._operations)
-            stack.enter_context(self._calls)
+            for name, stand_in in kernels.items():
+                by_grid = _ByGrid(self.kernel(f"fused {name}", stand_in))
+                stack.enter_context(patch.object(fused_kernels, name, by_grid))
+            yield
+
+    @contextmanager
+    def running(self) -> Iterator[Counted]:
+        """Counts, inside `pretended`."""
+        self.counted = Counted()
+        self._operations.counted = self._calls.counted = self.counted
+        with self._operations, self._calls:
             yield self.counted
 
     def kernel(self, name: str, stand_in: Callable[..., Any]) -> Callable[..., Any]:
@@ -273,6 +283,45 @@ def _attend_packed(
     return torch.cat(pieces)
 
 
+class _ByGrid:
+    """Called as a Triton kernel is."""
+
+    def __init__(self, kernel: Callable[..., Any]) -> None:
+        self._kernel = kernel
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
+        return self._kernel
+
+
+def _norm(
+    x: Tensor,
+    added: Tensor,
+    weight: Tensor,
+    total: Tensor,
+    out: Tensor,
+    width: int,
+    epsilon: float,
+    *,
+    ADDS: bool,
+    **sizes: int,
+) -> None:
+    if ADDS:
+        x = total.copy_(x + added)
+    wide = x.float()
+    out.copy_((wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)).to(x) * weight)
+
+
+def _rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *args: int, **sizes: int) -> None:
+    for x in (query, key):
+        left, right = x.chunk(2, dim=-1)
+        turned = torch.cat((-right, left), dim=-1)
+        x.copy_(x * cos[:, None] + turned * sin[:, None])
+
+
+def _activate(gate: Tensor, up: Tensor, out: Tensor, count: int, **sizes: int) -> None:
+    out.copy_(F.silu(gate) * up)
+
+
 class _Cosines:
     """Of all tokens of some images, for the host's way to choose."""
 
@@ -304,7 +353,7 @@ def _choose(
     return stays_NV.scatter_(1, order_NV, torch.from_numpy(taken).byte())
 
 
-RUNS = {
+PRUNINGS = {
     "unpruned": Pruning(),
     "nothing filled up": Pruning(retention=1 / 9, similarity_threshold=1.0),
     "filled up": Pruning(retention=1 / 9, similarity_threshold=-0.9),
@@ -313,41 +362,52 @@ RUNS = {
 
 
 def compare(images: int, places: int, tell: Callable[[str], None]) -> list[dict[str, Any]]:
-    """A row for each of `RUNS`.
+    """A row for each of `PRUNINGS`, with layers as transformers has them and fused.
 
     Args:
         images: of one prefill.
-        places: lines of code that launch most, of each run.
-        tell: is told of every run that is done.
+        places: lines of code that launch most, of each row.
+        tell: is told of every row that is done.
     """
     rows = []
-    for name, pruning in RUNS.items():
-        found = prefill(pruning, images)
-        rows.append(
-            {
-                "prefill": name,
-                "launches": found.launches,
-                "host_syncs": found.syncs,
-                "launch_places": dict(found.by_place.most_common(places)),
-                "sync_places": dict(found.sync_places.most_common(places)),
-                "operations": dict(found.by_operation.most_common(places)),
-            }
-        )
-        tell(name)
+    for name, pruning in PRUNINGS.items():
+        for fused in (False, True):
+            found = prefill(pruning, images, fused=fused)
+            rows.append(
+                {
+                    "prefill": name,
+                    "layers": "fused" if fused else "as transformers has them",
+                    "launches": found.launches,
+                    "host_syncs": found.syncs,
+                    "launch_places": dict(found.by_place.most_common(places)),
+                    "sync_places": dict(found.sync_places.most_common(places)),
+                    "operations": dict(found.by_operation.most_common(places)),
+                }
+            )
+            tell(f"{name}, {rows[-1]['layers']}")
     return rows
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The counts as aligned text, then where most launches come from."""
-    counts = [[row["prefill"], str(row["launches"]), str(row["host_syncs"])] for row in rows]
-    places = [
-        f"{row['prefill']}: " + ", ".join(f"{at} {n}" for at, n in row["launch_places"].items())
+    """The counts as aligned text, then where most launches and waits come from."""
+    head = ["prefill", "layers", "launches", "host syncs"]
+    counts = [
+        [row["prefill"], row["layers"], str(row["launches"]), str(row["host_syncs"])]
         for row in rows
     ]
-    return "\n".join([aligned([["prefill", "launches", "host syncs"], *counts]), *places])
+    places = [
+        f"{row['prefill']}, {row['layers']}: {what} {_listed(row[f'{key}_places'])}"
+        for row in rows
+        for what, key in (("launches", "launch"), ("host syncs", "sync"))
+    ]
+    return "\n".join([aligned([head, *counts]), *places])
 
 
-def prefill(pruning: Pruning, images: int) -> Counted:
+def _listed(places: dict[str, int]) -> str:
+    return ", ".join(f"{place} {count}" for place, count in places.items())
+
+
+def prefill(pruning: Pruning, images: int, *, fused: bool) -> Counted:
     """Of a prefill of so many images: tower, decoder and choosing."""
     model = NARROW.model(tokenizer()).to(torch.bfloat16).eval()
     fill_weights(model)
@@ -355,14 +415,15 @@ def prefill(pruning: Pruning, images: int) -> Counted:
     workload = Workload(batch=images, prompt_tokens=40, output_tokens=(1, 1))
     requests = requests_for(model, processor, workload)
     counting = Counting(model)
-    engine = Engine(model, processor, pruning=pruning, kv_bytes=1 << 30, max_running=images)
-    for request in requests:
-        engine.submit(request)
-    sequences = engine._scheduler.admit()
-    with counting.running():
-        _read(engine._runner, sequences)
-    return counting.counted
-
-
-def _read(runner: ModelRunner, sequences: list[SequenceState]) -> None:
-    runner.prefill(sequences, runner.encode(sequences))
+    with counting.pretended():
+        engine = Engine(model, processor, pruning=pruning, kv_bytes=1 << 30, max_running=images)
+        runner = engine._runner
+        if not fused:
+            runner.decoder._fused = None
+        assert runner.decoder.fused == fused
+        for request in requests:
+            engine.submit(request)
+        sequences = engine._scheduler.admit()
+        with counting.running() as counted:
+            runner.prefill(sequences, runner.encode(sequences))
+    return counted
