@@ -16,3 +16,10 @@ def on_gpu(where: Tensor | torch.device) -> bool:
     """Whether work on this tensor, or on this device, takes the ways made for a GPU."""
     device = where.device if isinstance(where, Tensor) else where
     return device.type == "cuda" or _pretended
+
+
+def sent(host: Tensor, device: torch.device) -> Tensor:
+    """A tensor of main memory on the device, without waiting for what that is doing."""
+    if device.type == "cuda":
+        host = host.pin_memory()
+    return host.to(device, non_blocking=True)

@@ -275,7 +275,7 @@ def _answers(
     """Tokens of each request's answer, and which visual tokens were kept for it."""
     engine = Engine(model, processor, pruning=pruning, kv_bytes=1 << 28, max_running=running)
     if not graphs:
-        engine._runner.replay = None
+        engine._runner.graphs = None
     results = {one.id: one for one in engine.generate(requests)}
     return {key: (one.token_ids, one.kept_tokens) for key, one in results.items()}
 

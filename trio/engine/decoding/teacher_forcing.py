@@ -64,7 +64,7 @@ class Answers:
         self._batch_tokens = batch_tokens
         self._max_running = max_running
         decoder = self.adapter.decoder
-        self._kv_bytes = default_kv_bytes(decoder.device)
+        self._kv_bytes = default_kv_bytes(decoder, batch_tokens)
         self._there = torch.empty(0, dtype=decoder.dtype, device=decoder.device)
         self._features: dict[Any, list[Features]] = {}
 
@@ -91,7 +91,7 @@ class Answers:
         runner = ModelRunner(
             self.adapter, pruning, kv_bytes=self._kv_bytes, max_running=self._max_running
         )
-        runner.replay = None  # recording a step pays where it is run for long
+        runner.graphs = None  # recording a step pays where it is run for long
         admission = Admission(runner, sampling=self._sampling, eos=self._eos)
         scheduler: Scheduler[SequenceState] = Scheduler(
             runner.cache, batch_tokens=self._batch_tokens
@@ -123,7 +123,6 @@ class Answers:
             for sequence in list(scheduler.running.values()):
                 if sequence.failure is not None:
                     scheduler.finish(sequence)
-                    runner.cache.scrub()
                     yield (
                         sequence.prepared.id,
                         failed(sequence.prepared.id, "numeric", sequence.failure),
