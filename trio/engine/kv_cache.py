@@ -77,6 +77,8 @@ class KVCache:
             together=not on_gpu(device),
         )
         self._lengths = np.zeros((len(self.spans), max_running), dtype=np.int64)
+        self._most = np.zeros_like(self._lengths)
+        """Tokens that each request has room for."""
         self._table = np.zeros((num_layers, max_running, _FIRST_WIDTH), dtype=np.int32)
         self._table_on_device = torch.from_numpy(self._table).to(device)
         self._unsent: set[int] = set()
@@ -119,7 +121,7 @@ class KVCache:
         self._table[:, row] = 0
         for layer, own in enumerate(pages):
             self._table[layer, row, : len(own)] = own
-        self._lengths[:, row] = 0
+        self._lengths[:, row], self._most[:, row] = 0, need
         self.order.append(key)
         self.rows.count += 1
         self._changed(row)
@@ -130,8 +132,6 @@ class KVCache:
         row, last = self.order.index(key), len(self.order) - 1
         self.order[row] = self.order[last]
         self.order.pop()
-        self._lengths[:, row] = self._lengths[:, last]
-        self._lengths[:, last] = 0
         self.rows.remove(row)
         for table in self._tables:
             table[:, row] = table[:, last]
@@ -168,7 +168,9 @@ class KVCache:
 
     def extend(self) -> None:
         """Make room for one more token of every request, at the next position."""
-        self._lengths[:, : len(self.order)] += 1
+        lengths_GB = self._lengths[:, : len(self.order)]
+        lengths_GB += 1
+        assert (lengths_GB <= self._most[:, : len(self.order)]).all(), "more tokens than reserved"
         self.rows.advance()
         if self._runs is not None:
             self._runs.advance()
@@ -187,8 +189,8 @@ class KVCache:
 
     @property
     def _tables(self) -> Iterator[np.ndarray | Tensor]:
-        """On a CPU both are the same memory."""
-        yield self._table
+        """What has a column for each row; on a CPU the table on the device is the table."""
+        yield from (self._lengths, self._most, self._table)
         if self._device.type != "cpu":
             yield self._table_on_device
 

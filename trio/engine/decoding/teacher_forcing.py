@@ -8,7 +8,7 @@ Shapes: N tokens of an answer, B requests, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -97,7 +97,7 @@ class Answers:
             runner.cache, batch_tokens=self._batch_tokens
         )
         for prompt in prompts:
-            sequence = admission(prompt)
+            sequence = admission(prompt if given is None else self._led(prompt, given[prompt.id]))
             if isinstance(sequence, SequenceState):
                 scheduler.add(sequence)
             else:
@@ -106,6 +106,11 @@ class Answers:
             if not (admitted := scheduler.admit()):
                 raise UserError("the device has no memory for the keys and values of a prompt")
             yield from self._together(runner, scheduler, admitted, given)
+
+    def _led(self, prompt: Prepared, answer: Sequence[int]) -> Prepared:
+        """With room for this answer, however long the prompt's own may be."""
+        sampling = prompt.sampling or self._sampling
+        return replace(prompt, sampling=replace(sampling, max_new_tokens=len(answer)))
 
     def _together(
         self,
