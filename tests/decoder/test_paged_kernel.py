@@ -18,11 +18,14 @@ pytestmark = pytest.mark.skipif(
 
 
 def interpreted(cases: int) -> None:
+    program = ["-m", "tests.decoder.paged_kernel_cases", str(cases)]
     done = subprocess.run(
-        [sys.executable, "-W", "error::RuntimeWarning", "-m", "tests.decoder.paged_kernel_cases", str(cases)],
+        [sys.executable, "-W", "error::RuntimeWarning", *program],
         env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True, text=True, timeout=900,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -49,7 +52,11 @@ def test_the_kernel_compiles_for_a_gpu(group: int, parts: int) -> None:
     numbers = ("head_stride", "row_stride", "table_stride", "length_stride")
     arguments: dict[str, Any] = {
         **dict.fromkeys(("query", "key", "value"), "*bf16"),
-        **{"table": "*i32", "lengths": "*i64", "out": out, "norms": out, "scale": "fp32"},
+        "table": "*i32",
+        "lengths": "*i64",
+        "out": out,
+        "norms": out,
+        "scale": "fp32",
         **dict.fromkeys(numbers, "i32"),
     }
     attend = {**shape, **steps, "QUERIES": 1 if group == 1 else 16}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
+import weakref
 from dataclasses import fields, replace
 from typing import Any
 
@@ -25,7 +27,7 @@ from tests.engine.support import (
 from tests.tiny.llava import tiny_processor
 from trio.engine import kv_cache
 from trio.engine import scheduler as shortage
-from trio.engine.cuda_graphs import Step
+from trio.engine.cuda_graphs import Step, StepGraphs
 from trio.engine.engine import Engine
 from trio.engine.kv_budget import TEXT_TOKENS
 from trio.engine.request import Prepared, Request, Result, Sampling
@@ -521,3 +523,48 @@ def test_many_mixed_requests_leave_the_cache_empty(model: Any) -> None:
     assert 0 < stats["kv_used_bytes_peak"] <= 700_000
     assert worker._cache.allocated_bytes <= 700_000
     assert worker._cache.used_bytes == worker._cache.room.holders == 0
+
+
+def test_a_closed_engine_gives_its_memory_back_and_serves_no_more(model: Any) -> None:
+    requests = mixed_requests(3)
+    with engine(model, TRIO) as worker:
+        by_id(worker.generate(requests))
+        worker.submit(requests[0])
+        worker.step()
+    worker.close()
+    assert worker._cache.allocated_bytes == 0 and not worker.has_work
+    assert worker.stats()["requests"] == 3 and worker.memory_plan.requests > 0
+    for use in (
+        lambda: worker.submit(requests[0]),
+        lambda: next(worker.generate(requests)),
+        worker.step,
+        worker.__enter__,
+        lambda: worker.beside([Pruning()]),
+    ):
+        with pytest.raises(UserError, match="this engine is closed"):
+            use()
+    assert len(list(engine(model, TRIO).generate(requests))) == 3
+
+
+def test_an_engine_that_is_dropped_gives_its_memory_back_at_once(model: Any) -> None:
+    worker = as_on_a_gpu(engine(model, TRIO))
+    worker._runner.graphs = StepGraphs(lambda step, rows: (lambda: None, step(rows)))
+    by_id(worker.generate(mixed_requests(3)))
+    gone = weakref.ref(worker._cache.pool)
+    gc.disable()
+    try:
+        del worker
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+def test_engines_beside_each_other_share_the_memory_and_close_the_first(model: Any) -> None:
+    first = engine(model)
+    whole = first._cache.allocated_bytes
+    made = first.beside([TRIO])
+    assert first._cache.allocated_bytes == 0
+    parts = [one._cache.allocated_bytes for one in made]
+    assert 0.99 * whole < sum(parts) <= whole
+    requests = mixed_requests(4)
+    assert tokens(made[0].generate(requests)) == tokens(engine(model).generate(requests))

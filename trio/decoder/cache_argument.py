@@ -59,8 +59,13 @@ class Once:
         self._updates: list[int] = []
         self._attended = 0
         self._wanted = 0 if cache is None else 1
-        self.arguments: dict[str, Any] = {keyword: self if self._wanted else None, "layout": self}
         self._keyword = keyword
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Of each layer. Not held, as an object that holds itself keeps the cache in memory until
+        the garbage collector comes."""
+        return {self._keyword: self if self._wanted else None, "layout": self}
 
     def update(
         self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any

@@ -46,7 +46,11 @@ def attend_pages(
     group = heads // kv_heads
     parts = min(_MOST_PARTS, max(1, _PROGRAMS // (rows * kv_heads)))
     out = torch.empty(rows, heads, dim, dtype=query_HBE.dtype, device=query_HBE.device)
-    shape: dict[str, int] = {"GROUP": group, "DIM": dim, "WIDTH": max(16, triton.next_power_of_2(dim))}
+    shape: dict[str, int] = {
+        "GROUP": group,
+        "DIM": dim,
+        "WIDTH": max(16, triton.next_power_of_2(dim)),
+    }
     # Products of matrices need 16 rows; a single query is summed by hand. Triton's interpreter
     # multiplies matrices of bfloat16 as if they were whole numbers.
     shape["QUERIES"] = 1 if group == 1 else max(16, triton.next_power_of_2(group))

@@ -17,6 +17,7 @@ from torch import Tensor, cuda
 
 from trio import openmp as waiting
 from trio.bundled import is_bundled, prompts_notice
+from trio.decoder.gpu import sent
 from trio.decoder.weights import how_to_mend
 from trio.engine.admission import Admission
 from trio.engine.decoding.candidates import candidate_scores
@@ -607,7 +608,9 @@ def _those(
 ) -> tuple[list[SequenceState], Tensor]:
     """The sequences that have candidates, or that have none, with their logits."""
     rows = [row for row, one in enumerate(sequences) if bool(one.prepared.candidates) == scored]
-    own = logits_BV if len(rows) == len(sequences) else logits_BV[rows]
+    own = logits_BV
+    if len(rows) < len(sequences):
+        own = logits_BV[sent(torch.tensor(rows, dtype=torch.int64), logits_BV.device)]
     return [sequences[row] for row in rows], own
 
 

@@ -394,7 +394,9 @@ class Runs:
         length_NB = cache._lengths[cache._group_N, :count]
         self._made = [
             _runs([Run(1, *one, 0) for one in zip(*of_layer, strict=True)])
-            for of_layer in zip(length_NB.tolist(), head_NB.tolist(), start_NB.tolist(), strict=True)
+            for of_layer in zip(
+                length_NB.tolist(), head_NB.tolist(), start_NB.tolist(), strict=True
+            )
         ]
         first_NBK = start_NB[..., None] + head_NB[..., None] * np.arange(heads)
         place_NBK = first_NBK // dim + length_NB[..., None] - 1
@@ -477,7 +479,7 @@ class Rows:
         positions: Sequence[Sequence[int]],
         lengths: Sequence[Sequence[int]],
     ) -> None:
-        """Fill rows; `positions`, of the tokens, and `lengths` are given per row, then per group."""
+        """Fill rows; `positions` of the tokens and `lengths` are given per row, then per group."""
         newest = [[position - 1 for position in own] for own in positions]
         columns = zip(rows, tokens, newest, lengths, strict=True)
         given = [[row, token, *own, *stored] for row, token, own, stored in columns]
