@@ -57,9 +57,9 @@ def attend_pages(
     shape["WIDEN"] = group == 1 or triton.knobs.runtime.interpret
     partial, norms = out, out
     if parts > 1:
-        exact = {"dtype": torch.float32, "device": out.device}
-        partial = torch.empty(rows, kv_heads, parts, group, dim, **exact)
-        norms = torch.empty(rows, kv_heads, parts, group, **exact)
+        shape_of_parts = (rows, kv_heads, parts, group)
+        partial = torch.empty(*shape_of_parts, dim, dtype=torch.float32, device=out.device)
+        norms = torch.empty(shape_of_parts, dtype=torch.float32, device=out.device)
     kernel: Any = _attend
     kernel[(rows, kv_heads, parts)](
         query_HBE, key, value, table_BW, lengths_B, partial, norms, scale * LOG2_E,
@@ -79,13 +79,13 @@ LOG2_E = 1.4426950408889634
 
 
 @triton.jit
-def _attend(
+def _attend(  # type: ignore[no-untyped-def]
     query, key, value, table, lengths, out, norms, scale,
     head_stride, row_stride, table_stride, length_stride,
     HEADS: tl.constexpr, PAGE: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
     GROUP: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr,
     WIDEN: tl.constexpr,
-):  # type: ignore[no-untyped-def]  # fmt: skip
+):  # fmt: skip
     """One program is a part of one row's keys, of one head of them: a softmax on the way.
 
     With one part `out` is the outcome; with several it is each part's, and `norms` the base-2
@@ -146,11 +146,11 @@ def _attend(
 
 
 @triton.jit
-def _merge(
+def _merge(  # type: ignore[no-untyped-def]
     partial, norms, out,
     HEADS: tl.constexpr, PARTS: tl.constexpr, GROUP: tl.constexpr,
     DIM: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr,
-):  # type: ignore[no-untyped-def]  # fmt: skip
+):  # fmt: skip
     """Parts of one row and head into one, each with the weight of its sum."""
     row_head = tl.program_id(0) * HEADS + tl.program_id(1)
     member, place = tl.arange(0, QUERIES), tl.arange(0, WIDTH)

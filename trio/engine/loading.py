@@ -272,6 +272,7 @@ def default_kv_bytes(decoder: Decoder, batch_tokens: int, share: float = 1.0) ->
         share: of a GPU's memory, for all that this process has on it.
     """
     if decoder.device.type == "cuda":
+        torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info(decoder.device)
         left = share * total - torch.cuda.memory_reserved(decoder.device)
         return max(0, int(min(free, left) * 0.9) - prefill_bytes(decoder, batch_tokens))

@@ -117,7 +117,7 @@ class Bench:
         return Engine(model, processor, pruning=pruning, **options)
 
     def free(self) -> None:
-        """What an engine that is gone held: it and its CUDA graphs hold each other."""
+        """What engines that are gone held."""
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
