@@ -66,7 +66,7 @@ def test_the_kernel_compiles_for_a_gpu(group: int, parts: int) -> None:
         (paged_kernel._merge, {"partial": "*fp32", "norms": "*fp32", "out": "*bf16"}, merge),
     ):
         signature = {**given, **dict.fromkeys(constants, "constexpr")}
-        source = ASTSource(kernel, signature, constexprs=constants)  # type: ignore[arg-type]
+        source = ASTSource(kernel, signature, constexprs=constants)
         assert compiled(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]
 
 

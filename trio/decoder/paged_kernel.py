@@ -41,6 +41,7 @@ def attend_pages(
     Returns:
         `[B, H, E]`.
     """
+    assert query_HBE.stride(2) == 1 and key.is_contiguous() and value.is_contiguous()
     heads, rows, dim = query_HBE.shape
     kv_heads = key.shape[2]
     group = heads // kv_heads

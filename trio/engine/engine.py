@@ -267,7 +267,8 @@ class Engine:
     def generate(self, requests: Iterable[Request | Prepared]) -> Generator[Result, None, None]:
         """Serve requests, pulled as there is room for them; results come as they finish."""
         self._check_open()
-        if self.has_work:
+        busy = self.has_work
+        if busy:
             raise UserError("this engine is serving other requests; let them finish first")
         source = iter(requests)
         try:
@@ -532,7 +533,8 @@ class Engine:
         for sequence, token, logprob in zip(
             sequences, chosen.token_ids, chosen.logprobs, strict=True
         ):
-            if sequence.finish_reason is not None:
+            before = sequence.finish_reason
+            if before is not None:
                 continue
             if math.isfinite(logprob):
                 sequence.append(token, logprob)

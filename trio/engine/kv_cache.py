@@ -188,7 +188,7 @@ class KVCache:
         return RunsWriter(self.pool, self._runs)
 
     @property
-    def _tables(self) -> Iterator[np.ndarray | Tensor]:
+    def _tables(self) -> Iterator[Any]:
         """What has a column for each row; on a CPU the table on the device is the table."""
         yield from (self._lengths, self._most, self._table)
         if self._device.type != "cpu":
