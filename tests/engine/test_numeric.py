@@ -84,8 +84,6 @@ def check(worker: Engine, expected: dict[Any, Result], asked: list[Request], whe
             assert result.token_ids == expected[key].token_ids
             assert result.logprobs == pytest.approx(expected[key].logprobs, abs=1e-4)
         assert worker._cache.used_bytes == worker._cache.room.holders == 0
-    for tensor in (*worker._cache._keys, *worker._cache._values):
-        assert tensor.isfinite().all()
 
 
 @pytest.mark.parametrize("pruning", PRUNINGS.values(), ids=PRUNINGS)
@@ -113,8 +111,7 @@ def test_a_later_step(model: Any, wrong: float, gpu_way: bool, temperature: floa
         for slot, key in enumerate(worker._cache.order):
             steps[running[key].prepared.id] += 1
             if running[key].prepared.id == 5 and steps[5] % 100 == 3:
-                worker._cache._keys[4][slot] = wrong
-                worker._cache._values[4][slot] = wrong
+                worker._cache.pool[:, worker._cache._table[4, slot]] = wrong
         logits_BV = decode()
         if not any(sequence.prepared.id == 5 for sequence in running.values()):
             steps[5] = 0

@@ -145,9 +145,9 @@ def test_every_image_keeps_what_the_schedule_says_of_its_own_count(
 
 def test_the_memory_plan_is_for_the_largest_or_a_usual_image(family: Family) -> None:
     worker = engine(family, Pruning(retention=0.4), sampling=Sampling(max_new_tokens=10))
-    plan, room, visual = worker.memory_plan, worker._cache.room, family.planned
+    plan, visual = worker.memory_plan, family.planned
     need = worker._runner.need(visual + TEXT_TOKENS, [visual], 10)
-    assert plan.request_bytes == room.bytes_alone(need)
+    assert plan.request_bytes == worker._cache.bytes_of(need)
     assert plan.request_bytes < plan.request_bytes_unpruned
 
 

@@ -66,7 +66,7 @@ def test_the_memory_plan_follows(qwen: str) -> None:
             sampling=Sampling(max_new_tokens=10),
         )  # fmt: skip
         need = engine._runner.need(planned + TEXT_TOKENS, [planned], 10)
-        assert engine.memory_plan.request_bytes == engine._cache.room.bytes_alone(need)
+        assert engine.memory_plan.request_bytes == engine._cache.bytes_of(need)
 
 
 @pytest.mark.parametrize(

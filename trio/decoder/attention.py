@@ -4,7 +4,7 @@ One call serves many prompts of different lengths without padding and without a 
 batch's size. The keyword argument `layout` says how the tokens of a call belong together.
 
 Shapes: T packed tokens, B requests, S or L keys of one request, H query heads, K key/value heads,
-E head dimension.
+G query heads of each, E head dimension, W pages of a request at most.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, groupby
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -54,7 +54,7 @@ class Packed:
 
 @dataclass(slots=True, eq=False)
 class Padded:
-    """Decoding: one query of each request against its own left-aligned keys."""
+    """One query of each request against its own left-aligned keys, in one rectangle."""
 
     key_lengths_B: Tensor
     """Valid keys of each request, an integer tensor on the queries' device."""
@@ -62,7 +62,10 @@ class Padded:
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """`query [1, H, B, E]`, `key` and `value [B, K, L, E]` to `[1, B, H, E]`."""
-        return _padded(query, key, value, scale, self)
+        query_BKGE = _by_key_head(query, key.shape[1])
+        mask = self.mask(key.shape[2])
+        out = F.scaled_dot_product_attention(query_BKGE, key, value, attn_mask=mask, scale=scale)
+        return out.flatten(1, 2)[None]
 
     @classmethod
     def of(cls, key_lengths: tuple[int, ...] | list[int], device: torch.device | str) -> Padded:
@@ -74,6 +77,90 @@ class Padded:
             positions = torch.arange(width, device=self.key_lengths_B.device)
             self._masks[width] = (positions < self.key_lengths_B[:, None])[:, None, None]
         return self._masks[width]
+
+
+def _by_key_head(query: Tensor, kv_heads: int) -> Tensor:
+    """`[1, H, B, E]` to `[B, K, G, E]`: the queries of a key head stand as rows of it, so that no
+    key or value is repeated."""
+    return query[0].transpose(0, 1).unflatten(1, (kv_heads, -1)).contiguous()
+
+
+@dataclass(slots=True, eq=False)
+class Paged:
+    """Decoding on a GPU: one query of each request against its own keys, which lie in pages."""
+
+    table_BW: Tensor
+    """Each request's pages of this layer in order, int32."""
+    lengths_B: Tensor
+    """Keys of each request; 0 gives zeros, or anything."""
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """`query [1, H, B, E]`, `key` and `value [pages, PAGE, K, E]` to `[1, B, H, E]`."""
+        kernel = _paged_kernel(query.device)
+        if kernel is not None and query.dtype != torch.float64:
+            return kernel(query[0], key, value, self.table_BW, self.lengths_B, scale)[None]
+        rectangle = Padded(self.lengths_B.clamp(min=1))
+        return rectangle.attend(query, self.gathered(key), self.gathered(value), scale)
+
+    def gathered(self, pages: Tensor) -> Tensor:
+        """`[B, K, W * PAGE, E]`, zeros behind a request's keys: what lies there may be NaN, which
+        times a weight of zero is NaN."""
+        own_BWPKE = pages.index_select(0, self.table_BW.flatten()).unflatten(0, self.table_BW.shape)
+        rows_BLKE = own_BWPKE.flatten(1, 2)
+        mask_BL = Padded(self.lengths_B).mask(rows_BLKE.shape[1])[:, 0, 0]
+        return rows_BLKE.masked_fill(~mask_BL[..., None, None], 0).transpose(1, 2)
+
+
+class Run(NamedTuple):
+    """Requests with as many keys each, whose memory lies at equal distances."""
+
+    requests: int
+    length: int
+    """Keys of each."""
+    heads: int
+    """Elements from a head's first key to the next head's."""
+    start: int
+    """Element that the first request's keys begin at."""
+    step: int
+    """Elements from one request to the next."""
+
+    def view(self, pages: Tensor) -> Tensor:
+        """Their keys in `[pages, PAGE, K, E]`: `[requests, K, length, E]`."""
+        kv_heads, dim = pages.shape[2:]
+        shape, strides = (
+            (self.requests, kv_heads, self.length, dim),
+            (self.step, self.heads, dim, 1),
+        )
+        return pages.as_strided(shape, strides, pages.storage_offset() + self.start)
+
+
+@dataclass(slots=True, eq=False)
+class InRuns:
+    """Decoding on a CPU: each request's keys lie in neighbouring pages, head after head.
+
+    Measured: with token after token, attention takes twice as long, and copying the pages together
+    4 times as long. Keys behind a request's own are not read.
+    """
+
+    runs: Sequence[Run]
+    order_B: Tensor | None = None
+    """Which request of the call comes where in the runs; None: in the same order."""
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """`query [1, H, B, E]`, `key` and `value [pages, PAGE, K, E]` to `[1, B, H, E]`."""
+        query_BKGE = _by_key_head(query, key.shape[2])
+        if self.order_B is not None:
+            query_BKGE = query_BKGE[self.order_B]
+        pieces = [
+            F.scaled_dot_product_attention(own, run.view(key), run.view(value), scale=scale)
+            for own, run in zip(
+                query_BKGE.split([run.requests for run in self.runs]), self.runs, strict=True
+            )
+        ]
+        out_BHE = (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).flatten(1, 2)
+        if self.order_B is not None:
+            out_BHE = torch.empty_like(out_BHE).index_copy_(0, self.order_B, out_BHE)
+        return out_BHE[None]
 
 
 @dataclass(slots=True, eq=False)
@@ -160,8 +247,8 @@ def ragged_attention(
     """Attention of a packed batch.
 
     Args:
-        query: `[1, H, T, E]`; for Padded T is the number of requests.
-        key, value: `[1, K, T, E]`; for Padded `[B, K, L, E]`.
+        query: `[1, H, T, E]`; in decoding T is the number of requests.
+        key, value: what the layout takes; for Packed `[1, K, T, E]`.
         layout: how tokens belong together. None leaves the call to transformers' own `sdpa`, so
             that a model switched to this function still works as usual outside the engine.
 
@@ -220,15 +307,21 @@ def _split(x: Tensor, count: int) -> Tensor:
     return x.view(heads, count, tokens // count, dim).transpose(0, 1) if count > 1 else x
 
 
-def _padded(query: Tensor, key: Tensor, value: Tensor, scale: float, layout: Padded) -> Tensor:
-    """The queries of a key head's group stand as rows of it: no key or value is repeated."""
-    requests, kv_heads, width, dim = key.shape
-    heads = query.shape[1]
-    query_BKGE = query[0].transpose(0, 1).reshape(requests, kv_heads, heads // kv_heads, dim)
-    out = F.scaled_dot_product_attention(
-        query_BKGE, key, value, attn_mask=layout.mask(width), scale=scale
-    )
-    return out.reshape(1, requests, heads, dim)
+PagedKernel = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float], Tensor]
+
+
+@functools.cache
+def _paged_kernel(device: torch.device) -> PagedKernel | None:
+    """None where a tensor of this device cannot be given to Triton."""
+    try:
+        from triton import knobs
+
+        from trio.decoder.paged_kernel import attend_pages
+    except ImportError as error:
+        if device.type == "cuda":
+            _log.warning("decoding copies keys and values: no Triton (%s)", first_line(error))
+        return None
+    return attend_pages if device.type == "cuda" or knobs.runtime.interpret else None
 
 
 VarlenKernel = Callable[[Tensor, Tensor, Tensor, Tensor, int, float], Tensor]

@@ -60,8 +60,13 @@ class Once:
         self._attended = 0
         self.stores = cache is not None
         self._wanted = int(self.stores)
-        self.arguments: dict[str, Any] = {keyword: self if self.stores else None, "layout": self}
         self._keyword = keyword
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Of each layer. Not held, as an object that holds itself keeps the cache in memory until
+        the garbage collector comes."""
+        return {self._keyword: self if self._wanted else None, "layout": self}
 
     def update(
         self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any

@@ -73,7 +73,7 @@ class Admission:
             return failed(prepared.id, "too_long", message)
         need = runner.need(prompt, prepared.image_tokens, stored)
         if not runner.cache.fits(need):
-            message = f"{size} pass the KV cache of {runner.cache.room.budget} bytes"
+            message = f"{size} pass the KV cache of {runner.cache.budget} bytes"
             return failed(prepared.id, "no_room", message)
         stop = frozenset(sampling.stop_token_ids)
         constrained = None

@@ -17,6 +17,7 @@ from torch import Tensor, cuda
 
 from trio import openmp as waiting
 from trio.bundled import is_bundled, prompts_notice
+from trio.decoder.gpu import sent
 from trio.decoder.weights import how_to_mend
 from trio.engine.admission import Admission
 from trio.engine.decoding.candidates import candidate_scores
@@ -25,7 +26,7 @@ from trio.engine.decoding.generation_rules import Rules
 from trio.engine.decoding.logits_rules import check, note, ruled
 from trio.engine.decoding.sampler import Chosen, choose, stream
 from trio.engine.kv_budget import TEXT_TOKENS, MemoryPlan
-from trio.engine.loading import default_kv_bytes, load, load_text_tower
+from trio.engine.loading import default_kv_bytes, default_limits, load, load_text_tower
 from trio.engine.metrics import Counters, report
 from trio.engine.model_runner import ModelRunner
 from trio.engine.preprocess import Preprocessor
@@ -49,9 +50,10 @@ class Engine:
     `model`, `processor`: of transformers, already on their device.
     `pruning`: None prunes nothing.
     `sampling`: for requests without their own.
-    `batch_tokens`: tokens that one step computes at most; bounds the prefill's memory.
-    `max_running`: most requests in the running batch.
-    `kv_bytes`: memory for keys and values; None takes a part of what the device has free.
+    `batch_tokens`: tokens that one step computes at most; bounds the prefill's memory. None: 65,536
+        on GPUs of at least 64 GB, else 16,384.
+    `max_running`: most requests in the running batch; None: 256 on a GPU, 64 on a CPU.
+    `kv_bytes`: memory for keys and values, taken at once; None takes a part of what is free.
     `system`: message for requests without their own; None leaves it to the chat template.
     `memory_share`: of a GPU's memory, where several engines share one; for `kv_bytes` None.
     `encoder`: of images, for engines that read the same ones after one another; None: one of its
@@ -62,10 +64,11 @@ class Engine:
 
     `memory_plan` says how many requests the memory holds at once, `decoding` which rules the
     checkpoint's `generation_config.json` has; what it asks for and is not followed is logged. One
-    thread submits and steps; `prepare` may be called from any.
+    thread submits and steps; `prepare` may be called from any. `close`, or the end of a `with`,
+    gives the memory back.
 
     Raises:
-        UserError: model, processor and pruning do not go together.
+        UserError: model, processor and pruning do not go together, or there is no memory.
     """
 
     def __init__(
@@ -75,8 +78,8 @@ class Engine:
         *,
         pruning: Pruning | None = None,
         sampling: Sampling | None = None,
-        batch_tokens: int = 16384,
-        max_running: int = 64,
+        batch_tokens: int | None = None,
+        max_running: int | None = None,
         kv_bytes: int | None = None,
         memory_share: float = 1.0,
         system: str | None = None,
@@ -84,8 +87,6 @@ class Engine:
         text_tower: TextTower | None = None,
         share_images: bool = True,
     ) -> None:
-        if batch_tokens < 1 or max_running < 1:
-            raise UserError("batch_tokens and max_running must be at least 1")
         adapter = adapt(model)
         if adapter.decoder.device.type == "meta":
             raise UserError("the model is on the meta device, without weights; load them first")
@@ -93,8 +94,13 @@ class Engine:
             waiting.warn(torch.get_num_threads())
         self.prepare = Preprocessor(processor, type(adapter), system)
         sample = _check_fit(self.prepare, adapter)
+        usual_tokens, usual_running = default_limits(adapter.decoder.device)
+        batch_tokens = usual_tokens if batch_tokens is None else batch_tokens
+        max_running = usual_running if max_running is None else max_running
+        if batch_tokens < 1 or max_running < 1:
+            raise UserError("batch_tokens and max_running must be at least 1")
         if kv_bytes is None:
-            kv_bytes = default_kv_bytes(adapter.decoder.device, memory_share)
+            kv_bytes = default_kv_bytes(adapter.decoder, batch_tokens, memory_share)
         self._runner = ModelRunner(
             adapter,
             pruning or Pruning(),
@@ -108,7 +114,7 @@ class Engine:
         self._scheduler: Scheduler[SequenceState] = Scheduler(
             self._cache, batch_tokens=batch_tokens
         )
-        self._max_running = max_running
+        self._is_closed = False
         self._another = partial(
             Engine,
             model,
@@ -143,9 +149,8 @@ class Engine:
             constraints=constraints,
         )
         self._planned = self._plan(sampling or Sampling(), most_visual_tokens(processor))
-        self._room_limit = Limit(self._cache.room.max_slots)
+        self._room_limit = Limit(self._cache.room.max_running)
         self._prefill_limit = Limit(batch_tokens)
-        self._kv_limit = Limit(self._cache.room.budget)
         self._done: list[Result] = []
         self._under_way: deque[tuple[list[SequenceState], Chosen]] = deque()
         """Decode steps whose outcome has not been looked at."""
@@ -213,23 +218,25 @@ class Engine:
 
         They are to work one after the other: they share the memory for keys and values, and an
         image that they read as the same `Prepared` is encoded once. What that spares an engine is
-        in its `encode_s` all the same. This one is to be given up; without others it is what is
-        returned.
+        in its `encode_s` all the same. This one is closed; without others it is what is returned.
 
         Args:
             prunings: of the others.
             share: of the memory, that each of the others gets; None: all the same.
             encoding: whether what the encoder gives is held for the others, until `release`.
         """
+        self._check_open()
         if not prunings:
             return [self]
+        budget = self._cache.allocated_bytes
+        self.close()
         shared = SharedEncoder(self._runner.adapter, hold=True) if encoding else None
         part = 1 / (1 + len(prunings)) if share is None else share
         parts = [1 - part * len(prunings), *[part] * len(prunings)]
         made = [
             self._another(
                 pruning=pruning,
-                kv_bytes=int(part * self._cache.room.budget),
+                kv_bytes=int(part * budget),
                 encoder=shared,
             )
             for pruning, part in zip((self._runner.pruning, *prunings), parts, strict=True)
@@ -242,8 +249,31 @@ class Engine:
         """No engine `beside` this one is to read these images again."""
         self._runner.release(prepared)
 
+    def close(self) -> None:
+        """Give back the memory for keys and values, recorded steps and features of images, and drop
+        what waits or runs; the model stays with whoever has it. Figures can still be read."""
+        if self._is_closed:
+            return
+        self.reset()
+        self._runner.close()
+        self._is_closed = True
+        if self._runner.decoder.device.type == "cuda":
+            cuda.empty_cache()
+
+    def __enter__(self) -> Engine:
+        self._check_open()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise UserError("this engine is closed; make another")
+
     def generate(self, requests: Iterable[Request | Prepared]) -> Generator[Result, None, None]:
         """Serve requests, pulled as there is room for them; results come as they finish."""
+        self._check_open()
         busy = self.has_work
         if busy:
             raise UserError("this engine is serving other requests; let them finish first")
@@ -261,8 +291,7 @@ class Engine:
     @property
     def memory_plan(self) -> MemoryPlan:
         """How many requests the memory holds at once: fewer for a time after it ran out."""
-        room = self._cache.room
-        return replace(self._planned, kv_budget_bytes=room.budget, max_running=room.max_slots)
+        return replace(self._planned, max_running=self._cache.room.max_running)
 
     @property
     def has_work(self) -> bool:
@@ -278,13 +307,14 @@ class Engine:
         waiting = self._scheduler.waiting
         tokens = sum(sequence.prompt_tokens for sequence in waiting)
         count = len(waiting) + len(self._done)
-        return count < self._max_running and tokens < self._scheduler.batch_tokens
+        return count < self._room_limit.most and tokens < self._scheduler.batch_tokens
 
     def submit(self, request: Request | Prepared | Result) -> None:
         """Queue a request; what `prepare` returned may be handed on as it is.
 
         A request that cannot be served comes out of the next step as a failed result.
         """
+        self._check_open()
         if self._checks_prompts and isinstance(request, Request | Prepared):
             self._check_prompt(request.prompt)
         prepared = self.prepare(request) if isinstance(request, Request) else request
@@ -302,10 +332,11 @@ class Engine:
         whose numbers are not finite fails by itself. What else goes wrong on the device is raised;
         `reset` then makes the engine usable again.
         """
+        self._check_open()
         self._count_idle()
         if self._runner.decoder.device.type == "cuda":
             cuda.set_device(self._runner.decoder.device)  # of this thread: streams, events, kernels
-        if admitted := self._admit():
+        if admitted := self._scheduler.admit():
             self._sparing(self._prefill, admitted)
         if self._scheduler.running:
             sequences = [self._scheduler.running[key] for key in self._cache.order]
@@ -319,9 +350,6 @@ class Engine:
     def reset(self) -> None:
         """Drop all that waits or runs, and what is known of images."""
         self._under_way.clear()
-        if self._scheduler.running:
-            self._scheduler.clear()
-            self._cache.scrub()
         self._scheduler.clear()
         self._runner.reset()
         self._done.clear()
@@ -337,9 +365,9 @@ class Engine:
         counted = {
             **self._counters.as_dict(),
             "device_bytes_peak": peak,
-            "max_running": self._cache.room.max_slots,
+            "max_running": self._cache.room.max_running,
             "batch_tokens": self._scheduler.batch_tokens,
-            "kv_budget_bytes": self._cache.room.budget,
+            "kv_budget_bytes": self._cache.budget,
             "cuda_graphs": self._runner.cuda_graphs,
         }
         if reset:
@@ -350,15 +378,15 @@ class Engine:
 
     def _plan(self, sampling: Sampling, most: int | None) -> MemoryPlan:
         """most: visual tokens of an image within the processor's limits, if it has any."""
-        room, visual = self._cache.room, self._runner.adapter.planned_visual_tokens
+        cache, visual = self._cache, self._runner.adapter.planned_visual_tokens
         visual = visual if most is None else min(visual, most)
         need = self._runner.need(visual + TEXT_TOKENS, [visual], sampling.max_new_tokens)
         longest = (visual + TEXT_TOKENS + sampling.max_new_tokens - 1,) * len(need)
         return MemoryPlan(
-            kv_budget_bytes=room.budget,
-            max_running=room.max_slots,
-            request_bytes=room.bytes_alone(need),
-            request_bytes_unpruned=room.bytes_alone(longest),
+            kv_budget_bytes=cache.budget,
+            max_running=cache.room.max_running,
+            request_bytes=cache.bytes_of(need),
+            request_bytes_unpruned=cache.bytes_of(longest),
         )
 
     def _check_prompt(self, prompt: str) -> None:
@@ -373,33 +401,6 @@ class Engine:
         if self._idle_since is not None:
             since, self._idle_since = self._idle_since, time.perf_counter()
             self._counters.idle_s += self._idle_since - since
-
-    def _admit(self) -> list[SequenceState]:
-        scheduler, room = self._scheduler, self._cache.room
-        admitted = self._admitted()
-        if not admitted and not scheduler.running and scheduler.waiting:
-            sequence = scheduler.waiting[0]
-            alone = room.bytes_alone(sequence.need)
-            if alone > room.budget:  # as it was cut; memory that was short may be free again
-                room.budget = alone
-                admitted = self._admitted()
-                if not admitted:
-                    scheduler.waiting.popleft()
-                    self._fail(_no_memory(sequence, "even alone, its keys and values do not fit"))
-        return admitted
-
-    def _admitted(self) -> list[SequenceState]:
-        """What the scheduler lets in; notes if the device had less memory than the budget."""
-        room = self._cache.room
-        budget = room.budget
-        admitted = self._scheduler.admit()
-        if room.budget < budget:
-            self._kv_limit.cut(room.budget)
-            self._runner.forget()
-            self._counters.out_of_memory += 1
-        else:
-            room.budget = self._kv_limit.went_well()
-        return admitted
 
     def _sparing(
         self, work: Callable[[list[SequenceState]], None], sequences: list[SequenceState]
@@ -416,11 +417,10 @@ class Engine:
         self._scheduler.put_back(sequences)
         self._runner.forget()
         torch.cuda.empty_cache()
-        self._cache.scrub()
         if not sequences:
             return
         if work == self._decode:
-            self._cache.room.max_slots = self._room_limit.cut(len(sequences) // 2)
+            self._cache.room.max_running = self._room_limit.cut(len(sequences) // 2)
         else:
             tokens = sum(sequence.prompt_tokens for sequence in sequences)
             self._scheduler.batch_tokens = self._prefill_limit.cut(tokens // 2)
@@ -431,7 +431,7 @@ class Engine:
 
     def _went_well(self, work: Callable[[list[SequenceState]], None]) -> None:
         if work == self._decode:
-            self._cache.room.max_slots = self._room_limit.went_well()
+            self._cache.room.max_running = self._room_limit.went_well()
         else:
             self._scheduler.batch_tokens = self._prefill_limit.went_well()
 
@@ -540,16 +540,14 @@ class Engine:
     def _append(self, sequences: Sequence[SequenceState], chosen: Chosen) -> list[SequenceState]:
         """One token each, but none to those complete without it; returns those now complete."""
         complete = []
-        spoilt = False
         self._note_peak()
         for sequence, token, logprob in zip(
             sequences, chosen.token_ids, chosen.logprobs, strict=True
         ):
-            before, is_number = sequence.finish_reason, math.isfinite(logprob)
+            before = sequence.finish_reason
             if before is not None:
-                spoilt |= not is_number
                 continue
-            if is_number:
+            if math.isfinite(logprob):
                 sequence.append(token, logprob)
             else:
                 sequence.failure = self._failure(sequence, logprob)
@@ -557,8 +555,6 @@ class Engine:
                     sequence.failure_kind = "constraint"
             if sequence.finish_reason is not None:
                 complete.append(sequence)
-        if spoilt:  # a step too many, by a request that is gone
-            self._cache.scrub()
         return complete
 
     def _note_peak(self) -> None:
@@ -589,8 +585,6 @@ class Engine:
             counters.prompt_tokens += sequence.prompt_tokens
             counters.output_tokens += len(sequence.token_ids)
             counters.candidate_tokens += sum(map(len, sequence.candidate_logprobs))
-        if any(sequence.failure is not None for sequence in sequences):
-            self._cache.scrub()
 
     def _report(self, sequence: SequenceState) -> Result:
         result = report(
@@ -627,7 +621,9 @@ def _those(
 ) -> tuple[list[SequenceState], Tensor]:
     """The sequences that have candidates, or that have none, with their logits."""
     rows = [row for row, one in enumerate(sequences) if bool(one.prepared.candidates) == scored]
-    own = logits_BV if len(rows) == len(sequences) else logits_BV[rows]
+    own = logits_BV
+    if len(rows) < len(sequences):
+        own = logits_BV[sent(torch.tensor(rows, dtype=torch.int64), logits_BV.device)]
     return [sequences[row] for row in rows], own
 
 

@@ -1,107 +1,170 @@
-"""The KV cache's memory: which shape holds which requests, and how many. Loads no torch.
+"""Pages of the KV cache: which requests they hold, and how many. Loads no torch.
 
-The cache keeps, for each group of layers between two pruning stages, one left-aligned rectangle
-of `slots × capacity` tokens per layer. `KVBudget` decides the shape of these rectangles under a
-budget in bytes; a group after a stage holds fewer tokens and therefore gets the smaller capacity.
+A page is `PAGE` tokens of one layer. A request takes whole pages of each layer, for its prompt as
+pruning leaves it there and for its whole answer; pages serve any layer, so that no memory is set
+aside for layers behind a stage that those before it could not use.
 """
 
 from __future__ import annotations
 
+from bisect import bisect
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 Need = tuple[int, ...]
 """Tokens a request may come to store, per layer group: prompt tokens left there plus output."""
 
+PAGE = 16
+"""Tokens of a page. Half a page of each layer is lost to a request: of the 100 tokens that pruning
+may leave, 8 % with 16 tokens, 16 % with 32."""
 
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """Size of the cache: rows, and tokens per row in each layer group."""
-
-    slots: int
-    capacities: tuple[int, ...]
-
-    def holds(self, other: Shape) -> bool:
-        wide_enough = all(a >= b for a, b in zip(self.capacities, other.capacities, strict=True))
-        return self.slots >= other.slots and wide_enough
+Run = tuple[int, int]
+"""Neighbouring pages `start … stop-1`."""
 
 
-class KVBudget:
-    """Keeps account of who holds which part of the cache.
+class PageAllocator:
+    """Keeps account of who holds which pages.
 
-    `group_bytes`: bytes that one token takes in all layers of each group.
-    `block`: capacities are multiples of this many tokens.
+    Page 0 belongs to nobody: what is stored for no request goes there.
+
+    `pages`: to be given out, numbered from 1. `group_layers`: layers of each group. `max_running`:
+    most requests at once. `together`: a request's pages of a layer are neighbours, in order.
     """
 
     def __init__(
-        self, *, budget: int, group_bytes: Sequence[int], max_slots: int, block: int = 64
+        self, *, pages: int, group_layers: Sequence[int], max_running: int, together: bool = False
     ) -> None:
-        self.budget = self.most = budget
-        self.group_bytes = tuple(group_bytes)
-        self.max_slots = max_slots
-        self.block = block
-        self.shape = Shape(0, (0,) * len(self.group_bytes))
-        self._needs: dict[int, Need] = {}
+        self.pages = pages
+        self.group_layers = tuple(group_layers)
+        self.max_running = max_running
+        self.together = together
+        self._free = FreePages(1, pages + 1)
+        self._held: dict[int, list[Run]] = {}
 
     @property
     def holders(self) -> int:
-        return len(self._needs)
+        return len(self._held)
 
-    def bytes_of(self, shape: Shape) -> int:
-        per_slot = zip(shape.capacities, self.group_bytes, strict=True)
-        return shape.slots * sum(capacity * size for capacity, size in per_slot)
+    @property
+    def free_pages(self) -> int:
+        return self._free.count
 
-    def bytes_alone(self, need: Need) -> int:
-        """Bytes that a request takes with the cache all to itself."""
-        return self.bytes_of(self._tight([need]))
+    def pages_of(self, need: Need) -> int:
+        pairs = zip(need, self.group_layers, strict=True)
+        return sum(-(-tokens // PAGE) * layers for tokens, layers in pairs)
 
     def fits(self, need: Need) -> bool:
-        """Whether a request could ever be held, by the budget as it was set."""
-        return self.bytes_alone(need) <= self.most
+        """Whether a request could ever be held."""
+        return self.pages_of(need) <= self.pages
 
-    def can_allocate(self, need: Need) -> bool:
-        return self._grown(need) is not None
+    def can_allocate(self, *needs: Need) -> bool:
+        """Whether there is room for all of these at once."""
+        if self.holders + len(needs) > self.max_running:
+            return False
+        if sum(map(self.pages_of, needs)) > self._free.count:
+            return False
+        if not self.together:
+            return True
+        trial = self._free.copy()
+        return all(trial.take_together(self._per_layer(need)) is not None for need in needs)
 
-    def allocate(self, key: int, need: Need) -> Shape:
-        """Reserve room for a request; returns the shape that the cache must now have."""
-        assert key not in self._needs, f"{key!r} holds room already"
-        shape = self._grown(need)
-        assert shape is not None, "allocate without can_allocate"
-        self._needs[key] = need
-        self.shape = shape
-        return shape
+    def allocate(self, key: int, need: Need) -> list[NDArray[np.int32]]:
+        """Give a request its pages, of each layer in the order of its tokens."""
+        assert key not in self._held, f"{key!r} holds pages already"
+        assert self.can_allocate(need), "allocate without can_allocate"
+        counts = self._per_layer(need)
+        if self.together:
+            runs = self._free.take_together(counts)
+            assert runs is not None
+        else:
+            runs = self._free.take(sum(counts))
+        self._held[key] = runs
+        pages = np.concatenate([np.arange(start, stop, dtype=np.int32) for start, stop in runs])
+        return np.split(pages, np.cumsum(counts)[:-1])
 
     def free(self, key: int) -> None:
-        """Give a request's room back. The shape stays until other requests want another."""
-        del self._needs[key]
+        """Give a request's pages back."""
+        for start, stop in self._held.pop(key):
+            self._free.give(start, stop)
 
-    def undo(self, key: int, before: Shape) -> None:
-        """Take back an `allocate` whose shape only some layers got, the others still as `before`:
-        what is left is what all of them hold."""
-        self.free(key)
-        pairs = zip(before.capacities, self.shape.capacities, strict=True)
-        self.shape = Shape(min(before.slots, self.shape.slots), tuple(map(min, pairs)))
-
-    def _grown(self, need: Need) -> Shape | None:
-        """The shape that holds one more request: with slack where it fits, tight if it must be."""
-        if self.holders == self.max_slots:
-            return None
-        tight = self._tight([*self._needs.values(), need])
-        if self.shape.holds(tight):
-            return self.shape
-        pairs = zip(self.shape.capacities, tight.capacities, strict=True)
-        slots = min(self.max_slots, _power_of_two(tight.slots))
-        slack = Shape(max(self.shape.slots, slots), tuple(max(pair) for pair in pairs))
-        return next((s for s in (slack, tight) if self.bytes_of(s) <= self.budget), None)
-
-    def _tight(self, needs: Sequence[Need]) -> Shape:
-        widest = (max(tokens) for tokens in zip(*needs, strict=True))
-        return Shape(len(needs), tuple(-(-tokens // self.block) * self.block for tokens in widest))
+    def _per_layer(self, need: Need) -> list[int]:
+        counts: list[int] = []
+        for tokens, layers in zip(need, self.group_layers, strict=True):
+            counts += [-(-tokens // PAGE)] * layers
+        return counts
 
 
-def _power_of_two(number: int) -> int:
-    return 1 << (number - 1).bit_length()
+class FreePages:
+    """Free pages as runs of neighbours, in rising order."""
+
+    def __init__(self, start: int, stop: int) -> None:
+        self._starts, self._stops = ([start], [stop]) if stop > start else ([], [])
+        self.count = stop - start
+
+    def copy(self) -> FreePages:
+        made = FreePages(0, 0)
+        made._starts, made._stops, made.count = self._starts[:], self._stops[:], self.count
+        return made
+
+    def take(self, pages: int) -> list[Run]:
+        """Any so many."""
+        assert pages <= self.count
+        self.count -= pages
+        runs: list[Run] = []
+        while pages:
+            start, stop = self._starts[-1], self._stops[-1]
+            if stop - start <= pages:
+                self._starts.pop()
+                self._stops.pop()
+            else:
+                start = stop - pages
+                self._stops[-1] = start
+            runs.append((start, stop))
+            pages -= stop - start
+        return runs
+
+    def take_together(self, counts: Sequence[int]) -> list[Run] | None:
+        """So many neighbours of each count, best of all one behind another; None where there are
+        none, and some may be taken then."""
+        whole = self._take_run(sum(counts))
+        if whole is not None:
+            return [whole]
+        runs = [self._take_run(pages) for pages in counts]
+        found = [run for run in runs if run is not None]
+        if len(found) == len(counts):
+            return found
+        for start, stop in found:
+            self.give(start, stop)
+        return None
+
+    def give(self, start: int, stop: int) -> None:
+        self.count += stop - start
+        place = bisect(self._starts, start)
+        if place and self._stops[place - 1] == start:
+            place -= 1
+            start = self._starts.pop(place)
+            self._stops.pop(place)
+        if place < len(self._starts) and self._starts[place] == stop:
+            self._starts.pop(place)
+            stop = self._stops.pop(place)
+        self._starts.insert(place, start)
+        self._stops.insert(place, stop)
+
+    def _take_run(self, pages: int) -> Run | None:
+        """The lowest neighbours, so that what has never been written stays out of memory."""
+        for place, (start, stop) in enumerate(zip(self._starts, self._stops, strict=True)):
+            if stop - start >= pages:
+                self.count -= pages
+                self._starts[place] = start + pages
+                if start + pages == stop:
+                    self._starts.pop(place)
+                    self._stops.pop(place)
+                return start, start + pages
+        return None
 
 
 TEXT_TOKENS = 64

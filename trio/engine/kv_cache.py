@@ -1,31 +1,47 @@
-"""Keys and values of all running requests, with a length of their own in each layer group.
+"""Keys and values of all running requests, paged, with a length of their own in each layer group.
 
-A *group* is the run of layers between two pruning stages; its layers share their lengths. Every
-layer has one left-aligned rectangle `[slots, K, capacity, E]`; running requests fill its first
-rows without holes, so that a decode step reads plain slices. Only this module changes lengths.
+A *group* is the run of layers between two pruning stages; its layers share their lengths. One pool
+of pages serves all layers and is never made anew; a table says which pages of a layer are a
+request's. Running requests fill the table's first rows without holes. Only this module changes
+lengths.
 
-Shapes: T packed tokens, B running requests, G layer groups, K key/value heads, E head dimension.
+On a GPU a page holds token after token, and a request's pages lie anywhere. On a CPU a request's
+pages of a layer are neighbours and hold head after head, which attention reads in place. What is
+not filled may be anything, and is never read.
+
+Shapes: T packed tokens, B running requests, G layer groups, N layers, W pages of one request and
+layer at most, K key/value heads, E head dimension.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from trio.decoder.attention import Branches
-from trio.engine.kv_budget import KVBudget, Need, Shape
+from trio.decoder.attention import Branches, InRuns, Paged, Run
+from trio.decoder.gpu import on_gpu, sent
+from trio.engine.kv_budget import PAGE, TEXT_TOKENS, Need, PageAllocator
+from trio.errors import UserError
+
+_log = logging.getLogger(__name__)
+_FIRST_WIDTH = 16
+"""Pages of a request and layer that the table has room for at first."""
 
 
 class KVCache:
     """Key/value store indexed by layer and request.
 
     `group_starts`: first layer of each group, rising, the first one 0.
-    `budget`: bytes that the rectangles may take in all.
-    `max_slots`: most requests that run at once.
+    `budget`: bytes of all pages; where the device has less, one line says what it is.
+    `max_running`: most requests that run at once.
+
+    Raises:
+        UserError: no room for the shortest request.
     """
 
     def __init__(
@@ -38,96 +54,96 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
         budget: int,
-        max_slots: int,
+        max_running: int,
     ) -> None:
         assert group_starts[0] == 0
         stops = [*group_starts[1:], num_layers]
         self.spans = tuple(zip(group_starts, stops, strict=True))
         self.order: list[int] = []
-        self.rows = Rows(groups=len(self.spans), most=max_slots, device=device)
+        self.rows = Rows(groups=len(self.spans), most=max_running, device=device)
         self.generation = 0
-        """Counts up whenever keys and values have moved to other tensors."""
-        self._group_of = [bisect_right(group_starts, layer) - 1 for layer in range(num_layers)]
-        self._lengths: list[list[int]] = [[] for _ in self.spans]
-        token_bytes = 2 * num_kv_heads * head_dim * dtype.itemsize
-        self.room = KVBudget(
-            budget=budget,
-            group_bytes=[(stop - start) * token_bytes for start, stop in self.spans],
-            max_slots=max_slots,
-        )
-        self._dtype = dtype
+        """Counts up whenever the table has moved to another tensor."""
         self._device = device
-        self._row = (num_kv_heads, head_dim)
-        self._keys = [self._rectangle(0, 0) for _ in range(num_layers)]
-        self._values = [self._rectangle(0, 0) for _ in range(num_layers)]
+        self._layers_of_group = [stop - start for start, stop in self.spans]
+        self._group_N = np.repeat(np.arange(len(self.spans)), self._layers_of_group)
+        self._group_of_layer_N = torch.from_numpy(self._group_N).to(device)
+        self._page_shape = PAGE, num_kv_heads, head_dim
+        self.page_bytes = 2 * PAGE * num_kv_heads * head_dim * dtype.itemsize
+        self.pool, pages = self._pool(budget // self.page_bytes - 1, dtype)
+        self.room = PageAllocator(
+            pages=pages,
+            group_layers=self._layers_of_group,
+            max_running=max_running,
+            together=not on_gpu(device),
+        )
+        self._lengths = np.zeros((len(self.spans), max_running), dtype=np.int64)
+        self._most = np.zeros_like(self._lengths)
+        """Tokens that each request has room for."""
+        self._table = np.zeros((num_layers, max_running, _FIRST_WIDTH), dtype=np.int32)
+        self._table_on_device = torch.from_numpy(self._table).to(device)
+        self._unsent: set[int] = set()
+        """Rows of the table that the device does not have yet."""
+        self._runs: Runs | None = None
+
+    @property
+    def budget(self) -> int:
+        """Bytes of all pages that requests can have."""
+        return self.room.pages * self.page_bytes
 
     @property
     def allocated_bytes(self) -> int:
-        return sum(tensor.nbytes for tensor in (*self._keys, *self._values))
+        return self.pool.nbytes
 
     @property
     def used_bytes(self) -> int:
-        pairs = zip(self._lengths, self.room.group_bytes, strict=True)
-        return sum(sum(lengths) * size for lengths, size in pairs)
+        tokens = self._lengths[:, : len(self.order)].sum(axis=1) @ np.array(self._layers_of_group)
+        return int(tokens) * (self.page_bytes // PAGE)
+
+    def bytes_of(self, need: Need) -> int:
+        """Bytes of the pages that a request takes."""
+        return self.room.pages_of(need) * self.page_bytes
 
     def lengths_of(self, key: int) -> tuple[int, ...]:
         """Tokens stored for a request in each group."""
-        slot = self.order.index(key)
-        return tuple(lengths[slot] for lengths in self._lengths)
+        return tuple(self._lengths[:, self.order.index(key)].tolist())
 
     def fits(self, need: Need) -> bool:
         return self.room.fits(need)
 
-    def can_allocate(self, need: Need) -> bool:
-        return self.room.can_allocate(need)
+    def can_allocate(self, *needs: Need) -> bool:
+        return self.room.can_allocate(*needs)
 
     def allocate(self, key: int, need: Need) -> None:
-        """Give a request the next row, empty for now.
-
-        Raises:
-            MemoryError: the device has less memory than the budget; the budget is halved.
-        """
-        shape = self.room.shape
-        wanted = self.room.allocate(key, need)
-        if wanted != shape:
-            try:
-                self._reshape(wanted)
-            except BaseException as error:  # halfway: some layers have the new shape
-                self.room.undo(key, shape)
-                if isinstance(error, torch.OutOfMemoryError):
-                    self.room.budget //= 2
-                    raise MemoryError(str(error)) from error
-                raise
+        """Give a request the next row and its pages, empty for now."""
+        row = len(self.order)
+        pages = self.room.allocate(key, need)
+        self._widen(max(map(len, pages)))
+        self._table[:, row] = 0
+        for layer, own in enumerate(pages):
+            self._table[layer, row, : len(own)] = own
+        self._lengths[:, row], self._most[:, row] = 0, need
         self.order.append(key)
-        self.rows.add()
-        for lengths in self._lengths:
-            lengths.append(0)
+        self.rows.count += 1
+        self._changed(row)
 
     def free(self, key: int) -> None:
         """Take a request out; the last row moves into the hole."""
         self.room.free(key)
-        slot = self.order.index(key)
-        last = len(self.order) - 1
-        if slot != last:
-            for layer, group in enumerate(self._group_of):
-                filled = self._lengths[group][last]
-                for tensor in (self._keys[layer], self._values[layer]):
-                    tensor[slot, :, :filled] = tensor[last, :, :filled]
-        self.rows.remove(slot)
-        for row in (self.order, *self._lengths):
-            row[slot] = row[last]
-            row.pop()
+        row, last = self.order.index(key), len(self.order) - 1
+        self.order[row] = self.order[last]
+        self.order.pop()
+        self.rows.remove(row)
+        for table in self._tables:
+            table[:, row] = table[:, last]
+            table[:, last] = 0
+        if last in self._unsent:
+            self._unsent.remove(last)
+            self._unsent.add(row)
+        self._runs = None
 
-    def scrub(self) -> None:
-        """Zero what nobody holds: a NaN there would spoil whoever gets the place, since attention
-        masks what is not filled by a weight of zero, and zero times NaN is NaN."""
-        for layer, group in enumerate(self._group_of):
-            slots, _, capacity, _ = self._keys[layer].shape
-            lengths = [*self._lengths[group], *[0] * (slots - len(self.order))]
-            place = torch.arange(capacity, device=self._device)
-            free = place >= torch.tensor(lengths, device=self._device)[:, None]
-            for tensor in (self._keys[layer], self._values[layer]):
-                tensor.masked_fill_(free[:, None, :, None], 0)
+    def release(self) -> None:
+        """Give the memory back; nothing can be stored any more."""
+        self.pool = self.pool.new_empty(0)
 
     def prefill(self, keys: Sequence[int]) -> PrefillWriter:
         """Takes in the prompts of freshly allocated requests, packed in this order."""
@@ -135,155 +151,326 @@ class KVCache:
 
     def branches(self, keys: Sequence[int], branches: Branches) -> BranchReader:
         """Reads the stored prompts of these requests, for continuations that are not stored."""
-        return BranchReader(self, keys, branches)
+        return BranchReader(self, [self.order.index(key) for key in keys], branches)
 
     def start(
         self, keys: Sequence[int], tokens: Sequence[int], positions: Sequence[Sequence[int]]
     ) -> None:
-        """Tell the rows of requests whose prompts are in what to go on with."""
-        slots = [self.order.index(key) for key in keys]
-        lengths = [[own[slot] for own in self._lengths] for slot in slots]
-        self.rows.set(slots, tokens, positions, lengths)
+        """Tell the rows of requests whose prompts are in what to go on with.
+
+        Args:
+            tokens: to feed next.
+            positions: of these, per request and layer group.
+        """
+        rows = [self.order.index(key) for key in keys]
+        self.rows.set(rows, tokens, positions, self._lengths[:, rows].T.tolist())
+        self._runs = None
 
     def extend(self) -> None:
-        """Make room for one more token of every request."""
-        for lengths in self._lengths:
-            lengths[:] = [length + 1 for length in lengths]
-        self.rows.length_GB[:, : len(self.order)] += 1
+        """Make room for one more token of every request, at the next position."""
+        lengths_GB = self._lengths[:, : len(self.order)]
+        lengths_GB += 1
+        assert (lengths_GB <= self._most[:, : len(self.order)]).all(), "more tokens than reserved"
+        self.rows.advance()
+        if self._runs is not None:
+            self._runs.advance()
 
-    def writer(self, rows: int | None = None) -> DecodeWriter:
+    def writer(self, rows: int | None = None) -> DecodeWriter | RunsWriter:
         """Takes in the tokens that `extend` made room for, in `order`.
 
-        `rows`: how many rows the step runs over, at least the requests and at most the slots; it
-        then reads all that could be stored, so that its shapes stay the same for some time.
+        `rows`: how many rows of the table the step runs over, at least the requests.
         """
-        if rows is None:
-            return DecodeWriter(self, len(self.order), [max(own) for own in self._lengths])
-        return DecodeWriter(self, rows, list(self.room.shape.capacities))
+        if not self.room.together:
+            return DecodeWriter(self, len(self.order) if rows is None else rows)
+        assert rows in (None, len(self.order)), "rows that no request has"
+        if self._runs is None:
+            self._runs = Runs(self)
+        return RunsWriter(self.pool, self._runs)
 
-    def _reshape(self, shape: Shape) -> None:
+    @property
+    def _tables(self) -> Iterator[Any]:
+        """What has a column for each row; on a CPU the table on the device is the table."""
+        yield from (self._lengths, self._most, self._table)
+        if self._device.type != "cpu":
+            yield self._table_on_device
+
+    def _pool(self, pages: int, dtype: torch.dtype) -> tuple[Tensor, int]:
+        """Memory of so many pages or fewer, and how many; one more belongs to nobody."""
+        wanted = pages
+        least = sum(self._layers_of_group) * -(-(TEXT_TOKENS + 1) // PAGE)
+        while pages >= least:
+            shape = (2, pages + 1, *self._page_shape)
+            try:
+                # On a CPU memory that has never been written is not there yet.
+                pool = torch.empty(shape, dtype=dtype, device=self._device)
+            except RuntimeError as error:  # out of memory, as torch says it for a CPU and a GPU
+                if not isinstance(error, torch.OutOfMemoryError) and "memory" not in str(error):
+                    raise
+                pages //= 2
+                continue
+            if pages < wanted:
+                got, asked = pages * self.page_bytes / 1e9, wanted * self.page_bytes / 1e9
+                _log.warning("%.2f GB for keys and values: there is no room for %.2f", got, asked)
+            return pool, pages
+        raise UserError(
+            f"no memory for the keys and values of a prompt of {TEXT_TOKENS} tokens: "
+            f"{least * self.page_bytes / 1e6:.1f} MB are needed, and "
+            f"{max(0, wanted) * self.page_bytes / 1e6:.1f} MB were to be had"
+        )
+
+    def _widen(self, pages: int) -> None:
+        """Room in the table for requests of so many pages in a layer."""
+        width = self._table.shape[2]
+        if pages <= width:
+            return
+        while width < pages:
+            width *= 2
+        more = width - self._table.shape[2]
+        self._table = np.pad(self._table, ((0, 0), (0, 0), (0, more)))
+        self._table_on_device = torch.from_numpy(self._table).to(self._device)
+        self._unsent.clear()
         self.generation += 1
-        for layer, group in enumerate(self._group_of):
-            rows, filled = len(self.order), max(self._lengths[group], default=0)
-            for tensors in (self._keys, self._values):
-                old = tensors[layer]
-                tensors[layer] = self._rectangle(shape.slots, shape.capacities[group])
-                tensors[layer][:rows, :, :filled] = old[:rows, :, :filled]
 
-    def _rectangle(self, slots: int, capacity: int) -> Tensor:
-        heads, dim = self._row
-        # Zeros: attention masks what is not filled, but a stray NaN times zero is NaN.
-        return torch.zeros(slots, heads, capacity, dim, dtype=self._dtype, device=self._device)
+    def _changed(self, row: int) -> None:
+        if self._device.type != "cpu":
+            self._unsent.add(row)
+        self._runs = None
+
+    def _send(self) -> None:
+        """Bring the table on the device up to date."""
+        if self._unsent:
+            rows = sorted(self._unsent)
+            self._unsent.clear()
+            own = sent(torch.from_numpy(self._table[:, rows]), self._device)
+            index = sent(torch.tensor(rows), self._device)
+            self._table_on_device.index_copy_(1, index, own)
+
+    def _piece(self, layer: int, row: int) -> Run:
+        """Where a row's keys are, of those whose pages are neighbours."""
+        group = self._group_N[layer]
+        page, heads, dim = self._page_shape
+        pages = int(np.count_nonzero(self._table[layer, row]))
+        start = int(self._table[layer, row, 0]) * page * heads * dim
+        return Run(1, int(self._lengths[group, row]), pages * page * dim, start, 0)
+
+    def _places(self, layers: slice, row_T: Tensor, place_T: Tensor) -> Tensor:
+        """Where in the pool tokens lie, counted in tokens: `[layers, T]`, on the device."""
+        pages = self._table_on_device[layers, row_T, place_T // PAGE]
+        return pages.long() * PAGE + place_T % PAGE
 
 
 class PrefillWriter:
     """The cache as a prefill sees it: stores packed keys and values, hands them on unchanged."""
 
-    def __init__(self, cache: KVCache, slots: list[int]) -> None:
+    def __init__(self, cache: KVCache, rows: list[int]) -> None:
         self._cache = cache
-        self._slots = slots
-        self._place: tuple[Tensor, Tensor] | None = None
+        self._rows = rows
+        self._first = 0
+        self._lengths: list[int] = []
+        self._places_NT: Tensor | None = None
+        cache._send()
 
     def begin_prefill(self, layer: int, lengths: Sequence[int]) -> None:
         """From this layer on, the packed tokens are `lengths[i]` of the i-th request."""
         cache = self._cache
-        assert (layer, len(lengths)) in {(start, len(self._slots)) for start, _ in cache.spans}
-        for group in range(cache._group_of[layer], len(cache.spans)):
-            for slot, length in zip(self._slots, lengths, strict=True):
-                cache._lengths[group][slot] = length
-        count = torch.tensor(lengths)
-        slots_T = torch.tensor(self._slots).repeat_interleave(count)
-        places_T = torch.cat([torch.arange(length) for length in lengths])
-        self._place = (slots_T.to(cache._device), places_T.to(cache._device))
+        assert (layer, len(lengths)) in {(start, len(self._rows)) for start, _ in cache.spans}
+        self._first, self._lengths = layer, list(lengths)
+        cache._lengths[cache._group_N[layer] :, self._rows] = lengths
+        if not cache.room.together:
+            self._places_NT = self._places(layer, lengths)
 
     def update(
         self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Take `[1, K, T, E]` of one layer in."""
-        assert self._place is not None, "update before begin_prefill"
-        slots_T, places_T = self._place
-        self._cache._keys[layer_idx][slots_T, :, places_T] = key[0].transpose(0, 1)
-        self._cache._values[layer_idx][slots_T, :, places_T] = value[0].transpose(0, 1)
+        assert self._lengths, "update before begin_prefill"
+        pool = self._cache.pool
+        for pages, new in ((pool[0], key), (pool[1], value)):
+            if self._places_NT is None:
+                self._store_runs(pages, new[0], layer_idx)
+            else:
+                index_T = self._places_NT[layer_idx - self._first]
+                pages.flatten(0, 1).index_copy_(0, index_T, new[0].transpose(0, 1))
         return key, value
+
+    def _places(self, layer: int, lengths: Sequence[int]) -> Tensor:
+        """Of all tokens in this layer and those behind it."""
+        row_T = np.repeat(self._rows, lengths)
+        place_T = np.concatenate([np.arange(length) for length in lengths])
+        both = sent(torch.from_numpy(np.stack([row_T, place_T])), self._cache._device)
+        return self._cache._places(slice(layer, None), both[0], both[1])
+
+    def _store_runs(self, pages: Tensor, new_KTE: Tensor, layer: int) -> None:
+        for row, own_KSE in zip(self._rows, new_KTE.split(self._lengths, dim=1), strict=True):
+            self._cache._piece(layer, row).view(pages)[0].copy_(own_KSE)
 
 
 class BranchReader:
     """The cache as continuations of stored requests see it: they read it and are not stored.
 
-    `branches`: of the requests `keys`, in this order.
+    `branches`: of the requests in these rows.
     """
 
-    def __init__(self, cache: KVCache, keys: Sequence[int], branches: Branches) -> None:
+    def __init__(self, cache: KVCache, rows: list[int], branches: Branches) -> None:
         self._cache = cache
-        self._slots = [cache.order.index(key) for key in keys]
+        self._rows = rows
+        self._rows_B = sent(torch.tensor(rows), cache._device)
         self._branches = branches
         self._width = 0
+        self._stored_B = self._rows_B
 
     def begin(self, group: int) -> Branches:
         """How new tokens see the keys of the layers of this group, whose `update` follows."""
-        lengths = [self._cache._lengths[group][slot] for slot in self._slots]
-        self._width = max(lengths)
-        return self._branches.behind(torch.tensor(lengths, device=self._cache._device), self._width)
+        lengths = self._cache._lengths[group, self._rows]
+        self._width = int(lengths.max())
+        self._stored_B = sent(torch.from_numpy(lengths), self._cache._device)
+        return self._branches.behind(self._stored_B, self._width)
 
     def update(
         self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Stored and new keys and values of a layer, `[B, K, L + W, E]`, for new `[1, K, T, E]`."""
-        both = []
-        for tensor, new in (
-            (self._cache._keys[layer_idx], key),
-            (self._cache._values[layer_idx], value),
-        ):
-            stored = tensor[self._slots, :, : self._width]
-            both.append(torch.cat([stored, self._branches.rectangle(new)], dim=2))
+        stored = self._in_runs if self._cache.room.together else self._in_pages
+        pool = self._cache.pool
+        pairs = (stored(pool[0], layer_idx), key), (stored(pool[1], layer_idx), value)
+        both = [torch.cat([old, self._branches.rectangle(new)], dim=2) for old, new in pairs]
         return both[0], both[1]
+
+    def _in_runs(self, pages: Tensor, layer: int) -> Tensor:
+        kv_heads, dim = pages.shape[2:]
+        out = pages.new_zeros(len(self._rows), kv_heads, self._width, dim)
+        for row, own in zip(self._rows, out, strict=True):
+            piece = self._cache._piece(layer, row)
+            own[:, : piece.length] = piece.view(pages)[0]
+        return out
+
+    def _in_pages(self, pages: Tensor, layer: int) -> Tensor:
+        table = self._cache._table_on_device[layer]
+        table_BW = table.index_select(0, self._rows_B)[:, : -(-self._width // PAGE)]
+        return Paged(table_BW, self._stored_B).gathered(pages)[:, :, : self._width]
 
 
 class DecodeWriter:
-    """The cache as one decode step sees it: one token of each of its first `rows` rows.
+    """The cache as one decode step sees it: one token of each of its first `rows` rows."""
 
-    `widths`: per group, how many places of each row are read; what a row does not fill is masked.
-    """
+    def __init__(self, cache: KVCache, rows: int) -> None:
+        self._pool = cache.pool
+        self._table_NBW = cache._table_on_device[:, :rows]
+        self._group_N = cache._group_N
+        self._length_GB = cache.rows.length_GB[:, :rows]
+        last_GB = (self._length_GB - 1).clamp(min=0)
+        last_NB = last_GB[cache._group_of_layer_N]
+        page_NB1 = self._table_NBW.gather(2, (last_NB // PAGE)[..., None])
+        self._place_NB = page_NB1[..., 0] * PAGE + last_NB % PAGE
 
-    def __init__(self, cache: KVCache, rows: int, widths: list[int]) -> None:
-        self._cache = cache
-        self._widths = widths
-        self._rows_B = torch.arange(rows, device=cache._device)
-        self.length_GB = cache.rows.length_GB[:, :rows]
-        self._last_GB = self.length_GB - 1
+    def layout(self, layer: int) -> Paged:
+        """How the tokens see what `update` gives for this layer."""
+        return Paged(self._table_NBW[layer], self._length_GB[self._group_N[layer]])
 
     def update(
         self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Take `[1, K, B, E]` in; returns all stored of this layer, `[B, K, L, E]`."""
-        group = self._cache._group_of[layer_idx]
-        stored = []
-        for tensor, new in (
-            (self._cache._keys[layer_idx], key),
-            (self._cache._values[layer_idx], value),
-        ):
-            tensor[self._rows_B, :, self._last_GB[group]] = new[0].transpose(0, 1)
-            stored.append(tensor[: len(self._rows_B), :, : self._widths[group]])
-        return stored[0], stored[1]
+        """Take `[1, K, B, E]` in; returns the pages, `[pages, PAGE, K, E]`."""
+        keys, values = self._pool[0], self._pool[1]
+        for pages, new in ((keys, key), (values, value)):
+            place_B = self._place_NB[layer_idx]
+            pages.flatten(0, 1).index_copy_(0, place_B, new[0].transpose(0, 1))
+        return keys, values
+
+
+class Runs:
+    """Where the keys of the running requests lie on a CPU, for steps until a request comes or goes.
+
+    Requests of equal lengths that lie at equal distances are read together.
+    """
+
+    def __init__(self, cache: KVCache) -> None:
+        self.steps = 0
+        """Since this was made."""
+        count, (page, heads, dim) = len(cache.order), cache._page_shape
+        table_NBW = cache._table[:, :count]
+        start_NB = table_NBW[..., 0].astype(np.int64) * page * heads * dim
+        head_NB = np.count_nonzero(table_NBW, axis=2) * page * dim
+        length_NB = cache._lengths[cache._group_N, :count]
+        self._made = [
+            _runs([Run(1, *one, 0) for one in zip(*of_layer, strict=True)])
+            for of_layer in zip(
+                length_NB.tolist(), head_NB.tolist(), start_NB.tolist(), strict=True
+            )
+        ]
+        first_NBK = start_NB[..., None] + head_NB[..., None] * np.arange(heads)
+        place_NBK = first_NBK // dim + length_NB[..., None] - 1
+        self.place_NL = torch.from_numpy(place_NBK.reshape(len(place_NBK), -1))
+        """Where in the pool the newest token of each request and head lies, counted in heads."""
+
+    def advance(self) -> None:
+        self.steps += 1
+        self.place_NL += 1
+
+    def layout(self, layer: int) -> InRuns:
+        runs, order_B = self._made[layer]
+        return InRuns([run._replace(length=run.length + self.steps) for run in runs], order_B)
+
+
+def _runs(pieces: list[Run]) -> tuple[list[Run], Tensor | None]:
+    """Of a layer's requests, with their order as of `InRuns`."""
+    order = sorted(range(len(pieces)), key=lambda row: pieces[row][1:4])
+    runs: list[Run] = []
+    for row in order:
+        joined = _joined(runs[-1], pieces[row]) if runs else None
+        if joined is None:
+            runs.append(pieces[row])
+        else:
+            runs[-1] = joined
+    return runs, None if order == list(range(len(pieces))) else torch.tensor(order)
+
+
+def _joined(run: Run, one: Run) -> Run | None:
+    """With one more request, if it is like the others and lies at their distance."""
+    if (run.length, run.heads) != (one.length, one.heads):
+        return None
+    step = one.start - run.start if run.requests == 1 else run.step
+    if one.start != run.start + run.requests * step:
+        return None
+    return run._replace(requests=run.requests + 1, step=step)
+
+
+class RunsWriter:
+    """As `DecodeWriter`, on a CPU."""
+
+    def __init__(self, pool: Tensor, runs: Runs) -> None:
+        self._pool = pool
+        self._runs = runs
+
+    def layout(self, layer: int) -> InRuns:
+        return self._runs.layout(layer)
+
+    def update(
+        self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Take `[1, K, B, E]` in; returns the pages, `[pages, PAGE, K, E]`."""
+        keys, values = self._pool[0], self._pool[1]
+        place_L = self._runs.place_NL[layer_idx]
+        for pages, new in ((keys, key), (values, value)):
+            new_LE = new[0].transpose(0, 1).reshape(len(place_L), -1)
+            pages.flatten(0, 2).index_copy_(0, place_L, new_LE)
+        return keys, values
 
 
 class Rows:
     """One row per running request, in the cache's order, without holes.
 
-    token_B: the token to feed next. position_GB: where it stands, per layer group. length_GB: keys
-    and values stored. Rows past the last request hold a length of 1, so that a step may run over
-    more rows than there are requests. The tensors stay where they are for good.
+    token_B: the token to feed next. position_GB: where the newest token stands, per layer group.
+    length_GB: keys and values stored. Rows past the last request hold zeros, so that a step may run
+    over more rows than there are requests. The tensors stay where they are for good.
     """
 
     def __init__(self, *, groups: int, most: int, device: torch.device) -> None:
-        self.count = 0
-        self.token_B = torch.zeros(most, dtype=torch.int64, device=device)
-        self.position_GB = torch.zeros(groups, most, dtype=torch.int64, device=device)
-        self.length_GB = torch.ones(groups, most, dtype=torch.int64, device=device)
-
-    def add(self) -> None:
-        """A row at the end, to be filled by `set`."""
-        self.count += 1
+        self.count, self.most = 0, most
+        self._state = torch.zeros(1 + 2 * groups, most, dtype=torch.int64, device=device)
+        self.token_B = self._state[0]
+        self.position_GB = self._state[1 : 1 + groups]
+        self.length_GB = self._state[1 + groups :]
 
     def set(
         self,
@@ -292,17 +479,19 @@ class Rows:
         positions: Sequence[Sequence[int]],
         lengths: Sequence[Sequence[int]],
     ) -> None:
-        """Fill rows; `positions` and `lengths` are given per row, then per group."""
-        device = self.token_B.device
-        index = torch.tensor(rows, device=device)
-        self.token_B[index] = torch.tensor(tokens, device=device)
-        self.position_GB[:, index] = torch.tensor(positions, device=device).T
-        self.length_GB[:, index] = torch.tensor(lengths, device=device).T
+        """Fill rows; `positions` of the tokens and `lengths` are given per row, then per group."""
+        newest = [[position - 1 for position in own] for own in positions]
+        columns = zip(rows, tokens, newest, lengths, strict=True)
+        given = [[row, token, *own, *stored] for row, token, own, stored in columns]
+        all_BS = sent(torch.tensor(given), self._state.device)
+        self._state.index_copy_(1, all_BS[:, 0], all_BS[:, 1:].T)
+
+    def advance(self) -> None:
+        """One token more of every request, one position further."""
+        self._state[1:, : self.count] += 1
 
     def remove(self, row: int) -> None:
         """Take a row out; the last one moves into the hole."""
         self.count -= 1
-        for tensor in (self.token_B, self.position_GB, self.length_GB):
-            tensor[..., row] = tensor[..., self.count]
-        self.length_GB[:, self.count] = 1
-        self.position_GB[:, self.count] = 0
+        self._state[:, row] = self._state[:, self.count]
+        self._state[:, self.count] = 0

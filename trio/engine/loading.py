@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.utils import cached_file
 
 from trio import bundled, cgroups
+from trio.decoder.decoder import Decoder
 from trio.decoder.default_dtype import on_a_cpu, on_a_gpu, saved_dtype
 from trio.decoder.weights import DTYPES, check_unquantised
 from trio.engine.checkpoint_files import check_directory, check_files, check_tensors
@@ -273,18 +274,35 @@ def _default_dtype(model: str, config: Any, where: torch.device) -> str | torch.
     return getattr(torch, name)
 
 
-def default_kv_bytes(device: torch.device, share: float = 1.0) -> int:
-    """Memory for keys and values: what activations can spare of the memory that is free now.
+def default_limits(device: torch.device) -> tuple[int, int]:
+    """Tokens of a step and running requests, `batch_tokens` and `max_running`, for this device."""
+    if device.type != "cuda":
+        return 16384, 64
+    _, total = torch.cuda.mem_get_info(device)
+    return 65536 if total >= 64e9 else 16384, 256
+
+
+def default_kv_bytes(decoder: Decoder, batch_tokens: int, share: float = 1.0) -> int:
+    """Memory for keys and values: on a GPU 0.9 of what is free now, less what a prefill takes.
 
     Args:
-        device: with the model on it.
+        decoder: on its device, with the rest of the model.
+        batch_tokens: most tokens of a prefill.
         share: of a GPU's memory, for all that this process has on it.
     """
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        left = share * total - torch.cuda.memory_reserved(device)
-        return max(0, int(min(free, left) * 0.7))
+    if decoder.device.type == "cuda":
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info(decoder.device)
+        left = share * total - torch.cuda.memory_reserved(decoder.device)
+        return max(0, int(min(free, left) * 0.9) - prefill_bytes(decoder, batch_tokens))
     return min(cgroups.free_main_memory() // 4, 8 << 30)
+
+
+def prefill_bytes(decoder: Decoder, tokens: int) -> int:
+    """What a prefill of so many tokens may take, by estimate: of each layer 4 tensors as wide as
+    the hidden states and 3 as the MLP, and as much again for pruning, the encoder and gaps."""
+    width = 4 * decoder.hidden_size + 3 * decoder.intermediate_size
+    return 2 * tokens * width * decoder.dtype.itemsize
 
 
 def _expanded(model: str, demo: Path = bundled.MODEL) -> str:

@@ -6,18 +6,19 @@ Shapes: T packed tokens, B requests, D hidden size, V vocabulary, N visual token
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from itertools import chain
 
 import torch
 from torch import Tensor
 
-from trio.decoder.attention import Branches, Padded
+from trio.decoder.attention import Branches
+from trio.decoder.gpu import sent
 from trio.decoder.matmul import through_linear
 from trio.decoder.stopwatch import Stopwatch
 from trio.engine.contexts import Contexts
-from trio.engine.cuda_graphs import StepGraphs, rounded_up
+from trio.engine.cuda_graphs import Graphs, StepGraphs, rounded_up
 from trio.engine.kv_budget import Need
 from trio.engine.kv_cache import KVCache
 from trio.engine.metrics import beside_decoder
@@ -88,12 +89,11 @@ class ModelRunner:
             dtype=self.decoder.dtype,
             device=self.decoder.device,
             budget=kv_bytes,
-            max_slots=max_running,
+            max_running=max_running,
         )
         gpu = self.decoder.device.type == "cuda"
-        self._graphs = StepGraphs(self._step) if gpu else None
-        self.replay: Callable[[int, int], Tensor] | None = self._graphs
-        """Runs `_step` on a padded number of rows, where that is faster."""
+        self.graphs: Graphs | None = StepGraphs() if gpu else None
+        """Run a step on a rounded number of rows, where that is faster."""
         self.lag = 1 if gpu else 0
         """Decode steps that may be under way while the outcome of an earlier one is unknown."""
 
@@ -105,9 +105,11 @@ class ModelRunner:
     @property
     def cuda_graphs(self) -> str | None:
         """`on`, or `off: ` and why; None without a GPU."""
-        if self._graphs is None:
+        if self.decoder.device.type != "cuda":
             return None
-        return "on" if self._graphs.trouble is None else f"off: {self._graphs.trouble}"
+        if self.graphs is None:
+            return "off: not wanted"
+        return "on" if self.graphs.trouble is None else f"off: {self.graphs.trouble}"
 
     def beside_decoder(self, prepared: Prepared) -> tuple[int, int]:
         """FLOPs of reading a prompt that are not the decoder's, pruned and unpruned."""
@@ -158,6 +160,12 @@ class ModelRunner:
         """Give back the features of all images, where memory is short: they are made anew."""
         self._encoder.forget()
         self.prefixes.forget()
+
+    def close(self) -> None:
+        """Give back keys and values, recorded steps and features."""
+        self.cache.release()
+        self.graphs = None
+        self.reset()
 
     def reset(self) -> None:
         """Begin without what was made of images, but for features that other engines may read."""
@@ -282,28 +290,27 @@ class ModelRunner:
 
         The tokens to feed lie in `cache.rows`; the caller puts the next ones there.
         """
-        rows, count = self.cache.rows, self.cache.rows.count
         self.cache.extend()
-        if self.replay is None:
-            logits_BV = self._step(None)
-        else:
-            padded = rounded_up(count, self.cache.room.shape.slots)
-            logits_BV = self.replay(padded, self.cache.generation)[:count]
-        rows.position_GB[:, :count] += 1
-        return logits_BV
+        if self.graphs is None:
+            return self._step(None)
+        count = self.cache.rows.count
+        rows = rounded_up(count, self.cache.rows.most)
+        return self.graphs(self._step, rows, self.cache.generation)[:count]
 
     @torch.no_grad()
-    def _step(self, padded: int | None) -> Tensor:
-        """Logits of the first `padded` rows, or of just those of running sequences."""
+    def _step(self, rounded: int | None) -> Tensor:
+        """Logits of the first `rounded` rows, or of just those of running sequences."""
         rows = self.cache.rows
-        count = rows.count if padded is None else padded
-        writer = self.cache.writer(padded)
+        count = rows.count if rounded is None else rounded
+        writer = self.cache.writer(rounded)
         hidden_BD = self.decoder.embed(rows.token_B[:count])
         with self.decoder.ragged():
             for group, (start, stop) in enumerate(self.cache.spans):
                 rotary = self.decoder.rotary(rows.position_GB[group, :count])
-                layout = Padded(writer.length_GB[group])
-                hidden_BD = self.decoder.run_layers(start, stop, hidden_BD, rotary, layout, writer)
+                for layer in range(start, stop):
+                    hidden_BD = self.decoder.run_layers(
+                        layer, layer + 1, hidden_BD, rotary, writer.layout(layer), writer
+                    )
             return self.decoder.head(hidden_BD)
 
     @torch.no_grad()
@@ -322,11 +329,11 @@ class ModelRunner:
         reader = self.cache.branches([sequence.key for sequence in sequences], layout)
         request_T = layout.request_T
         ids_T = torch.tensor([token for own in branches for tokens in own for token in tokens])
-        ahead_T = torch.cat([torch.arange(count) for own in lengths for count in own]).to(device)
-        hidden_TD = self.decoder.embed(ids_T.to(device))
+        ahead_T = sent(torch.cat([torch.arange(n) for own in lengths for n in own]), device)
+        hidden_TD = self.decoder.embed(sent(ids_T, device))
         with self.decoder.ragged():
             for group, (start, stop) in enumerate(self.cache.spans):
-                first_B = torch.tensor([one.positions[group] for one in sequences], device=device)
+                first_B = sent(torch.tensor([one.positions[group] for one in sequences]), device)
                 rotary = self.decoder.rotary(first_B[request_T] + ahead_T)
                 layout = reader.begin(group)
                 hidden_TD = self.decoder.run_layers(start, stop, hidden_TD, rotary, layout, reader)

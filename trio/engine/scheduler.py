@@ -2,6 +2,9 @@
 
 First come, first served: a request that does not fit yet is not overtaken, so that none starves.
 Room for the whole answer is reserved on admission; nothing that runs is ever evicted.
+
+A prefill has costs that do not depend on how many it serves, so requests come in together: they
+wait until it is worth one, but for a few steps only.
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Generic, Protocol, TypeVar
 
 from trio.engine.kv_budget import Need
@@ -33,18 +37,25 @@ Item = TypeVar("Item", bound=Schedulable)
 class Allocator(Protocol):
     """The owner of the memory, as the scheduler sees it."""
 
-    def can_allocate(self, need: Need) -> bool: ...
+    def can_allocate(self, *needs: Need) -> bool: ...
 
     def allocate(self, key: int, need: Need) -> object: ...
 
     def free(self, key: int) -> None: ...
 
 
+MANY_REQUESTS = 16
+MANY_TOKENS = 48 * 1024
+"""Either of them is worth a prefill."""
+LONGEST_HOLD = 32
+"""Steps that a request waits at most for others to come in with it."""
+
+
 class Scheduler(Generic[Item]):
     """Admits waiting requests under a budget of tokens per step.
 
-    `batch_tokens`: tokens that one step may compute, one for each running request and the whole
-    prompt of each request that comes in. A prompt above the budget comes in alone.
+    Every running request adds one token to a step; prompts share what is left of `batch_tokens`.
+    A prompt longer than all of it still comes in, alone.
     """
 
     def __init__(self, memory: Allocator, *, batch_tokens: int) -> None:
@@ -52,6 +63,8 @@ class Scheduler(Generic[Item]):
         self.waiting: deque[Item] = deque()
         self.running: dict[int, Item] = {}
         self._memory = memory
+        self._held = 0
+        """Steps that requests have been held back for, though they could come in."""
 
     @property
     def has_work(self) -> bool:
@@ -62,6 +75,9 @@ class Scheduler(Generic[Item]):
 
     def admit(self) -> list[Item]:
         """Move the next requests from waiting to running, with their memory allocated."""
+        if not self._is_worth_it():
+            return []
+        self._held = 0
         admitted: list[Item] = []
         budget = self.batch_tokens - len(self.running)
         while self.waiting:
@@ -70,14 +86,38 @@ class Scheduler(Generic[Item]):
                 break
             if not self._memory.can_allocate(item.need):
                 break
-            try:
-                self._memory.allocate(item.key, item.need)
-            except MemoryError:
-                break
+            self._memory.allocate(item.key, item.need)
             self.running[item.key] = self.waiting.popleft()
             budget -= item.prompt_tokens
             admitted.append(item)
         return admitted
+
+    def _is_worth_it(self) -> bool:
+        """Whether enough requests can come in for a prefill of their own: many, a quarter of those
+        that would run then, or all that wait; or whether they have been held back for long."""
+        ready, tokens = self._ready()
+        is_enough = (
+            ready == min(MANY_REQUESTS, len(self.waiting))
+            or 3 * ready > len(self.running)
+            or tokens >= min(MANY_TOKENS, self.batch_tokens // 2)
+        )
+        self._held = self._held + 1 if ready and not is_enough else 0
+        return bool(ready) and (is_enough or self._held > LONGEST_HOLD)
+
+    def _ready(self) -> tuple[int, int]:
+        """How many of the next requests could come in, no more than are many, and their tokens,
+        with those of one that no longer fits into the step."""
+        budget = self.batch_tokens - len(self.running)
+        needs: list[Need] = []
+        tokens = 0
+        for item in islice(self.waiting, MANY_REQUESTS):
+            if not self._memory.can_allocate(*needs, item.need):
+                break
+            tokens += item.prompt_tokens
+            if needs and tokens > budget:
+                break
+            needs.append(item.need)
+        return len(needs), tokens
 
     def finish(self, item: Item) -> None:
         """Take a running request out and give its memory back."""

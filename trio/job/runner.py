@@ -56,7 +56,7 @@ from trio.job.settings import Settings
 from trio.job.stages import Described, Receipt, Task
 from trio.job.storage import exists
 
-AHEAD = {False: 96, True: 256}
+AHEAD = {False: 96, True: 512}
 # rows prepared or in the engine at a time, on a CPU and on a GPU, when --max-running is not given
 MAX_CALLS = 16
 # units that one engine answers at a time

@@ -320,7 +320,8 @@ class _Trial:
             encoder=self._encoded,
             text_tower=self._text_tower,
         )
-        results = _answers(engine, self.requests)
+        with engine:
+            results = _answers(engine, self.requests)
         counted, count = engine.stats(), len(results)
         return _Run(
             pruning=pruning,
@@ -349,7 +350,7 @@ class _Trial:
             max_running=MAX_RUNNING,
             encoder=self._encoded,
         )
-        with counting() as count:
+        with engine, counting() as count:
             for result in engine.generate(some):
                 assert not result.error, result
         return count.mean(len(some))

@@ -117,7 +117,7 @@ class Bench:
         return Engine(model, processor, pruning=pruning, **options)
 
     def free(self) -> None:
-        """What an engine that is gone held: it and its CUDA graphs hold each other."""
+        """What engines that are gone held."""
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -275,7 +275,7 @@ def _answers(
     """Tokens of each request's answer, and which visual tokens were kept for it."""
     engine = Engine(model, processor, pruning=pruning, kv_bytes=1 << 28, max_running=running)
     if not graphs:
-        engine._runner.replay = None
+        engine._runner.graphs = None
     results = {one.id: one for one in engine.generate(requests)}
     return {key: (one.token_ids, one.kept_tokens) for key, one in results.items()}
 

@@ -20,8 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from trio.decoder.gpu import sent
 from trio.engine.decoding.grammars import Grammars, GrammarWalk, invalidity, refusing
-from trio.engine.decoding.sampler import Chosen, sent
+from trio.engine.decoding.sampler import Chosen
 from trio.engine.preprocess import Preprocessor
 from trio.engine.request import Constraint, Result
 from trio.engine.sequence import SequenceState
@@ -253,7 +254,7 @@ class Masks:
         if self._whole:
             scores_BV.masked_fill_(self._shut_GV, -torch.inf)
             return
-        rows = sent(self._rows, scores_BV.device)
+        rows = sent(torch.tensor(self._rows), scores_BV.device)
         scores_BV[rows] = scores_BV[rows].masked_fill(self._shut_GV, -torch.inf)
 
 

@@ -41,9 +41,10 @@ from transformers import (
     TypicalLogitsWarper,
 )
 
+from trio.decoder.gpu import sent
 from trio.engine.decoding.constraints import Masks
 from trio.engine.decoding.generation_rules import CUTS, FILE, OTHER_CUTS, Rules
-from trio.engine.decoding.sampler import Chosen, sent
+from trio.engine.decoding.sampler import Chosen
 from trio.engine.request import Sampling
 from trio.engine.sequence import SequenceState
 from trio.errors import UserError, first_line
@@ -231,7 +232,7 @@ def ruled(sequences: Sequence[SequenceState], logits_BV: Tensor) -> Tensor | Non
         if len(rows) == len(sequences):
             scores_BV = members[0].processors(ids_GS, scores_BV)
             break
-        index_G = sent(rows, scores_BV.device)
+        index_G = sent(torch.tensor(rows), scores_BV.device)
         scores_BV[index_G] = members[0].processors(ids_GS, scores_BV[index_G])
     if groups:
         masks(scores_BV)  # what is forced may be shut out
@@ -252,7 +253,7 @@ def _together(ids: Sequence[Tensor]) -> Tensor:
     if len(ids) == 1:
         return ids[0][None]
     device = ids[0].device
-    lengths = sent([len(own) for own in ids], device)
+    lengths = sent(torch.tensor([len(own) for own in ids]), device)
     offset_S = torch.arange(max(map(len, ids)), device=device)
     inside = torch.minimum(offset_S, lengths[:, None] - 1)
     return torch.cat(list(ids))[inside + (lengths.cumsum(0) - lengths)[:, None]]

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trio.decoder.gpu import Fetched
+from trio.decoder.gpu import Fetched, sent
 from trio.engine.request import Sampling
 
 
@@ -67,7 +67,7 @@ def choose(
     possible_B = ruled_BV.gather(1, tokens_B[:, None])[:, 0] > -torch.inf
     drawn = [row for row, sampling in enumerate(samplings) if sampling.temperature > 0]
     if drawn:
-        rows = torch.tensor(drawn, device=logits_BV.device)
+        rows = sent(torch.tensor(drawn), logits_BV.device)
         uniforms = [streams[row].random() for row in drawn]
         probabilities = distribution(ruled_BV[rows], [samplings[row] for row in drawn])
         possible_B[rows] &= probabilities[:, 0].isfinite()
@@ -85,7 +85,7 @@ def distribution(logits_BV: Tensor, samplings: Sequence[Sampling]) -> Tensor:
     vocabulary = logits_BV.shape[-1]
 
     def column(values: list[float]) -> Tensor:
-        return torch.tensor(values, device=logits_BV.device)[:, None]
+        return sent(torch.tensor(values), logits_BV.device)[:, None]
 
     scaled_BV = logits_BV / column([s.temperature for s in samplings])
     if any(s.top_k for s in samplings):
@@ -110,14 +110,8 @@ def distribution(logits_BV: Tensor, samplings: Sequence[Sampling]) -> Tensor:
 def _invert(probabilities_BV: Tensor, uniforms: Sequence[float]) -> Tensor:
     """The token at which the cumulative probability passes each row's uniform number."""
     cumulative_BV = probabilities_BV.double().cumsum(dim=-1)
-    points_B1 = torch.tensor(uniforms, dtype=torch.double, device=cumulative_BV.device)[:, None]
+    points_B1 = sent(torch.tensor(uniforms, dtype=torch.double), cumulative_BV.device)[:, None]
     total_B1 = cumulative_BV[:, -1:]
     # Below the total even after rounding: past it lie only tokens without any probability.
     points_B1 = torch.minimum(points_B1 * total_B1, torch.nextafter(total_B1, total_B1 - 1))
     return torch.searchsorted(cumulative_BV, points_B1, right=True)[:, 0]
-
-
-def sent(values: Sequence[int], device: torch.device) -> Tensor:
-    """On the device, without waiting for what it is doing."""
-    host = torch.tensor(values, pin_memory=device.type == "cuda")
-    return host.to(device, non_blocking=True)

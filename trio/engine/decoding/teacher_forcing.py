@@ -8,7 +8,7 @@ Shapes: N tokens of an answer, B requests, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -64,7 +64,7 @@ class Answers:
         self._batch_tokens = batch_tokens
         self._max_running = max_running
         decoder = self.adapter.decoder
-        self._kv_bytes = default_kv_bytes(decoder.device)
+        self._kv_bytes = default_kv_bytes(decoder, batch_tokens)
         self._there = torch.empty(0, dtype=decoder.dtype, device=decoder.device)
         self._features: dict[Any, list[Features]] = {}
 
@@ -91,13 +91,13 @@ class Answers:
         runner = ModelRunner(
             self.adapter, pruning, kv_bytes=self._kv_bytes, max_running=self._max_running
         )
-        runner.replay = None  # recording a step pays where it is run for long
+        runner.graphs = None  # recording a step pays where it is run for long
         admission = Admission(runner, sampling=self._sampling, eos=self._eos)
         scheduler: Scheduler[SequenceState] = Scheduler(
             runner.cache, batch_tokens=self._batch_tokens
         )
         for prompt in prompts:
-            sequence = admission(prompt)
+            sequence = admission(prompt if given is None else self._led(prompt, given[prompt.id]))
             if isinstance(sequence, SequenceState):
                 scheduler.add(sequence)
             else:
@@ -106,6 +106,11 @@ class Answers:
             if not (admitted := scheduler.admit()):
                 raise UserError("the device has no memory for the keys and values of a prompt")
             yield from self._together(runner, scheduler, admitted, given)
+
+    def _led(self, prompt: Prepared, answer: Sequence[int]) -> Prepared:
+        """With room for this answer, however long the prompt's own may be."""
+        sampling = prompt.sampling or self._sampling
+        return replace(prompt, sampling=replace(sampling, max_new_tokens=len(answer)))
 
     def _together(
         self,
@@ -123,7 +128,6 @@ class Answers:
             for sequence in list(scheduler.running.values()):
                 if sequence.failure is not None:
                     scheduler.finish(sequence)
-                    runner.cache.scrub()
                     yield (
                         sequence.prepared.id,
                         failed(sequence.prepared.id, "numeric", sequence.failure),

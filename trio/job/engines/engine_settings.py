@@ -102,7 +102,6 @@ def build_engines(settings: EngineSettings) -> Sequence[EngineLike]:
     if not settings.gpu:
         torch.set_num_threads(engine_threads(settings))
     _register_families(settings)
-    optional = {"batch_tokens": settings.batch_tokens, "max_running": settings.max_running}
     first = Engine.from_pretrained(
         settings.model,
         text_tower=settings.text_tower,
@@ -111,12 +110,13 @@ def build_engines(settings: EngineSettings) -> Sequence[EngineLike]:
         device="cuda" if settings.gpu else "cpu",
         dtype=getattr(torch, settings.dtype) if settings.dtype else None,
         sampling=settings.sampling,
+        batch_tokens=settings.batch_tokens,
+        max_running=settings.max_running,
         memory_share=settings.gpu_share,
         revision=settings.revision,
         min_pixels=settings.min_pixels,
         max_pixels=settings.max_pixels,
         system=settings.system,
-        **{name: value for name, value in optional.items() if value is not None},
     )
     if settings.audit is not None:  # of few rows, for which no features are to be held
         engines = first.beside([settings.audit], share=AUDIT_SHARE, encoding=False)
