@@ -15,9 +15,10 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_
 
 from tests.tiny.llava import Family, tiny_llava
 from tests.tiny.qwen2_5_vl import tiny_qwen
-from trio.decoder import fused_kernels, gpu
+from trio.decoder import gpu
 from trio.decoder.attention import Packed
 from trio.decoder.decoder import Decoder
+from trio.decoder.fused import fused_kernels
 
 # The interpreter cuts float32 off where it makes bfloat16 of it, devices round: two roundings in a
 # row may be two units off.

@@ -11,7 +11,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from trio.decoder.fused_kernels import activate, norm, rotate
+from trio.decoder.fused.fused_kernels import activate, norm, rotate
 
 SIZES: list[tuple[Any, dict[str, str], dict[str, Any]]] = [
     (norm, {"width": "i32", "epsilon": "fp32"}, {"ADDS": False, "BLOCK": 4096}),

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from tests.decoder.test_packed import RecordingCache
 from tests.every_family.family import LAYERS, Family
-from trio.decoder import fused_layer
 from trio.decoder.attention import Packed
+from trio.decoder.fused import fused_layer
 from trio.families.registry import adapt
 
 LENGTHS = (7, 31, 12)

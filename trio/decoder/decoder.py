@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from trio.decoder.attention import NAME, Layout, Packed
 from trio.decoder.cache_argument import Once, cache_keyword
 from trio.decoder.check_layers import check_layers
-from trio.decoder.fused_layer import FusedLayer
-from trio.decoder.fused_layers import FusedLayers, fused_layers
-from trio.decoder.gpu import on_gpu
+from trio.decoder.fused.fused_layer import FusedLayer
+from trio.decoder.fused.fused_layers import FusedLayers, fused_layers
+from trio.decoder.gpu import on_gpu, without_cudnn
 from trio.decoder.matmul import linear
 from trio.errors import UserError
 
@@ -203,7 +203,8 @@ class Decoder:
         before = self.config._attn_implementation
         self.config._attn_implementation = NAME
         try:
-            yield
+            with without_cudnn(self.device):
+                yield
         finally:
             self.config._attn_implementation = before
 

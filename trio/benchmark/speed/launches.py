@@ -29,7 +29,8 @@ from torch.utils._pytree import tree_flatten
 from trio.benchmark.shapes.random_llava import LLAVA_NEXT_7B
 from trio.benchmark.shapes.sizes import fill_weights
 from trio.benchmark.speed.engine_speed import Workload, requests_for
-from trio.decoder import attention, fused_kernels, gpu
+from trio.decoder import attention, gpu
+from trio.decoder.fused import fused_kernels
 from trio.demo.language import tokenizer
 from trio.engine.engine import Engine
 from trio.pruning.options import Pruning

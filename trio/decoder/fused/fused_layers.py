@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from trio import cgroups
 from trio.decoder import onednn
-from trio.decoder.fused_layer import FusedLayer, OnCPU, OnGPU, foreign, kind
+from trio.decoder.fused.fused_layer import FusedLayer, OnCPU, OnGPU, foreign, kind
+from trio.decoder.fused.side_by_side import SideBySide
 from trio.decoder.gpu import on_gpu
-from trio.decoder.side_by_side import SideBySide
 from trio.errors import first_line
 
 _log = logging.getLogger(__name__)

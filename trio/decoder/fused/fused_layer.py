@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from trio.decoder.side_by_side import SideBySide
+from trio.decoder.fused.side_by_side import SideBySide
 
 Rotary = tuple[Tensor, Tensor]
 # On a CPU the MLP takes tokens in parts, whose numbers stay near the processor and in memory that
@@ -157,7 +157,7 @@ class OnGPU(FusedLayer):
 
     def __init__(self, layer: Any) -> None:
         super().__init__(layer)
-        from trio.decoder import fused_kernels  # wants Triton
+        from trio.decoder.fused import fused_kernels  # wants Triton
 
         self._kernels = fused_kernels
 

@@ -1,0 +1,1 @@
+"""Decoder layers of LLaMA's type in few operations."""
