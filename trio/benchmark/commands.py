@@ -78,10 +78,11 @@ def read(argv: Sequence[str], description: str) -> Measurement:
         UserError: anything in it that is wrong.
     """
     # They import this module for what they share.
+    from trio.benchmark.peers_command import Peers
     from trio.benchmark.quality_commands import Calibrate, Quality
     from trio.benchmark.speed_commands import Cost, Likelihood, Pipeline, Speed, Targets
 
-    kinds = (Quality, Speed, Likelihood, Cost, Targets, Pipeline, Calibrate)
+    kinds = (Quality, Speed, Likelihood, Cost, Targets, Peers, Pipeline, Calibrate)
     commands: dict[str, type[Measurement]] = {kind.__name__.lower(): kind for kind in kinds}
     shown = {
         name: Command(about=inspect.getdoc(kind) or "", groups=kind.groups())
