@@ -26,6 +26,7 @@ WAYS = {
     "spaced": "answers = [{**one, 'text': ' ' + one['text'] + ' '} for one in answers]",
     "other": "answers[0]['text'] = 'else'",
     "ends": "if seen == 2: sys.exit('one line\\nout of memory')",
+    "longer": "answers[0]['prompt_tokens'] = 10",
     "few": "answers = answers[1:]",
     "short": "answers[0]['output_tokens'] = 1",
     "hangs": "if seen == 1: time.sleep(60)",
@@ -89,14 +90,14 @@ def test_every_subject_has_a_turn_a_round_and_the_first_is_not_counted(subject: 
         "round 2/2",
     ]
     shown = table(last)
-    assert "of vllm" in shown and "round 2: 0 s, others used" in shown
+    assert "of vllm" in shown and "round 2: 0 s, others used" in shown and "differ" not in shown
 
 
 def test_those_that_fail_are_told_with_their_last_line_and_the_others_go_on(subject: Any) -> None:
     told: list[str] = []
-    given = ["good", "absent", "ends", "few", "short"]
+    given = ["good", "longer", "absent", "ends", "few", "short"]
     *_, last = results([subject(way, way) for way in given], told)
-    assert [row["name"] for row in last["rows"]] == ["good"]
+    assert [row["name"] for row in last["rows"]] == ["good", "longer"]
     assert last["failed"] == {
         "absent": "did not start: RuntimeError: no such wheel",
         "ends": "failed in round 2/2: out of memory",
@@ -106,8 +107,9 @@ def test_those_that_fail_are_told_with_their_last_line_and_the_others_go_on(subj
     assert [f"{name} {what}" for name, what in last["failed"].items()] == [
         line for line in told if "fail" in line or "not start" in line
     ]
-    assert set(last["rounds"][0]["seconds"]) == {"good", "ends"}
-    assert "of generate" not in table(last)
+    assert set(last["rounds"][0]["seconds"]) == {"good", "longer", "ends"}
+    shown = table(last)
+    assert "of generate" not in shown and "prompt tokens differ" in shown
 
 
 def test_one_that_hangs_is_ended_with_what_it_has_started(
@@ -162,7 +164,8 @@ def test_ours_answer_the_same_files_alike(tmp_path: Path) -> None:
     ("flags", "message"),
     [
         (["--peer", "llama=python3"], "--peer: 'llama=python3' is not NAME=PYTHON with a name of"),
-        (["--peer", "vllm"], "vllm: 'nothing' is no interpreter to be had here"),
+        (["--peer", "vllm"], "--peer: 'vllm' names no interpreter; give vllm=PYTHON"),
+        (["--peer", "vllm=./nowhere/python"], "vllm: no interpreter './nowhere/python'"),
         (["--peer", f"vllm={sys.executable}"] * 2, "an engine is named twice"),
         (["--shape", "qwen3-vl-8b"], "--shape qwen3-vl-8b is not written for other engines"),
     ],

@@ -43,9 +43,9 @@ def _peer(value: Any) -> Peer:
     name, _, python = text(value).partition("=")
     if name not in PEERS:
         raise UserError(f"{value!r} is not NAME=PYTHON with a name of {', '.join(PEERS)}")
-    if shutil.which(python) is None:
-        raise UserError(f"{name}: {python or 'nothing'!r} is no interpreter to be had here")
-    return Peer(name, python)
+    if not python:
+        raise UserError(f"{value!r} names no interpreter; give {name}=PYTHON")
+    return Peer(name, os.path.expanduser(python))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,6 +105,11 @@ class Peers(Measurement):
         names = [peer.name for peer in self.peer]
         if len(set(names)) < len(names):
             raise UserError("--peer: an engine is named twice")
+        for peer in self.peer:
+            if shutil.which(peer.python) is None:
+                raise UserError(
+                    f"--peer {peer.name}: no interpreter {peer.python!r} to be had here"
+                )
         if self.model is None:
             from trio.benchmark.speed.peers.checkpoint_of_shape import check_shape
 

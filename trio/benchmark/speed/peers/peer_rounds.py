@@ -183,7 +183,7 @@ def _row(
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """The rows as aligned text; then what others used, round by round."""
+    """The rows as aligned text, whether they compare, and what others used, round by round."""
     bases = [base for base in BASES if any(f"vs_{base}" in row for row in result["rows"])]
     head = ["", "images/s", "(range)", "tokens/s"]
     head += [text for base in bases for text in (f"of {base}", "(range)")]
@@ -197,7 +197,13 @@ def table(result: Mapping[str, Any]) -> str:
         cells += [f"{row['prompt_tokens']:.0f}", "" if alike is None else f"{alike:.0%}"]
         lines.append([*cells, f"{row['start_s']:.0f}"])
     others = [_used(number, one) for number, one in enumerate(result["rounds"], 1)]
-    return "\n".join([aligned(lines), *others])
+    return "\n".join([aligned(lines), *_unlike(result["rows"]), *others])
+
+
+def _unlike(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line where prompts became more or fewer tokens for one subject than for another."""
+    counts = {row["prompt_tokens"] for row in rows}
+    return ["the rows do not compare: prompt tokens differ"] if len(counts) > 1 else []
 
 
 def _range(low_high: tuple[float, float]) -> str:
