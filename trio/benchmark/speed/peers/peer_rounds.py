@@ -84,13 +84,12 @@ class Peers:
         return turns
 
     def _turn(self, running: Running, requests: Sequence[Mapping[str, str]]) -> Turn:
-        machine, own = machine_cpu_s(), running.cpu_s()
+        before, own = machine_cpu_s(), running.cpu_s()
         began = time.perf_counter()
         answers = running.answer(requests, self.task["output_tokens"])
         seconds = time.perf_counter() - began
         own, after = running.cpu_s() - own, machine_cpu_s()
-        known = machine is not None and after is not None
-        others = max(0.0, after - machine - own) if known else None
+        others = None if before is None or after is None else max(0.0, after - before - own)
         return Turn(seconds=seconds, others_s=others, answers=answers)
 
     def _fail(self, name: str, what: str) -> None:

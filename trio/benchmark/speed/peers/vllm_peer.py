@@ -13,6 +13,7 @@ def load(task: dict[str, Any]) -> Callable[[list[dict[str, str]]], list[dict[str
     cpus = sorted(os.sched_getaffinity(0))[: task["threads"]]
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cpus))
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")  # GiB; half of the memory by default
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     vllm = importlib.import_module("vllm")
     image_of = importlib.import_module("PIL.Image").open
     engine = vllm.LLM(task["model"], dtype=task["dtype"], limit_mm_per_prompt={"image": 1})
