@@ -84,6 +84,7 @@ def test_every_subject_has_a_turn_a_round_and_the_first_is_not_counted(subject: 
     rates = [2 / one["engine"] for one in seconds]
     assert rows["engine"]["tokens_per_s"] == pytest.approx(sum(rates))
     assert all(turns["others_cpu_s"] >= 0 for turns in last["rounds"])
+    assert all(used >= 0 for turns in last["rounds"] for used in turns["cpu_s"].values())
     assert [line.partition(":")[0] for line in told[3:]] == [
         "the warm-up",
         "round 1/2",

@@ -38,9 +38,9 @@ def load(task: dict[str, Any]) -> Callable[[list[dict[str, str]]], list[dict[str
     }
     if task["dtype"] == "float32":
         options["KV_CACHE_PRECISION"] = "f32"
-    pipeline = genai.ContinuousBatchingPipeline(
-        str(exported), genai.SchedulerConfig(), "CPU", options
-    )
+    scheduling = genai.SchedulerConfig()
+    scheduling.max_num_batched_tokens = 1024  # a tenth less work than with its 256
+    pipeline = genai.ContinuousBatchingPipeline(str(exported), scheduling, "CPU", options)
     sampling = genai.GenerationConfig()
     sampling.max_new_tokens = task["output_tokens"]
     sampling.ignore_eos = True

@@ -33,10 +33,11 @@ BASES = (GENERATE, VLLM)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Turn:
-    """One subject in one round. others_s: seconds of CPU that all else used meanwhile; None where
-    the system does not say."""
+    """One subject in one round. cpu_s: seconds of CPU that it used. others_s: those that all else
+    used meanwhile; None where the system does not say."""
 
     seconds: float
+    cpu_s: float
     others_s: float | None
     answers: Sequence[Mapping[str, Any]]
 
@@ -90,7 +91,7 @@ class Peers:
         seconds = time.perf_counter() - began
         own, after = running.cpu_s() - own, machine_cpu_s()
         others = None if before is None or after is None else max(0.0, after - before - own)
-        return Turn(seconds=seconds, others_s=others, answers=answers)
+        return Turn(seconds=seconds, cpu_s=own, others_s=others, answers=answers)
 
     def _fail(self, name: str, what: str) -> None:
         self.failed[name] = what
@@ -138,6 +139,7 @@ def summary(rounds: Sequence[Round], peers: Peers, images: int, tokens: int) -> 
         "rounds": [
             {
                 "seconds": {name: turn.seconds for name, turn in turns.items()},
+                "cpu_s": {name: turn.cpu_s for name, turn in turns.items()},
                 "others_cpu_s": _others(turns),
                 "wall_s": sum(turn.seconds for turn in turns.values()),
             }
@@ -162,6 +164,7 @@ def _row(
         "images_per_s": statistics.median(rates),
         "images_per_s_range": (min(rates), max(rates)),
         "tokens_per_s": statistics.median(rates) * tokens,
+        "cpu_s": statistics.median(turns[name].cpu_s for turns in rounds),
         "prompt_tokens": statistics.mean(
             answer["prompt_tokens"] for turns in rounds for answer in turns[name].answers
         ),
@@ -184,12 +187,12 @@ def _row(
 def table(result: Mapping[str, Any]) -> str:
     """The rows as aligned text, whether they compare, and what others used, round by round."""
     bases = [base for base in BASES if any(f"vs_{base}" in row for row in result["rows"])]
-    head = ["", "images/s", "(range)", "tokens/s"]
+    head = ["", "images/s", "(range)", "tokens/s", "CPU s"]
     head += [text for base in bases for text in (f"of {base}", "(range)")]
     lines = [[*head, "prompt tokens", "as generate", "start s"]]
     for row in result["rows"]:
         cells = [row["name"], f"{row['images_per_s']:.2f}", _range(row["images_per_s_range"])]
-        cells.append(f"{row['tokens_per_s']:.0f}")
+        cells += [f"{row['tokens_per_s']:.0f}", f"{row['cpu_s']:.1f}"]
         for base in bases:
             cells += [f"{row[f'vs_{base}']:.2f}", _range(row[f"vs_{base}_range"])]
         alike = row.get("answers_as_generate")
