@@ -105,6 +105,7 @@ def test_those_that_fail_are_told_with_their_last_line_and_the_others_go_on(subj
         "few": "failed in the warm-up: gave 1 answers to 2 requests",
         "short": "failed in the warm-up: gave an answer of 1 tokens instead of 2",
     }
+    assert last["logs"]["ends"][-2:] == ["one line", "out of memory"]
     assert [f"{name} {what}" for name, what in last["failed"].items()] == [
         line for line in told if "fail" in line or "not start" in line
     ]

@@ -49,7 +49,8 @@ Round = dict[str, Turn]
 class Peers:
     """Subjects that run, and what became of the others.
 
-    start_s: seconds until each was ready. failed: by name, what those that are gone said last.
+    start_s: seconds until each was ready. failed: by name, what became of those that are gone.
+    logs: what they wrote last, in lines.
     """
 
     task: Mapping[str, Any]
@@ -57,6 +58,7 @@ class Peers:
     running: dict[str, Running] = field(default_factory=dict)
     start_s: dict[str, float] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
+    logs: dict[str, list[str]] = field(default_factory=dict)
 
     def start(self, subjects: Sequence[Subject], stack: ExitStack) -> None:
         """One after the other; those that do not start are left out, which is told."""
@@ -65,7 +67,7 @@ class Peers:
             try:
                 running = Running(subject, self.task)
             except SubjectFailed as error:
-                self._fail(subject.name, f"did not start: {error}")
+                self._fail(subject.name, "did not start", error)
                 continue
             stack.callback(running.close)
             self.running[subject.name] = running
@@ -79,7 +81,7 @@ class Peers:
             try:
                 turns[name] = self._turn(running, requests)
             except SubjectFailed as error:
-                self._fail(name, f"failed in {label}: {error}")
+                self._fail(name, f"failed in {label}", error)
                 del self.running[name]
                 running.close()
         return turns
@@ -93,9 +95,9 @@ class Peers:
         others = None if before is None or after is None else max(0.0, after - before - own)
         return Turn(seconds=seconds, cpu_s=own, others_s=others, answers=answers)
 
-    def _fail(self, name: str, what: str) -> None:
-        self.failed[name] = what
-        self.tell(f"{name} {what}")
+    def _fail(self, name: str, how: str, error: SubjectFailed) -> None:
+        self.failed[name], self.logs[name] = f"{how}: {error}", error.log
+        self.tell(f"{name} {self.failed[name]}")
 
 
 def compare(
@@ -146,6 +148,7 @@ def summary(rounds: Sequence[Round], peers: Peers, images: int, tokens: int) -> 
             for turns in rounds
         ],
         "failed": dict(peers.failed),
+        "logs": dict(peers.logs),
     }
 
 

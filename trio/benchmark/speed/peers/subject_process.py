@@ -18,19 +18,27 @@ from typing import Any
 SERVE = Path(__file__).with_name("serve.py")
 START_LIMIT_S, ANSWER_LIMIT_S = 1800.0, 1800.0
 """After which a subject counts as hung. Starting includes exporting and compiling a model."""
+LOG_LINES = 100
 _LOOK_S = 0.2
 """Between two looks at whether a silent process still lives."""
 _END_S = 10.0
 
 
 class SubjectFailed(RuntimeError):
-    """A subject did not start, ended, or did not answer as asked; in one line."""
+    """A subject did not start, ended, or did not answer as asked; in one line.
+
+    log: the last lines that it wrote to standard error, where it has ended.
+    """
+
+    def __init__(self, message: str, log: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.log = list(log)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Subject:
     """name: in the table. python: interpreter. module: that `serve.py` loads there. environment:
-    its own variables. serve: the script."""
+    its own variables."""
 
     name: str
     python: str
@@ -38,7 +46,6 @@ class Subject:
     environment: Mapping[str, str]
     options: Mapping[str, Any]
     """Of its task, beside what all are told."""
-    serve: Path = SERVE
 
 
 class Running:
@@ -56,7 +63,7 @@ class Running:
         self._errors = TemporaryFile()  # noqa: SIM115 -- closed in `close`
         try:
             self._process = subprocess.Popen(
-                [subject.python, str(subject.serve), subject.module],
+                [subject.python, str(SERVE), subject.module],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._errors,
@@ -111,7 +118,7 @@ class Running:
             stdin.write(json.dumps(message).encode() + b"\n")
             stdin.flush()
         except BrokenPipeError:
-            raise SubjectFailed(self._last_words()) from None
+            raise self._ended() from None
         end = time.monotonic() + limit_s
         while not select.select([stdout], [], [], _LOOK_S)[0]:
             # A process that it started may hold the pipe open when it has gone itself.
@@ -121,17 +128,18 @@ class Running:
                 raise SubjectFailed(f"said nothing for {limit_s:g} s")
         line = stdout.readline() if select.select([stdout], [], [], 0)[0] else b""
         if not line:
-            raise SubjectFailed(self._last_words())
+            raise self._ended()
         return json.loads(line)
 
-    def _last_words(self) -> str:
-        """Its last line of errors."""
+    def _ended(self) -> SubjectFailed:
+        """With its last line of errors."""
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(_END_S)
         self._errors.seek(0)
         lines = self._errors.read().decode(errors="replace").split("\n")
         said = [line.strip() for line in lines if line.strip()]
-        return said[-1] if said else f"ended with code {self._process.returncode}, and said nothing"
+        silent = f"ended with code {self._process.returncode}, and said nothing"
+        return SubjectFailed(said[-1] if said else silent, said[-LOG_LINES:])
 
 
 def session_cpu_s(session: int) -> float:
