@@ -32,6 +32,7 @@ WAYS = {
     "hangs": "if seen == 1: time.sleep(60)",
     "absent": "",
 }
+ABSENT = "atexit.register(sys.stderr.write, 'leaked'); raise RuntimeError('no such wheel')"
 TASK = {"output_tokens": 2}
 REQUESTS = [[{"prompt": f"{number} {place}"} for place in range(2)] for number in range(3)]
 
@@ -41,9 +42,9 @@ def subject(tmp_path: Path) -> Any:
     """A subject that answers in one of `WAYS`, and prints where only its answers belong."""
 
     def made(name: str, way: str) -> Subject:
-        start = "raise RuntimeError('no such wheel')" if way == "absent" else "print('loading')"
+        start = ABSENT if way == "absent" else "print('loading')"
         (tmp_path / f"{way}.py").write_text(
-            "import sys, time\n"
+            "import atexit, sys, time\n"
             "def load(task):\n"
             "    seen = -1\n"
             f"    {start}\n"

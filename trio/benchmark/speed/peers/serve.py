@@ -2,14 +2,14 @@
 
     PYTHON serve.py MODULE
 
-The first line on standard input is the task, a JSON object: `model`, a directory, `dtype`, `threads`,
-`images` of a round, `output_tokens` of each answer, `scratch`, a directory for files of its own, and
-what else a subject is told. `MODULE.load(task)` gives the function that answers. Every further line
-is a list of requests, each with `image`, a file, `prompt`, plain text, and `rendered`, the same
-through the chat template. To the first line and to each other goes out one: "ready", and the list
-of answers, each with `prompt_tokens`, those of its image among them, `output_tokens`, both numbers,
-and `text`. What libraries print goes to standard error. Needs Python 3.10 alone, and nothing of
-this package.
+The first line on standard input is the task, a JSON object: `model`, a directory, `dtype`,
+`threads`, `images` of a round, `output_tokens` of each answer, `scratch`, a directory for its own
+files, and what else a subject is told. `MODULE.load(task)` gives the function that answers. Every
+further line is a list of requests, each with `image`, a file, `prompt`, plain text, and `rendered`,
+the same through the chat template. To the first line and to each other goes out one: "ready", and
+the list of answers, each with `prompt_tokens`, those of its image among them, `output_tokens`, both
+numbers, and `text`. What libraries print goes to standard error. Needs Python 3.10 alone, and
+nothing of this package.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import select
 import signal
 import subprocess
@@ -19,6 +20,8 @@ SERVE = Path(__file__).with_name("serve.py")
 START_LIMIT_S, ANSWER_LIMIT_S = 1800.0, 1800.0
 """After which a subject counts as hung. Starting includes exporting and compiling a model."""
 LOG_LINES = 100
+_EXCEPTION = re.compile(r"(\(.*?\) )?[\w.]*(Error|Exception|Interrupt)\b")
+"""How the last line of a traceback begins, behind the name that vLLM gives a process."""
 _LOOK_S = 0.2
 """Between two looks at whether a silent process still lives."""
 _END_S = 10.0
@@ -132,14 +135,15 @@ class Running:
         return json.loads(line)
 
     def _ended(self) -> SubjectFailed:
-        """With its last line of errors."""
+        """With its last line of errors: an exception's, which warnings may follow, if there is one."""
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(_END_S)
         self._errors.seek(0)
         lines = self._errors.read().decode(errors="replace").split("\n")
         said = [line.strip() for line in lines if line.strip()]
         silent = f"ended with code {self._process.returncode}, and said nothing"
-        return SubjectFailed(said[-1] if said else silent, said[-LOG_LINES:])
+        last = next(filter(_EXCEPTION.match, reversed(said)), said[-1] if said else silent)
+        return SubjectFailed(last, said[-LOG_LINES:])
 
 
 def session_cpu_s(session: int) -> float:
