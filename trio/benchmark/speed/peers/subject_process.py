@@ -135,7 +135,7 @@ class Running:
         return json.loads(line)
 
     def _ended(self) -> SubjectFailed:
-        """With its last line of errors: an exception's, which warnings may follow, if there is one."""
+        """With the last line of an exception, which warnings may follow, or its last at all."""
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(_END_S)
         self._errors.seek(0)
