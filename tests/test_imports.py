@@ -12,6 +12,7 @@ LIGHT = [
     "vqa",
     "benchmark",
     "trio",
+    "trio.benchmark.peers_command",
     "trio.benchmark.quality_commands",
     "trio.benchmark.speed_commands",
     "trio.bundled",

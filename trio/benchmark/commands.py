@@ -79,11 +79,13 @@ def read(argv: Sequence[str], description: str) -> Measurement:
     """
     # They import this module for what they share.
     from trio.benchmark.engine_commands import Launches, Questions
+    from trio.benchmark.peers_command import Peers
     from trio.benchmark.quality_commands import Calibrate, Quality
     from trio.benchmark.speed_commands import Cost, Likelihood, Pipeline, Speed, Targets
 
     kinds = (
-        Quality, Speed, Likelihood, Questions, Cost, Launches, Targets, Pipeline, Calibrate,
+        Quality, Speed, Likelihood, Questions, Cost, Launches, Targets, Peers, Pipeline,
+        Calibrate,
     )  # fmt: skip
     commands: dict[str, type[Measurement]] = {kind.__name__.lower(): kind for kind in kinds}
     shown = {
