@@ -11,8 +11,8 @@ import pytest
 from tests.engine.support import MANY_SIZES, by_id, picture
 from tests.every_family.family import ARCHITECTURES, FAMILIES, LAYERS, Family
 from trio.engine.engine import Engine
-from trio.engine.prefix_cache import PrefixCache, part_for_images
 from trio.engine.request import Request, Result, Sampling
+from trio.engine.sharing.prefix_cache import PrefixCache, part_for_images
 from trio.pruning.options import Pruning
 
 QUESTIONS = ("what is this", "how many", "describe the picture please", "where is red ?")

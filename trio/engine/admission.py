@@ -11,9 +11,9 @@ from trio.engine.decoding.logits_rules import follow
 from trio.engine.decoding.repetition import RepetitionWatch
 from trio.engine.decoding.sampler import stream
 from trio.engine.model_runner import ModelRunner
-from trio.engine.prefix_cache import prefix_of
 from trio.engine.request import Prepared, Result, Sampling, failed
 from trio.engine.sequence import SequenceState
+from trio.engine.sharing.prefix_cache import prefix_of
 from trio.errors import UserError
 
 

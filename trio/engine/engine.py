@@ -33,7 +33,7 @@ from trio.engine.preprocess import Preprocessor
 from trio.engine.request import Prepared, Request, Result, Sampling, failed
 from trio.engine.scheduler import Limit, Scheduler
 from trio.engine.sequence import SequenceState
-from trio.engine.shared_encoder import SharedEncoder
+from trio.engine.sharing.shared_encoder import SharedEncoder
 from trio.errors import UserError
 from trio.families.adapter import Adapter, Features
 from trio.families.pixel_limits import most_visual_tokens

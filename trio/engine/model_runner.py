@@ -23,10 +23,10 @@ from trio.engine.kv_budget import Need
 from trio.engine.kv_cache import KVCache
 from trio.engine.metrics import beside_decoder
 from trio.engine.packing import Entry, coordinates, entered
-from trio.engine.prefix_cache import PrefixCache, part_for_images
 from trio.engine.request import Prepared
 from trio.engine.sequence import SequenceState
-from trio.engine.shared_encoder import SharedEncoder
+from trio.engine.sharing.prefix_cache import PrefixCache, part_for_images
+from trio.engine.sharing.shared_encoder import SharedEncoder
 from trio.families.adapter import Adapter, Features, Inputs, Join, Span, joined
 from trio.families.coordinates import packed
 from trio.families.text_tower import TextTower

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from trio.engine.shared_encoder import SharedEncoder
+from trio.engine.sharing.shared_encoder import SharedEncoder
 from trio.families.adapter import Inputs
 
 AT_A_TIME = 16

@@ -1,0 +1,1 @@
+"""What prompts on one image, and engines on one model, share."""
