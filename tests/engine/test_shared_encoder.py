@@ -13,9 +13,9 @@ from tests.engine.support import mixed_requests
 from tests.every_family.family import FAMILIES, Family
 from tests.every_family.test_contexts import text_tower
 from trio.decoder.stopwatch import Stopwatch
-from trio.engine import shared_encoder
 from trio.engine.engine import Engine
 from trio.engine.request import ImageInputs, Prepared, Result
+from trio.engine.sharing import shared_encoder
 from trio.pruning.options import Pruning
 
 UNPRUNED = Pruning(method="none", retention=1.0)
