@@ -18,6 +18,7 @@ from torch import Tensor, cuda
 from trio import openmp as waiting
 from trio.bundled import is_bundled, prompts_notice
 from trio.decoder.gpu import sent
+from trio.decoder.stopwatch import Stopwatch
 from trio.decoder.weights import how_to_mend
 from trio.engine.admission import Admission
 from trio.engine.decoding.candidates import candidate_scores
@@ -443,30 +444,37 @@ class Engine:
         sequence.tried_alone = True
 
     def _prefill(self, sequences: list[SequenceState]) -> None:
-        waited = time.perf_counter()
-        began = self._runner.now()
-        if self._under_way:
-            self._counters.decode_s += began - waited
+        encoding, reading = (Stopwatch(self._runner.decoder.device) for _ in range(2))
         complete: list[SequenceState] = []
-        sequences, features, saved_s = self._encode(sequences)
-        encoded = self._runner.now()
-        if sequences:
-            before = self._runner.prefixes.image_layers, self._runner.prefixes.followers
-            ahead = {sequence.prefix for sequence in self._scheduler.waiting}
-            logits_BV, prune_s = self._runner.prefill(sequences, features, ahead)
-            self._counters.image_layers += self._runner.prefixes.image_layers - before[0]
-            self._counters.shared_prompts += self._runner.prefixes.followers - before[1]
-            _note_distributions(sequences, logits_BV)
-            complete = self._score(*_those(sequences, logits_BV, scored=True))
-            complete += self._start(*_those(sequences, logits_BV, scored=False))
-            self._counters.prune_s += prune_s
-        ended = self._runner.now()
-        self._counters.encode_s += encoded - began + saved_s
-        self._counters.prefill_s += ended - encoded
+        with encoding.running():
+            sequences, features, saved_s = self._encode(sequences)
+        with reading.running():
+            if sequences:
+                complete = self._read(sequences, features)
+        # Of a GPU the first tokens have been looked at, so that nothing is waited for.
+        encode_s, prefill_s = encoding.seconds() + saved_s, reading.seconds()
+        self._counters.encode_s += encode_s
+        self._counters.prefill_s += prefill_s
         tokens = sum(sequence.prompt_tokens for sequence in sequences)
         for sequence in sequences:
-            sequence.prefill_s = (ended - began + saved_s) * sequence.prompt_tokens / tokens
+            sequence.prefill_s = (encode_s + prefill_s) * sequence.prompt_tokens / tokens
         self._finish(complete)
+
+    def _read(
+        self, sequences: list[SequenceState], features: list[list[Features]]
+    ) -> list[SequenceState]:
+        """Runs prompts and gives first tokens, or scores; returns what is complete with that."""
+        prefixes, counters = self._runner.prefixes, self._counters
+        before = prefixes.image_layers, prefixes.followers
+        ahead = {sequence.prefix for sequence in self._scheduler.waiting}
+        logits_BV, prune_s = self._runner.prefill(sequences, features, ahead)
+        counters.image_layers += prefixes.image_layers - before[0]
+        counters.shared_prompts += prefixes.followers - before[1]
+        _note_distributions(sequences, logits_BV)
+        complete = self._score(*_those(sequences, logits_BV, scored=True))
+        complete += self._start(*_those(sequences, logits_BV, scored=False))
+        counters.prune_s += prune_s
+        return complete
 
     def _start(self, sequences: list[SequenceState], logits_BV: Tensor) -> list[SequenceState]:
         """Gives sequences their first token; those that are complete with it are returned."""
@@ -481,16 +489,16 @@ class Engine:
         if not sequences:
             return []
         self._note_peak()
-        began = self._runner.now()
-        most = self._scheduler.batch_tokens
-        scores = candidate_scores(self._runner, sequences, logits_BV, batch_tokens=most)
+        most, scoring = self._scheduler.batch_tokens, Stopwatch(logits_BV.device)
+        with scoring.running():
+            scores = candidate_scores(self._runner, sequences, logits_BV, batch_tokens=most)
         for sequence, own in zip(sequences, scores, strict=True):
             if all(math.isfinite(token.logprob) for candidate in own for token in candidate):
                 sequence.candidate_logprobs = [[one.logprob for one in each] for each in own]
                 sequence.candidate_is_top = [[one.is_top for one in each] for each in own]
             else:
                 sequence.failure = not_finite(sequence, self._runner.decoder.dtype)
-        self._counters.score_s += self._runner.now() - began
+        self._counters.score_s += scoring.seconds()
         return sequences
 
     def _encode(

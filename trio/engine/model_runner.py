@@ -5,7 +5,6 @@ Shapes: T packed tokens, B requests, D hidden size, V vocabulary, N visual token
 
 from __future__ import annotations
 
-import time
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from itertools import chain
@@ -198,15 +197,13 @@ class ModelRunner:
         self.adapter.check_unchanged()
         if not self.cache.rows.count:
             self.decoder.check_copies()
-        prompts, compared_s = self._packed(sequences, features), 0.0
+        prompts, comparing = self._packed(sequences, features), Stopwatch(self.decoder.device)
         ends = [spans[-1][1] if spans else 0 for spans in prompts.images]
         sharing = self.prefixes.plan(sequences, prompts.lengths, ends, ahead)
         prompts = replace(prompts, sharing=sharing)
         if self._contexts is not None and self._contexts.needed:
-            comparing = Stopwatch(self.decoder.device)
             with comparing.running():
                 prompts = replace(prompts, contexts=self._contexts(sequences, features))
-            compared_s = comparing.seconds()
         done = prefill(
             self.decoder,
             prompts,
@@ -219,7 +216,7 @@ class ModelRunner:
             sequence.positions = [done.next_positions[start][row] for start, _ in self.cache.spans]
             sequence.entered = entered(sequence.prepared.image_tokens, features[row])
             sequence.kept = [_by_source(stage, sequence.entered) for stage in done.kept[row]]
-        return done.logits_BV, done.prune_seconds + compared_s
+        return done.logits_BV, done.prune_seconds + comparing.seconds()
 
     def _packed(
         self, sequences: Sequence[SequenceState], features: Sequence[Sequence[Features]]
@@ -338,12 +335,6 @@ class ModelRunner:
                 layout = reader.begin(group)
                 hidden_TD = self.decoder.run_layers(start, stop, hidden_TD, rotary, layout, reader)
         return hidden_TD
-
-    def now(self) -> float:
-        """Seconds by a clock that has waited for the device."""
-        if self.decoder.device.type == "cuda":
-            torch.cuda.synchronize(self.decoder.device)
-        return time.perf_counter()
 
 
 def _by_source(stage: Sequence[int], sources: Sequence[int | None]) -> list[int | None]:
