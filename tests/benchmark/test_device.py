@@ -28,7 +28,7 @@ def test_parts_yield_their_figures_and_parity_is_held_to(
 ) -> None:
     monkeypatch.setattr(device, "DTYPES", (torch.float32,))  # the other is as long
     file = tmp_path / "x.json"
-    parts = "env,parity,prefill,fill,profile,decode"
+    parts = "env,parity,paged,prefill,fill,fused,profile,decode,graphs,admission"
     assert benchmark.main([*TINY, "--parts", parts, "--json", str(file)]) == 0
     found = figures(file)
     assert list(dict.fromkeys(one["part"] for one in found)) == list(device.PARTS)
@@ -40,6 +40,10 @@ def test_parts_yield_their_figures_and_parity_is_held_to(
     assert pruned["speed_up"] == unpruned["total_s"] / pruned["total_s"]
     assert unpruned["prune_ms_per_image"] == 0 < pruned["prune_ms_per_image"]
     assert [one["decode_steps"] for one in of["decode"]] == [3, 3]
+    assert all(one["largest_difference"] < 1e-5 for one in of["paged"])
+    assert [one["layers"] for one in of["fused"]] == ["as transformers has them", "fused"]
+    (mixed,) = of["admission"]
+    assert mixed["requests"] == 32 and 0 < mixed["running_mean"] <= 8
     assert all(one["dearest"] and one["operations_ms"] > 0 for one in of["profile"])
     printed = capsys.readouterr().out
     assert "parity, float32" in printed and "missed" not in printed

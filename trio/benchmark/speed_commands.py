@@ -290,8 +290,8 @@ class Targets(Measurement):
     """
 
     parts: Words | None = None
-    """Of env,parity,prefill,fill,profile,decode,goals; goals are whole comparisons with `generate`,
-    as of speed, and take longest (default: all)."""
+    """Of env,parity,paged,prefill,fill,fused,profile,decode,graphs,admission,goals; goals are whole
+    comparisons with `generate`, as of speed, and take longest (default: all)."""
     seconds: Annotated[float, Value(read=number(above=0), unit="SECONDS")] = math.inf
     """That all may take; what would not fit is left out, and that is said (default: no limit)."""
     shape: Shape | None = None

@@ -157,6 +157,10 @@ class Decoder:
         inference alone. On a CPU weights are copied once if memory allows, see `check_copies`."""
         self._fused = fused_layers(self.model, self.lm_head, self._try)
 
+    def unfuse(self) -> None:
+        """From now on run layers as transformers has them."""
+        self._fused = None
+
     @property
     def fused(self) -> bool:
         """Whether some layer runs fused."""

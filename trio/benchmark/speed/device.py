@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -24,7 +25,9 @@ from torch.profiler import profile as profiled
 from trio.benchmark.shapes.sizes import build, named
 from trio.benchmark.speed import ceilings
 from trio.benchmark.speed.engine_speed import Workload, generate_inputs, requests_for, serve
+from trio.decoder.attention import Padded, Paged
 from trio.engine.engine import Engine
+from trio.engine.kv_budget import PAGE
 from trio.engine.request import Prepared
 from trio.errors import UserError, first_line
 from trio.pruning.options import Pruning
@@ -40,11 +43,13 @@ DTYPES = (torch.float32, torch.bfloat16)
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sizes:
     """prefill: images of each comparison. decode: pruning and requests of each. answer: tokens that
-    each of these has. kv_bytes: for keys and values in bytes; None: what the device has left."""
+    each of these has. rows: requests that run at once in other parts. kv_bytes: for keys and values
+    in bytes; None: what the device has left."""
 
     prefill: tuple[int, ...]
     decode: tuple[tuple[str, Pruning, int], ...]
     answer: int
+    rows: int
     kv_bytes: int | None
 
 
@@ -53,12 +58,14 @@ SIZES = {
         prefill=(5, 20),
         decode=(("pruned", PRUNED, 64), ("pruned", PRUNED, 256), ("unpruned", Pruning(), 64)),
         answer=64,
+        rows=256,
         kv_bytes=None,
     ),
     "cpu": Sizes(
         prefill=(5,),
         decode=(("pruned", PRUNED, 4), ("unpruned", Pruning(), 4)),
         answer=4,
+        rows=8,
         kv_bytes=1 << 30,
     ),
 }
@@ -302,6 +309,88 @@ def prefill(bench: Bench) -> Iterator[Figure]:
         }
 
 
+def paged(bench: Bench) -> Iterator[Figure]:
+    """A decode step's attention over pages, against the same keys in rectangles: how far apart they
+    are, and what each costs."""
+    generator = torch.Generator().manual_seed(0)
+    for heads, kv_heads in ((32, 32), (28, 4)):
+        rows, head, most = bench.sizes.rows, 128, 400
+        count = -(-most // PAGE)
+        lengths = torch.randint(50, most, (rows,), generator=generator).to(bench.device)
+        table = torch.randperm(rows * count, generator=generator).view(rows, count)
+        layout = Paged(table.int().to(bench.device), lengths)
+        query = _noise(bench, 1, heads, rows, head)
+        keys, values = (_noise(bench, rows * count, PAGE, kv_heads, head) for _ in range(2))
+        rectangle = Padded(lengths)
+        stored = layout.gathered(keys).contiguous(), layout.gathered(values).contiguous()
+        own = layout.attend(query, keys, values, head**-0.5)
+        other = rectangle.attend(query, *stored, head**-0.5)
+        read = 2 * int(lengths.sum()) * kv_heads * head * bench.dtype.itemsize
+        yield {
+            "heads": f"{heads} over {kv_heads}",
+            "rows": rows,
+            "largest_difference": (own.float() - other.float()).abs().max().item(),
+            "pages_ms": bench.milliseconds(partial(layout.attend, query, keys, values, head**-0.5)),
+            "rectangles_ms": bench.milliseconds(
+                partial(rectangle.attend, query, *stored, head**-0.5)
+            ),
+            "read_MB": read / 1e6,
+        }
+
+
+def fused(bench: Bench) -> Iterator[Figure]:
+    """The pruned prefill with layers as transformers has them, and fused."""
+    for name, change in (("as transformers has them", _unfuse), ("fused", None)):
+        yield {"layers": name, **_serve(bench, PRUNED, bench.sizes.prefill[0], 1, change=change)}
+
+
+def graphs(bench: Bench) -> Iterator[Figure]:
+    """Decode steps replayed from CUDA graphs, and launched one operation after the other."""
+    for name, change in (("without graphs", _without_graphs), ("with graphs", None)):
+        found = _serve(bench, PRUNED, bench.sizes.rows, bench.sizes.answer, change=change)
+        yield {"steps": name, **found}
+
+
+def admission(bench: Bench) -> Iterator[Figure]:
+    """Requests whose prompts and answers differ in length, four times as many as run at once: how
+    many run on average, and how much of the memory for keys and values holds tokens at most."""
+    running = bench.sizes.rows
+    given = bench.requests(4 * running, bench.sizes.answer)
+    requests = [_of_another_length(one, number) for number, one in enumerate(given)]
+    with bench.engine(PRUNED, max_running=running) as engine:
+        total, _, counted = serve(engine, requests, bench.device)
+        yield {
+            "requests": len(requests),
+            "max_running": running,
+            "total_s": total,
+            "output_tokens_per_s": counted["output_tokens"] / total,
+            "running_mean": counted["running_mean"],
+            "kv_used_of_budget": counted["kv_used_bytes_peak"] / counted["kv_budget_bytes"],
+            "out_of_memory": counted["out_of_memory"],
+        }
+
+
+def _of_another_length(request: Prepared, number: int) -> Prepared:
+    """Every third one without its image, and an answer of 1/4 to 4/4 of its length."""
+    assert request.sampling is not None
+    tokens = max(1, request.sampling.max_new_tokens * (1 + number % 4) // 4)
+    sampling = replace(request.sampling, max_new_tokens=tokens)
+    if number % 3:
+        return replace(request, sampling=sampling)
+    words = [token for token, run in groupby(request.input_ids) if len(list(run)) == 1]
+    return replace(
+        request, input_ids=tuple(words), image_inputs=(), image_tokens=(), sampling=sampling
+    )
+
+
+def _unfuse(engine: Engine) -> None:
+    engine._runner.decoder.unfuse()
+
+
+def _without_graphs(engine: Engine) -> None:
+    engine._runner.graphs = None
+
+
 def fill(bench: Bench) -> Iterator[Figure]:
     """The pruned prefill where the fill-up chooses."""
     yield {"pruning": "filled up", **_serve(bench, FILLED, bench.sizes.prefill[0], 1)}
@@ -322,14 +411,17 @@ def _serve(
     *,
     batch_tokens: int | None = None,
     rounds: int = 2,
+    change: Callable[[Engine], None] | None = None,
 ) -> Figure:
     """The last of some rounds, by the engine's own counters; one prefill of all images, unless the
-    tokens of a batch are given."""
+    tokens of a batch are given. `change`: made to the engine first."""
     requests = bench.requests(images, answer)
     tokens = batch_tokens or sum(len(request.input_ids) + 1 for request in requests)
-    engine = bench.engine(pruning, batch_tokens=tokens, max_running=images)
-    for _ in range(rounds):
-        total, _, counted = serve(engine, requests, bench.device)
+    with bench.engine(pruning, batch_tokens=tokens, max_running=images) as engine:
+        if change is not None:
+            change(engine)
+        for _ in range(rounds):
+            total, _, counted = serve(engine, requests, bench.device)
     each = {name: counted[f"{name}_s"] / images * 1e3 for name in ("encode", "prefill", "prune")}
     steps = counted["decode_steps"]
     return {
@@ -395,10 +487,14 @@ def _operations(events: Sequence[Any], count: int = 14) -> Figure:
 PARTS: Mapping[str, tuple[Part, float]] = {
     "env": (env, 5),
     "parity": (parity, 20),
+    "paged": (paged, 5),
     "prefill": (prefill, 30),
     "fill": (fill, 15),
+    "fused": (fused, 15),
     "profile": (profile, 15),
     "decode": (decode, 30),
+    "graphs": (graphs, 30),
+    "admission": (admission, 30),
 }
 """In the order in which they run, each with the seconds that it is not begun without."""
 

@@ -88,13 +88,7 @@ class EngineSubject:
         self, name: str, model: Any, processor: Any, pruning: Pruning, requests: list[Prepared]
     ) -> None:
         self.name = name
-        self._engine = Engine(
-            model,
-            processor,
-            pruning=pruning,
-            max_running=len(requests),
-            kv_bytes=_kv_bytes(model.device),
-        )
+        self._made_of = model, processor, pruning
         self._requests = requests
         self._device = model.device
         self._weights = decoder_bytes(model)
@@ -102,8 +96,14 @@ class EngineSubject:
         self._element = model.dtype.itemsize
 
     def run(self) -> Run:
-        peak = PeakMemory(self._device)
-        total, results, stats = serve(self._engine, self._requests, self._device)
+        model, processor, pruning = self._made_of
+        with Engine(
+            model, processor, pruning=pruning, max_running=len(self._requests)
+        ) as engine:  # one at a time: on a GPU it takes the memory that is free
+            if self._device.type == "cuda":
+                serve(engine, self._requests, self._device)  # records the decode steps
+            peak = PeakMemory(self._device)
+            total, results, stats = serve(engine, self._requests, self._device)
         read = self._weights * stats["decode_steps"] + sum(map(self._cache_reads, results))
         return Run(
             total_s=total,
@@ -222,15 +222,6 @@ def generate_inputs(model: Any, batch: Sequence[Prepared]) -> dict[str, Tensor]:
         # Without them a model whose positions depend on images takes these for text.
         inputs["mm_token_type_ids"] = (ids == model.config.image_token_id).long()
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **inputs}
-
-
-def _kv_bytes(device: torch.device) -> int | None:
-    """A GPU's memory is shared by all that is compared: a good third for each engine."""
-    if device.type != "cuda":
-        return None
-    torch.cuda.empty_cache()
-    free, _ = torch.cuda.mem_get_info(device)
-    return int(free * 0.35)
 
 
 def _asked(request: Prepared) -> int:

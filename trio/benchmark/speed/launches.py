@@ -420,7 +420,7 @@ def prefill(pruning: Pruning, images: int, *, fused: bool) -> Counted:
         engine = Engine(model, processor, pruning=pruning, kv_bytes=1 << 30, max_running=images)
         runner = engine._runner
         if not fused:
-            runner.decoder._fused = None
+            runner.decoder.unfuse()
         assert runner.decoder.fused == fused
         for request in requests:
             engine.submit(request)
