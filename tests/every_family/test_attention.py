@@ -41,7 +41,7 @@ def test_attention_equals_the_models_own(name: str, monkeypatch: pytest.MonkeyPa
     for layer, tile_tokens in itertools.product((0, 3), (5, 40, 1000)):
         monkeypatch.setattr(keys, "_TILE", tile_tokens * decoder.hidden_size)
         hidden_TD, place_T = torch.cat([own[layer] for own in entered]), torch.cat(places, dim=-1)
-        got_T = last_attention(decoder, layer, hidden_TD, place_T, LENGTHS, 0)
+        got_T = last_attention(decoder, layer, hidden_TD, place_T, LENGTHS)
         book_T = torch.cat([own[layer] for own in books])
         torch.testing.assert_close(got_T.double(), book_T, rtol=1e-4, atol=1e-7)
         sums = torch.stack([own.sum() for own in got_T.split(LENGTHS)])
