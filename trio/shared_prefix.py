@@ -10,15 +10,16 @@ key/value heads, E head dimension, D hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate, chain
+from itertools import accumulate
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from trio.decoder.attention import Branches, Packed
+from trio.decoder.attention import Packed
 from trio.decoder.decoder import Decoder, LayerCache, Rotary
 from trio.decoder.gpu import sent
 
@@ -168,7 +169,7 @@ class _Owners:
 
 
 class _Followers:
-    """What comes behind the prefixes, as branches of these."""
+    """What comes behind the prefixes."""
 
     def __init__(
         self,
@@ -180,82 +181,83 @@ class _Followers:
     ) -> None:
         self._decoder = decoder
         device = embeds_TD.device
-        by_prefix = _by_prefix(sharing.followers)
-        self.prefixes = list(by_prefix)
+        self.prefixes = list(dict.fromkeys(sharing.followers.values()))
         starts = [0, *accumulate(lengths)]
-        rows = list(chain.from_iterable(by_prefix.values()))
         index = [
-            torch.arange(starts[row] + sharing.followers[row].tokens, starts[row + 1])
-            for row in rows
+            torch.arange(starts[row] + prefix.tokens, starts[row + 1])
+            for row, prefix in sharing.followers.items()
         ]
-        self._index_F = sent(torch.cat([torch.empty(0, dtype=torch.int64), *index]), device)
-        self.hidden_FD = embeds_TD[self._index_F]
-        self._layout: Branches | None = None
-        if rows:
-            self._rotary: Rotary = decoder.rotary(positions_T[..., self._index_F])
-            behind = [
-                [lengths[row] - prefix.tokens for row in own] for prefix, own in by_prefix.items()
-            ]
-            self._longest = max(prefix.tokens for prefix in by_prefix)
-            stored_B = sent(torch.tensor([prefix.tokens for prefix in by_prefix]), device)
-            self._layout = Branches.of(behind, device).behind(stored_B, self._longest)
+        index_F = sent(torch.cat(index), device)
+        self.hidden_FD = embeds_TD[index_F]
+        self._rotary: Rotary = decoder.rotary(positions_T[..., index_F])
+        self._behind = [
+            _Behind(prefix, lengths[row] - prefix.tokens, device)
+            for row, prefix in sharing.followers.items()
+        ]
 
     def run(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values of a layer, `[K, F, E]`."""
-        if self._layout is None:
-            return _none(self._decoder, self.hidden_FD)
-        reader = _Reader(self.stored(layer), self._layout, self._longest)
+        capture, layout = _Capture(), _BehindPrefixes(self._behind, layer)
         self.hidden_FD = self._decoder.run_layers(
-            layer, layer + 1, self.hidden_FD, self._rotary, self._layout, reader
+            layer, layer + 1, self.hidden_FD, self._rotary, layout, capture
         )
-        assert reader.new is not None
-        return reader.new
+        assert capture.pair is not None
+        return capture.pair
 
     def stored(self, layer: int) -> list[tuple[Tensor, Tensor]]:
         """Keys and values of each prefix."""
         return [(prefix.keys[layer], prefix.values[layer]) for prefix in self.prefixes]
 
 
-class _Reader:
-    """The cache as branches of prefixes see it."""
+class _Behind:
+    """The tokens of one prompt behind its prefix: each sees that, and those up to itself."""
 
-    def __init__(self, stored: list[tuple[Tensor, Tensor]], layout: Branches, longest: int) -> None:
-        self._stored, self._layout, self._longest = stored, layout, longest
-        self.new: tuple[Tensor, Tensor] | None = None
+    def __init__(self, prefix: PrefixStates, tokens: int, device: torch.device) -> None:
+        self.prefix, self.tokens = prefix, tokens
+        seen = torch.ones(tokens, prefix.tokens + tokens, dtype=torch.bool, device=device)
+        self._mask_WL = seen.tril(prefix.tokens)
 
-    def update(
-        self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Stored and new ones, `[B, K, L + W, E]`, for new `[1, K, F, E]`."""
-        self.new = key[0], value[0]
-        old = zip(*self._stored, strict=True)
+    def attend(
+        self, query_HWE: Tensor, key_KWE: Tensor, value_KWE: Tensor, layer: int, scale: float
+    ) -> Tensor:
+        """`[W, H, E]`. The queries of a key head's group stand as rows of it: with a mask, older
+        kernels know no grouped heads."""
+        heads, _, dim = query_HWE.shape
+        kv_heads = len(key_KWE)
         key, value = (
-            torch.cat([self._padded(own), self._layout.rectangle(new)], dim=2)
-            for own, new in zip(old, (key, value), strict=True)
+            torch.cat([stored[layer], own], dim=1)[None]
+            for stored, own in ((self.prefix.keys, key_KWE), (self.prefix.values, value_KWE))
         )
-        return key, value
+        out = F.scaled_dot_product_attention(
+            query_HWE.reshape(1, kv_heads, -1, dim),
+            key,
+            value,
+            attn_mask=self._mask_WL.repeat(heads // kv_heads, 1),
+            scale=scale,
+        )
+        return out.reshape(heads, self.tokens, dim).transpose(0, 1)
 
-    def _padded(self, prefixes: Iterable[Tensor]) -> Tensor:
-        given = list(prefixes)
-        kv_heads, _, dim = given[0].shape
-        out = given[0].new_zeros(len(given), kv_heads, self._longest, dim)
-        for row, own in enumerate(given):
-            out[row, :, : own.shape[1]] = own
-        return out
+
+class _BehindPrefixes:
+    """The layout of all of them, back to back, in one layer. Each is computed by itself, so that
+    numbers of one that are not finite stay there."""
+
+    def __init__(self, behind: Sequence[_Behind], layer: int) -> None:
+        self._behind, self._layer = behind, layer
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """`query [1, H, F, E]`, `key` and `value [1, K, F, E]` to `[1, F, H, E]`."""
+        counts = [one.tokens for one in self._behind]
+        parts = zip(
+            self._behind, *(x[0].split(counts, 1) for x in (query, key, value)), strict=True
+        )
+        return torch.cat([one.attend(q, k, v, self._layer, scale) for one, q, k, v in parts])[None]
 
 
 def _none(decoder: Decoder, like: Tensor) -> tuple[Tensor, Tensor]:
     """Keys and values of no tokens."""
     empty = like.new_empty(decoder.num_kv_heads, 0, decoder.head_dim)
     return empty, empty
-
-
-def _by_prefix(followers: dict[int, PrefixStates]) -> dict[PrefixStates, list[int]]:
-    """The followers of each prefix."""
-    found: dict[PrefixStates, list[int]] = {}
-    for row, prefix in followers.items():
-        found.setdefault(prefix, []).append(row)
-    return found
 
 
 def _order(sharing: Sharing, lengths: Sequence[int], prefixes: Sequence[PrefixStates]) -> Tensor:
@@ -267,7 +269,7 @@ def _order(sharing: Sharing, lengths: Sequence[int], prefixes: Sequence[PrefixSt
         places[row] = torch.arange(first, first + lengths[row])
         first += lengths[row]
     behind: dict[int, Tensor] = {}
-    for row in chain.from_iterable(_by_prefix(sharing.followers).values()):
+    for row in sharing.followers:
         count = lengths[row] - sharing.followers[row].tokens
         behind[row] = torch.arange(first, first + count)
         first += count

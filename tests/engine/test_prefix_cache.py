@@ -147,7 +147,7 @@ def test_the_oldest_states_go_first() -> None:
     assert len(sizes) == 3 and sum(sizes) <= prefixes.budget
     kept = list(prefixes._found)[1:]
     prefixes.budget = sum(sizes[1:])
-    prefixes.trim()
+    prefixes.done()
     assert list(prefixes._found) == kept
     worker.reset()
     assert not prefixes._found

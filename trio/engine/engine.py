@@ -229,7 +229,7 @@ class Engine:
         self._check_open()
         if not prunings:
             return [self]
-        budget = self._cache.allocated_bytes
+        budget = self._cache.allocated_bytes + self._runner.prefixes.budget
         self.close()
         shared = SharedEncoder(self._runner.adapter, hold=True) if encoding else None
         part = 1 / (1 + len(prunings)) if share is None else share

@@ -24,7 +24,7 @@ from trio.engine.metrics import beside_decoder
 from trio.engine.packing import Entry, coordinates, entered
 from trio.engine.request import Prepared
 from trio.engine.sequence import SequenceState
-from trio.engine.sharing.prefix_cache import PrefixCache, part_for_images
+from trio.engine.sharing.prefix_cache import PART, PrefixCache, part_for_images
 from trio.engine.sharing.shared_encoder import SharedEncoder
 from trio.families.adapter import Adapter, Features, Inputs, Join, Span, joined
 from trio.families.coordinates import packed
@@ -74,11 +74,11 @@ class ModelRunner:
         numbers = 2 * depth * self.decoder.num_kv_heads * self.decoder.head_dim
         self.prefixes = PrefixCache(
             depth if share_images else 0,
-            part_for_images(kv_bytes),
-            (numbers + self.decoder.hidden_size) * self.decoder.dtype.itemsize,
+            budget=part_for_images(kv_bytes) if depth and share_images else 0,
+            room=kv_bytes // PART,
+            token_bytes=(numbers + self.decoder.hidden_size) * self.decoder.dtype.itemsize,
         )
-        if self.prefixes.depth:
-            kv_bytes -= self.prefixes.budget
+        kv_bytes -= self.prefixes.budget
         self.cache = KVCache(
             # A stage behind the last layer leaves keys and values as they are.
             group_starts=sorted({0, *(layer for layer, _ in stages if layer < self.num_layers)}),
@@ -195,7 +195,7 @@ class ModelRunner:
         ahead: `SequenceState.prefix` of prompts that wait.
         """
         self.adapter.check_unchanged()
-        if not self.cache.rows.count:
+        if self.cache.rows.count == len(sequences):  # nobody else runs
             self.decoder.check_copies()
         prompts, comparing = self._packed(sequences, features), Stopwatch(self.decoder.device)
         ends = [spans[-1][1] if spans else 0 for spans in prompts.images]
@@ -210,7 +210,7 @@ class ModelRunner:
             self.pruning,
             self.cache.prefill([sequence.key for sequence in sequences]),
         )
-        self.prefixes.trim()
+        self.prefixes.done()
         for row, sequence in enumerate(sequences):
             sequence.layer_tokens = [lengths[row] for lengths in done.cache_lengths]
             sequence.positions = [done.next_positions[start][row] for start, _ in self.cache.spans]

@@ -13,9 +13,10 @@ from trio.engine.request import ImageInputs, Prepared
 from trio.engine.sequence import SequenceState
 from trio.shared_prefix import PrefixStates, Sharing
 
-_PART, _LEAST = 16, 256 << 20
-"""One of so many parts of the memory for keys and values is for states of images; where there are
-fewer bytes, none is, and only prompts of one batch share."""
+PART = 16
+"""One of so many parts of the memory for keys and values is for states of images."""
+_LEAST = 256 << 20
+"""Where there are fewer bytes none is set aside, and only prompts of one batch share."""
 
 
 class PrefixCache:
@@ -25,12 +26,14 @@ class PrefixCache:
     one that waits. The last image of a batch is kept too, since the prompts on one image mostly
     come one after the other. What was used last stays, within `budget`.
 
-    depth: layers; 0 keeps nothing. budget: bytes. token_bytes: of a token's states.
+    depth: layers; 0 shares nothing. budget: bytes of what is kept. room: bytes that the prompts of
+    one batch may leave for each other. token_bytes: of a token's states.
     """
 
-    def __init__(self, depth: int, budget: int, token_bytes: int) -> None:
+    def __init__(self, depth: int, *, budget: int, room: int, token_bytes: int) -> None:
         self.depth = depth
         self.budget = budget
+        self._room = room
         self._token_bytes = token_bytes
         self._found: OrderedDict[bytes, PrefixStates] = OrderedDict()
         """The one used last is the last."""
@@ -38,6 +41,8 @@ class PrefixCache:
         """Layers, counted for each image whose tokens went through them."""
         self.followers = 0
         """Prompts that were spared them."""
+        self._used: dict[bytes, PrefixStates] = {}
+        """By the batch that was planned last."""
 
     def plan(
         self,
@@ -69,45 +74,50 @@ class PrefixCache:
         followers: dict[int, PrefixStates] = {}
         kept: dict[int, PrefixStates] = {}
         used: dict[bytes, PrefixStates] = {}
+        room = self._room
         for row, (key, end) in enumerate(zip(keys, ends, strict=True)):
             states = None if key is None else used.get(key) or self._found.get(key)
             if states is not None:
                 followers[row] = states
             else:
                 owners.append(row)
-                stays = end * self._token_bytes <= self.budget
-                if key is not None and (
-                    times[key] > 1 or (stays and (key in ahead or key == last))
-                ):
+                again = times[key] > 1 or (self.budget and (key in ahead or key == last))
+                if key is not None and again and end * self._token_bytes <= room:
                     states = kept[row] = PrefixStates(end)
+                    room -= end * self._token_bytes
             if key is not None and states is not None:
                 used[key] = states
         self.image_layers += self.depth * sum(len(sequences[row].spans) for row in owners)
         self.followers += len(followers)
-        self._remember(used)
+        self._used = used
+        self._trim(self.budget - self._room + room)
         if not followers and not kept:
             return None
         return Sharing(depth=self.depth, owners=tuple(owners), followers=followers, kept=kept)
 
-    def trim(self) -> None:
-        """After a prefill: down to the budget, what was not used for longest first."""
+    def done(self) -> None:
+        """The batch that was planned has been read: what it used stays, within the budget."""
+        for key, states in self._used.items():
+            self._found[key] = states
+            self._found.move_to_end(key)
+        self._used = {}
+        self._trim(self.budget)
+
+    def _trim(self, budget: int) -> None:
+        """What was not used for longest goes first."""
         held = sum(states.nbytes for states in self._found.values())
-        while held > self.budget:
+        while self._found and held > budget:
             _, gone = self._found.popitem(last=False)
             held -= gone.nbytes
 
     def forget(self) -> None:
         self._found.clear()
-
-    def _remember(self, used: dict[bytes, PrefixStates]) -> None:
-        for key, states in used.items():
-            self._found[key] = states
-            self._found.move_to_end(key)
+        self._used = {}
 
 
 def part_for_images(kv_bytes: int) -> int:
     """Bytes for the states of images, of those for keys and values."""
-    return kv_bytes // _PART if kv_bytes >= _LEAST else 0
+    return kv_bytes // PART if kv_bytes >= _LEAST else 0
 
 
 def prefix_of(prepared: Prepared, spans: Sequence[tuple[int, int]]) -> bytes | None:
