@@ -3,15 +3,19 @@ answer is what it is without that."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
 from tests.engine.support import MANY_SIZES, by_id, picture
+from tests.engine.test_engine import as_on_a_gpu
 from tests.every_family.family import ARCHITECTURES, FAMILIES, LAYERS, Family
 from trio.engine.engine import Engine
-from trio.engine.request import Request, Result, Sampling
+from trio.engine.request import Prepared, Request, Result, Sampling
 from trio.engine.sharing.prefix_cache import PrefixCache, part_for_images
 from trio.pruning.options import Pruning
 
@@ -151,3 +155,55 @@ def test_the_oldest_states_go_first() -> None:
     assert list(prefixes._found) == kept
     worker.reset()
     assert not prefixes._found
+
+
+@pytest.mark.parametrize("schedule", ["2:0.4,4:0.2", None])
+def test_the_ways_of_a_gpu_share_alike(schedule: str | None) -> None:
+    family, requests = FAMILIES["llava"](), list(questions(3))
+    pruning = Pruning(schedule=schedule)
+    expected = answers(list(engine(family, pruning, share_images=False).generate(requests)))
+    shared = as_on_a_gpu(engine(family, pruning, max_running=5))
+    assert answers(list(shared.generate(requests))) == expected
+    assert shared.stats()["shared_prompts"] == 9
+
+
+def test_what_is_not_finite_behind_an_image_stays_there() -> None:
+    family = FAMILIES["llava"]()
+    worker = engine(family, Pruning())
+    asked = [one for one in questions(1) if one.images]
+    prepared = [worker.prepare(one) for one in asked]
+    assert all(isinstance(one, Prepared) for one in prepared)
+    others = {token for one in prepared[:1] + prepared[2:] for token in one.input_ids}
+    word = next(token for token in prepared[1].input_ids if token not in others)
+    with torch.no_grad():
+        family.model.model.language_model.embed_tokens.weight[word] = math.nan
+    found = by_id(worker.generate(prepared))
+    assert worker.stats()["shared_prompts"] == 3
+    assert [key for key, one in found.items() if one.error] == [prepared[1].id]
+
+
+def test_weights_that_change_between_requests_are_followed() -> None:
+    family = FAMILIES["llava"]()
+    worker = engine(family, Pruning())
+    requests = [replace(one, sampling=Sampling(max_new_tokens=6)) for one in questions(1)]
+    before = answers(list(worker.generate(requests)))
+    head = family.model.lm_head.weight
+    head.data.neg_()
+    after = answers(list(worker.generate(requests)))
+    assert after != before
+    assert after == answers(list(engine(family, Pruning()).generate(requests)))
+
+
+def test_engines_beside_each_other_share_all_memory() -> None:
+    pruning = Pruning(schedule="2:0.4")
+    whole = engine(FAMILIES["llava"](), pruning, kv_bytes=1 << 30)
+    parts = whole.beside([Pruning(schedule="3:0.4")])
+    given = sum(one._cache.allocated_bytes + one._runner.prefixes.budget for one in parts)
+    assert given == pytest.approx(1 << 30, rel=1e-3)
+
+
+def test_a_batch_leaves_no_more_than_its_memory_holds() -> None:
+    """Prompts whose states find no place go through all layers themselves."""
+    family = FAMILIES["llava"]()
+    stats = both(family, Pruning(schedule="4:0.4"), list(questions()), kv_bytes=1 << 20)
+    assert 4 * IMAGES < stats["image_layers"] < 4 * 4 * IMAGES

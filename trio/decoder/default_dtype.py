@@ -27,6 +27,8 @@ def on_a_gpu(saved: str | None) -> tuple[str, str]:
 
 def on_a_cpu(saved: str | None, cpuinfo: Path = CPUINFO) -> tuple[str, str]:
     """The same for this machine's CPU. The answer differs by machine, and answers with it."""
+    if saved is None:
+        return "float32", "the checkpoint's config.json, as far as it is here, names none"
     if saved not in HALVES:
         return "float32", "the checkpoint is no half precision"
     if not has_matrix_units(cpuinfo):

@@ -47,6 +47,7 @@ def load(
     model = _expanded(model)
     config = _config(model, revision)
     kind = kind or _default_dtype(model, config, where)
+    _note_slow_dtype(kind, where)
     processor = _processor(model, config, revision)
     limit_images(processor, min_pixels=min_pixels, max_pixels=max_pixels)
     with _explaining("config.json or the weights", model, revision):
@@ -272,6 +273,19 @@ def _default_dtype(model: str, config: Any, where: torch.device) -> str | torch.
     if name != (saved if where.type == "cuda" else "float32"):
         _log.warning("%s is loaded in %s: %s", model, name, why)
     return getattr(torch, name)
+
+
+def _note_slow_dtype(kind: str | torch.dtype, where: torch.device) -> None:
+    """A job decides without looking at its GPUs."""
+    if kind != torch.bfloat16 or where.type != "cuda":
+        return
+    major, minor = torch.cuda.get_device_capability(where)
+    if major < 8:
+        _log.warning(
+            "bfloat16 is slow on a GPU of compute capability %d.%d: --dtype float32 (dtype)",
+            major,
+            minor,
+        )
 
 
 def default_limits(device: torch.device) -> tuple[int, int]:

@@ -280,10 +280,14 @@ def _answers(
     running: int = 4,
 ) -> dict[Any, tuple[list[int], Any]]:
     """Tokens of each request's answer, and which visual tokens were kept for it."""
-    engine = Engine(model, processor, pruning=pruning, kv_bytes=1 << 28, max_running=running)
-    if not graphs:
-        engine._runner.graphs = None
-    results = {one.id: one for one in engine.generate(requests)}
+    options = {"kv_bytes": 1 << 28, "max_running": running}
+    with Engine(model, processor, pruning=pruning, **options) as engine:
+        if not graphs:
+            engine._runner.graphs = None
+        results = {one.id: one for one in engine.generate(requests)}
+        state = engine.stats()["cuda_graphs"]
+    if graphs and state not in (None, "on"):
+        raise UserError(f"CUDA graphs are {state}")
     return {key: (one.token_ids, one.kept_tokens) for key, one in results.items()}
 
 

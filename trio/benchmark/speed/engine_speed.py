@@ -13,6 +13,7 @@ import inspect
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -88,7 +89,8 @@ class EngineSubject:
         self, name: str, model: Any, processor: Any, pruning: Pruning, requests: list[Prepared]
     ) -> None:
         self.name = name
-        self._made_of = model, processor, pruning
+        self._make = partial(Engine, model, processor, pruning=pruning, max_running=len(requests))
+        self._engine: Engine | None = None
         self._requests = requests
         self._device = model.device
         self._weights = decoder_bytes(model)
@@ -96,14 +98,16 @@ class EngineSubject:
         self._element = model.dtype.itemsize
 
     def run(self) -> Run:
-        model, processor, pruning = self._made_of
-        with Engine(
-            model, processor, pruning=pruning, max_running=len(self._requests)
-        ) as engine:  # one at a time: on a GPU it takes the memory that is free
-            if self._device.type == "cuda":
+        if self._device.type == "cuda":
+            with self._make() as engine:  # one at a time: it takes the memory that is free
                 serve(engine, self._requests, self._device)  # records the decode steps
-            peak = PeakMemory(self._device)
-            total, results, stats = serve(engine, self._requests, self._device)
+                return self._measured(engine)
+        self._engine = self._engine or self._make()
+        return self._measured(self._engine)
+
+    def _measured(self, engine: Engine) -> Run:
+        peak = PeakMemory(self._device)
+        total, results, stats = serve(engine, self._requests, self._device)
         read = self._weights * stats["decode_steps"] + sum(map(self._cache_reads, results))
         return Run(
             total_s=total,

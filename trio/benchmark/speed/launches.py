@@ -169,6 +169,8 @@ class _Calls(TorchFunctionMode):
         self._device.put(copy)
         if copy.numel():
             self.counted.launch("copy to the device")
+            if host is not None and host.dtype != copy.dtype:
+                self.counted.launch("cast of it")
             # `sent` copies from pinned memory, where there is such.
             if waits and not _place().endswith("gpu.py:sent"):
                 self.counted.sync()
