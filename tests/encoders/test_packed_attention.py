@@ -86,6 +86,26 @@ def test_a_tower_attends_once_a_block(
     assert len(calls) == len(tower.blocks)  # outside of the engine all is as it was
 
 
+def test_windows_edges_are_read_once(
+    family: tuple[Any, list[Inputs]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of each kind of block, and not in each: on CUDA the host waits for them."""
+    reads, tolist = [], Tensor.tolist
+
+    def counted(edges: Tensor) -> Any:
+        if edges.dtype == torch.int32 and edges.ndim == 1:
+            reads.append(edges)
+        return tolist(edges)
+
+    adapter, inputs = family
+    monkeypatch.setattr(Tensor, "tolist", counted)
+    adapter.encode_images(inputs[:1])
+    first = len(reads)
+    adapter.encode_images(inputs)
+    kinds = {id(edges) for edges in reads}
+    assert len(reads) == len(kinds) and 0 < first <= 2 and len(reads) - first <= 2
+
+
 def test_the_config_is_restored_after_a_fault(family: tuple[Any, list[Inputs]]) -> None:
     tower = family[0].model.model.visual
     set_to: list[str] = []

@@ -99,6 +99,19 @@ def test_images_of_every_mode() -> None:
     assert_same(prepared(prepare, prepare.process(album)), prepared(prepare, album))
 
 
+@pytest.mark.parametrize("name", ["llava-next", "qwen2.5-vl"])
+def test_images_with_tables_and_without_come_together(name: str) -> None:
+    prepare, album = checkpoints()[name], [picture(1, (60, 50))]
+    mixed = [*prepared(prepare, prepare.process(album)).image_inputs]
+    mixed += prepared(prepare, album).image_inputs
+    for images in (mixed, mixed[::-1]):
+        made = finished(images, torch.device("meta"))
+        assert [image["pixel_values"].device.type for image in made] == ["meta"] * 2
+        sizes = [x for image in made for key, x in image.items() if key != "pixel_values"]
+        assert sizes and all(x.device.type == "cpu" for x in sizes)
+    assert finished(mixed[1:], torch.device("meta")) == mixed[1:]  # as they are
+
+
 class Clips(CLIPImageProcessorPil):
     """What it does to a value hangs on the value alone."""
 

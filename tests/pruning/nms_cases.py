@@ -17,7 +17,7 @@ from torch import Tensor
 from trio.pruning import reference
 from trio.pruning.method import packed_index
 from trio.pruning.options import FILL_UPS
-from trio.pruning.selection import nms
+from trio.pruning.selection import nms, nms_kernel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,8 +115,13 @@ def main() -> None:
     for number in range(images):
         case = draw(seed + number, sizes[number % len(sizes)], exactly=len(sizes) > 1)
         expected = case.choice()
-        with mock.patch.object(nms, "_has_kernel", return_value=True):
+        with (
+            mock.patch.object(nms, "_has_kernel", return_value=True),
+            mock.patch.object(nms, "_BYTES", nms._BYTES_ON_DEVICE),
+            mock.patch.object(nms_kernel, "launch", wraps=nms_kernel.launch) as launched,
+        ):
             assert case.choice() == expected, f"seed {seed + number}"
+        assert launched.called, f"seed {seed + number}"
     print(f"{images} equal")
 
 

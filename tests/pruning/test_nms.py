@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -13,10 +16,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.pruning.nms_cases import draw
+from trio.decoder import gpu
 from trio.pruning import reference
 from trio.pruning.method import packed_index
 from trio.pruning.options import FILL_UPS
 from trio.pruning.selection import nms
+from trio.pruning.selection.nms_host import SimilarityRows
 
 
 def suppress(
@@ -160,6 +165,36 @@ def test_chunks_choose_as_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     most = case.order_NV.shape[1]
     monkeypatch.setattr(nms, "_BYTES", 4 * most * (most + 16))
     assert case.choice() == expected
+
+
+def test_equal_tokens_are_foreseen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of a large image are worked out ahead of the choice, also among ties."""
+    calls, rows = [], SimilarityRows.most
+
+    def counted(self: SimilarityRows, image: int, slots: np.ndarray) -> np.ndarray:
+        calls.append(len(slots))
+        return rows(self, image, slots)
+
+    case = replace(draw(3000, 1000, exactly=True), keep_N=torch.tensor([400]), rule="mixed")
+    monkeypatch.setattr(nms, "_BYTES", 0)
+    monkeypatch.setattr(SimilarityRows, "most", counted)
+    (kept,) = case.choice()
+    assert len(kept) == 400
+    assert len(calls) <= 30, len(calls)
+
+
+def test_an_image_too_large_for_the_kernel_is_said_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    case = draw(5, 128)
+    expected = case.choice()
+    monkeypatch.setattr(gpu, "_pretended", True)
+    monkeypatch.setattr(nms, "_MOST_ON_DEVICE", 16)
+    nms._say_too_large.cache_clear()
+    with caplog.at_level(logging.WARNING, "trio"):
+        assert case.choice() == case.choice() == expected
+    (record,) = caplog.records
+    assert "too many tokens for the GPU's kernel" in record.message
 
 
 @pytest.mark.parametrize("fill_up", FILL_UPS)

@@ -21,6 +21,12 @@ def on_gpu(where: Tensor | torch.device) -> bool:
     return device.type == "cuda" or _pretended
 
 
+def current(device: torch.device) -> AbstractContextManager[None]:
+    """Makes a CUDA device the current one, on which Triton starts its kernels wherever their
+    tensors are. Off CUDA nothing is done."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
 def without_cudnn(device: torch.device) -> AbstractContextManager[None]:
     """Keeps scaled dot-product attention from cuDNN, which builds a plan for every new shape, in
     tenths of a second, and shapes change from batch to batch. Off CUDA nothing is done."""
@@ -43,14 +49,17 @@ def sent(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None)
 
 
 class Fetched:
-    """A copy of tensors for the host, on its way there; only reading it waits for CUDA."""
+    """A copy of tensors of one device for the host, on its way there; only reading it waits for
+    CUDA."""
 
     def __init__(self, *tensors: Tensor) -> None:
         self._tensors = tuple(map(_started, tensors))
         self._arrived: torch.cuda.Event | None = None
-        if any(x.is_cuda for x in tensors):
+        devices = {x.device for x in tensors if x.is_cuda}
+        if devices:
+            (device,) = devices
             self._arrived = torch.cuda.Event()
-            self._arrived.record()
+            self._arrived.record(torch.cuda.current_stream(device))
 
     def read(self) -> tuple[Tensor, ...]:
         if self._arrived is not None:

@@ -16,18 +16,19 @@ class Stopwatch:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._on_gpu = device.type == "cuda"
+        self._device = device
         self._marks: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self._seconds = 0.0
 
     @contextmanager
     def running(self) -> Iterator[None]:
         """Counts the time of the work inside."""
-        if self._on_gpu:
+        if self._device.type == "cuda":
+            stream = torch.cuda.current_stream(self._device)
             began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            began.record()
+            began.record(stream)
             yield
-            ended.record()
+            ended.record(stream)
             self._marks.append((began, ended))
         else:
             start = time.perf_counter()

@@ -77,7 +77,13 @@ def window_attention(
         out = varlen_attn(q, k, v, edges, edges, longest, longest, scale=scaling)
         assert isinstance(out, Tensor)  # a tuple only where the log-sum-exp is asked for
         return out[None], None
-    return _by_size(query, key, value, scaling, tuple(cu_seq_lens_q.tolist())), None
+    return _by_size(query, key, value, scaling, _on_host(cu_seq_lens_q)), None
+
+
+@lru_cache(maxsize=8)
+def _on_host(edges: Tensor) -> tuple[int, ...]:
+    """Read once for all blocks, which get the same tensor, known by its identity."""
+    return tuple(edges.tolist())
 
 
 def _by_size(

@@ -166,18 +166,25 @@ class _Learner:
 
 
 def finished(images: Sequence[Inputs], device: torch.device) -> list[Inputs]:
-    """Images with floats for pixels: of those that are still uint8, which have `tables`, on the
-    device; all others as they are."""
+    """Images with floats for pixels: those of which some are still uint8, which have `tables`, on
+    the device, the others' as well, so that all can be put together; else as they are."""
     made = list(images)
     by_tables: dict[int, list[int]] = {}
+    names: set[str] = set()
     for place, image in enumerate(images):
         if (tables := getattr(image, "tables", None)) is not None:
             by_tables.setdefault(id(tables), []).append(place)
+            names |= tables.tables.keys()
     for places in by_tables.values():
         own: list[Any] = [images[place] for place in places]
         for place, image in zip(places, own[0].tables.finish(own, device), strict=True):
             made[place] = image
-    return made
+    if not names:
+        return made
+    return [
+        {name: sent(x, device) if name in names else x for name, x in image.items()}
+        for image in made
+    ]
 
 
 def _index(name: str, pixels: np.ndarray) -> np.ndarray:

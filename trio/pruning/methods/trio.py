@@ -46,8 +46,7 @@ class Trio(Gradient):
         return stage.choice(kept_NK, order_NV, scores, rising=True)
 
     def flops(self, shape: DecoderShape, tokens: int, images: Sequence[tuple[int, int]]) -> int:
-        """Cosines between kept tokens and the rest: in the walk, and once more where that comes out
-        short. One product of all pairs, as images of a usual size get it, is up to V / 2K times as
-        many."""
-        cosines = sum(2 * count * keep * shape.hidden_size for count, keep in images)
-        return super().flops(shape, tokens, images) + cosines
+        """Cosines of all pairs in one product; of kept tokens with all, in the walk and once more
+        where that comes out short, would be fewer, but not where most are kept."""
+        cosines = sum(count * max(count, 2 * keep) for count, keep in images)
+        return super().flops(shape, tokens, images) + cosines * shape.hidden_size

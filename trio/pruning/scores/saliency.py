@@ -119,5 +119,5 @@ def _loss_gradient(logits_RV: Tensor, sequence_R: Tensor, counts_B: Tensor) -> _
     peak_B = nothing_B.scatter_reduce(0, sequence_R, log_peak_R, "amax", include_self=False)
     loss_B = nothing_B.index_add_(0, sequence_R, loss_R).div_(counts_B)
     factor_R = (log_peak_R - peak_B[sequence_R]).exp_()
-    log_scale_B = peak_B - counts_B.log()
+    log_scale_B = peak_B - counts_B.to(loss_R.dtype).log()
     return _LossGradient(gradient_RV, factor_R, log_scale_B, loss_B, label_R1[:, 0])

@@ -22,9 +22,11 @@ from trio.decoder.gpu import on_gpu
 from trio.pruning.selection.farthest import SALIENT
 from trio.pruning.selection.nms_host import Rows, SimilarityMatrix, SimilarityRows, greedy
 
-# Of features [N, V, D] and similarities [N, V, V] held at a time. An image that alone takes
-# more, on a GPU one of 16,000 tokens, has its rows worked out as they are needed.
+# Of features [N, V, D] and similarities [N, V, V] held at a time. An image that alone takes more
+# has its rows worked out as they are needed.
 _BYTES, _BYTES_ON_DEVICE = 16 << 20, 3 << 29
+# Tokens that one program of the kernel holds in its registers, a power of two.
+_MOST_ON_DEVICE = 16_384
 _log = logging.getLogger(__name__)
 
 
@@ -42,7 +44,8 @@ def suppress_and_fill_up(
     """As many tokens of each image as it is to keep.
 
     Cosines are in float32 or better. All tensors lie on one device, and of a GPU nothing is read
-    back, unless Triton is missing or an image has more than 16,384 tokens.
+    back, unless Triton is missing or an image has more than 16,384 tokens, or 1.5 GiB of float32
+    features and cosines; a log line says so.
 
     Args:
         features_TD: packed features.
@@ -75,8 +78,19 @@ def suppress_and_fill_up(
 
 def _fitting(features_TD: Tensor, most: int) -> int:
     """Images of so many tokens that are worked on at a time; 0 where one is too large."""
-    limit = _BYTES_ON_DEVICE if on_gpu(features_TD) else _BYTES
-    return limit // (4 * most * (most + features_TD.shape[1]))
+    size = 4 * most * (most + features_TD.shape[1])
+    if not on_gpu(features_TD):
+        return _BYTES // size
+    fitting = _BYTES_ON_DEVICE // size if most <= _MOST_ON_DEVICE else 0
+    if not fitting:
+        _say_too_large()
+    return fitting
+
+
+@functools.cache
+def _say_too_large() -> None:
+    """Once in a process."""
+    _log.warning("an image has too many tokens for the GPU's kernel: the host chooses among them")
 
 
 def _has_kernel(features_TD: Tensor) -> bool:

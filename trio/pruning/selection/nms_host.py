@@ -111,8 +111,8 @@ def _nearest(similar: Rows, image: int, slots: np.ndarray) -> np.ndarray:
 
 
 def _lowest(near_V: np.ndarray) -> np.ndarray:
-    ahead = min(_AHEAD, len(near_V))
-    return np.argpartition(near_V, ahead - 1)[:ahead]
+    """The first ones of equal tokens, as these are taken first."""
+    return np.argsort(near_V, kind="stable")[:_AHEAD]
 
 
 class SimilarityMatrix:
@@ -154,7 +154,7 @@ class SimilarityRows:
         (slot,) = slots.tolist()
         if slot not in self._place_of:
             ahead = likely()
-            ahead[0] = slot  # which of equal ones are likely is any
+            assert ahead[0] == slot
             self._rows = self.most(0, ahead)
             self._place_of = {slot: place for place, slot in enumerate(ahead.tolist())}
         return self._rows[[self._place_of[slot]]]
