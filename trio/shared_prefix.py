@@ -105,7 +105,8 @@ def run(
             )
             cache.update(key, value, layer)
     owners.keep()
-    hidden = [states.hidden_PD for states in followers.prefixes]
+    hidden = [own.hidden_PD for own in followers.prefixes if own.hidden_PD is not None]
+    assert len(hidden) == len(followers.prefixes), "a prefix that no owner has filled"
     return torch.cat([owners.hidden_TD, followers.hidden_FD, *hidden])[order_T]
 
 

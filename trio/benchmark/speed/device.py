@@ -280,8 +280,7 @@ def _answers(
     running: int = 4,
 ) -> dict[Any, tuple[list[int], Any]]:
     """Tokens of each request's answer, and which visual tokens were kept for it."""
-    options = {"kv_bytes": 1 << 28, "max_running": running}
-    with Engine(model, processor, pruning=pruning, **options) as engine:
+    with Engine(model, processor, pruning=pruning, kv_bytes=1 << 28, max_running=running) as engine:
         if not graphs:
             engine._runner.graphs = None
         results = {one.id: one for one in engine.generate(requests)}

@@ -225,15 +225,19 @@ class Counting:
     @contextmanager
     def pretended(self) -> Iterator[None]:
         """Takes the ways made for a GPU, with something that computes the same for each kernel."""
-        kernels = {"norm": _norm, "rotate": _rotate, "activate": _activate}
+        kernels: dict[str, Callable[..., Any]] = {
+            "norm": _norm,
+            "rotate": _rotate,
+            "activate": _activate,
+        }
         with ExitStack() as stack:
             stack.enter_context(patch.object(gpu, "_pretended", True))
             stack.enter_context(patch.object(gpu.Fetched, "__init__", self._fetch()))
             stack.enter_context(patch.object(attention, "_varlen_kernel", self._varlen))
             chosen = self.kernel("suppression and fill-up", _choose)
             stack.enter_context(patch.object(nms_kernel, "launch", chosen))
-            for name, stand_in in kernels.items():
-                by_grid = _ByGrid(self.kernel(f"fused {name}", stand_in))
+            for name in kernels:
+                by_grid = _ByGrid(self.kernel(f"fused {name}", kernels[name]))
                 stack.enter_context(patch.object(fused_kernels, name, by_grid))
             yield
 
@@ -263,7 +267,7 @@ class Counting:
 
         def fetch(fetched: gpu.Fetched, *tensors: Tensor) -> None:
             self.counted.sync()
-            copy = self.kernel("copy to the host", Tensor.numpy)
+            copy = self.kernel("copy to the host", lambda x: x.numpy())
             fetched._tensors = tuple(torch.from_numpy(copy(x.detach()).copy()) for x in tensors)
             fetched._arrived = None
 
@@ -280,8 +284,10 @@ def _attend_packed(
     bounds = offsets.detach().clone().tolist()
     pieces = []
     for start, stop in pairwise(bounds):
-        own = (x[start:stop].transpose(0, 1)[None] for x in (q, k, v))
-        out = F.scaled_dot_product_attention(*own, is_causal=True, scale=scale, enable_gqa=True)
+        query, key, value = (x[start:stop].transpose(0, 1)[None] for x in (q, k, v))
+        out = F.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=scale, enable_gqa=True
+        )
         pieces.append(out[0].transpose(0, 1))
     return torch.cat(pieces)
 

@@ -126,12 +126,13 @@ def prefix_of(prepared: Prepared, spans: Sequence[tuple[int, int]]) -> bytes | N
 
     spans: of the images' tokens.
     """
-    if not spans or not all(isinstance(one, ImageInputs) for one in prepared.image_inputs):
+    images = [one for one in prepared.image_inputs if isinstance(one, ImageInputs)]
+    if not spans or len(images) < len(prepared.image_inputs):
         return None
     tokens = np.asarray(prepared.input_ids[: spans[-1][1]], dtype=np.int64)
     digest = hashlib.blake2b(tokens.tobytes(), digest_size=16)
     for edge in chain.from_iterable(spans):
         digest.update(edge.to_bytes(8, "little"))
-    for image in prepared.image_inputs:
+    for image in images:
         digest.update(image.digest)
     return digest.digest()
