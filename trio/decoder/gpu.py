@@ -21,6 +21,11 @@ def on_gpu(where: Tensor | torch.device) -> bool:
     return device.type == "cuda" or _pretended
 
 
+def as_current(device: torch.device) -> AbstractContextManager[object]:
+    """Makes it this thread's CUDA device, which Triton launches on whatever its tensors say."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
 def without_cudnn(device: torch.device) -> AbstractContextManager[None]:
     """Keeps scaled dot-product attention from cuDNN, which builds a plan for every new shape, in
     tenths of a second, and shapes change from batch to batch. Off CUDA nothing is done."""

@@ -95,7 +95,7 @@ class Engine:
             waiting.warn(torch.get_num_threads())
         self.prepare = Preprocessor(processor, type(adapter), system)
         sample = _check_fit(self.prepare, adapter)
-        usual_tokens, usual_running = default_limits(adapter.decoder.device)
+        usual_tokens, usual_running = default_limits(adapter.decoder, memory_share)
         batch_tokens = usual_tokens if batch_tokens is None else batch_tokens
         max_running = usual_running if max_running is None else max_running
         if batch_tokens < 1 or max_running < 1:

@@ -33,11 +33,13 @@ class SideBySide:
     def __init__(self, linears: Sequence[nn.Linear], *, copied: bool) -> None:
         self._linears = tuple(linears)
         self._copied = copied and not any(p.is_inference() for p in self._parameters())
-        self._seen: _State | None = None
-        self._sums: list[int] = []
-        self._held: list[tuple[Tensor, Tensor]] = []
+        self._seen: _State | None
+        self._sums: list[int]
+        self._held: list[tuple[Tensor, Tensor]]
         # What was copied, with its memory, so that nothing else comes to lie there.
-        self._weight = self._bias = torch.empty(0)
+        self._weight: Tensor
+        self._bias: Tensor
+        self.drop()
         self._has_bias = any(linear.bias is not None for linear in linears)
 
     def __call__(self, x_NI: Tensor, plus_NO: Tensor | None = None) -> Tensor:
@@ -58,9 +60,14 @@ class SideBySide:
         return out_NO if plus_NO is None else plus_NO + out_NO
 
     def check(self) -> None:
-        """Compare all weights bit by bit with what was copied; what differs is copied anew."""
-        if self._seen is not None and self._sums != self._checksums():
-            self._seen = None
+        """Compare all weights bit by bit with what was copied; a copy that differs is dropped."""
+        if self._seen != self._state() or self._sums != self._checksums():
+            self.drop()
+
+    def drop(self) -> None:
+        """Give the copy back; the next product makes it anew."""
+        self._seen, self._sums, self._held = None, [], []
+        self._weight = self._bias = torch.empty(0)
 
     def _by_sources(self, x_NI: Tensor) -> Tensor:
         product = onednn.product if onednn.usable(x_NI.device, x_NI.dtype) else F.linear
