@@ -15,7 +15,10 @@ pytestmark = pytest.mark.skipif(
 
 def interpreted(program: str, *arguments: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-W", "error::RuntimeWarning", "-m", f"tests.decoder.{program}", *arguments],
+        [
+            *(sys.executable, "-W", "error::RuntimeWarning"),
+            *("-m", f"tests.decoder.{program}", *arguments),
+        ],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,

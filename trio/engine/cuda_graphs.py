@@ -88,8 +88,8 @@ class StepGraphs:
             self._too_many = min(rows, self._too_many or rows)
             self._wait, self._patience = self._patience, 2 * self._patience
             self.trouble = (
-                f"no memory for steps of {self._too_many} rows and more, tried again later; smaller "
-                "ones are recorded"
+                f"no memory for steps of {self._too_many} rows and more, tried again later; "
+                "smaller ones are recorded"
             )
         else:
             self._is_off = True

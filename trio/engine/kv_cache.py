@@ -229,8 +229,8 @@ class KVCache:
         raise UserError(
             f"no memory for the keys and values of a prompt of {TEXT_TOKENS} tokens: "
             f"{least * self.page_bytes / 1e6:.1f} MB are needed, and "
-            f"{max(0, wanted) * self.page_bytes / 1e6:.1f} MB were to be had; a smaller batch_tokens "
-            "leaves more of a GPU for them"
+            f"{max(0, wanted) * self.page_bytes / 1e6:.1f} MB were to be had; a smaller "
+            "batch_tokens leaves more of a GPU for them"
         )
 
     def _is_wide(self, pages: int) -> bool:
@@ -241,7 +241,8 @@ class KVCache:
             if not self.order:
                 raise
             if not self._is_short:
-                _log.warning("requests wait, as the table of pages cannot grow: %s", first_line(error))
+                why = first_line(error)
+                _log.warning("requests wait, as the table of pages cannot grow: %s", why)
             self._is_short = True
             return False
         self._is_short = False
