@@ -170,8 +170,8 @@ def test_layers_that_cannot_be_tried_run_as_they_are_and_one_line_says_why(
     def hooked(layer: nn.Module) -> None:
         layer.register_forward_hook(lambda *_: None)
 
-    def broken(layer: nn.Module) -> None:
-        layer.get_submodule("mlp.down_proj").weight.data[0, 0] = torch.nan
+    def broken(layer: Any) -> None:
+        layer.mlp.down_proj.weight.data[0, 0] = torch.nan
 
     for spoil, line in (
         (hooked, "all layers like layer 0 have hooks"),
