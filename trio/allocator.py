@@ -20,6 +20,11 @@ CHOICES = (
     "MALLOC_MMAP_THRESHOLD_",
 )
 # by any of these a user decides
+ONE_ARENA = {"MALLOC_ARENA_MAX": "1"}
+"""Of a process whose tensors are made in a thread: in an arena of its own, what is larger than 64
+MB comes from the kernel whatever `keep_pages` says. glibc reads it when the process starts; by
+`mallopt` it is too late where other threads have arenas, as Ray's do, which new threads then share.
+"""
 
 
 def keep_pages() -> bool:

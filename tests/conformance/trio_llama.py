@@ -128,7 +128,7 @@ def _check_decoding(run: Replay) -> None:
             hidden = decoder.embed(torch.tensor([token]))
             for layer in range(decoder.num_layers):
                 position = torch.tensor([done.next_positions[layer][0] + step])
-                keys = Padded.of([cache.length(layer) + 1], hidden.device)
+                keys = Padded(torch.tensor([cache.length(layer) + 1]))
                 rotary = decoder.rotary(position)
                 hidden = decoder.run_layers(layer, layer + 1, hidden, rotary, keys, cache)
             logits = decoder.head(hidden[0])

@@ -1,4 +1,5 @@
-"""Kernels of a decoder layer in Triton's interpreter, against what transformers computes.
+"""Kernels of a decoder layer in Triton's interpreter, against what transformers computes; and the
+decode kernel, see `paged_kernel_cases`.
 
 A program of its own: Triton reads `TRITON_INTERPRET` when it is imported.
 """
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
+from tests.decoder import paged_kernel_cases
 from tests.tiny.llava import Family, tiny_llava
 from tests.tiny.qwen2_5_vl import tiny_qwen
 from trio.decoder import gpu
@@ -95,3 +97,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    paged_kernel_cases.main(12)

@@ -1,6 +1,6 @@
 """Compiles the kernels of a decoder layer for sm_90, which takes no GPU.
 
-A program of its own: Triton does not compile where it interprets.
+To be imported only where Triton is, and does not run its interpreter.
 """
 
 from __future__ import annotations
@@ -34,7 +34,3 @@ def main() -> None:
             source = ASTSource(kernel, signature=signature, constexprs=constants)
             made = triton.compile(source, target=GPUTarget("cuda", 90, 32))
             assert made.asm["cubin"]
-
-
-if __name__ == "__main__":
-    main()

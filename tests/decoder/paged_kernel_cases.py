@@ -42,7 +42,7 @@ def check(case: int, dtype: torch.dtype) -> None:
     scale = chance.choice((dim**-0.5, 0.3))
     got = paged.attend(query, pool[0], pool[1], scale)
     assert got.shape == (1, rows + 2, kv_heads * group, dim) and not got[:, rows:].any()
-    expected = Padded.of(lengths, "cpu").attend(
+    expected = Padded(torch.tensor(lengths)).attend(
         query[:, :, :rows].float(), rectangle[0].float(), rectangle[1].float(), scale
     )
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2  # 2 steps of bfloat16 at 1
@@ -50,7 +50,12 @@ def check(case: int, dtype: torch.dtype) -> None:
     assert difference < tolerance, (case, dtype, difference)
 
 
-if __name__ == "__main__":
-    assert _paged_kernel(torch.device("cpu")) is paged_kernel.attend_pages
-    for number in range(int(sys.argv[1])):
+def main(cases: int) -> None:
+    kernel = _paged_kernel(torch.device("cpu"), torch.float32, (4, PAGE, 2, 8))
+    assert kernel is paged_kernel.attend_pages
+    for number in range(cases):
         check(number, torch.bfloat16 if number % 3 == 2 else torch.float32)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

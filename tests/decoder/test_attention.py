@@ -74,7 +74,7 @@ def test_padded(kv_heads: int) -> None:
     for request, length in enumerate(valid):
         key[request, :, length:] = 1e4  # what lies behind must not be seen
         value[request, :, length:] = 1e4
-    layout = Padded.of(valid, "cpu")
+    layout = Padded(torch.tensor(valid))
     out, _ = ragged_attention(nn.Module(), query, key, value, None, layout=layout)
     assert out.shape == (1, len(valid), HEADS, DIM)
     for request, length in enumerate(valid):

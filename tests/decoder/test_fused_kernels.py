@@ -13,20 +13,30 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def program(name: str, **environment: str) -> None:
+def interpreted(program: str, *arguments: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", f"tests.decoder.{name}"],
-        env={**os.environ, **environment},
+        [
+            *(sys.executable, "-W", "error::RuntimeWarning"),
+            *("-m", f"tests.decoder.{program}", *arguments),
+        ],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr
 
 
-def test_kernels_equal_transformers_in_the_interpreter() -> None:
-    program("fused_kernel_cases", TRITON_INTERPRET="1")
+def test_kernels_agree_with_transformers_and_sdpa_in_the_interpreter() -> None:
+    interpreted("fused_kernel_cases")
+
+
+@pytest.mark.slow
+def test_the_decode_kernel_agrees_in_many_cases() -> None:
+    interpreted("paged_kernel_cases", "300")
 
 
 def test_kernels_compile_for_sm_90() -> None:
-    program("fused_kernels_compiled", TRITON_INTERPRET="0")
+    from tests.decoder import fused_kernels_compiled
+
+    fused_kernels_compiled.main()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import subprocess
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +17,7 @@ from trio import cgroups
 from trio.decoder import onednn
 from trio.decoder.attention import Packed
 from trio.decoder.decoder import Decoder
+from trio.decoder.fused.fused_layer import OnCPU
 
 TOKENS = 5
 
@@ -157,3 +159,56 @@ def test_copies_are_shared_and_go_with_the_model() -> None:
     del model, first, second, third
     gc.collect()
     assert text() is None
+
+
+def test_layers_that_cannot_be_tried_run_as_they_are_and_one_line_says_why(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(*arguments: Any) -> Tensor:
+        raise subprocess.CalledProcessError(1, ["cc", "launcher.c"])
+
+    def hooked(layer: nn.Module) -> None:
+        layer.register_forward_hook(lambda *_: None)
+
+    def broken(layer: Any) -> None:
+        layer.mlp.down_proj.weight.data[0, 0] = torch.nan
+
+    for spoil, line in (
+        (hooked, "all layers like layer 0 have hooks"),
+        (broken, "layer 0 gives numbers that are not finite"),
+        (lambda _: monkeypatch.setattr(OnCPU, "__call__", fails), "fails: CalledProcessError"),
+    ):
+        model = tiny_llava(layers=2)
+        for layer in model.model.language_model.layers:
+            spoil(layer)
+        decoder = decoder_of(model)
+        decoder.fuse()
+        assert not decoder.fused and len(caplog.messages) == 1 and line in caplog.text
+        caplog.clear()
+
+
+def test_copies_are_given_back_and_made_anew() -> None:
+    model = tiny_llava(layers=2)
+    decoder = fused(model)
+    assert decoder._fused is not None
+    products = decoder._fused._products
+    held = sum(product._weight.nbytes for product in products)
+    decoder.drop_copies()
+    assert held > 0 == sum(product._weight.nbytes + len(product._held) for product in products)
+    equal(decoder, model)
+    assert sum(product._weight.nbytes for product in products) == held
+
+
+@pytest.mark.parametrize("look", ["check_copies", "fuse"])
+def test_weights_that_moved_are_not_held(look: str) -> None:
+    """As `model.to("cuda")` moves them, whichever decoder of the model looks first."""
+    model = tiny_llava(layers=2)
+    decoder = fused(model)
+    assert decoder._fused is not None
+    products = decoder._fused._products
+    model.to(torch.bfloat16)
+    if look == "fuse":
+        decoder_of(model).fuse()
+    else:
+        decoder.check_copies()
+    assert not any(product._held or product._weight.nbytes for product in products)

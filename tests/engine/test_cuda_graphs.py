@@ -88,14 +88,18 @@ def test_where_memory_runs_out_fewer_rows_are_recorded_and_the_rest_later(
     assert len(graphs(model.step, 8, 0)) == 8 and recorder.recorded == [8]
     tried = []
     recorder.fails = lambda rows: tried.append(rows) or error  # type: ignore[func-returns-value]
-    for _ in range(3 + 1 + 6):
-        graphs(model.step, 24, 0)
+    for rows in [24] * (3 + 1 + 5) + [20]:  # 16 are too many still
+        graphs(model.step, rows, 0)
     assert tried == [24]
+    troubles.append(graphs.trouble)
     recorder.fails = lambda rows: None
     graphs(model.step, 24, 0)
     assert recorder.recorded == [8, 24]
     troubles.append(graphs.trouble)
-    assert troubles == ["no memory to record steps of 16 rows, tried again later", None]
+    assert troubles == [
+        f"no memory for steps of {rows} rows and more, tried again later; smaller ones are recorded"
+        for rows in (16, 16)
+    ] + [None]
     assert len(caplog.messages) == 2
 
 

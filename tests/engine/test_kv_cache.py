@@ -2,10 +2,13 @@
 
 import random
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
+from trio.decoder import gpu
 from trio.decoder.attention import Branches, Packed, Padded
 from trio.engine.kv_budget import PAGE
 from trio.engine.kv_cache import KVCache
@@ -19,18 +22,21 @@ QUERIES = 2 * HEADS
 def cache(
     *, together: bool, budget: int = 1 << 20, max_running: int = 8, fill: bool = True
 ) -> KVCache:
-    """`together`: as on a CPU, else as on a GPU. `fill`: let all that is not stored be NaN."""
-    made = KVCache(
-        group_starts=STARTS,
-        num_layers=LAYERS,
-        num_kv_heads=HEADS,
-        head_dim=DIM,
-        dtype=torch.float32,
-        device=torch.device("cpu"),
-        budget=budget,
-        max_running=max_running,
-    )
-    made.room.together = together
+    """`together`: as on a CPU, else as on a GPU, with a table on the device that is not the host's.
+    `fill`: let all that is not stored be NaN."""
+    with mock.patch.object(gpu, "_pretended", not together):
+        made = KVCache(
+            group_starts=STARTS,
+            num_layers=LAYERS,
+            num_kv_heads=HEADS,
+            head_dim=DIM,
+            dtype=torch.float32,
+            device=torch.device("cpu"),
+            budget=budget,
+            max_running=max_running,
+        )
+    own = made._table.ctypes.data == made._table_on_device.data_ptr()
+    assert own == made.room.together == together
     if fill:
         made.pool.fill_(torch.nan)
     return made
@@ -52,7 +58,8 @@ class Story:
 
     def admit(self, lengths: dict[int, tuple[int, ...]], room: int = 5) -> None:
         for key, row in lengths.items():
-            self.store.allocate(key, tuple(length + room for length in row))
+            need = tuple(length + room for length in row)
+            assert self.store.allocate(key, need) == len(self.store.order) - 1
         writer = self.store.prefill(list(lengths))
         self.salt += 1
         for key in lengths:
@@ -87,7 +94,7 @@ class Story:
             keys = torch.zeros(count, HEADS, max(lengths), DIM)
             for row, key in enumerate(self.store.order):
                 keys[row, :, : lengths[row]] = self.truth[key][layer]
-            rectangle = Padded.of(lengths, "cpu")
+            rectangle = Padded(torch.tensor(lengths))
             expected = rectangle.attend(query[:, :, :count], keys, -keys, 0.7)
             torch.testing.assert_close(got[:, :count], expected, rtol=1e-5, atol=1e-5)
 
@@ -156,7 +163,7 @@ def test_random_coming_and_going_keeps_every_request_whole(seed: int, together: 
     for _ in range(60):
         wide = chance.randint(1, 200)
         lengths = (wide, max(1, wide // 3), max(1, wide // 9))
-        if story.store.can_allocate(tuple(length + 60 for length in lengths)):
+        if story.store.count_fitting([tuple(length + 60 for length in lengths)]):
             story.admit({following: lengths}, room=60)
             following += 1
         if story.store.order:
@@ -193,6 +200,33 @@ def test_the_table_grows_with_the_longest_request(together: bool) -> None:
     story.decode()
     story.admit({3: (40 * PAGE, 3, 2)})
     assert story.store.generation == before + 1
+    story.decode()
+
+
+def test_where_the_table_cannot_grow_a_request_waits(
+    together: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    story = Story(cache(together=together))
+    store, long, free = story.store, (600, 60, 10), story.store.room.free_pages
+
+    def brought(table: Any) -> torch.Tensor:
+        raise torch.OutOfMemoryError("none left\nmore")
+
+    story.admit({1: (9, 4, 2)})
+    with monkeypatch.context() as short:
+        short.setattr(store, "_brought", brought)
+        held = store.room.free_pages, store.generation
+        assert store.allocate(2, long) is store.allocate(2, long) is None
+        assert (store.room.free_pages, store.generation) == held and store.order == [1]
+        assert len(caplog.messages) == 1 and "requests wait" in caplog.text
+        story.decode()
+        story.free(1)
+        with pytest.raises(torch.OutOfMemoryError):  # nobody is there whose end could help
+            store.allocate(2, long)
+    assert store.room.free_pages == free and store.room.holders == 0
+    story.admit({2: long, 3: (9, 4, 2)})
+    story.decode()
+    story.free(2)
     story.decode()
 
 

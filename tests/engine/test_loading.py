@@ -3,6 +3,8 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +13,13 @@ from tests.engine.support import mixed_requests, tokens
 from tests.tiny.llava import save_tiny_checkpoint
 from trio.decoder import default_dtype
 from trio.engine.engine import Engine
-from trio.engine.loading import load, load_preprocessor, load_processor
+from trio.engine.loading import (
+    default_kv_bytes,
+    default_limits,
+    load,
+    load_preprocessor,
+    load_processor,
+)
 from trio.engine.preprocess import Preprocessor
 from trio.errors import UserError
 from trio.families.llava import LlavaAdapter
@@ -169,3 +177,29 @@ def test_a_wrong_device_is_the_users_mistake(checkpoint: Path, device: str, said
 def test_a_device_that_is_not_there_is_refused(checkpoint: Path) -> None:
     with pytest.raises(UserError, match="no CUDA device"):
         load(str(checkpoint), device="cuda")
+
+
+@pytest.mark.parametrize(
+    ("free_gb", "share", "expected"),
+    [(15.5, 1.0, 16384), (1.6, 1.0, 2048), (0.1, 1.0, 1024), (15.5, 0.1, 2048)],
+)
+def test_a_small_gpu_reads_fewer_tokens_at_once_and_says_so(
+    free_gb: float,
+    share: float,
+    expected: int,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Of 16 GB; LLaVA-1.5-7B's prefill takes 3.2 GB for 16,384 tokens."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free_gb * 1e9), 16 * 10**9))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    decoder: Any = SimpleNamespace(
+        device=torch.device("cuda"), dtype=torch.float16, hidden_size=4096, intermediate_size=11008
+    )
+    tokens, _ = default_limits(decoder, share)
+    assert tokens == expected
+    assert (f"batch_tokens is {tokens}, not 16384" in caplog.text) == (tokens < 16384)
+    if tokens > 1024:
+        most = min(free_gb, 16 * share) * 0.9e9
+        assert most / 2 <= default_kv_bytes(decoder, tokens, share) < most

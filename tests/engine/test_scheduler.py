@@ -196,7 +196,7 @@ def test_a_saturated_pool_is_full_of_tokens() -> None:
         for answer in line.admit():
             ends[step + answer.output_tokens].append(answer)
             held += answer.reserved
-        if line.waiting and (shares or not room.can_allocate(line.waiting[0].need)):
+        if line.waiting and (shares or not room.count_fitting([line.waiting[0].need])):
             shares.append(held / (pages * PAGE))
         step += 1
         for answer in ends.pop(step, ()):

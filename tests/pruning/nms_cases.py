@@ -1,6 +1,6 @@
 """Random images whose cosines and distances tie exactly, and how the kernel chooses from them.
 
-A program of its own, `python -m tests.pruning.nms_cases SEED IMAGES TOKENS ...`: Triton reads once,
+A program of its own, `python -m tests.pruning.nms_cases SEED,IMAGES,TOKENS ...`: Triton reads once,
 when it is imported, whether its kernels run in its interpreter.
 """
 
@@ -110,19 +110,20 @@ def _products(own_NVD: Tensor) -> Tensor:
 def main() -> None:
     """The kernel against the host's way."""
     assert os.environ.get("TRITON_INTERPRET") == "1"
-    seed, images, *sizes = map(int, sys.argv[1:])
     mock.patch.object(nms, "_products", _products).start()  # no such operation here
-    for number in range(images):
-        case = draw(seed + number, sizes[number % len(sizes)], exactly=len(sizes) > 1)
-        expected = case.choice()
-        with (
-            mock.patch.object(nms, "_has_kernel", return_value=True),
-            mock.patch.object(nms, "_BYTES", nms._BYTES_ON_DEVICE),
-            mock.patch.object(nms_kernel, "launch", wraps=nms_kernel.launch) as launched,
-        ):
-            assert case.choice() == expected, f"seed {seed + number}"
-        assert launched.called, f"seed {seed + number}"
-    print(f"{images} equal")
+    for asked in sys.argv[1:]:
+        first, images, tokens = map(int, asked.split(","))
+        for seed in range(first, first + images):
+            case = draw(seed, tokens, exactly=tokens > 128)
+            expected = case.choice()
+            with (
+                mock.patch.object(nms, "_has_kernel", return_value=True),
+                mock.patch.object(nms, "_BYTES", nms._BYTES_ON_DEVICE),
+                mock.patch.object(nms_kernel, "launch", wraps=nms_kernel.launch) as launched,
+            ):
+                assert case.choice() == expected, f"seed {seed}"
+            assert launched.called, f"seed {seed}"
+        print(f"{images} equal")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Compiles the kernel for sm_90; a program of its own, as Triton must not run its interpreter."""
+"""Compiles the kernel for sm_90; import only where Triton is, and does not run its interpreter."""
 
 from __future__ import annotations
 
@@ -30,7 +30,3 @@ def main() -> None:
             options={"num_warps": min(32, max(4, width // 256))},
         )
         assert compiled.asm["cubin"], width
-
-
-if __name__ == "__main__":
-    main()

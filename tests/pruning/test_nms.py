@@ -205,15 +205,11 @@ def test_what_is_not_finite_still_keeps_so_many(fill_up: str) -> None:
     assert len(set(kept)) == 50
 
 
-def interpreted(*arguments: object) -> None:
+def interpreted(*cases: str) -> None:
     """The kernel in Triton's interpreter against the host's way, on `nms_cases`."""
-    run_python("-m", "tests.pruning.nms_cases", *map(str, arguments), TRITON_INTERPRET="1")
-
-
-def run_python(*arguments: str, **environment: str) -> None:
     done = subprocess.run(
-        [sys.executable, *arguments],
-        env={**os.environ, **environment},
+        [sys.executable, "-m", "tests.pruning.nms_cases", *cases],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
         check=False,
@@ -222,20 +218,21 @@ def run_python(*arguments: str, **environment: str) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton has wheels for Linux alone")
-@pytest.mark.parametrize("cases", ["0 300 128", "1000 20 576 576", "2000 2 4096 4096"])
-def test_the_kernel_chooses_as_the_host_does(cases: str) -> None:
-    interpreted(*cases.split())
+def test_the_kernel_chooses_as_the_host_does() -> None:
+    interpreted("0,300,128", "1000,20,576", "2000,2,4096")
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton has wheels for Linux alone")
 def test_the_kernel_chooses_as_the_host_does_in_thousands_of_cases() -> None:
-    interpreted(10_000, 3000, 128)
+    interpreted("10000,3000,128")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton has wheels for Linux alone")
 def test_the_kernel_compiles_for_a_gpu_that_is_not_here() -> None:
-    run_python("-m", "tests.pruning.nms_compiled", TRITON_INTERPRET="0")
+    from tests.pruning import nms_compiled
+
+    nms_compiled.main()
 
 
 @pytest.mark.gpu

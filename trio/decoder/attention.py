@@ -26,7 +26,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
 from trio.decoder.gpu import on_gpu, sent
-from trio.errors import first_line
+from trio.errors import first_line, kind_and_line
 
 NAME = "trio_ragged"
 _log = logging.getLogger(__name__)
@@ -67,10 +67,6 @@ class Padded:
         out = F.scaled_dot_product_attention(query_BKGE, key, value, attn_mask=mask, scale=scale)
         return out.flatten(1, 2)[None]
 
-    @classmethod
-    def of(cls, key_lengths: tuple[int, ...] | list[int], device: torch.device | str) -> Padded:
-        return cls(torch.tensor(key_lengths, dtype=torch.int64, device=device))
-
     def mask(self, width: int) -> Tensor:
         """True where a key counts, `[B, 1, 1, width]`."""
         if width not in self._masks:
@@ -96,8 +92,8 @@ class Paged:
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """`query [1, H, B, E]`, `key` and `value [pages, PAGE, K, E]` to `[1, B, H, E]`."""
-        kernel = _paged_kernel(query.device)
-        if kernel is not None and query.dtype != torch.float64:
+        kernel = _paged_kernel(query.device, query.dtype, (query.shape[1], *key.shape[1:]))
+        if kernel is not None:
             return kernel(query[0], key, value, self.table_BW, self.lengths_B, scale)[None]
         rectangle = Padded(self.lengths_B.clamp(min=1))
         return rectangle.attend(query, self.gathered(key), self.gathered(value), scale)
@@ -277,7 +273,7 @@ def _packed(query: Tensor, key: Tensor, value: Tensor, scale: float, layout: Pac
         return out_THE[None]
     heads, kv_heads = query.shape[1], key.shape[1]
     pieces = []
-    for start, length, count in _runs(layout.lengths):
+    for start, length, count in _equals(layout.lengths):
         stop = start + length * count
         own_q, own_k, own_v = (_split(x[:, :, start:stop], count) for x in (query, key, value))
         out = F.scaled_dot_product_attention(
@@ -292,7 +288,7 @@ def _packed(query: Tensor, key: Tensor, value: Tensor, scale: float, layout: Pac
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
 
 
-def _runs(lengths: tuple[int, ...]) -> Iterator[tuple[int, int, int]]:
+def _equals(lengths: tuple[int, ...]) -> Iterator[tuple[int, int, int]]:
     """Runs of equal neighbours: (first token, length of one, how many)."""
     start = 0
     for length, group in groupby(lengths):
@@ -311,8 +307,13 @@ PagedKernel = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float], Tensor]
 
 
 @functools.cache
-def _paged_kernel(device: torch.device) -> PagedKernel | None:
-    """None where a tensor of this device cannot be given to Triton."""
+def _paged_kernel(
+    device: torch.device, dtype: torch.dtype, sizes: tuple[int, int, int, int]
+) -> PagedKernel | None:
+    """None where tensors of this kind cannot be given to Triton.
+
+    `sizes`: query heads, tokens of a page, key heads, head dimension.
+    """
     try:
         from triton import knobs
 
@@ -321,7 +322,29 @@ def _paged_kernel(device: torch.device) -> PagedKernel | None:
         if device.type == "cuda":
             _log.warning("decoding copies keys and values: no Triton (%s)", first_line(error))
         return None
-    return attend_pages if device.type == "cuda" or knobs.runtime.interpret else None
+    if dtype == torch.float64 or not (device.type == "cuda" or knobs.runtime.interpret):
+        return None
+    try:
+        _try_kernel(attend_pages, device, dtype, sizes)
+    except Exception as error:  # of a compiler that is missing, or of what this device has not
+        _log.warning("decoding copies keys and values: its kernel fails: %s", kind_and_line(error))
+        return None
+    return attend_pages
+
+
+def _try_kernel(
+    kernel: PagedKernel,
+    device: torch.device,
+    dtype: torch.dtype,
+    sizes: tuple[int, int, int, int],
+) -> None:
+    """One key of one row."""
+    heads, *page = sizes
+    query = torch.zeros(heads, 1, page[-1], dtype=dtype, device=device)
+    keys = query.new_zeros(1, *page)
+    table = torch.zeros(1, 1, dtype=torch.int32, device=device)
+    lengths = torch.ones(1, dtype=torch.int64, device=device)
+    kernel(query, keys, keys, table, lengths, 1.0)
 
 
 VarlenKernel = Callable[[Tensor, Tensor, Tensor, Tensor, int, float], Tensor]

@@ -18,7 +18,7 @@ from trio.decoder.cache_argument import Once, cache_keyword
 from trio.decoder.check_layers import check_layers
 from trio.decoder.fused.fused_layer import FusedLayer
 from trio.decoder.fused.fused_layers import FusedLayers, fused_layers
-from trio.decoder.gpu import on_gpu, without_cudnn
+from trio.decoder.gpu import as_current, on_gpu, without_cudnn
 from trio.decoder.matmul import linear
 from trio.errors import UserError
 
@@ -172,6 +172,11 @@ class Decoder:
         if self._fused is not None:
             self._fused.check()
 
+    def drop_copies(self) -> None:
+        """Give back the memory of weights that were copied; what is used again is copied anew."""
+        if self._fused is not None:
+            self._fused.drop_copies()
+
     @torch.no_grad()
     def _try(self, index: int, fused: FusedLayer | None) -> Tensor:
         """What a layer makes of a few tokens."""
@@ -181,9 +186,9 @@ class Decoder:
         )
         rotary, layout = self.rotary(torch.arange(tokens, device=self.device)), Packed((tokens,))
         cache = _PassedOn()
-        if fused is not None:
-            return fused(hidden_TD, rotary, index, layout, cache)
         with self.ragged():
+            if fused is not None:
+                return fused(hidden_TD, rotary, index, layout, cache)
             once = Once(cache, layout, self._cache_keyword)
             return self._run_module(index, hidden_TD, rotary, once)
 
@@ -207,7 +212,7 @@ class Decoder:
         before = self.config._attn_implementation
         self.config._attn_implementation = NAME
         try:
-            with without_cudnn(self.device):
+            with as_current(self.device), without_cudnn(self.device):
                 yield
         finally:
             self.config._attn_implementation = before

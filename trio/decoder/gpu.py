@@ -21,9 +21,8 @@ def on_gpu(where: Tensor | torch.device) -> bool:
     return device.type == "cuda" or _pretended
 
 
-def current(device: torch.device) -> AbstractContextManager[None]:
-    """Makes a CUDA device the current one, on which Triton starts its kernels wherever their
-    tensors are. Off CUDA nothing is done."""
+def as_current(device: torch.device) -> AbstractContextManager[object]:
+    """Makes it this thread's CUDA device, which Triton launches on whatever its tensors say."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 

@@ -85,13 +85,16 @@ class StepGraphs:
 
     def _note(self, error: RuntimeError, rows: int) -> None:
         if is_out_of_memory(error):
-            self._too_many = rows
+            self._too_many = min(rows, self._too_many or rows)
             self._wait, self._patience = self._patience, 2 * self._patience
-            self.trouble = f"no memory to record steps of {rows} rows, tried again later"
+            self.trouble = (
+                f"no memory for steps of {self._too_many} rows and more, tried again later; "
+                "smaller ones are recorded"
+            )
         else:
             self._is_off = True
             self.trouble = first_line(error)
-        _log.warning("decoding goes on without CUDA graphs: %s", self.trouble)
+        _log.warning("decode steps are not recorded as CUDA graphs: %s", self.trouble)
 
 
 class CudaRecorder:
@@ -104,13 +107,19 @@ class CudaRecorder:
     def __call__(self, step: Step, rows: int) -> Recorded:
         side = self._side = self._side or torch.cuda.Stream()
         self._pool = self._pool or torch.cuda.graph_pool_handle()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            step(rows)  # kernels that are loaded or tuned on first use
-        torch.cuda.current_stream().wait_stream(side)
+        usual = torch.cuda.current_stream()
+        side.wait_stream(usual)
+        try:
+            with torch.cuda.stream(side):
+                step(rows)  # kernels that are loaded or tuned on first use
+        finally:
+            usual.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        # Other threads may go on with their own work on the device meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        # Other threads may go on with their own work on the device meanwhile. Without a stream of
+        # ours torch takes one that all devices share.
+        with torch.cuda.graph(
+            graph, pool=self._pool, stream=side, capture_error_mode="thread_local"
+        ):
             out = step(rows)
         return graph.replay, out
 

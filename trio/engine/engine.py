@@ -52,7 +52,7 @@ class Engine:
     `pruning`: None prunes nothing.
     `sampling`: for requests without their own.
     `batch_tokens`: tokens that one step computes at most; bounds the prefill's memory. None: 65,536
-        on GPUs of at least 64 GB, else 16,384.
+        on GPUs of at least 64 GB, else 16,384; less where a GPU's free memory wants it.
     `max_running`: most requests in the running batch; None: 256 on a GPU, 64 on a CPU.
     `kv_bytes`: memory for keys and values, taken at once; None takes a part of what is free.
     `system`: message for requests without their own; None leaves it to the chat template.
@@ -95,7 +95,7 @@ class Engine:
             waiting.warn(torch.get_num_threads())
         self.prepare = Preprocessor(processor, type(adapter), system)
         sample = _check_fit(self.prepare, adapter)
-        usual_tokens, usual_running = default_limits(adapter.decoder.device)
+        usual_tokens, usual_running = default_limits(adapter.decoder, memory_share)
         batch_tokens = usual_tokens if batch_tokens is None else batch_tokens
         max_running = usual_running if max_running is None else max_running
         if batch_tokens < 1 or max_running < 1:

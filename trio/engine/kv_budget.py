@@ -8,7 +8,7 @@ aside for layers behind a stage that those before it could not use.
 from __future__ import annotations
 
 from bisect import bisect
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ PAGE = 16
 """Tokens of a page. Half a page of each layer is lost to a request: of the 100 tokens that pruning
 may leave, 8 % with 16 tokens, 16 % with 32."""
 
-Run = tuple[int, int]
+PageRange = tuple[int, int]
 """Neighbouring pages `start … stop-1`."""
 
 
@@ -43,7 +43,7 @@ class PageAllocator:
         self.max_running = max_running
         self.together = together
         self._free = FreePages(1, pages + 1)
-        self._held: dict[int, list[Run]] = {}
+        self._held: dict[int, list[PageRange]] = {}
 
     @property
     def holders(self) -> int:
@@ -61,28 +61,26 @@ class PageAllocator:
         """Whether a request could ever be held."""
         return self.pages_of(need) <= self.pages
 
-    def can_allocate(self, *needs: Need) -> bool:
-        """Whether there is room for all of these at once."""
-        if self.holders + len(needs) > self.max_running:
-            return False
-        if sum(map(self.pages_of, needs)) > self._free.count:
-            return False
-        if not self.together:
-            return True
-        trial = self._free.copy()
-        return all(trial.take_together(self._per_layer(need)) is not None for need in needs)
+    def count_fitting(self, needs: Iterable[Need]) -> int:
+        """How many of these, from the first on, there is room for at once."""
+        free, fitting = self._free.copy(), 0
+        for need in needs:
+            if self.holders + fitting == self.max_running or self._taken(free, need) is None:
+                break
+            fitting += 1
+        return fitting
 
-    def allocate(self, key: int, need: Need) -> list[NDArray[np.int32]]:
-        """Give a request its pages, of each layer in the order of its tokens."""
+    def allocate(self, key: int, need: Need) -> list[NDArray[np.int32]] | None:
+        """Give a request its pages, of each layer in the order of its tokens; None where there is
+        no room for it now."""
         assert key not in self._held, f"{key!r} holds pages already"
-        assert self.can_allocate(need), "allocate without can_allocate"
-        counts = self._per_layer(need)
-        if self.together:
-            runs = self._free.take_together(counts)
-            assert runs is not None
-        else:
-            runs = self._free.take(sum(counts))
+        runs = None
+        if self.holders < self.max_running:
+            runs = self._taken(self._free, need)
+        if runs is None:
+            return None
         self._held[key] = runs
+        counts = self._per_layer(need)
         pages = np.concatenate([np.arange(start, stop, dtype=np.int32) for start, stop in runs])
         return np.split(pages, np.cumsum(counts)[:-1])
 
@@ -90,6 +88,10 @@ class PageAllocator:
         """Give a request's pages back."""
         for start, stop in self._held.pop(key):
             self._free.give(start, stop)
+
+    def _taken(self, free: FreePages, need: Need) -> list[PageRange] | None:
+        counts = self._per_layer(need)
+        return free.take_together(counts) if self.together else free.take(sum(counts))
 
     def _per_layer(self, need: Need) -> list[int]:
         counts: list[int] = []
@@ -110,11 +112,12 @@ class FreePages:
         made._starts, made._stops, made.count = self._starts[:], self._stops[:], self.count
         return made
 
-    def take(self, pages: int) -> list[Run]:
-        """Any so many."""
-        assert pages <= self.count
+    def take(self, pages: int) -> list[PageRange] | None:
+        """Any so many; None where there are fewer."""
+        if pages > self.count:
+            return None
         self.count -= pages
-        runs: list[Run] = []
+        runs: list[PageRange] = []
         while pages:
             start, stop = self._starts[-1], self._stops[-1]
             if stop - start <= pages:
@@ -127,9 +130,9 @@ class FreePages:
             pages -= stop - start
         return runs
 
-    def take_together(self, counts: Sequence[int]) -> list[Run] | None:
+    def take_together(self, counts: Sequence[int]) -> list[PageRange] | None:
         """So many neighbours of each count, best of all one behind another; None where there are
-        none, and some may be taken then."""
+        none, and none is taken then."""
         whole = self._take_run(sum(counts))
         if whole is not None:
             return [whole]
@@ -154,7 +157,7 @@ class FreePages:
         self._starts.insert(place, start)
         self._stops.insert(place, stop)
 
-    def _take_run(self, pages: int) -> Run | None:
+    def _take_run(self, pages: int) -> PageRange | None:
         """The lowest neighbours, so that what has never been written stays out of memory."""
         for place, (start, stop) in enumerate(zip(self._starts, self._stops, strict=True)):
             if stop - start >= pages:

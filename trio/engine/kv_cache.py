@@ -16,17 +16,18 @@ layer at most, K key/value heads, E head dimension.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from trio.decoder.attention import Branches, InRuns, Paged, Run
 from trio.decoder.gpu import on_gpu, sent
 from trio.engine.kv_budget import PAGE, TEXT_TOKENS, Need, PageAllocator
-from trio.errors import UserError
+from trio.errors import UserError, first_line
 
 _log = logging.getLogger(__name__)
 _FIRST_WIDTH = 16
@@ -80,9 +81,13 @@ class KVCache:
         self._most = np.zeros_like(self._lengths)
         """Tokens that each request has room for."""
         self._table = np.zeros((num_layers, max_running, _FIRST_WIDTH), dtype=np.int32)
-        self._table_on_device = torch.from_numpy(self._table).to(device)
+        self._apart = on_gpu(device)
+        """Whether the device's table is memory of its own."""
+        self._table_on_device = self._brought(self._table)
         self._unsent: set[int] = set()
         """Rows of the table that the device does not have yet."""
+        self._is_short = False
+        """Whether the table could not grow when it was to."""
         self._runs: Runs | None = None
 
     @property
@@ -110,14 +115,22 @@ class KVCache:
     def fits(self, need: Need) -> bool:
         return self.room.fits(need)
 
-    def can_allocate(self, *needs: Need) -> bool:
-        return self.room.can_allocate(*needs)
+    def count_fitting(self, needs: Iterable[Need]) -> int:
+        return self.room.count_fitting(needs)
 
-    def allocate(self, key: int, need: Need) -> None:
-        """Give a request the next row and its pages, empty for now."""
-        row = len(self.order)
+    def allocate(self, key: int, need: Need) -> int | None:
+        """Give a request the next row, which is returned, and its pages, empty for now; None where
+        there is no room now.
+
+        Raises:
+            torch.OutOfMemoryError: the table has no room to grow, and nobody holds any.
+        """
+        if not self._is_wide(-(-max(need) // PAGE)):
+            return None
         pages = self.room.allocate(key, need)
-        self._widen(max(map(len, pages)))
+        if pages is None:
+            return None
+        row = len(self.order)
         self._table[:, row] = 0
         for layer, own in enumerate(pages):
             self._table[layer, row, : len(own)] = own
@@ -125,6 +138,7 @@ class KVCache:
         self.order.append(key)
         self.rows.count += 1
         self._changed(row)
+        return row
 
     def free(self, key: int) -> None:
         """Take a request out; the last row moves into the hole."""
@@ -189,9 +203,9 @@ class KVCache:
 
     @property
     def _tables(self) -> Iterator[Any]:
-        """What has a column for each row; on a CPU the table on the device is the table."""
+        """What has a column for each row."""
         yield from (self._lengths, self._most, self._table)
-        if self._device.type != "cpu":
+        if self._apart:
             yield self._table_on_device
 
     def _pool(self, pages: int, dtype: torch.dtype) -> tuple[Tensor, int]:
@@ -215,24 +229,45 @@ class KVCache:
         raise UserError(
             f"no memory for the keys and values of a prompt of {TEXT_TOKENS} tokens: "
             f"{least * self.page_bytes / 1e6:.1f} MB are needed, and "
-            f"{max(0, wanted) * self.page_bytes / 1e6:.1f} MB were to be had"
+            f"{max(0, wanted) * self.page_bytes / 1e6:.1f} MB were to be had; a smaller "
+            "batch_tokens leaves more of a GPU for them"
         )
 
+    def _is_wide(self, pages: int) -> bool:
+        """Whether the table has room for requests of so many pages in a layer, or has it now."""
+        try:
+            self._widen(pages)
+        except torch.OutOfMemoryError as error:
+            if not self.order:
+                raise
+            if not self._is_short:
+                why = first_line(error)
+                _log.warning("requests wait, as the table of pages cannot grow: %s", why)
+            self._is_short = True
+            return False
+        self._is_short = False
+        return True
+
     def _widen(self, pages: int) -> None:
-        """Room in the table for requests of so many pages in a layer."""
         width = self._table.shape[2]
         if pages <= width:
             return
         while width < pages:
             width *= 2
         more = width - self._table.shape[2]
-        self._table = np.pad(self._table, ((0, 0), (0, 0), (0, more)))
-        self._table_on_device = torch.from_numpy(self._table).to(self._device)
+        table = np.pad(self._table, ((0, 0), (0, 0), (0, more)))
+        # Where there is no memory for this one, the old ones stay as they are.
+        on_device = self._brought(table)
+        self._table, self._table_on_device = table, on_device
         self._unsent.clear()
         self.generation += 1
 
+    def _brought(self, table: NDArray[np.int32]) -> Tensor:
+        """The table on the device."""
+        return torch.from_numpy(table).to(self._device, copy=self._apart)
+
     def _changed(self, row: int) -> None:
-        if self._device.type != "cpu":
+        if self._apart:
             self._unsent.add(row)
         self._runs = None
 

@@ -28,6 +28,8 @@ from trio.families.text_tower import TextTower
 from trio.pruning.pruning_config import FILE as PRUNING_DEFAULTS
 
 _log = logging.getLogger(__name__)
+_FEWEST_TOKENS = 1024
+"""Of a step, below which the default is not lowered."""
 
 
 def load(
@@ -288,12 +290,21 @@ def _note_slow_dtype(kind: str | torch.dtype, where: torch.device) -> None:
         )
 
 
-def default_limits(device: torch.device) -> tuple[int, int]:
-    """Tokens of a step and running requests, `batch_tokens` and `max_running`, for this device."""
+def default_limits(decoder: Decoder, share: float = 1.0) -> tuple[int, int]:
+    """Tokens of a step and running requests, `batch_tokens` and `max_running`; arguments as of
+    `default_kv_bytes`. On a GPU a prefill takes half of the memory that is free at most."""
+    device = decoder.device
     if device.type != "cuda":
         return 16384, 64
     _, total = torch.cuda.mem_get_info(device)
-    return 65536 if total >= 64e9 else 16384, 256
+    tokens = usual = 65536 if total >= 64e9 else 16384
+    free = _free(device, share)
+    while tokens > _FEWEST_TOKENS and 2 * prefill_bytes(decoder, tokens) > free:
+        tokens //= 2
+    if tokens < usual:
+        line = "batch_tokens is %d, not %d, as %.2f GB of the GPU are free for prompts and answers"
+        _log.warning(line, tokens, usual, free / 1e9)
+    return tokens, 256
 
 
 def default_kv_bytes(decoder: Decoder, batch_tokens: int, share: float = 1.0) -> int:
@@ -305,11 +316,16 @@ def default_kv_bytes(decoder: Decoder, batch_tokens: int, share: float = 1.0) ->
         share: of a GPU's memory, for all that this process has on it.
     """
     if decoder.device.type == "cuda":
-        torch.cuda.empty_cache()
-        free, total = torch.cuda.mem_get_info(decoder.device)
-        left = share * total - torch.cuda.memory_reserved(decoder.device)
-        return max(0, int(min(free, left) * 0.9) - prefill_bytes(decoder, batch_tokens))
+        return max(0, _free(decoder.device, share) - prefill_bytes(decoder, batch_tokens))
     return min(cgroups.free_main_memory() // 4, 8 << 30)
+
+
+def _free(device: torch.device, share: float) -> int:
+    """0.9 of the bytes that this process may still take of a GPU."""
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(device)
+    left = share * total - torch.cuda.memory_reserved(device)
+    return int(min(free, left) * 0.9)
 
 
 def prefill_bytes(decoder: Decoder, tokens: int) -> int:

@@ -164,6 +164,7 @@ class ModelRunner:
         """Give back keys and values, recorded steps and features."""
         self.cache.release()
         self.graphs = None
+        self.decoder.drop_copies()
         self.reset()
 
     def reset(self) -> None:

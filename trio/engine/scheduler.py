@@ -10,7 +10,7 @@ wait until it is worth one, but for a few steps only.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Generic, Protocol, TypeVar
@@ -37,9 +37,13 @@ Item = TypeVar("Item", bound=Schedulable)
 class Allocator(Protocol):
     """The owner of the memory, as the scheduler sees it."""
 
-    def can_allocate(self, *needs: Need) -> bool: ...
+    def count_fitting(self, needs: Iterable[Need]) -> int:
+        """How many of these, from the first on, there is room for at once."""
+        ...
 
-    def allocate(self, key: int, need: Need) -> object: ...
+    def allocate(self, key: int, need: Need) -> object | None:
+        """None where there is no room for it now."""
+        ...
 
     def free(self, key: int) -> None: ...
 
@@ -84,9 +88,8 @@ class Scheduler(Generic[Item]):
             item = self.waiting[0]
             if admitted and item.prompt_tokens > budget:
                 break
-            if not self._memory.can_allocate(item.need):
+            if self._memory.allocate(item.key, item.need) is None:
                 break
-            self._memory.allocate(item.key, item.need)
             self.running[item.key] = self.waiting.popleft()
             budget -= item.prompt_tokens
             admitted.append(item)
@@ -108,16 +111,14 @@ class Scheduler(Generic[Item]):
         """How many of the next requests could come in, no more than are many, and their tokens,
         with those of one that no longer fits into the step."""
         budget = self.batch_tokens - len(self.running)
-        needs: list[Need] = []
+        nearest = list(islice(self.waiting, MANY_REQUESTS))
+        fitting = self._memory.count_fitting(item.need for item in nearest)
         tokens = 0
-        for item in islice(self.waiting, MANY_REQUESTS):
-            if not self._memory.can_allocate(*needs, item.need):
-                break
+        for ready, item in enumerate(nearest[:fitting]):
             tokens += item.prompt_tokens
-            if needs and tokens > budget:
-                break
-            needs.append(item.need)
-        return len(needs), tokens
+            if ready and tokens > budget:
+                return ready, tokens
+        return fitting, tokens
 
     def finish(self, item: Item) -> None:
         """Take a running request out and give its memory back."""

@@ -12,7 +12,7 @@ intermediate size.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,9 @@ from torch.nn.modules import module as torch_module
 
 from trio.decoder.fused.side_by_side import SideBySide
 
-Rotary = tuple[Tensor, Tensor]
+if TYPE_CHECKING:
+    from trio.decoder.decoder import Rotary
+
 # On a CPU the MLP takes tokens in parts, whose numbers stay near the processor and in memory that
 # the allocator has: all at once took a sixth longer. Elements of gate or up in a part, and tokens
 # that it has at least.

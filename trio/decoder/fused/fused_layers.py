@@ -21,7 +21,7 @@ from trio.decoder import onednn
 from trio.decoder.fused.fused_layer import FusedLayer, OnCPU, OnGPU, foreign, kind
 from trio.decoder.fused.side_by_side import SideBySide
 from trio.decoder.gpu import on_gpu
-from trio.errors import first_line
+from trio.errors import kind_and_line
 
 _log = logging.getLogger(__name__)
 # What copies of weights may take of the memory that is free.
@@ -38,6 +38,8 @@ def fused_layers(model: Any, lm_head: nn.Linear, run: Try) -> FusedLayers:
     """Those of a text decoder, shared by all who ask while its modules stay the same."""
     found = _made.get(model)
     if found is None or not found.is_of(model, lm_head):
+        if found is not None:
+            found.drop_copies()  # which others may hold
         found = _made[model] = FusedLayers(model, lm_head, run)
     return found
 
@@ -86,6 +88,11 @@ class FusedLayers:
         counts; a copy that is old is made anew."""
         for product in self._products:
             product.check()
+
+    def drop_copies(self) -> None:
+        """Give copies back; they are made anew where they are used."""
+        for product in self._products:
+            product.drop()
 
     def _make(self, model: Any, lm_head: nn.Linear) -> list[FusedLayer]:
         dtype, device = self._kind
@@ -138,6 +145,9 @@ def _tried(
         if (own := kind(layers[index])) not in good and not layer.hooked:
             fault = _fault(index, layer, run)
             good[own], why = fault is None, why or fault
+    hooked = [index for index in range(len(made)) if kind(layers[index]) not in good]
+    if hooked and why is None:
+        why = f"all layers like layer {hooked[0]} have hooks, so that none of them could be tried"
     kept = [layer if good.get(kind(layers[i])) else None for i, layer in enumerate(made)]
     return kept, why
 
@@ -146,11 +156,11 @@ def _fault(index: int, layer: FusedLayer, run: Try) -> str | None:
     wanted = run(index, None)
     try:
         got = run(index, layer)
-    except (RuntimeError, NotImplementedError, TypeError) as error:
-        return f"fused, layer {index} fails: {first_line(error)}"
+    except Exception as error:  # Triton, its compilers and devices have errors of their own
+        return f"fused, layer {index} fails: {kind_and_line(error)}"
     off, size = (got - wanted).abs().max().item(), wanted.abs().max().item()
     if not math.isfinite(size):
-        return ""  # as weights that are not finite themselves give
+        return f"layer {index} gives numbers that are not finite, so that none can be compared"
     if off <= _TOLERANCE[wanted.dtype] * size:
         return None
     return f"fused, layer {index} gives numbers that differ by {off:.2g} of {size:.2g}"

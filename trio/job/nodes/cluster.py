@@ -17,6 +17,7 @@ from typing import Any
 import ray
 
 from trio import openmp as waiting
+from trio.allocator import ONE_ARENA
 from trio.errors import UserError
 from trio.job.nodes import cpus
 from trio.job.nodes.environment import (
@@ -96,7 +97,7 @@ def _asked(address: str | None) -> tuple[str | None, str]:
 
 def _start_here() -> None:
     export_path()
-    for name, value in FEW_CPUS.items():
+    for name, value in (FEW_CPUS | ONE_ARENA).items():
         os.environ.setdefault(name, value)
     count = max(LOCAL_CPUS, cpus.usable())
     with _hushed():

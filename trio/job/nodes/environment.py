@@ -1,5 +1,5 @@
 """How Ray's worker processes find this package, and not the async library of the same name; and how
-their threads wait.
+their threads wait and get memory.
 
 A job that was submitted with a working directory needs nothing to be found: Ray unpacks it on every
 node and puts it first on PYTHONPATH. The other two ways to start are served here.
@@ -12,6 +12,7 @@ from typing import Any
 
 import trio
 from trio import openmp as waiting
+from trio.allocator import ONE_ARENA
 
 PACKAGE = Path(trio.__file__).resolve().parent
 FEW_CPUS = {
@@ -41,12 +42,14 @@ def submitted() -> bool:
 
 
 def cluster_variables() -> dict[str, str]:
-    """Existing cluster: the `env_vars` of the `runtime_env`, so that its workers wait as we would.
+    """Existing cluster: the `env_vars` of the `runtime_env`, so that its workers wait as we would,
+    and keep their memory.
 
     Without those that the submitted job brings, of which Ray takes no second word.
     """
     given = _job_environment().get("env_vars") or {}
-    return {name: value for name, value in waiting.chosen().items() if name not in given}
+    wanted = waiting.chosen() | {name: os.environ.get(name, own) for name, own in ONE_ARENA.items()}
+    return {name: value for name, value in wanted.items() if name not in given}
 
 
 def _job_environment() -> dict[str, Any]:
