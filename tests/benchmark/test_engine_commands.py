@@ -12,7 +12,9 @@ IMAGES = 5
 
 
 @pytest.mark.parametrize(("fused", "most"), [(True, 2000), (False, 2600)])
-@pytest.mark.parametrize("fill", ["nothing filled up", "filled up"])
+@pytest.mark.parametrize(
+    "fill", [pytest.param("nothing filled up", marks=pytest.mark.slow), "filled up"]
+)
 def test_a_pruned_prefill_asks_little_of_a_gpu(fused: bool, most: int, fill: str) -> None:
     counted = prefill(PRUNINGS[fill], IMAGES, fused=fused)
     assert 500 < counted.launches <= most
