@@ -95,7 +95,7 @@ class SideBySide:
         weight = torch.cat([linear.weight.detach() for linear in self._linears])
         bias = None
         if self._has_bias:
-            biases = [
+            biases: list[Tensor] = [
                 weight.new_zeros(len(linear.weight)) if linear.bias is None else linear.bias
                 for linear in self._linears
             ]
