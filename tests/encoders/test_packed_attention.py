@@ -36,10 +36,10 @@ def family(request: Any) -> tuple[Any, list[Inputs]]:
 
 
 def window_by_window(query: Tensor, key: Tensor, value: Tensor, edges: list[int]) -> Tensor:
-    pieces = [
-        F.scaled_dot_product_attention(*(x[:, :, a:b] for x in (query, key, value)), scale=0.3)
-        for a, b in pairwise(edges)
-    ]
+    pieces = []
+    for a, b in pairwise(edges):
+        own, keys, values = (x[:, :, a:b] for x in (query, key, value))
+        pieces.append(F.scaled_dot_product_attention(own, keys, values, scale=0.3))
     return torch.cat(pieces, dim=2).transpose(1, 2)
 
 
