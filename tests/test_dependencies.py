@@ -41,4 +41,5 @@ def test_bounds_are_the_versions_that_have_been_run(package: str) -> None:
 
 
 def test_both_files_pin_the_same_packages() -> None:
-    assert set(pins("lowest")) == set(pins("newest")) == {"torch", "transformers", "ray"}
+    assert set(pins("newest")) == {"torch", "transformers", "ray"}
+    assert set(pins("lowest")) == {*pins("newest"), "numpy"}  # which the lowest Triton wants older
