@@ -16,7 +16,7 @@ from torch import Tensor
 
 from trio.decoder.attention import Packed
 from trio.decoder.decoder import Decoder, LayerCache
-from trio.decoder.gpu import Fetched, as_current, sent
+from trio.decoder.gpu import Fetched, sent
 from trio.decoder.stopwatch import Stopwatch
 from trio.errors import UserError
 from trio.families.coordinates import unknown
@@ -153,7 +153,7 @@ def prefill(
         UserError: the retention is out of reach for a prompt, a stage is too deep, or the method
             needs something that the prompts do not bring.
     """
-    with as_current(decoder.device), torch.no_grad(), decoder.ragged():
+    with torch.no_grad(), decoder.ragged():
         return _Prefill(decoder, prompts, pruning or Pruning(), cache, trace).result()
 
 

@@ -182,8 +182,8 @@ class Branches:
             branch_T = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
             branch_BW[row, : len(branch_T)] = branch_T
         same = branch_BW[:, :, None] == branch_BW[:, None]
-        request_T, place_T = (index.to(device) for index in (branch_BW >= 0).nonzero(as_tuple=True))
-        return cls(request_T, place_T, same.tril()[:, None].to(device))
+        request_T, place_T = (sent(x, device) for x in (branch_BW >= 0).nonzero(as_tuple=True))
+        return cls(request_T, place_T, sent(same.tril()[:, None], device))
 
     def behind(self, stored_B: Tensor, width: int) -> Branches:
         """The same behind so many stored keys of each request, in rectangles of that width."""

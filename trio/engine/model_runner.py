@@ -70,11 +70,13 @@ class ModelRunner:
         # Stages lie at the same layers for images of any size, and a retention in reach for the
         # largest is in reach for all.
         stages = self.pruning.stages(adapter.max_visual_tokens, self.num_layers)
-        depth = shared_depth(self.pruning, adapter.max_visual_tokens, self.num_layers)
+        depth = 0
+        if share_images:
+            depth = shared_depth(self.pruning, adapter.max_visual_tokens, self.num_layers)
         numbers = 2 * depth * self.decoder.num_kv_heads * self.decoder.head_dim
         self.prefixes = PrefixCache(
-            depth if share_images else 0,
-            budget=part_for_images(kv_bytes) if depth and share_images else 0,
+            depth,
+            budget=part_for_images(kv_bytes) if depth else 0,
             room=kv_bytes // PART,
             token_bytes=(numbers + self.decoder.hidden_size) * self.decoder.dtype.itemsize,
         )

@@ -17,7 +17,6 @@ from itertools import pairwise
 from typing import Any
 from unittest.mock import patch
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -35,7 +34,7 @@ from trio.demo.language import tokenizer
 from trio.engine.engine import Engine
 from trio.pruning.options import Pruning
 from trio.pruning.selection import nms_kernel
-from trio.pruning.selection.nms_host import greedy
+from trio.pruning.selection.nms_host import SimilarityMatrix, greedy
 from trio.tables import aligned
 
 NARROW = replace(
@@ -331,19 +330,6 @@ def _activate(gate: Tensor, up: Tensor, out: Tensor, count: int, **sizes: int) -
     out.copy_(F.silu(gate) * up)
 
 
-class _Cosines:
-    """Of all tokens of some images, for the host's way to choose."""
-
-    def __init__(self, cosines_NVV: np.ndarray, places_NV2: np.ndarray) -> None:
-        self._cosines_NVV, self.places_NV2 = cosines_NVV, places_NV2
-
-    def one(self, images: np.ndarray, slots: np.ndarray, likely: object) -> np.ndarray:
-        return self._cosines_NVV[images, slots]
-
-    def most(self, image: int, slots: np.ndarray) -> np.ndarray:
-        return self._cosines_NVV[image, slots]
-
-
 def _choose(
     dots_NVV: Tensor,
     norm_NV: Tensor,
@@ -356,7 +342,7 @@ def _choose(
 ) -> Tensor:
     """As `trio.pruning.selection.nms_kernel.launch`."""
     cosines = dots_NVV / (norm_NV[:, :, None] * norm_NV[:, None])
-    similar = _Cosines(cosines.numpy(), places_NV2.numpy())
+    similar = SimilarityMatrix(cosines, places_NV2)
     taken = greedy(similar, count_N.numpy(), keep_N.numpy(), threshold, salient_part)
     stays_NV = torch.zeros_like(order_NV, dtype=torch.uint8)
     return stays_NV.scatter_(1, order_NV, torch.from_numpy(taken).byte())

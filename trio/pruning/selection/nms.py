@@ -153,7 +153,7 @@ def _on_host(
     index_NV = index_NV[:, : int(counts.max())]
     similar: Rows
     if _fitting(features_TD, index_NV.shape[1]):
-        similar = SimilarityMatrix(features_TD, coordinates_T2, index_NV)
+        similar = SimilarityMatrix.of(features_TD, coordinates_T2, index_NV)
     else:
         similar = SimilarityRows(features_TD, coordinates_T2, index_NV)
     taken = torch.from_numpy(greedy(similar, counts, keeps, threshold, SALIENT[rule]))

@@ -118,13 +118,18 @@ def _lowest(near_V: np.ndarray) -> np.ndarray:
 class SimilarityMatrix:
     """All at once, `[N, V, V]`.
 
-    index_NV: packed index of each token in the order.
+    places_NV2: as of `Rows`.
     """
 
-    def __init__(self, features_TD: Tensor, coordinates_T2: Tensor, index_NV: Tensor) -> None:
+    def __init__(self, cosines_NVV: Tensor, places_NV2: Tensor) -> None:
+        self._rows = cosines_NVV.cpu().numpy()
+        self.places_NV2 = places_NV2.cpu().numpy()
+
+    @classmethod
+    def of(cls, features_TD: Tensor, coordinates_T2: Tensor, index_NV: Tensor) -> SimilarityMatrix:
+        """index_NV: packed index of each token in the order."""
         unit_NVD = _unit(features_TD, index_NV)
-        self.places_NV2 = coordinates_T2[index_NV].cpu().numpy()
-        self._rows = torch.bmm(unit_NVD, unit_NVD.mT).cpu().numpy()
+        return cls(torch.bmm(unit_NVD, unit_NVD.mT), coordinates_T2[index_NV])
 
     def one(
         self, images: np.ndarray, slots: np.ndarray, likely: Callable[[], np.ndarray]
