@@ -11,7 +11,7 @@ from trio import allocator
 from trio.allocator import ONE_ARENA
 
 ROOT = Path(__file__).resolve().parents[1]
-PROGRAM = """
+FAULTS = """
 import resource, threading
 import torch
 from trio import allocator
@@ -37,11 +37,11 @@ thread.join()
 """
 
 
-def measured(**asked: str) -> list[int]:
-    """Page faults, and what the largest size of the process has grown by [KB]."""
+def measured(program: str = FAULTS, **asked: str) -> list[int]:
+    """The whole numbers that a program prints."""
     plain = {n: v for n, v in os.environ.items() if n not in {*allocator.CHOICES, *ONE_ARENA}}
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM],
+        [sys.executable, "-c", program],
         env=plain | asked | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
@@ -52,6 +52,7 @@ def measured(**asked: str) -> list[int]:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="GNU's C library is Linux's")
 def test_pages_are_kept_and_do_not_pile_up() -> None:
+    """Page faults, and what the largest size of the process has grown by."""
     faults, grown_kb = measured(**ONE_ARENA)
     assert faults < measured()[0] / 2  # pages of 2 MB are few in either way
     assert grown_kb < 540_000  # twice what is held at a time, of four times
@@ -60,3 +61,25 @@ def test_pages_are_kept_and_do_not_pile_up() -> None:
 def test_a_user_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MALLOC_MMAP_MAX_", "65536")
     assert not allocator.keep_pages()
+
+
+ENGINE = """
+import torch
+from tests.tiny.llava import tiny_llava, tiny_processor
+from trio.engine.engine import Engine
+def resident():  # in MB
+    pages = int(open("/proc/self/statm").read().split()[1])
+    return pages * 4096 / 1e6
+with Engine(tiny_llava(), tiny_processor()):
+    before = resident()
+    held = [torch.ones(50 << 18) for _ in range(8)]  # 419 MB
+    del held
+    print(round(resident() - before))
+print(round(resident() - before))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="GNU's C library is Linux's")
+def test_an_engine_keeps_pages_until_it_is_closed() -> None:
+    kept, left = measured(ENGINE)
+    assert kept > 400 and left < 100

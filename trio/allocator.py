@@ -32,9 +32,19 @@ def keep_pages() -> bool:
 
     To be called once long-lived tensors are there: those may lie in memory that nobody has touched
     yet, as keys and values do, and what is reused has to be filled with zeros. The process then
-    holds as much as it ever needed at a time.
+    holds as much as it ever needed at a time, until `give_back`.
     """
-    if platform.libc_ver()[0] != "glibc" or any(map(os.environ.get, CHOICES)):
+    if not _is_ours():
         return False
     libc = ctypes.CDLL(None)
     return bool(libc.mallopt(_MMAP_MAX, 0) and libc.mallopt(_TRIM_THRESHOLD, _LARGEST))
+
+
+def give_back() -> None:
+    """Return to the kernel what is kept and not in use."""
+    if _is_ours():
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _is_ours() -> bool:
+    return platform.libc_ver()[0] == "glibc" and not any(map(os.environ.get, CHOICES))

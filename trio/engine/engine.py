@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor, cuda
 
+from trio import allocator
 from trio import openmp as waiting
 from trio.bundled import is_bundled, prompts_notice
 from trio.decoder.gpu import sent
@@ -158,6 +159,8 @@ class Engine:
         self._counters = Counters()
         self._idle_since: float | None = time.perf_counter()
         self._checks_prompts = is_bundled(getattr(processor.tokenizer, "name_or_path", ""))
+        if adapter.decoder.device.type == "cpu":
+            allocator.keep_pages()
 
     @classmethod
     def from_pretrained(
@@ -251,8 +254,9 @@ class Engine:
         self._runner.release(prepared)
 
     def close(self) -> None:
-        """Give back the memory for keys and values, recorded steps and features of images, and drop
-        what waits or runs; the model stays with whoever has it. Figures can still be read."""
+        """Give back the memory for keys and values, recorded steps and features of images, on a CPU
+        also what the process keeps for tensors to come, and drop what waits or runs; the model
+        stays with whoever has it. Figures can still be read."""
         if self._is_closed:
             return
         self.reset()
@@ -260,6 +264,8 @@ class Engine:
         self._is_closed = True
         if self._runner.decoder.device.type == "cuda":
             cuda.empty_cache()
+        else:
+            allocator.give_back()
 
     def __enter__(self) -> Engine:
         self._check_open()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Protocol
 
-from trio import allocator, openmp
+from trio import openmp
 from trio.engine.kv_budget import MemoryPlan
 from trio.engine.request import Prepared, Request, Result, Sampling
 from trio.job.nodes.cpus import usable
@@ -119,12 +119,8 @@ def build_engines(settings: EngineSettings) -> Sequence[EngineLike]:
         system=settings.system,
     )
     if settings.audit is not None:  # of few rows, for which no features are to be held
-        engines = first.beside([settings.audit], share=AUDIT_SHARE, encoding=False)
-    else:
-        engines = first.beside(settings.prunings[1:])
-    if not settings.gpu:
-        allocator.keep_pages()
-    return engines
+        return first.beside([settings.audit], share=AUDIT_SHARE, encoding=False)
+    return first.beside(settings.prunings[1:])
 
 
 def build_preprocessor(settings: EngineSettings) -> Preprocessor:
