@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from trio import _beside
 
 if TYPE_CHECKING:
-    from trio import viz  # noqa: F401
+    from trio import viz as viz
     from trio.engine.engine import Engine
     from trio.engine.request import Constraint, Explanation, Request, Result, Sampling
     from trio.families.adapter import Adapter, Features

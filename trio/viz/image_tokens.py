@@ -54,7 +54,7 @@ def image_tokens(result: Result, number: int = 0) -> ImageTokens:
     explanation = _explanation(result)
     counts = explanation.image_tokens
     if not 0 <= number < len(counts):
-        there = f"{len(counts)} images, 0 to {len(counts) - 1}" if counts else "no image"
+        there = f"images 0 to {len(counts) - 1}" if counts else "no image"
         raise UserError(f"number is {number!r}, and the request had {there}")
     first = sum(counts[:number])
     own = slice(first, first + counts[number])
