@@ -368,7 +368,10 @@ class _Prefill:
             counts=[len(own_V) for own_V in choice.scores.values()],
             token_S=torch.cat([self.marks_2T[1, span] for span in spans]),
             score_S=torch.cat(
-                [sent(own_V, self.decoder.device, torch.float32) for own_V in choice.scores.values()]
+                [
+                    sent(own_V, self.decoder.device, torch.float32)
+                    for own_V in choice.scores.values()
+                ]
             ),
         )
 

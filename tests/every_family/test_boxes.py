@@ -23,9 +23,11 @@ from tests.tiny.llava import tiny_llava, tiny_processor
 from trio.engine.request import Prepared
 from trio.families.registry import adapt
 
-SIZES = [(96, 96), (120, 60), (50, 140), (133, 125), (37, 41)]
+SIZES = [(120, 60), (50, 140), (133, 125)]
+MORE_SIZES = [(96, 96), (37, 41), (61, 190), (230, 70), (331, 320), (9, 14)]
 """Widths and heights."""
-SPOTS = [(0, 0), (1, 0), (0, 1), (1, 1), (0.5, 0.5), (0.3, 0.1), (0.7, 0.85), (0.05, 0.45)]
+SPOTS = [(0, 0), (1, 1), (0.5, 0.5), (0.3, 0.1), (0.05, 0.8)]
+MORE_SPOTS = [*SPOTS, (1, 0), (0, 1), (0.7, 0.85), (0.05, 0.45), (0.62, 0.4)]
 """Columns and rows of bright patches, from the first place that they can have to the last."""
 DARK, BRIGHT = 20, 235
 SMALLEST = {"llava-too-small": 19}
@@ -154,12 +156,19 @@ def uncovered(mask: np.ndarray, boxes: np.ndarray, margin: float) -> np.ndarray:
     [*((case, 0) for case in CASES), ("llava_onevision", 1)],
     ids=[*CASES, "llava_onevision-beside"],
 )
+@pytest.mark.parametrize(
+    ("sizes", "spots"),
+    [
+        pytest.param(SIZES, SPOTS, id="few"),
+        pytest.param(MORE_SIZES, MORE_SPOTS, id="more", marks=pytest.mark.slow),
+    ],
+)
 def test_a_bright_patch_is_shown_by_the_tokens_whose_boxes_it_is_in(
-    case: str, others: int
+    case: str, others: int, sizes: list[tuple[int, int]], spots: list[tuple[float, float]]
 ) -> None:
     model, processor = CASES[case]()
     found, found_shrunk = 0, case != "llava_onevision" or others
-    for size in SIZES:
+    for size in sizes:
         seen = Seen(model, processor, size, others)
         margin = 1 + max(size) / (2 * SMALLEST.get(case, 32))
         if case == "llava_onevision" and not others:
@@ -168,7 +177,7 @@ def test_a_bright_patch_is_shown_by_the_tokens_whose_boxes_it_is_in(
             if seen.adapter._shrunk(*layout) != layout:
                 margin += max(size[1] / rows, size[0] / columns)
                 found_shrunk = True
-        for spot in SPOTS:
+        for spot in spots:
             box = rectangle(size, spot)
             changed = seen.by(bright(size, box))
             shows = seen.boxes[changed]
@@ -178,5 +187,5 @@ def test_a_bright_patch_is_shown_by_the_tokens_whose_boxes_it_is_in(
             rest = uncovered(bright(size, box), shows, margin)
             assert not rest.any() or not seen.by(rest).any(), (size, spot)
             found += bool(changed.any())
-            assert changed.sum() < 0.4 * len(changed)
-    assert found >= len(SIZES) and found_shrunk
+            assert changed.sum() < 0.6 * len(changed)
+    assert found >= len(sizes) and found_shrunk

@@ -13,7 +13,7 @@ import torch
 
 import trio
 from tests.engine.support import by_id, picture
-from tests.every_family.family import FAMILIES, Family, requests_of_many_sizes
+from tests.every_family.family import ARCHITECTURES, FAMILIES, requests_of_many_sizes
 from tests.every_family.test_engine import engine
 from trio.engine.request import Explanation, Request, Result, Sampling
 from trio.families import registry
@@ -71,14 +71,19 @@ METHODS = {
 }
 
 
-@pytest.fixture(scope="module", params=["llava", "llava_next", "qwen3_vl"])
-def family(request: Any) -> Family:
-    return FAMILIES[request.param]()
+QUICK = [("llava_next", "trio"), ("qwen3_vl", "gradient"), ("llava", "fastv")]
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_scores_of_those_who_ask_and_answers_as_without(family: Family, method: str) -> None:
-    pruning = METHODS[method]
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        pytest.param(name, method, marks=[pytest.mark.slow] * ((name, method) not in QUICK))
+        for name in ARCHITECTURES
+        for method in METHODS
+    ],
+)
+def test_scores_of_those_who_ask_and_answers_as_without(name: str, method: str) -> None:
+    family, pruning = FAMILIES[name](), METHODS[method]
     plain = requests_of_many_sizes(5, seed=4, max_new_tokens=4)
     half = [one if n % 2 else asking([one])[0] for n, one in enumerate(plain)]
     expected = by_id(engine(family, pruning).generate(plain))
@@ -134,7 +139,12 @@ def test_a_method_that_judges_before_the_decoder_has_scores() -> None:
 
 @pytest.mark.parametrize(
     ("name", "encoder"),
-    [("llava", "visionzip"), ("llava_next", "scan"), ("qwen2_5_vl", "scan")],
+    [
+        ("llava", "visionzip"),
+        ("qwen2_5_vl", "scan"),
+        pytest.param("llava_next", "scan", marks=pytest.mark.slow),
+        pytest.param("llava_next", "prunesid", marks=pytest.mark.slow),
+    ],
 )
 def test_scores_are_of_tokens_before_a_reduction(name: str, encoder: str) -> None:
     family, pruning = FAMILIES[name](), Pruning(retention=0.25, encoder=encoder)

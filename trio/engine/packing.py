@@ -74,9 +74,7 @@ def entered(given: Sequence[int], images: Sequence[Features]) -> list[int | None
     ]
 
 
-def before_reduction(
-    scores_V: Tensor, entered: Sequence[int | None], visual_tokens: int
-) -> Tensor:
+def before_reduction(scores_V: Tensor, entered: Sequence[int | None], visual_tokens: int) -> Tensor:
     """Scores of the visual tokens that entered the decoder, as those of all that the encoder gave;
     NaN for the others.
 
