@@ -20,7 +20,6 @@ import trio
 from tests.every_family.family import FAMILIES
 from tests.every_family.test_coordinates import without_attention
 from tests.tiny.llava import tiny_llava, tiny_processor
-from trio.engine.request import Prepared
 from trio.families.registry import adapt
 
 SIZES = [(120, 60), (50, 140), (133, 125)]
