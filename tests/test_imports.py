@@ -46,6 +46,7 @@ LIGHT = [
     "trio.lmms_eval.model_args",
     "trio.lmms_eval.rows",
     "trio.values",
+    "trio.viz",
     *(
         f"trio.vqa.{package}.{path.stem}"
         for package in ("presets", "figures")

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 from trio import _beside
 
 if TYPE_CHECKING:
+    from trio import viz as viz
     from trio.engine.engine import Engine
-    from trio.engine.request import Constraint, Request, Result, Sampling
+    from trio.engine.request import Constraint, Explanation, Request, Result, Sampling
     from trio.families.adapter import Adapter, Features
     from trio.families.registry import register
     from trio.patching import patch, unpatch
@@ -27,6 +28,7 @@ __all__ = [
     "Constraint",
     "Context",
     "Engine",
+    "Explanation",
     "Features",
     "Method",
     "OneByOne",
@@ -49,6 +51,7 @@ _HOME = {
     "Constraint": "trio.engine.request",
     "Context": "trio.pruning.method",
     "Engine": "trio.engine.engine",
+    "Explanation": "trio.engine.request",
     "Features": "trio.families.adapter",
     "Method": "trio.pruning.method",
     "OneByOne": "trio.pruning.method",
@@ -67,6 +70,8 @@ _HOME = {
 
 
 def __getattr__(name: str) -> object:
+    if name == "viz":  # a package of ours, which its import sets
+        return import_module("trio.viz")
     home = _HOME.get(name)
     value = getattr(import_module(home), name) if home else _beside.attribute(name)
     if not name.startswith("_"):
@@ -75,7 +80,7 @@ def __getattr__(name: str) -> object:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, *_beside.names()})
+    return sorted({*globals(), *__all__, "viz", *_beside.names()})
 
 
 _beside.install()

@@ -6,7 +6,7 @@ D hidden size, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Protocol
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from trio.decoder.attention import Packed
 from trio.decoder.decoder import Decoder, LayerCache
-from trio.decoder.gpu import Fetched, sent
+from trio.decoder.gpu import sent
 from trio.decoder.stopwatch import Stopwatch
 from trio.errors import UserError
 from trio.families.coordinates import unknown
@@ -26,6 +26,7 @@ from trio.pruning.batch import (
     contiguous_positions,
     nothing_if_finite,
 )
+from trio.pruning.kept import Kept, Left, Scored
 from trio.pruning.method import Choice, Context, Method, Stage, choose, goals_of
 from trio.pruning.method_registry import create
 from trio.pruning.options import Pruning
@@ -67,6 +68,8 @@ class PackedPrompts:
     salts: Sequence[int] = ()
     """A number per request that depends on that request alone, to seed randomness
     (`trio.pruning.methods.random.salt_of(token_ids)`); empty means 0 for all."""
+    explained: Collection[int] = ()
+    """Requests of which the scores that their tokens were chosen by are wanted."""
     contexts: Sequence[Sequence[Context]] = ()
     """For methods that need `text_tower` or `instruction`, what encoder and prompt tell of each
     request's images."""
@@ -103,6 +106,10 @@ class Prefilled:
     """`[request][stage]`, visual tokens left, numbered as they entered."""
     visual_tokens_stages: list[list[int]]
     """`[request][stage]`, how many those are."""
+    scores: list[list[Tensor]]
+    """`[request][stage]`, what the visual tokens were chosen by, numbered as they entered: float32
+    on the CPU, NaN for those that were gone or whose image lost none. Empty for requests that do
+    not ask for it, and where the method has no scores."""
     prune_seconds: float
     """Time in scoring, choosing and compacting, all requests together."""
     finite_B: Tensor
@@ -174,6 +181,7 @@ class _Prefill:
         self.trace = trace
         self.salts = prompts.salts or (0,) * len(prompts.lengths)
         self.contexts = prompts.contexts
+        self.explained = frozenset(prompts.explained)
         self.hidden_TD = prompts.embeds_TD
         self.entered_TD: Tensor | None = None
         self.injected = prompts.injected
@@ -200,7 +208,7 @@ class _Prefill:
         self.marks_2T = sent(torch.stack([self.ragged.request_T(), token_T]), decoder.device)
         given = (self.ragged.visual_tokens(request) for request in range(len(prompts.lengths)))
         self.first_tokens = list(accumulate(given, initial=0))
-        self.left: list[_Left] = []
+        self.left: list[Left] = []
         # NaN where something is not finite.
         self.trouble_B = torch.zeros(
             len(prompts.lengths), dtype=decoder.dtype, device=decoder.device
@@ -224,7 +232,7 @@ class _Prefill:
             if method is not None and stop in keeps:
                 self._prune(method, stop, keeps[stop])
             start = stop
-        kept = _Kept(self.left, self.first_tokens)
+        kept = Kept(self.left, self.first_tokens)
         last = torch.tensor([end - 1 for end in accumulate(self.ragged.lengths)])
         hidden_BD = self.hidden_TD[sent(last, self.hidden_TD.device)]
         # Tokens that are gone by a choice that was none would leave no trace.
@@ -240,6 +248,7 @@ class _Prefill:
             next_positions=positions,
             kept=by_request,
             visual_tokens_stages=[[len(stage) for stage in stages] for stages in by_request],
+            scores=kept.scores(len(self.ragged.lengths), self.explained),
             prune_seconds=self.pruning_time.seconds(),
             finite_B=self.trouble_B == 0,
         )
@@ -312,11 +321,13 @@ class _Prefill:
             self._check(hidden_in)
             choice = choose(method, self._stage(layer, keeps))
             self.entered_TD = None
+            scored = None
             if choice is not None:
+                scored = self._scored(choice) if choice.scores else None
                 self._compact(choice)
             self._renumber(keeps)
             had = [request for request, keep in enumerate(keeps) if keep is not None]
-            self.left.append(_Left(self.ragged, self.marks_2T[1], had))
+            self.left.append(Left(self.ragged, self.marks_2T[1], had, scored))
         if self.trace is not None:
             self.trace.stages.append(
                 StageTrace(
@@ -343,6 +354,25 @@ class _Prefill:
             salts=self.salts,
             entered_TD=self.entered_TD,
             contexts=self.contexts,
+            explained=self.explained,
+        )
+
+    def _scored(self, choice: Choice) -> Scored:
+        """What tokens are chosen by, before those that are not chosen leave the batch."""
+        spans = []
+        for request, number in choice.scores:
+            image, first = self.ragged.images[request][number], self.ragged.starts[request]
+            spans.append(slice(first + image.start, first + image.start + image.count))
+        return Scored(
+            requests=[request for request, _ in choice.scores],
+            counts=[len(own_V) for own_V in choice.scores.values()],
+            token_S=torch.cat([self.marks_2T[1, span] for span in spans]),
+            score_S=torch.cat(
+                [
+                    sent(own_V, self.decoder.device, torch.float32)
+                    for own_V in choice.scores.values()
+                ]
+            ),
         )
 
     def _compact(self, choice: Choice) -> None:
@@ -385,38 +415,6 @@ def shared_depth(pruning: Pruning, tokens: int, num_layers: int) -> int:
     first = min((layer for layer, _ in pruning.stages(tokens, num_layers)), default=num_layers)
     looks_back = pruning.chooses and "attention" in create(pruning).needs
     return max(0, first - looks_back)
-
-
-@dataclass(frozen=True, slots=True)
-class _Left:
-    """What a stage left."""
-
-    ragged: Ragged
-    token_T: Tensor
-    """On the device."""
-    requests: Sequence[int]
-    """Those that had a stage there."""
-
-
-class _Kept:
-    """The tokens that the stages left, on their way to the host while the device works on."""
-
-    def __init__(self, left: Sequence[_Left], first_tokens: Sequence[int]) -> None:
-        self._left, self._first = left, first_tokens
-        self._token_T = Fetched(torch.cat([own.token_T for own in left])) if left else None
-
-    def by_request(self, requests: int) -> list[list[list[int]]]:
-        """`Prefilled.kept`; waits for the copy."""
-        kept: list[list[list[int]]] = [[] for _ in range(requests)]
-        if self._token_T is None:
-            return kept
-        (token_T,) = self._token_T.read()
-        parts = token_T.split([len(own.token_T) for own in self._left])
-        for own, token_T in zip(self._left, parts, strict=True):
-            for request in own.requests:
-                tokens = token_T[own.ragged.visual(request)] - self._first[request]
-                kept[request].append(tokens.tolist())
-        return kept
 
 
 def _check_injected(prompts: PackedPrompts) -> None:

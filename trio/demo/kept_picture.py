@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow.parquet as pq
 from PIL import Image, ImageDraw, ImageFont
 
 import trio
 from trio.bundled import SHARD
 from trio.errors import UserError
+from trio.viz import fade, image_tokens
 
 SCHEDULE = "0:118,5:69,8:28"
 """What a retention of 1/9 is on the bundled model."""
@@ -35,9 +35,6 @@ TEXT, SMALL = 30, 25
 """Sizes of the text in pixels of the picture."""
 CARD, INK, FAINT = (246, 248, 250), (31, 35, 40), (89, 99, 110)
 RIGHT, WRONG = (26, 127, 55), (207, 34, 46)
-FADED = (222, 226, 231)
-GHOST = 0.25
-"""How much darker than `FADED` a dropped patch is, per step of its own brightness."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,7 +83,8 @@ def answer(ids: Sequence[str], schedule: str) -> list[Shown]:
 def _request(row: Mapping[str, Any]) -> trio.Request:
     image = Image.open(io.BytesIO(row["image"]["bytes"])).convert("RGB")
     prompt = row["prompt"].replace(" ?", "?").replace(" .", ".")  # the same tokens
-    return trio.Request(id=row["id"], prompt=prompt[0].upper() + prompt[1:], images=(image,))
+    prompt = prompt[0].upper() + prompt[1:]
+    return trio.Request(id=row["id"], prompt=prompt, images=(image,), explain=True)
 
 
 def draw(shown: Sequence[Shown], schedule: str) -> Image.Image:
@@ -114,14 +112,12 @@ def _row(shown: Shown, stages: Sequence[str]) -> Image.Image:
     """Panels side by side with their counts, and prompt and answer underneath."""
     result, (image,) = shown.result, shown.request.images
     assert isinstance(image, Image.Image)
-    assert result.visual_tokens is not None
-    assert result.kept_tokens is not None
     assert result.response is not None
-    side = math.isqrt(result.visual_tokens)
-    panels = [image, *(fade(image, kept, side) for kept in result.kept_tokens)]
-    counts = [f"{result.visual_tokens} visual tokens"]
+    tokens = image_tokens(result)
+    panels = [image, *(fade(image, tokens.boxes, stage.kept) for stage in tokens.stages)]
+    counts = [f"{len(tokens.boxes)} visual tokens"]
     counts += [
-        f"{name}: {len(kept)}" for name, kept in zip(stages, result.kept_tokens, strict=True)
+        f"{name}: {stage.kept.sum()}" for name, stage in zip(stages, tokens.stages, strict=True)
     ]
     step, height = image.width * ZOOM + GAP, image.height * ZOOM
     row = Image.new("RGB", (step * len(panels) - GAP, height + 2 * LINE + MARGIN), CARD)
@@ -134,16 +130,6 @@ def _row(shown: Shown, stages: Sequence[str]) -> Image.Image:
     answer = result.response + ("" if right else f"   (wrong, it is: {shown.answers[0]})")
     _write(row, (end, height + LINE), answer, TEXT, RIGHT if right else WRONG)
     return row
-
-
-def fade(image: Image.Image, kept: Sequence[int | None], side: int) -> Image.Image:
-    """The image with all but the kept of its side x side patches faded to almost nothing."""
-    pixels = np.asarray(image)
-    grey = pixels.mean(axis=2, keepdims=True)
-    faded = np.array(FADED) - GHOST * grey
-    mask = np.array([token in kept for token in range(side * side)]).reshape(side, side)
-    mask = mask.repeat(image.height // side, axis=0).repeat(image.width // side, axis=1)
-    return Image.fromarray(np.where(mask[..., None], pixels, faded).clip(0, 255).astype(np.uint8))
 
 
 def _write(on: Image.Image, at: tuple[int, int], text: str, size: int, color: Any) -> int:

@@ -607,6 +607,7 @@ class Engine:
             bytes_per_element=self._runner.decoder.dtype.itemsize,
             decode=self.prepare.decode,
             beside=self._runner.beside_decoder(sequence.prepared),
+            explanation=self._runner.explanation(sequence),
         )
         if sequence.constrained is None or result.finish_reason == "error":
             return result

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from trio.engine.request import Prepared, Result, failed
+from trio.engine.request import Explanation, Prepared, Result, failed
 from trio.pruning.flops import DecoderShape, layer_average
 from trio.pruning.method_registry import create
 
@@ -128,11 +128,12 @@ def report(
     bytes_per_element: int,
     decode: Callable[[Sequence[int]], str],
     beside: tuple[int, int] = (0, 0),
+    explanation: Explanation | None = None,
 ) -> Result:
     """The result of a sequence whose answer is complete, or which has failed on the device.
 
     `decode`: token ids to text. `beside`: FLOPs of reading the prompt that are not the decoder's,
-    pruned and unpruned.
+    pruned and unpruned. `explanation`: where the request asks for it.
     """
     reason = sequence.finish_reason
     assert reason is not None
@@ -176,6 +177,7 @@ def report(
         decode_s=sequence.decode_s,
         latency_s=time.perf_counter() - sequence.submitted,
         kept_tokens=[sequence.entered, *sequence.kept] if sequence.entered else sequence.kept,
+        explanation=explanation,
     )
 
 

@@ -21,13 +21,14 @@ from trio.engine.cuda_graphs import Graphs, StepGraphs, rounded_up
 from trio.engine.kv_budget import Need
 from trio.engine.kv_cache import KVCache
 from trio.engine.metrics import beside_decoder
-from trio.engine.packing import Entry, coordinates, entered
-from trio.engine.request import Prepared
+from trio.engine.packing import Entry, before_reduction, coordinates, entered
+from trio.engine.request import Explanation, Prepared
 from trio.engine.sequence import SequenceState
 from trio.engine.sharing.prefix_cache import PART, PrefixCache, part_for_images
 from trio.engine.sharing.shared_encoder import SharedEncoder
+from trio.errors import UserError
 from trio.families.adapter import Adapter, Features, Inputs, Join, Span, joined
-from trio.families.coordinates import packed
+from trio.families.coordinates import in_image, packed
 from trio.families.text_tower import TextTower
 from trio.prefill import PackedPrompts, prefill, shared_depth
 from trio.pruning.batch import contiguous_positions
@@ -116,6 +117,33 @@ class ModelRunner:
         """FLOPs of reading a prompt that are not the decoder's, pruned and unpruned."""
         text_tower = self._contexts.text_tower if self._contexts else None
         return beside_decoder(self.adapter, self.pruning, prepared, text_tower)
+
+    def explanation(self, sequence: SequenceState) -> Explanation | None:
+        """Of a sequence whose prompt has been read; None where it does not ask for one.
+
+        Raises:
+            UserError: the adapter's boxes are not one of each visual token.
+        """
+        prepared = sequence.prepared
+        if not prepared.explain:
+            return None
+        frames = prepared.frames or (None,) * len(prepared.image_inputs)
+        boxes = [torch.empty(0, 4, dtype=torch.float32)]
+        for image, frame, count in zip(
+            prepared.image_inputs, frames, prepared.image_tokens, strict=True
+        ):
+            (own_N4,) = self.adapter.boxes(image)
+            if own_N4.shape != (count, 4):
+                raise UserError(
+                    f"{type(self.adapter).__name__}.boxes gives {list(own_N4.shape)} for an image "
+                    f"of {count} visual tokens; it is to give [{count}, 4]"
+                )
+            boxes.append(in_image(own_N4, frame))
+        return Explanation(
+            image_tokens=prepared.image_tokens,
+            boxes=torch.cat(boxes).numpy(),
+            saliency=tuple(sequence.scores),
+        )
 
     def need(self, prompt_tokens: int, image_tokens: Sequence[int], new_tokens: int) -> Need:
         """Tokens a request may come to store, per layer group."""
@@ -219,6 +247,10 @@ class ModelRunner:
             sequence.positions = [done.next_positions[start][row] for start, _ in self.cache.spans]
             sequence.entered = entered(sequence.prepared.image_tokens, features[row])
             sequence.kept = [_by_source(stage, sequence.entered) for stage in done.kept[row]]
+            sequence.scores = [
+                before_reduction(scores_V, sequence.entered, sequence.visual_tokens).numpy()
+                for scores_V in done.scores[row]
+            ]
         return done.logits_BV, done.prune_seconds + comparing.seconds()
 
     def _packed(
@@ -251,6 +283,7 @@ class ModelRunner:
             injected=joined(own),
             given=[sequence.prepared.image_tokens for sequence in sequences],
             salts=Salts([sequence.prepared.input_ids for sequence in sequences]),
+            explained=[row for row, one in enumerate(sequences) if one.prepared.explain],
         )
 
     def _coordinates(

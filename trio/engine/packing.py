@@ -74,6 +74,23 @@ def entered(given: Sequence[int], images: Sequence[Features]) -> list[int | None
     ]
 
 
+def before_reduction(scores_V: Tensor, entered: Sequence[int | None], visual_tokens: int) -> Tensor:
+    """Scores of the visual tokens that entered the decoder, as those of all that the encoder gave;
+    NaN for the others.
+
+    Args:
+        scores_V: float32, on the CPU.
+        entered: as of the function of that name.
+        visual_tokens: that the encoder gave.
+    """
+    if not entered:
+        return scores_V
+    # A class token's goes behind all others, and off.
+    index_V = torch.tensor([visual_tokens if token is None else token for token in entered])
+    given = torch.full((visual_tokens + 1,), torch.nan, dtype=torch.float32)
+    return given.index_copy_(0, index_V, scores_V)[:-1]
+
+
 def coordinates(given_N2: Tensor, image: Features) -> Tensor:
     """Of an image's tokens that enter the decoder, where the encoder gave all those of `given_N2`;
     each is where the one lies that it stands for."""

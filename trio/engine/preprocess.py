@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from trio.families.adapter import Adapter, Inputs
+    from trio.families.coordinates import Frame
 
 _log = logging.getLogger(__name__)
 _MARK = "\ue000user text\ue000"
@@ -100,6 +101,8 @@ class Preprocessor:
             id=request.id,
             sampling=request.sampling,
             candidates=candidates,
+            explain=request.explain,
+            frames=self._frames(request),
         )
 
     @property
@@ -133,8 +136,9 @@ class Preprocessor:
                 inputs=own,
                 digest=_digest(own),
                 prompt_images=len(images),
+                size=given.size,
             )
-            for image, own in zip(made, inputs, strict=True)
+            for given, image, own in zip(images, made, inputs, strict=True)
         ]
 
     @cached_property
@@ -199,6 +203,13 @@ class Preprocessor:
             (image["input_ids"][0].tolist(), ImageInputs(own, _digest(own)))
             for image, own in zip(made, tensors, strict=True)
         ]
+
+    def _frames(self, request: Request) -> tuple[Frame | None, ...]:
+        """`Prepared.frames`."""
+        if not request.explain:
+            return ()
+        sizes = [image.size for image in request.images]
+        return tuple(size and self._family.frame(self._processor, size) for size in sizes)
 
     def _finished(
         self, image: Any, where: str, images: Sequence[Any]

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
+    from trio.families.coordinates import Frame
     from trio.families.pixel_tables import PixelTables
 
 FailureKind = Literal[
@@ -179,6 +180,8 @@ class ProcessedImage:
     """Of these, the same for equal ones."""
     prompt_images: int = 1
     """Images of its prompt: some processors cut an image into tiles only where it is alone."""
+    size: tuple[int, int] | None = None
+    """Its width and height in pixels as it was given, for explanations."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -203,6 +206,8 @@ class Request:
     stay text."""
     with_eos: bool = False
     """Whether the tokenizer's end of sequence counts as the last token of each candidate."""
+    explain: bool = False
+    """Whether the result is to say where the visual tokens lie and what they were chosen by."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -224,6 +229,30 @@ class Prepared:
     sampling: Sampling | None = None
     candidates: tuple[tuple[int, ...], ...] = ()
     """Tokens of each answer to be scored."""
+    explain: bool = False
+    """As of the request."""
+    frames: tuple[Frame | None, ...] = ()
+    """Of each image, where it is to be explained, as of `Adapter.frame`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Explanation:
+    """Where the visual tokens of a prompt lie in its images, and what they were chosen by.
+
+    V counts the visual tokens of all images in order, before any reduction, as the indices of
+    `Result.kept_tokens` do.
+    """
+
+    image_tokens: tuple[int, ...]
+    """Visual tokens of each image."""
+    boxes: np.ndarray
+    """`[V, 4]` float32: left, top, right and bottom of what each visual token shows, in widths and
+    heights of its own image as it was given, from 0 to 1. NaN where it shows no place of it (a
+    newline, a class token, padding), and of an image where nobody knows."""
+    saliency: tuple[np.ndarray, ...]
+    """`[V]` float32 for each pruning stage, in the order of `Result.visual_tokens_stages`: the
+    scores that tokens were chosen by, each prompt's in a unit of its own. NaN for tokens that were
+    gone, and of images that lost none. Empty for methods without scores."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -282,6 +311,8 @@ class Result:
     """Per stage, the kept visual tokens as indices into the prompt's visual tokens before any
     reduction; first those that the encoder left, if it reduced them. A merged token counts as the
     one that it was merged into, and None is the class token of the encoder."""
+    explanation: Explanation | None = field(default=None, compare=False, repr=False)
+    """Where the request asks for it; None of one that failed before its answer began."""
 
     @property
     def logprob_mean(self) -> float | None:

@@ -11,6 +11,7 @@ from trio.engine.kv_budget import Need
 from trio.engine.request import FailureKind, Prepared, Sampling
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
     from trio.engine.decoding.constraints import Constrained
@@ -58,6 +59,8 @@ class SequenceState:
     """Visual tokens left after each stage; None is a tower's class token."""
     entered: list[int | None] = field(default_factory=list)
     """Visual tokens that entered the decoder, where the encoder reduced them."""
+    scores: list[np.ndarray] = field(default_factory=list)
+    """`Explanation.saliency`, where the request asks for it."""
     prefill_s: float = 0.0
     decode_s: float = 0.0
     failure: str | None = None
@@ -109,5 +112,6 @@ class SequenceState:
         if self.constrained is not None:
             self.constrained.restart()
         answer = (self.token_ids, self.logprobs, self.candidate_logprobs, self.candidate_is_top)
-        for grown in (*answer, self.layer_tokens, self.positions, self.kept, self.entered):
+        read = (self.layer_tokens, self.positions, self.kept, self.entered, self.scores)
+        for grown in (*answer, *read):
             grown.clear()

@@ -21,6 +21,7 @@ from trio.decoder.decoder import Decoder
 from trio.decoder.gpu import sent, without_cudnn
 from trio.decoder.unchanged import Unchanged
 from trio.errors import UserError
+from trio.families.coordinates import WHOLE, Frame
 from trio.families.hub_defaults import defaults_of
 from trio.families.pixel_tables import finished
 from trio.pruning.flops import DecoderShape
@@ -176,6 +177,25 @@ class Adapter(ABC):
     def coordinates(self, inputs: Inputs) -> list[Tensor]:
         """Where in its picture each visual token of each image lies, told without running the
         model: `[N, 2]` on the CPU, as of `trio.families.coordinates`."""
+
+    @staticmethod
+    def frame(processor: Any, size: tuple[int, int]) -> Frame | None:
+        """What the model's processor makes the model's pictures of, where `boxes` are in a part of
+        an image, or in more than it: the rectangle in the image that they count from.
+
+        Args:
+            size: the image's width and height.
+
+        Returns:
+            None where that is unknown.
+        """
+        return WHOLE
+
+    def boxes(self, inputs: Inputs) -> list[Tensor]:
+        """What each visual token of each image shows, told without running the model: left, top,
+        right, bottom, `[N, 4]` on the CPU, in widths and heights of `frame`. NaN for what shows no
+        place, as newlines, and for all where the adapter does not say it."""
+        return [torch.full((count, 4), torch.nan) for count in self.visual_tokens(inputs)]
 
     def layouts(self, inputs: Inputs) -> list[Layout]:
         """How the visual tokens of each image stand, told without running the model; asked only by

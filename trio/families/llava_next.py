@@ -60,6 +60,9 @@ class LlavaNextAdapter(ClassTokenAdapter, AnyResolutionAdapter):
         sizes = image_sizes(inputs)
         return [self._coordinates(size, *self._layout(size)) for size in sizes]
 
+    def boxes(self, inputs: Inputs) -> list[Tensor]:
+        return [self._boxes(size, *self._layout(size)) for size in image_sizes(inputs)]
+
     def layouts(self, inputs: Inputs) -> list[Layout]:
         return [self._whole_and_tiles(*self._layout(size)) for size in image_sizes(inputs)]
 

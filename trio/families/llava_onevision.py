@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from math import ceil, sqrt
+from math import ceil, nan, sqrt
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,10 +20,18 @@ from transformers import LlavaOnevisionProcessor
 
 from trio.errors import UserError
 from trio.families.adapter import ImageOnly, Inputs, Layout, tensor_of
-from trio.families.coordinates import OUTSIDE, raster
+from trio.families.coordinates import (
+    OUTSIDE,
+    edges,
+    framed,
+    grid_boxes,
+    raster,
+    square_frame,
+)
 from trio.families.llava_vision import (
     AnyResolutionAdapter,
     image_sizes,
+    patch_share,
     patches_per_edge,
     tokens_per_tile,
 )
@@ -103,6 +111,21 @@ class LlavaOnevisionAdapter(AnyResolutionAdapter):
             self._coordinates(size, *self._shrunk(*self._layout(size))) if tiled else padded
             for size, tiled in _images(inputs)
         ]
+
+    def boxes(self, inputs: Inputs) -> list[Tensor]:
+        return [
+            self._boxes(size, *self._shrunk(*self._layout(size)))
+            if tiled
+            else self._padded_boxes(size)
+            for size, tiled in _images(inputs)
+        ]
+
+    def _padded_boxes(self, size: _Size) -> Tensor:
+        """As `boxes`, of an image that is padded to a square and seen once."""
+        height, width = size
+        along = edges(patches_per_edge(self.model.config), patch_share(self.model.config))
+        own = framed(grid_boxes(along, along), square_frame(width, height))
+        return F.pad(own, (0, 0, 0, 1), value=nan)
 
     def layouts(self, inputs: Inputs) -> list[Layout]:
         edge = patches_per_edge(self.model.config)

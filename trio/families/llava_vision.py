@@ -12,6 +12,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import ceil
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from trio.encoders.clip_hooks import hidden_states
 from trio.encoders.reduction import TowerShape
 from trio.errors import UserError
 from trio.families.adapter import Adapter, Features, Inputs, Layout, check_pixels, tensor_of
-from trio.families.coordinates import raster
+from trio.families.coordinates import Edges, edges, grid_boxes, raster
 
 CLASS_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0}
 """Towers that take pictures of one size, and the tokens that they add to a picture's patches."""
@@ -199,6 +200,46 @@ class AnyResolutionAdapter(TiledAdapter):
         whole = raster(edge, edge, aspect)
         return torch.cat((whole, raster(rows, columns, aspect, newlines=True)))
 
+    def _boxes(self, size: tuple[int, int], rows: int, columns: int) -> Tensor:
+        """As `boxes`, of an image of this height and width, seen whole and in tiles that have so
+        many rows and columns of features: those without padding, or what they were shrunk to."""
+        config = self.model.config
+        side: int = config.vision_config.image_size
+        along = edges(patches_per_edge(config), patch_share(config))
+        grid = self._grid(size)
+        # The image fills one edge of the grid.
+        scale = min(tiles * side / length for tiles, length in zip(grid, size, strict=True))
+        down, across = (
+            self._tile_edges(count, unpadded, tiles, min(ceil(length * scale), tiles * side))
+            for count, unpadded, tiles, length in zip(
+                (rows, columns), self._layout(size), grid, size, strict=True
+            )
+        )
+        return torch.cat((grid_boxes(along, along), grid_boxes(down, across, newlines=True)))
+
+    def _tile_edges(self, count: int, unpadded: int, tiles: int, pixels: int) -> Edges:
+        """Of features in tiles along an axis, in shares of the image.
+
+        Args:
+            count: features.
+            unpadded: as many before they were shrunk.
+            tiles: side by side.
+            pixels: that the image has there, between padding on both sides.
+        """
+        vision, edge = self.model.config.vision_config, patches_per_edge(self.model.config)
+        first = (tiles * edge - unpadded) // 2
+        step = unpadded / max(1, count)
+        bound = first + torch.arange(count + 1, dtype=torch.float64) * step
+        # A tile may end in pixels that are no whole patch, which no feature shows.
+        first_patch, last_patch = bound[:-1].floor(), bound[1:].ceil() - 1
+        before = (tiles * vision.image_size - pixels) // 2
+
+        def share(patch: Tensor, bound: Tensor) -> Tensor:
+            start = patch // edge * vision.image_size + patch % edge * vision.patch_size
+            return (start + (bound - patch) * vision.patch_size - before) / pixels
+
+        return share(first_patch, bound[:-1]), share(last_patch, bound[1:])
+
     def _whole_and_tiles(self, rows: int, columns: int) -> Layout:
         """Of an image seen whole and in tiles that have so many rows and columns of features."""
         edge = patches_per_edge(self.model.config)
@@ -231,6 +272,11 @@ def feature_layers(config: Any) -> list[int]:
 def patches_per_edge(config: Any) -> int:
     """Of one tile."""
     return config.vision_config.image_size // config.vision_config.patch_size
+
+
+def patch_share(config: Any) -> float:
+    """A patch's edge over that of a tile, whose last pixels may be no whole patch."""
+    return float(config.vision_config.patch_size / config.vision_config.image_size)
 
 
 def tokens_per_tile(config: Any) -> int:

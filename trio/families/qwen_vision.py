@@ -36,7 +36,7 @@ from trio.families.adapter import (
     check_pixels,
     tensor_of,
 )
-from trio.families.coordinates import raster
+from trio.families.coordinates import edges, grid_boxes, raster
 
 _WINDOW = 4
 """Visual tokens along the edge of a window in which a scan takes its first half."""
@@ -183,6 +183,11 @@ class GridAdapter(Adapter):
             raster(rows // self._merge, columns // self._merge, rows / columns)
             for rows, columns in _grids(inputs)
         ]
+
+    def boxes(self, inputs: Inputs) -> list[Tensor]:
+        # The processor stretches an image to whole tokens.
+        sizes = [(rows // self._merge, columns // self._merge) for rows, columns in _grids(inputs)]
+        return [grid_boxes(*(edges(cells, 1 / max(1, cells)) for cells in size)) for size in sizes]
 
     def layouts(self, inputs: Inputs) -> list[Layout]:
         sizes = [(rows // self._merge, columns // self._merge) for rows, columns in _grids(inputs)]

@@ -8,8 +8,8 @@ images and texts share, C texts or pieces of one, L tokens of the longest.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import ClassVar, NamedTuple
 
@@ -87,6 +87,10 @@ class Choice:
     """Of every request, whether all that its images were judged by is finite: else the choice is
     any. None for methods that judge by hidden states alone."""
 
+    scores: Mapping[Place, Tensor] = field(default_factory=dict)
+    """Of images of requests that ask for it (`Stage.explained`), what each of their tokens was
+    judged by, `[count]`; none for methods that judge by hidden states alone."""
+
     @cached_property
     def kept(self) -> dict[Place, list[int]]:
         """Local indices that stay of each image that loses tokens."""
@@ -124,6 +128,8 @@ class Stage:
     methods that need `attention`."""
     contexts: Sequence[Sequence[Context]] = ()
     """Of each request's images, for methods that need `text_tower` or `instruction`."""
+    explained: Collection[int] = ()
+    """Requests of which `Choice.scores` are wanted."""
 
     @cached_property
     def requests(self) -> list[int]:
@@ -155,13 +161,17 @@ class Stage:
         """Hidden states, positions and coordinates of `requests` alone."""
         return self._own(self.hidden_TD, self.positions_T, self.coordinates_T2)
 
+    @property
+    def starts(self) -> list[int]:
+        """Of each image, its first token among those of `requests`."""
+        first = dict(zip(self.requests, Ragged(tuple(self.lengths), ()).starts, strict=True))
+        return [first[r] + self.batch.images[r][i].start for r, i in self.goals]
+
     @cached_property
     def bounds(self) -> tuple[Tensor, Tensor, Tensor]:
         """Of each image, `[N]`: first token among those of `requests`, tokens, tokens to keep."""
-        first = dict(zip(self.requests, Ragged(tuple(self.lengths), ()).starts, strict=True))
-        starts = [first[r] + self.batch.images[r][i].start for r, i in self.goals]
         counts = [image.count for image in self.images]
-        numbers = torch.tensor([starts, counts, list(self.goals.values())])
+        numbers = torch.tensor([self.starts, counts, list(self.goals.values())])
         start_N, count_N, keep_N = sent(numbers, self.hidden_TD.device)
         return start_N, count_N, keep_N
 
@@ -227,6 +237,7 @@ class Stage:
             scored=self.requests if saliency else (),
             saliency=saliency,
             finite_B=None if scores_T is None else self._finite(scores_T),
+            scores={} if scores_T is None else self._scores(scores_T),
         )
 
     def choice_of_orders(self, orders: dict[Place, Tensor], scores: Sequence[Tensor]) -> Choice:
@@ -247,7 +258,22 @@ class Stage:
             kept_NK=sent(order_NK, self.hidden_TD.device).sort(dim=1).values,
             orders_N=orders_N,
             finite_B=finite_B,
+            scores={
+                place: own_V
+                for place, own_V in zip(self.goals, scores, strict=False)
+                if place[0] in self.explained
+            },
         )
+
+    def _scores(self, scores_T: Tensor) -> dict[Place, Tensor]:
+        """`Choice.scores` from those of the tokens of `requests`."""
+        if not self.explained:
+            return {}
+        return {
+            place: scores_T[start : start + image.count]
+            for place, start, image in zip(self.goals, self.starts, self.images, strict=True)
+            if place[0] in self.explained
+        }
 
     def _own(self, *of_all: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Hidden states, positions and coordinates of all requests, to those of `requests`."""
