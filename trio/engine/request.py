@@ -203,6 +203,8 @@ class Request:
     stay text."""
     with_eos: bool = False
     """Whether the tokenizer's end of sequence counts as the last token of each candidate."""
+    explain: bool = False
+    """Whether the result is to say what each visual token shows and how it was scored."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -224,6 +226,20 @@ class Prepared:
     sampling: Sampling | None = None
     candidates: tuple[tuple[int, ...], ...] = ()
     """Tokens of each answer to be scored."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Explanation:
+    """What the visual tokens of a prompt show, and the scores by which they were chosen."""
+
+    image_tokens: tuple[int, ...]
+    """Visual tokens of each image, before any reduction; `V` is their sum."""
+    boxes: np.ndarray
+    """`[V, 4]` float32: left, top, right and bottom of what each visual token shows, in fractions
+    of its own image's width and height, the image being upright; NaN where it shows no place."""
+    saliency: tuple[np.ndarray, ...]
+    """Of each pruning stage `[V]` float32: the scores by which tokens were chosen there, NaN of
+    tokens that were gone; empty where the method has none."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -282,6 +298,8 @@ class Result:
     """Per stage, the kept visual tokens as indices into the prompt's visual tokens before any
     reduction; first those that the encoder left, if it reduced them. A merged token counts as the
     one that it was merged into, and None is the class token of the encoder."""
+    explanation: Explanation | None = None
+    """Where the request asks for it."""
 
     @property
     def logprob_mean(self) -> float | None:
