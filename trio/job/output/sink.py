@@ -120,7 +120,7 @@ class Sink:
         if not lines:
             return None
         table = gallery_table(lines, self.id_type, self.run_id)
-        return serialise(table, dictionary_pagesize_limit=THUMBNAIL_BYTES)
+        return serialise(table, write_statistics=False, dictionary_pagesize_limit=THUMBNAIL_BYTES)
 
     def _put_gallery(self, out: Location, unit: Unit, shown: pa.Buffer | None) -> None:
         place = out.join(GALLERY, unit.name)
