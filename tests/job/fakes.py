@@ -9,12 +9,13 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
 from trio.engine.kv_budget import MemoryPlan
-from trio.engine.request import Prepared, Request, Result
+from trio.engine.request import Explanation, Prepared, Request, Result
 from trio.job.engines.engine_settings import EngineSettings
 from trio.job.input.columns import Columns
 from trio.job.input.manifest import Manifest, Shard
@@ -23,6 +24,13 @@ from trio.job.input.units import Unit
 
 VISUAL = 16
 KEPT = 4
+EXPLANATION = Explanation(
+    image_tokens=(VISUAL,),
+    boxes=np.array(
+        [[x / 4, y / 4, (x + 1) / 4, (y + 1) / 4] for y in range(4) for x in range(4)], np.float32
+    ),
+    saliency=tuple(np.linspace(0, 1, VISUAL, dtype=np.float32) for _ in range(2)),
+)
 ODD_NAMES = (
     "kind=hot dog",
     "caf\u00e9",
@@ -88,8 +96,8 @@ class FakeEngine:
     """Answers ``<prompt> <mean colour>``; results leave in an order of their own."""
 
     def __init__(self, *, width: int = 4, oldest_first: bool = False) -> None:
-        self._running: list[tuple[Prepared, str]] = []
-        self._said: dict[int, str] = {}
+        self._running: list[tuple[Prepared, str, bool]] = []
+        self._said: dict[int, tuple[str, bool]] = {}
         self._next = slice(width) if oldest_first else slice(-width, None)
         self._steps = 0
 
@@ -110,18 +118,18 @@ class FakeEngine:
         prepared = Prepared(
             input_ids=tuple(range(len(request.prompt))), id=request.id, sampling=request.sampling
         )
-        self._said[id(prepared.input_ids)] = f"{request.prompt} {colours}"
+        self._said[id(prepared.input_ids)] = f"{request.prompt} {colours}", request.explain
         return prepared
 
     def submit(self, prepared: Prepared) -> None:
-        self._running.append((prepared, self._said.pop(id(prepared.input_ids))))
+        self._running.append((prepared, *self._said.pop(id(prepared.input_ids))))
 
     def step(self) -> list[Result]:
         self._steps += 1
         time.sleep(0.001)
         taken = self._running[self._next]
         del self._running[self._next]
-        return [_result(prepared, said) for prepared, said in taken]
+        return [_result(*each) for each in taken]
 
     def release(self, prepared: Prepared) -> None: ...
 
@@ -136,7 +144,7 @@ class FakeEngine:
         }
 
 
-def _result(prepared: Prepared, said: str) -> Result:
+def _result(prepared: Prepared, said: str, explain: bool) -> Result:
     if len(prepared.input_ids) > 200:
         return Result(id=prepared.id, finish_reason="error", error="too_long: 999 tokens")
     return Result(
@@ -160,6 +168,7 @@ def _result(prepared: Prepared, said: str) -> Result:
         decode_s=0.2,
         latency_s=0.3,
         kept_tokens=[list(range(8)), list(range(KEPT))],
+        explanation=EXPLANATION if explain else None,
     )
 
 

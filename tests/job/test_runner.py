@@ -67,8 +67,8 @@ def test_every_row_once_in_order_with_two_actors(
     assert table.column("kept_tokens").to_pylist()[0] == [list(range(8)), list(range(4))]
     assert [len(t) for t in tables] == [8, 8, 8, 6, 8, 8, 8, 1]
     assert sorted(p.name for p in out.iterdir()) == [
-        ".lease", "README.md", "_SUCCESS", "manifest.parquet", "rows", "run.yaml", "stats",
-        "summary.json",
+        ".lease", "README.md", "_SUCCESS", "gallery", "manifest.parquet", "rows", "run.yaml",
+        "stats", "summary.json",
     ]  # fmt: skip
     stats = pq.read_table(out / "stats").to_pylist()
     assert len(stats) == 8 and sum(s["images"] for s in stats) == summary["images"] == 55

@@ -37,7 +37,7 @@ ALL = """--input a b --prompt "it's: a #1" --system-prompt s --columns image=jpg
 --proxy-head input_embedding --similarity-threshold 0.7 --fill-up reference --position-ids keep
 --schedule-shape 0:0.2,5:0.12@16 --max-new-tokens 20 --temperature 0.7 --top-p 0.9 --top-k 50
 --min-p 0.1 --repetition-penalty 1.05 --no-repeat-ngram-size 3 --seed 3 --output out
---rows-per-file 7 --file-mb 9 --push-to-hub org/rows --private --save-kept --score exact
+--rows-per-file 7 --file-mb 9 --push-to-hub org/rows --private --save-kept --gallery 9 --score exact
 --compare 1,given,fastv:1/9 --mode likelihood
 --preset chair --subset other --split val --pictures photos
 --metric chair --objects objects.txt --group-by kind place --candidates Yes,No --with-eos

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,6 +27,7 @@ from trio.job.input.columns import Columns, resolve
 from trio.job.input.manifest import inspect
 from trio.job.input.units import Unit, units
 from trio.job.nodes.cluster import Resources
+from trio.job.output.gallery import Sample
 from trio.job.output.output_rows import Ask, RowSettings, Source, requests_of
 from trio.job.output.sink import Sink
 from trio.job.runner import engine_settings
@@ -156,6 +158,25 @@ def test_each_row_has_its_images_or_its_own_error(tmp_path: Path, desk: Any) -> 
     (two,) = (source for source, _ in got if source.id == 2)
     assert (two.num_images, two.size) == (2, (12, 9))
     assert [got[n][0].asks[0].prompt for n in (1, 4)] == ["what?"] * 2 and not desk.notes
+
+
+def test_rows_for_a_page_have_thumbnails(tmp_path: Path, desk: Any) -> None:
+    """Row 2 has the image of row 0, of which nothing is kept for a page."""
+    wide = png((7, 0, 0), (1000, 400))
+    rows = [row(0, wide), row(1, png()), row(2, wide), row(3, b"junk"), row(4, png(), png())]
+    run, columns = planned(tmp_path, *rows)
+    task = task_of(columns)
+    shown = frozenset({2, 3, 4})
+    settings = replace(task.rows, gallery=Sample(kept=frozenset(), wider=shown))
+    got = dict(enumerate(through(run, replace(task, rows=settings), desk)))
+    files = {n: [Image.open(io.BytesIO(file)) for file in got[n][0].thumbnails] for n in got}
+    assert [file.size for file in files[2]] == [(320, 128)] and files[2][0].format == "JPEG"
+    assert got[2][0].image_sizes == [(1000, 400)] and not files[1] and not files[3]
+    assert [file.size for file in files[4]] == [(12, 9)] * 2
+    asked = {n: list(requests_of(*got[n], settings)) for n in (1, 2, 4)}
+    assert {n: [one.explain for one in own] for n, own in asked.items()} == {
+        1: [False], 2: [True], 4: [True],
+    }  # fmt: skip
 
 
 def test_a_row_that_takes_too_long_is_its_own_error(

@@ -39,6 +39,7 @@ from trio.job.nodes.cluster import Resources
 from trio.job.output import compaction, output_directory
 from trio.job.output import totals as sums
 from trio.job.output.dataset_card import CARD, dataset_card
+from trio.job.output.gallery import gallery_rows, sample_of
 from trio.job.output.output_rows import RowSettings, Source, output_row
 from trio.job.output.progress import Progress
 from trio.job.output.schema import AUDIT, KEEP, KEPT, LIKELIHOOD, QUESTION, SCORE, row_key
@@ -126,6 +127,7 @@ def execute(
     wanted = list(units(run.manifest, config.output.rows_per_file, config.input.limit))
     committed.sweep(run.output)
     there = committed.listed(run.output).intersection(wanted)
+    committed.sweep_gallery(run.output, there)
     parts = committed.by_setting(run.output, there, pinned.run_id, len(config.compared))
     before, score = sums.merge(parts), config.scored_by
     facts: dict[str, Any] = {}
@@ -277,7 +279,8 @@ def _given_up(row: Unit, passes: Passes, task: Task) -> Answered:
     parts = [Totals() for _ in task.engine.prunings]
     for one in made:
         parts[one["setting"]] += sums.of_row(one, source.asks[one["prompt_number"]].answers)
-    return Answered(tuple(made), tuple(parts), said.carried)
+    shown = gallery_rows(task.rows.gallery, [(source, made, [error] * len(made))])
+    return Answered(tuple(made), tuple(parts), said.carried, shown)
 
 
 def _commit_rows(
@@ -290,7 +293,8 @@ def _commit_rows(
     times = [one["finished_at"] for one in made]
     stats = {"actor": "driver", "node": "", "start": min(times), "end": max(times)}
     own = pa.concat_tables(carried) if carried else None
-    task.sink.commit(unit, made, [stats] * len(parts), parts, tell, own)
+    shown = [line for row in rows for line in row.gallery]
+    task.sink.commit(unit, made, [stats] * len(parts), parts, tell, own, shown)
     return parts
 
 
@@ -388,6 +392,7 @@ def stages_task(
 ) -> Task:
     """What the stages of a run are told."""
     engine, also = engine_settings(config, resources), optional_columns(config)
+    sample = sample_of(run.manifest, config.input.limit, config.output.gallery, config.seed)
     rows = RowSettings(
         prompts=config.input.prompt,
         template=run.template,
@@ -398,6 +403,7 @@ def stages_task(
         shared_directory=run.manifest.shared_directory(),
         asking=run.asking,
         audit=Audit(rate=config.output.audit, seed=config.seed) if config.output.audit else None,
+        gallery=sample,
     )
     sink = Sink(
         output=run.output.uri,
@@ -407,6 +413,7 @@ def stages_task(
         kept=run.columns.kept,
         settings=len(engine.prunings),
         pauses_s=PAUSES_S,
+        sample=sample,
     )
     return Task(
         engine=engine,

@@ -18,6 +18,7 @@ from trio.errors import UserError
 from trio.job.comparing.compared import GIVEN, Compared, compared, read_compared, settings_compared
 from trio.job.images.policy import MAX_PIXELS, ROW_TIMEOUT_S, ImagePolicy, parse_origin, redact
 from trio.job.input.columns import parse_mapping
+from trio.job.output.gallery import MOST_ROWS
 from trio.job.output.scoring import SCORED
 from trio.job.questions.question_settings import LIKELIHOOD, Questions
 from trio.job.questions.structured_answers import Structured
@@ -83,6 +84,13 @@ def _file_mb(value: Any) -> int:
         raise UserError(
             f"must be at most {MOST_FILE_MB}, got {read}: stores copy no larger objects"
         )
+    return read
+
+
+def _gallery(value: Any) -> int:
+    read = whole(0)(value)
+    if read > MOST_ROWS:
+        raise UserError(f"must be at most {MOST_ROWS}, got {read}: --save-kept is for all rows")
     return read
 
 
@@ -200,6 +208,10 @@ class Output:
     leaves them as they are."""
     save_kept: Switch = False
     """Write the kept visual tokens of each stage."""
+    gallery: Annotated[int, Value(read=_gallery, unit="ROWS")] = 100
+    """Of so many rows, drawn by --seed, gallery/ keeps what a page shows: answers, thumbnails of
+    the images and what each stage kept; and of ten times as many those in error and those whose
+    answers are not the same in all settings, or not as unpruned; 0 keeps none."""
     score: Annotated[str | None, one_of((*SCORED, "none"))] = None
     """Compare responses with the column answers: exact (right is what equals one of the row's
     answers, both in lower case, without articles and punctuation; this is not VQA's accuracy),
@@ -411,7 +423,7 @@ class Settings:
 
 FIELDS = settings_of(Settings())
 """Every setting by name, that of its flag and of run.yaml."""
-_NOT_RESULTS = {"output", "file_mb", "push_to_hub", "private"} | {
+_NOT_RESULTS = {"output", "file_mb", "push_to_hub", "private", "gallery"} | {
     name for name, setting in FIELDS.items() if setting.group in ("cluster", "limits")
 }
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import pickle
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -45,12 +45,14 @@ from trio.job.input.manifest import Shard
 from trio.job.input.own_columns import with_partitions
 from trio.job.input.reader import RunReader, ShardChanged, ShardUnreadable
 from trio.job.input.units import Unit
+from trio.job.output.gallery import IMAGE_SIZES
 from trio.job.output.output_rows import (
     Ask,
     RowSettings,
     Source,
     identify,
     note_images,
+    note_thumbnails,
     picture_of,
     sources,
 )
@@ -72,9 +74,11 @@ PREPARED = pa.struct(
         ("kind", pa.string()),
         ("message", pa.string()),
         ("header", pa.binary()),
+        ("thumbnails", pa.list_(pa.binary())),
+        ("image_sizes", IMAGE_SIZES),
     ]
 )
-# of a row: what is known of its images, its error, and where its pixels lie
+# of a row: what is known of its images, its error, where its pixels lie, what a page shows of it
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -296,8 +300,10 @@ def _prepared(row: pa.Table, task: Task, desk: Desk) -> pa.Table:
     made: list[dict[str, Any]] = []
     images: list[Sequence[Any]] = []
     seen: dict[str, tuple[Source, Sequence[Any]]] = {}
+    found = sources(block.table, block.unit, block.path)
+    shown = _pictures_shown(found, base, task.rows)
     with TimeLimit(task.rows.policy.row_timeout) as limit:
-        for source in sources(block.table, block.unit, block.path):
+        for source in found:
             if time.perf_counter() - said_at > ALIVE_S:
                 said_at = time.perf_counter()
                 desk.note("preparing")
@@ -306,7 +312,7 @@ def _prepared(row: pa.Table, task: Task, desk: Desk) -> pa.Table:
             if not said:
                 try:
                     with limit.row():
-                        mine = _images(source, base, task, preprocessor, seen)
+                        mine = _images(source, base, task, preprocessor, seen, shown)
                 except RowError as error:
                     said = {"kind": error.kind, "message": error.message}
             images.append(mine)
@@ -320,10 +326,24 @@ def _prepared(row: pa.Table, task: Task, desk: Desk) -> pa.Table:
     return Block(block.unit, block.path, table, pixels, node, took).pack()
 
 
+def _pictures_shown(found: Sequence[Source], base: Any, settings: RowSettings) -> set[str | None]:
+    """Pictures of the rows that may be kept for a page; others may have the same ones."""
+    out: set[str | None] = set()
+    for source in found:
+        if settings.shows(source.key):
+            with suppress(RowError):
+                out.add(picture_of(source.cell("image"), base))
+    return out - {None}
+
+
 def _noted(source: Source) -> dict[str, Any]:
     width, height = source.size or (None, None)
     sizes = {"num_images": source.num_images, "width": width, "height": height}
-    return sizes | {"note": source.note, "picture": source.picture}
+    shown = {
+        "thumbnails": list(source.thumbnails) or None,
+        "image_sizes": [{"width": w, "height": h} for w, h in source.image_sizes] or None,
+    }
+    return sizes | {"note": source.note, "picture": source.picture} | shown
 
 
 def _preprocessor(task: Task, desk: Desk) -> PreprocessorLike | None:
@@ -346,8 +366,18 @@ def _images(
     task: Task,
     preprocessor: PreprocessorLike | None,
     seen: dict[str, tuple[Source, Sequence[Any]]],
+    shown: Collection[str | None],
 ) -> Sequence[Any]:
-    """What the engine is given of a row's images; `seen`: those of rows before, by their picture.
+    """What the engine is given of a row's images.
+
+    Args:
+        source: the row.
+        base: directory of its shard.
+        task: what the stages are told.
+        preprocessor: of the model.
+        seen: images of rows before, by their picture.
+        shown: pictures of rows that may be kept for a page: of the first row with one of them, too,
+            thumbnails are made.
 
     Raises:
         RowError: whatever a row does to a library is its own failure.
@@ -361,10 +391,13 @@ def _images(
     if source.picture is not None and source.picture in seen:
         like, found = seen[source.picture]
         source.num_images, source.size, source.note = like.num_images, like.size, like.note
+        source.thumbnails, source.image_sizes = like.thumbnails, like.image_sizes
         return found
     try:
         images = load_images(cell, base, task.rows.policy)
         note_images(source, images)
+        if source.picture in shown or task.rows.shows(source.key):
+            note_thumbnails(source, images)
         found = images if preprocessor is None else preprocessor.process(images)
     except RowError:
         raise
@@ -418,6 +451,9 @@ class answer:
             source.picture = said["picture"]
             if said["width"] is not None:
                 source.size = (said["width"], said["height"])
+            source.thumbnails = said["thumbnails"] or ()
+            sizes = said["image_sizes"] or ()
+            source.image_sizes = [(size["width"], size["height"]) for size in sizes]
             if said["kind"] is None:
                 yield source, pixel_cell.unpack(block.pixels, said["header"])
             else:

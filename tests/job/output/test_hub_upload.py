@@ -42,6 +42,7 @@ def finished(output: Location) -> Location:
     for unit in FEW:
         commit_long(output.uri, unit)
     texts = {"run.yaml": "model: demo\n", "README.md": CARD, "manifest.parquet": "x"}
+    texts |= {f"gallery/{FEW[0].name}": "holds images, which stay"}
     for name, text in texts.items():
         write_atomic(output.join(name), text.encode())
     output_directory.close(output, {"rows": 2 * len(FEW)})

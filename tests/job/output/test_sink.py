@@ -12,6 +12,8 @@ from tests.job.commits import STATS, answered, commit, totals_of
 from trio.errors import JobFailed
 from trio.job.input.units import Unit
 from trio.job.output import sink as module
+from trio.job.output.gallery import Sample
+from trio.job.output.schema import row_key
 from trio.job.output.sink import Sink
 from trio.job.output.totals import Totals, from_pairs
 from trio.job.resume.committed import listed, totals
@@ -67,6 +69,35 @@ def test_rows_are_the_commit_point(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.undo()
     commit(tmp_path, UNIT)
     assert totals(locate(str(tmp_path)), [UNIT], "run1") == totals_of(UNIT)
+
+
+def test_what_a_page_shows_is_there_before_the_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what an attempt left that died before its rows goes, where the next one keeps nothing."""
+    written: list[str] = []
+    original = module.write_atomic
+
+    def note(location: Any, data: Any) -> None:
+        written.append(location.path.split("/")[-2])
+        original(location, data)
+
+    monkeypatch.setattr(module, "write_atomic", note)
+    kept = frozenset({row_key(1, 5)})
+    sink = Sink(
+        output=str(tmp_path), run_id="run1", id_type=pa.string(),
+        sample=Sample(kept=kept, wider=kept),
+    )  # fmt: skip
+    line = answered(UNIT)[1] | {"why": "sample", "thumbnails": [], "image_sizes": []}
+    del line["actor"], line["node"], line["finished_at"]
+    place = tmp_path / "gallery" / UNIT.name
+    for gallery in ([line], [line], []):
+        sink.commit(UNIT, answered(UNIT), [STATS], [totals_of(UNIT)], print, gallery=gallery)
+        if gallery:
+            (found,) = pq.read_table(place).to_pylist()
+            assert (found["row"], found["id"]) == (line["row"], line["id"])
+    assert written == ["stats", "gallery", "rows"] * 2 + ["stats", "rows"]
+    assert not place.exists() and listed(locate(str(tmp_path))) == {UNIT}
 
 
 def test_a_storage_that_fails_is_tried_again_and_then_told(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """What is there already: one listing, and the statistics of what it names."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from trio.errors import UserError
 from trio.job.input.units import Unit
 from trio.job.output.totals import Totals
 from trio.job.resume import committed
-from trio.job.resume.committed import listed, sweep, totals
+from trio.job.resume.committed import listed, sweep, sweep_gallery, totals
 from trio.job.storage import Location, locate
 
 PLAN = [Unit(shard, start, start + 2) for shard in range(3) for start in (0, 2, 4)]
@@ -73,8 +74,20 @@ def test_a_storage_that_does_not_answer_is_no_damage(
 
 def test_leftovers_in_all_places_are_swept(tmp_path: Path) -> None:
     commit(tmp_path, PLAN[0])
-    for place in ("", "rows/", "stats/"):
+    (tmp_path / "gallery").mkdir()
+    for place in ("", "rows/", "stats/", "gallery/"):
         (tmp_path / f"{place}.x.0123abcd.tmp").write_text("")
     sweep(locate(str(tmp_path)))
     assert not list(tmp_path.rglob("*.tmp"))
     assert listed(locate(str(tmp_path))) == {PLAN[0]}
+
+
+def test_what_a_page_shows_of_units_without_rows_is_removed(tmp_path: Path) -> None:
+    out = locate(str(tmp_path))
+    sweep_gallery(out, set())
+    (tmp_path / "gallery").mkdir()
+    for name in (PLAN[0].name, PLAN[1].name, "notes.txt"):
+        (tmp_path / "gallery" / name).write_text("x")
+    commit(tmp_path, PLAN[0])
+    sweep_gallery(out, listed(out))
+    assert sorted(os.listdir(tmp_path / "gallery")) == [PLAN[0].name, "notes.txt"]

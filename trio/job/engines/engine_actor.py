@@ -25,6 +25,7 @@ from trio.job.engines.engine_thread import Asked, EngineDied, EngineThread, Outc
 from trio.job.images.policy import RowError
 from trio.job.input.units import Unit
 from trio.job.output import totals as sums
+from trio.job.output.gallery import Prompted, gallery_rows
 from trio.job.output.output_rows import Source, output_row, requests_of
 from trio.job.output.sink import Answered
 from trio.job.output.totals import Totals
@@ -90,7 +91,8 @@ class Engine:
         parts = [self._answered(asked[n : n + size]) for n in range(0, len(asked), size)]
         totals = zip(*(part.parts for part in parts), strict=True)
         rows = tuple(row for part in parts for row in part.rows)
-        return Answered(rows, tuple(map(sums.merge, totals)))
+        shown = tuple(line for part in parts for line in part.gallery)
+        return Answered(rows, tuple(map(sums.merge, totals)), gallery=shown)
 
     def _answered(self, asked: Sequence[tuple[Source, int, Asked]]) -> Answered:
         requests = [request for _, _, request in asked]
@@ -104,16 +106,20 @@ class Engine:
         rows: list[dict[str, Any]] = []
         parts = [Totals() for _ in settings]
         together = zip(asked, zip(*outcomes, strict=True), strict=True)
+        prompts: list[Prompted] = []
         for (source, number, _), of_settings in together:
+            own = [self._row(source, number, s, outcome) for s, outcome in enumerate(of_settings)]
             for setting, outcome in enumerate(of_settings):
-                rows.append(self._row(source, number, setting, outcome))
-                parts[setting] += _totals(rows[-1], source, outcome)
+                parts[setting] += _totals(own[setting], source, outcome)
+            rows += own
+            prompts.append((source, own, of_settings))
         if audit is not None:
             audited = [place for place in again if rows[place].get("error") is None]
             self._audit(audit, audited, asked, requests, outcomes[0], rows)
             parts[0] += Totals(audited=len(audited))
         self._thread.release(requests)
-        return Answered(tuple(rows), tuple(parts))
+        shown = gallery_rows(self._task.rows.gallery, prompts)
+        return Answered(tuple(rows), tuple(parts), gallery=shown)
 
     def _outcomes(
         self, requests: list[Asked], setting: int, again: Container[int] = ()
@@ -174,7 +180,9 @@ class Engine:
             self._desk.note("say", reason)
 
         try:
-            self._task.sink.commit(unit, answered.rows, stats, parts, tell, answered.carried)
+            self._task.sink.commit(
+                unit, answered.rows, stats, parts, tell, answered.carried, answered.gallery
+            )
         except JobFailed as error:
             self._desk.note("fail", str(error))
             self._desk.wait_for_the_end()

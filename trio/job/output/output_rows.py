@@ -20,6 +20,7 @@ from trio.engine.request import Request, Result, Sampling
 from trio.errors import UserError, first_line
 from trio.job.images.image_files import note_of
 from trio.job.images.policy import ImagePolicy, RowError
+from trio.job.images.thumbnails import thumbnails
 from trio.job.input.answers import texts
 from trio.job.input.columns import OWN
 from trio.job.input.kinds.found_shard import row_name
@@ -31,6 +32,7 @@ from trio.vqa.presets.prompt_template import PromptTemplate
 
 if TYPE_CHECKING:
     from trio.job.comparing.audit import Audit
+    from trio.job.output.gallery import Sample
     from trio.job.questions.asking import Asking
 
 OF_RESULT = tuple(
@@ -57,6 +59,12 @@ class RowSettings:
     asking: Asking | None = None
     # None: each row has one prompt, and answers are not scored by a metric
     audit: Audit | None = None
+    gallery: Sample | None = None
+    # rows that may be kept for a page
+
+    def shows(self, row: int) -> bool:
+        """Whether an input row, by its key, may be kept for a page."""
+        return self.gallery is not None and row in self.gallery
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,6 +100,10 @@ class Source:
     num_images: int | None = None
     note: str | None = None
     # what had to be mended in its images
+    thumbnails: Sequence[bytes] = ()
+    # JPEG files of its first images, where it may be kept for a page
+    image_sizes: Sequence[tuple[int, int]] = ()
+    # width and height in pixels of all of them, then
 
     def cell(self, role: str, read: Callable[[pa.Scalar], Any] = lambda cell: cell.as_py()) -> Any:
         """The row's value in a column; None where the shard has no such column.
@@ -151,6 +163,12 @@ def note_images(source: Source, images: Sequence[Image]) -> None:
     source.note = note_of(images)
 
 
+def note_thumbnails(source: Source, images: Sequence[Image]) -> None:
+    """Note on a source what a page shows of its images."""
+    source.thumbnails = thumbnails(images)
+    source.image_sizes = [image.size for image in images]
+
+
 def requests_of(
     source: Source, images: Sequence[Any], settings: RowSettings
 ) -> Iterator[Request | RowError]:
@@ -177,6 +195,7 @@ def requests_of(
             sampling=sampling,
             candidates=ask.candidates,
             with_eos=settings.asking is not None and settings.asking.questions.with_eos,
+            explain=settings.shows(source.key),
         )
 
 

@@ -1,7 +1,8 @@
-"""Commit of a unit: its statistics, then its rows, under names that follow from the plan.
+"""Commit of a unit: its statistics, what a page shows of it, then its rows, under names that follow
+from the plan.
 
-The rows file is the commit point. A unit that is done again overwrites both files, so neither a
-retry nor a crash between the two writes can double or lose a row.
+The rows file is the commit point. A unit that is done again overwrites all of them, so neither a
+retry nor a crash between the writes can double or lose a row.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import pyarrow.parquet as pq
 
 from trio.errors import JobFailed, kind_and_line
 from trio.job.input.units import Unit
+from trio.job.output.gallery import GALLERY, Sample, gallery_table
 from trio.job.output.schema import (
     build_table,
     check_rows,
@@ -24,9 +26,11 @@ from trio.job.output.schema import (
     stats_schema,
 )
 from trio.job.output.totals import Totals, merge
-from trio.job.storage import open_location, write_atomic
+from trio.job.storage import Location, exists, open_location, remove, write_atomic
 
 ROWS, STATS = "rows", "stats"
+THUMBNAIL_BYTES = 64 << 20
+"""Of a gallery file that are stored once, however many rows of it have the same images."""
 PLAIN = {"compression": "none", "use_dictionary": False, "write_statistics": False}
 """One row is read in half the time so, and takes less room."""
 
@@ -40,6 +44,8 @@ class Answered:
     """What those of each setting add up to."""
     carried: pa.Table | None = None
     """Of each input row, the columns that go along."""
+    gallery: tuple[dict[str, Any], ...] = ()
+    """What is kept of them for a page."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,6 +64,8 @@ class Sink:
     """That each prompt is asked with."""
     pauses_s: tuple[float, ...] = ()
     """Before each further try where the storage fails."""
+    sample: Sample | None = None
+    """Rows that may be kept for a page."""
 
     def commit(
         self,
@@ -67,6 +75,7 @@ class Sink:
         totals: Sequence[Totals],
         tell: Callable[[str], None],
         carried: pa.Table | None = None,
+        gallery: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         """Write a unit; when this returns, its rows are there for good.
 
@@ -78,6 +87,7 @@ class Sink:
             totals: of each setting's rows, and what they took.
             tell: takes a line for each failure but the last.
             carried: of each input row, the columns that go along; None where there are none.
+            gallery: what is kept of the rows for a page.
 
         Raises:
             JobFailed: the last try failed, too.
@@ -92,10 +102,12 @@ class Sink:
             for setting, (own, part) in enumerate(zip(stats, totals, strict=True))
         ]
         summed = serialise(build_table(figures, stats_schema(run_id=self.run_id)), **PLAIN)
+        shown = self._gallery_file(gallery)
         for tried, pause_s in enumerate((*self.pauses_s, None), start=1):
             try:
                 out = open_location(self.output)
                 write_atomic(out.join(STATS, unit.name), summed)
+                self._put_gallery(out, unit, shown)
                 return write_atomic(out.join(ROWS, unit.name), table)
             except OSError as error:
                 reason = f"rows/{unit.name} failed {tried} times: {kind_and_line(error, 300)}"
@@ -103,6 +115,19 @@ class Sink:
                     raise JobFailed(reason) from error
                 tell(reason)
                 time.sleep(pause_s)
+
+    def _gallery_file(self, lines: Sequence[Mapping[str, Any]]) -> pa.Buffer | None:
+        if not lines:
+            return None
+        table = gallery_table(lines, self.id_type, self.run_id)
+        return serialise(table, write_statistics=False, dictionary_pagesize_limit=THUMBNAIL_BYTES)
+
+    def _put_gallery(self, out: Location, unit: Unit, shown: pa.Buffer | None) -> None:
+        place = out.join(GALLERY, unit.name)
+        if shown is not None:
+            write_atomic(place, shown)
+        elif self.sample is not None and self.sample.has_some_of(unit) and exists(place):
+            remove(place)  # of a process that died before it wrote rows, which said other things
 
     def _with_kept(self, table: pa.Table, unit: Unit, carried: pa.Table | None) -> pa.Table:
         """With what belongs to each row's input row."""

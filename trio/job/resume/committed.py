@@ -1,8 +1,9 @@
 """What of a run is there already: a unit is done if and only if its file in ``rows/`` is there, or
 ``files.parquet`` names a larger one that holds it.
 
-What it adds up to stands in its file in ``stats/``, written before. Statistics without rows were
-left by a process that died between the two; the unit is done again, which overwrites them.
+What it adds up to stands in its file in ``stats/``, written before, as what a page shows of it in
+``gallery/``. Statistics without rows were left by a process that died between the two; the unit is
+done again, which overwrites them.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from trio.errors import UserError, first_line
 from trio.job import storage
 from trio.job.input.units import Unit
 from trio.job.output.file_record import LargerFile, read_record
+from trio.job.output.gallery import GALLERY
 from trio.job.output.schema import RUN_KEY, row_key
 from trio.job.output.sink import ROWS, STATS
 from trio.job.output.totals import Totals, merge
@@ -100,8 +102,21 @@ def _statistics(output: Location, units: Collection[Unit], run_id: str) -> Itera
 
 def sweep(output: Location) -> None:
     """Remove the temporary files of killed writers; only while the lease is held."""
-    for part in (output, output.join(ROWS), output.join(STATS)):
+    for part in (output, output.join(ROWS), output.join(STATS), output.join(GALLERY)):
         storage.sweep(part)
+
+
+def sweep_gallery(output: Location, done: Collection[Unit]) -> None:
+    """Remove what is kept for a page of units that are not `done`; only while the lease is held.
+
+    Raises:
+        OSError: the storage does not answer.
+    """
+    selector = pafs.FileSelector(output.join(GALLERY).path, allow_not_found=True)
+    for info in output.filesystem.get_file_info(selector):
+        unit = Unit.of_name(info.base_name)
+        if info.is_file and unit is not None and unit not in done:
+            storage.remove(output.at(info.path))
 
 
 def unit_table(
