@@ -101,6 +101,7 @@ def test_it_is_written_at_once_and_then_every_interval(run: Run, held: lease.Hel
         (JobFailed("no engine\nstarts"), "no engine"),
         (UserError("--model x: no model there"), "--model x: no model there"),
         (KeyboardInterrupt(), "stopped"),
+        (SystemExit(1), "stopped"),
         (ZeroDivisionError("by zero"), "ZeroDivisionError: by zero"),
     ],
 )

@@ -107,7 +107,7 @@ class LiveSummary:
 
 def why(error: BaseException) -> str:
     """Why a run ended, in one line."""
-    if isinstance(error, KeyboardInterrupt):
+    if isinstance(error, KeyboardInterrupt | SystemExit):
         return "stopped"
     if isinstance(error, UserError | JobFailed):
         return first_line(error, WHY_LETTERS)
