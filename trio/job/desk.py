@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -29,13 +30,24 @@ class Note:
 
     `begin` engine, node · `ready` engine, facts (a dict) · `failed` engine, reason,
     whether it is the user's to mend ·
-    `died` engine, reason · `alive` engine, rows it has answered · `preparing` (a sign of life) ·
+    `died` engine, reason · `alive` engine, rows it has answered, its gauges (a dict) ·
+    `preparing` (a sign of life) ·
     `user` a mistake of the user · `fail` why nobody can go on · `unread` unit, kind, message ·
     `say` a line
     """
 
     kind: str
     what: tuple[Any, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Gauges:
+    """What the engines of a pass are doing at a moment."""
+
+    answered: int
+    """Rows they have answered whose units are not committed yet."""
+    engines: Mapping[str, Mapping[str, float]]
+    """Of each that is ready, by its name, what it says of itself: see `Engine._gauges`."""
 
 
 class Board:

@@ -23,7 +23,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from trio.errors import JobFailed, UserError
 from trio.job import stages
-from trio.job.desk import Board, Desk, Note
+from trio.job.desk import ALIVE_S, Board, Desk, Gauges, Note
 from trio.job.input.manifest import Manifest
 from trio.job.input.reader import ShardUnreadable
 from trio.job.input.units import Unit, runs
@@ -53,6 +53,8 @@ ROW_BYTES = 16 << 10
 # for which a row counts at least: the image to which a path leads is not in the shard
 MOVES = ("alive", "preparing", "ready")
 # notes that tell of work; engines that fail to start again and again are none
+QUIET = {"running": 0.0}
+# of an engine's gauges, where it has said nothing for a while
 
 
 class Stopped(JobFailed):
@@ -191,6 +193,8 @@ class _Engines:
     """Those that have said themselves why they end; they are to begin again."""
     settled: dict[str, int] = field(default_factory=dict)
     """Rows that each has answered."""
+    gauges: dict[str, tuple[float, dict[str, float]]] = field(default_factory=dict)
+    """What each has said last of what it is doing, and when [s]."""
     failures: int = 0
     """Of starts, with none ready since."""
     deaths: int = 0
@@ -199,6 +203,14 @@ class _Engines:
     """A call for notes that has not come back."""
     ready_at: float = field(default_factory=time.monotonic)
     """When one was last ready, or else the pass began [s]."""
+
+    def now(self, received: int) -> Gauges:
+        """received: rows that are committed. An engine that has long said nothing has no work."""
+        since, engines = time.monotonic() - 2 * ALIVE_S, {}
+        for name in self.ready:
+            said_at, said = self.gauges.get(name, (since, {}))
+            engines[name] = said if said_at > since else said | QUIET
+        return Gauges(max(0, sum(self.settled.values()) - received), engines)
 
 
 class Passes:
@@ -216,7 +228,7 @@ class Passes:
         watch: Callable[[], None],
         say: Callable[[str], None],
         ready: Callable[[Mapping[str, Any]], None],
-        alive: Callable[[int], None],
+        alive: Callable[[Gauges], None],
     ) -> None:
         """Prepare.
 
@@ -230,7 +242,7 @@ class Passes:
             watch: called once a second; what it raises ends the run.
             say: takes one line for the user.
             ready: told what an engine says of itself when it is ready.
-            alive: told once a second how many rows engines have answered in this pass.
+            alive: told once a second what the engines of this pass are doing.
         """
         self._task, self._manifest, self._room, self._limits = task, manifest, room, limits
         self._shards = {shard.number: shard for shard in manifest.shards}
@@ -364,7 +376,7 @@ class Passes:
             if work.room.prepare_cpus and not self._room_for_images(work.room.engines):
                 self.say("nodes are gone, and engines take all CPUs of the others: a new pass")
                 return True
-            self._alive(max(0, sum(engines.settled.values()) - received))
+            self._alive(engines.now(received))
             if not engines.nodes and now - said > SAY_EVERY_S:
                 said = now
                 self.say(self._no_room(now - began))
@@ -417,8 +429,9 @@ class Passes:
             case "died", (name, reason):
                 engines.told.add(name)  # it may not begin again in this pass: said now
                 self._died(name, reason, engines)
-            case "alive", (name, rows):
+            case "alive", (name, rows, gauges):
                 engines.settled[name] = rows
+                engines.gauges[name] = time.monotonic(), gauges
             case "unread", (unit, kind, message):
                 self._unread(unit, kind, message)
             case "say", (line,):

@@ -24,6 +24,7 @@ from trio.job import stages
 from trio.job.comparing.audit import Audit
 from trio.job.comparing.changed_answers import CHANGED, write_changed
 from trio.job.comparing.metrics_file import ERROR, TABLE, audit_of, metrics_files, metrics_of
+from trio.job.desk import Gauges
 from trio.job.engines.engine_settings import (
     EngineFactory,
     EngineSettings,
@@ -35,6 +36,8 @@ from trio.job.images.policy import RowError
 from trio.job.input import ids
 from trio.job.input.manifest import Manifest
 from trio.job.input.units import Unit, unit_rows, units
+from trio.job.live.live_summary import LiveSummary
+from trio.job.live.run_metrics import RunMetrics
 from trio.job.nodes.cluster import Resources
 from trio.job.output import compaction, output_directory
 from trio.job.output import totals as sums
@@ -45,7 +48,7 @@ from trio.job.output.progress import Progress
 from trio.job.output.schema import AUDIT, KEEP, KEPT, LIKELIHOOD, QUESTION, SCORE, row_key
 from trio.job.output.scoring import SCORED
 from trio.job.output.sink import ROWS, Answered, Sink
-from trio.job.output.summary import of_setting, summarise
+from trio.job.output.summary import DONE, of_setting, summarise
 from trio.job.output.totals import Totals
 from trio.job.passes import LEAST_ROOM_S, ROOM_S, STILL_S, Limits, Passes, Room, Stop
 from trio.job.plan import Plan
@@ -118,6 +121,20 @@ def execute(
     if held is None:
         with lease.hold(run.output) as held:
             return execute(run, resources, makers=makers, label=label, stop=stop, held=held)
+    with LiveSummary(run.output, held) as live:
+        return _attended(run, resources, makers or Makers(), label, stop or Stop(), held, live)
+
+
+def _attended(
+    run: Plan,
+    resources: Resources,
+    makers: Makers,
+    label: str,
+    stop: Stop,
+    held: lease.Held,
+    live: LiveSummary,
+) -> dict[str, Any]:
+    """`execute`, while `live` tells others how far it is."""
     began = time.time()
     config = resolve_resources(run.config, run.manifest, resources)
     config, dtype = dtype_resolved(config, gpu=resources.gpus_per_actor > 0)
@@ -131,9 +148,12 @@ def execute(
     parts = committed.by_setting(run.output, there, pinned.run_id, len(config.compared))
     before, score = sums.merge(parts), config.scored_by
     facts: dict[str, Any] = {}
-    with Progress(
-        run.rows, before, log_interval_s=config.limits.log_interval, label=label
-    ) as progress:
+    with (
+        Progress(
+            run.rows, before, log_interval_s=config.limits.log_interval, label=label
+        ) as progress,
+        RunMetrics(pinned.run_id) as metrics,
+    ):
 
         def ready(said: Mapping[str, Any]) -> None:
             if not facts:
@@ -141,8 +161,35 @@ def execute(
                 progress.answering()
                 progress.say(describe(said["memory_plan"]))
 
-        task = stages_task(run, config, resources, pinned.run_id, makers or Makers())
+        def alive(gauges: Gauges) -> None:
+            progress.alive(gauges.answered, len(gauges.engines))
+            metrics.look(progress, gauges)
+            live.look()
+
+        task = stages_task(run, config, resources, pinned.run_id, makers)
         room = room_of(config, resources, task)
+
+        def figures(state: str) -> dict[str, Any]:
+            engines = room.engines_for(len(wanted))
+            settings = [
+                of_setting(part, one.name, engines=engines, score=score)
+                for part, one in zip(parts, config.compared, strict=True)
+            ]
+            return summarise(
+                progress.done,
+                name=config.pruning.name,
+                run_id=pinned.run_id,
+                wall_s=time.time() - began,
+                done_before=before,
+                work_s=max(0.0, progress.work_s - progress.audit_s / engines),
+                resources=resources.describe(),
+                memory_plan=facts.get("memory_plan"),
+                score=score,
+                settings=settings if config.output.compare is not None else (),
+                state=state,
+            )
+
+        live.begin(figures, progress.say)
         passes = Passes(
             task,
             run.manifest,
@@ -150,11 +197,11 @@ def execute(
             limits=_limits(config),
             # Engines of an attempt that was just ended may still have their names.
             name=f"captions {pinned.run_id[:8]}-{uuid.uuid4().hex[:4]}",
-            stop=stop or Stop(),
+            stop=stop,
             watch=held.check,
             say=progress.say,
             ready=ready,
-            alive=progress.alive,
+            alive=alive,
         )
         seen: set[str] = set()
         # Ends at once on any failure: an exception that is kept would keep the actors.
@@ -165,36 +212,23 @@ def execute(
                     seen.add(receipt.node)
                 progress.add(receipt.totals, receipt.ready_s)
                 parts = sums.added(parts, receipt.parts)
+                metrics.add(receipt.totals, receipt.engine)
                 _check_errors(config, before, progress.done)
+        metrics.look(progress)
     _check_complete(run, wanted, progress.done)
     _put_together(run, pinned.run_id, wanted, held, passes, progress.say)
-    engines = room.engines_for(len(wanted))
-    settings = [
-        of_setting(part, one.name, engines=engines, score=score)
-        for part, one in zip(parts, config.compared, strict=True)
-    ]
-    summary = summarise(
-        progress.done,
-        name=config.pruning.name,
-        run_id=pinned.run_id,
-        wall_s=time.time() - began,
-        done_before=before,
-        work_s=progress.work_s - progress.audit_s / engines,
-        resources=resources.describe(),
-        memory_plan=facts.get("memory_plan"),
-        score=score,
-        settings=settings if config.output.compare is not None else (),
-    )
+    summary = figures(DONE)
     if config.output.audit:
         summary["audit"] = audit_of(run, progress.done.audit_s)
     if pinned.ids is not None:
         summary["duplicate_ids"] = pinned.ids.duplicates
     held.check()
+    live.rest()
     committed.sweep(run.output)
-    metrics = metrics_of(run, pinned.run_id, summary.get("settings") or [summary])
-    if metrics is not None and ERROR in metrics:
-        summary["metrics_error"] = metrics[ERROR]
-    also = {} if metrics is None else metrics_files(metrics)
+    scores = metrics_of(run, pinned.run_id, summary.get("settings") or [summary])
+    if scores is not None and ERROR in scores:
+        summary["metrics_error"] = scores[ERROR]
+    also = {} if scores is None else metrics_files(scores)
     also[CARD] = _card(run, pinned.run_id, config, summary, also.get(TABLE))
     output_directory.close(run.output, summary, facts.get("images"), also)
     return summary

@@ -60,6 +60,8 @@ from trio.job.output.sink import Answered, Sink
 from trio.job.output.totals import Totals, merge
 from trio.job.storage import exists, open_location, parent
 
+DRIVER = "driver"
+"""Stands for an engine where it was the driver that committed a unit."""
 OTHERS = 3
 # shards by which a reader tells a file that is gone from a storage that is away
 READ_PAUSES_S = (1.0, 5.0)
@@ -170,6 +172,8 @@ class Receipt:
     """The rows themselves; None where they are committed."""
     ready_s: float = 0.0
     """Since its engine was ready."""
+    engine: str = DRIVER
+    """Name of the engine that committed it."""
 
     @property
     def totals(self) -> Totals:
@@ -438,8 +442,10 @@ class answer:
             answered = replace(answered, parts=parts)
             return Receipt(block.unit, True, self._engine.node, parts, answered).pack()
         parts = self._engine.commit(block.unit, answered, block.node, block.prepare_s)
-        ready_s = self._engine.ready_s
-        return Receipt(block.unit, True, self._engine.node, parts, ready_s=ready_s).pack()
+        ready_s, name = self._engine.ready_s, self._engine.name
+        return Receipt(
+            block.unit, True, self._engine.node, parts, ready_s=ready_s, engine=name
+        ).pack()
 
     def _sources(self, block: Block) -> Iterator[tuple[Source, Sequence[Any] | RowError]]:
         """Rows with their images, or with their error."""

@@ -1,6 +1,7 @@
 """The progress line."""
 
 import io
+import re
 
 import pytest
 
@@ -76,10 +77,55 @@ def test_a_terminal_is_rewritten_in_place_below_what_is_said(
     with Progress(10, Totals(), log_interval_s=99, label="trio", stream=stream) as progress:
         progress.say("[7] requests at once :cat:")
         progress.add(UNIT)
-    first, said, *_, last = stream.getvalue().split("\x1b[2K")  # erases the line
-    assert "trio: 0/10 rows (0 %), starting" in first
-    assert said.startswith("trio: [7] requests at once :cat:\ntrio: 0/10 rows (0 %), starting")
-    assert last.startswith("trio: 10/10 rows (100 %), ") and "1 in error, done\n" in last
+    before, said = stream.getvalue().split("trio: [7] requests at once :cat:\n")
+    assert "trio: 0/10 rows (0 %)" in before and before.endswith("\x1b[2K")  # erases a line
+    assert said.startswith("trio: 0/10 rows (0 %)")
+    last = plain(said.rpartition("\x1b[2K")[2])
+    assert last[0] == "trio: 10/10 rows (100 %)"
+    assert last[-1].split("   ")[-2:] == ["1 in error", "done"]
+
+
+@pytest.mark.parametrize("width", [20, 32, 60, 80, 140])
+def test_a_terminal_of_any_width_shows_every_figure_whole(
+    width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", str(width))
+    stream, clock = Terminal(), Clock()
+    with Progress(40, Totals(), log_interval_s=9, stream=stream, clock=clock) as progress:
+        progress.answering()
+        clock.now += 2
+        progress.add(UNIT)
+        progress.alive(0, 3)
+        last = plain(stream.getvalue().rpartition("\x1b[2K")[2])
+    assert last[0] == "10/40 rows (25 %)" and len(last[1]) == width
+    assert max(map(len, last)) <= width
+    figures = [
+        "4.5 images/s", "45 tokens/s", "retention 0.100", "waiting for images", "90 %",
+        "1 in error", "3 engines working", "ETA 0:06",
+    ]  # fmt: skip
+    text = " ".join(" ".join(last[2:]).split())
+    assert [figure for figure in figures if figure not in text] == []
+    assert len(last) <= (5 if width >= 60 else 11)
+
+
+def plain(shown: str) -> list[str]:
+    """Lines without colours and other controls."""
+    lines = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown).splitlines()
+    return [line.strip() for line in lines if line.strip()]
+
+
+def test_what_is_left() -> None:
+    clock = Clock()
+    progress = Progress(40, Totals(), log_interval_s=9, stream=io.StringIO(), clock=clock)
+    assert (progress.rows_left, progress.eta_s) == (40, None)
+    progress.answering()
+    clock.now += 2
+    progress.add(UNIT)
+    assert (progress.rows_left, progress.eta_s) == (30, 6.0)
+    for _ in range(3):
+        progress.add(UNIT)
+    assert (progress.rows_left, progress.eta_s) == (0, 0.0)
 
 
 def test_rows_of_an_earlier_attempt_count_as_done_but_not_as_speed() -> None:

@@ -42,6 +42,7 @@ SECONDS = (
 )  # fmt: skip
 DECODING = ("decode_rows", "decode_steps")
 # sums over steps of the requests that ran together, and of the steps
+KV = ("kv_used_bytes_peak", "kv_budget_bytes")
 AS_THEY_ARE = (
     "kv_used_bytes_peak",
     "device_bytes_peak",
@@ -259,6 +260,7 @@ class Engine:
         """Signs of life to the driver; the end of a process in which nothing moves."""
         seen, settled, since = -1, 0, time.monotonic()
         noted, noted_at = -1, since
+        running = _Running()
         while True:
             time.sleep(min(WATCH_S, self._task.stall_s / 3))
             if self._thread.activity != seen or not self._thread.busy:
@@ -269,7 +271,15 @@ class Engine:
             if self._thread.settled != settled or steps:
                 settled, noted = self._thread.settled, self._thread.activity
                 noted_at = time.monotonic()
-                self._desk.note("alive", self.name, settled)
+                self._desk.note("alive", self.name, settled, self._gauges(running))
+
+    def _gauges(self, running: _Running) -> dict[str, float]:
+        """What the engines of all settings do: `running`, requests decoded together, on average
+        since the last time; `kv_used_bytes_peak` and `kv_budget_bytes` of keys and values."""
+        counters = list(map(self._thread.counters, range(self._thread.engines)))
+        sums = {name: sum(c.get(name) or 0 for c in counters) for name in (*DECODING, *KV)}
+        mean = running.mean(*(sums[name] for name in DECODING))
+        return {"running": mean, **{name: sums[name] for name in KV}}
 
     def _end(self, reason: str) -> NoReturn:
         self._desk.last_note("died", self.name, reason)
@@ -282,6 +292,19 @@ def _totals(row: Mapping[str, Any], source: Source, outcome: Outcome) -> Totals:
         flops = outcome.reading_flops, outcome.reading_flops_unpruned
         reading = round(flops[0] or 0), round(flops[1] or 0)
     return sums.of_row(row, source.asks[row["prompt_number"]].answers, reading)
+
+
+class _Running:
+    """Requests that ran together in the decode steps since the last look."""
+
+    def __init__(self) -> None:
+        self._rows = self._steps = 0.0
+
+    def mean(self, rows: float, steps: float) -> float:
+        """rows, steps: sums since the engine's start, as in `DECODING`."""
+        new_rows, new_steps = rows - self._rows, steps - self._steps
+        self._rows, self._steps = rows, steps
+        return new_rows / new_steps if new_steps > 0 else 0.0
 
 
 class _Report:

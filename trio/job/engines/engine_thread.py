@@ -24,6 +24,8 @@ from trio.job.engines.engine_settings import EngineLike
 from trio.job.images.policy import RowError
 
 Outcome = Result | RowError
+COUNT_S = 1.0
+"""Between two looks at the counters of an engine that gives no results meanwhile."""
 
 
 class EngineDied(RuntimeError):
@@ -143,6 +145,11 @@ class EngineThread:
         return self._engines[0]
 
     @property
+    def engines(self) -> int:
+        """How many there are."""
+        return len(self._engines)
+
+    @property
     def busy(self) -> bool:
         """Whether anybody waits for answers."""
         return bool(self._batches)
@@ -207,6 +214,7 @@ class EngineThread:
             self._ready.set()
 
     def _loop(self) -> None:
+        counted_at = 0.0
         while True:
             busy = self._engines[self._turn].has_work or any(self._queues)
             for ticket, prepared in self._receive(wait=not busy):
@@ -219,9 +227,11 @@ class EngineThread:
                 except UserError as error:
                     self._settle(ticket, RowError("prompt", str(error)))
             results = engine.step() if engine.has_work else []
+            now = time.monotonic()
             with self._lock:
                 self._activity += 1
-                if results:
+                if results or now - counted_at > COUNT_S:
+                    counted_at = now
                     self._counters[self._turn] = dict(engine.stats())
             for result in results:
                 self._settle(result.id, result)

@@ -238,13 +238,23 @@ def close(
     lines = [line for line in lines if not line.startswith(tuple(notes))]
     lines += [start + note for start, note in notes.items() if note]
     write_atomic(output.join(CONFIG), "\n".join([*lines, ""]).encode())
-    write_atomic(output.join(SUMMARY), (json.dumps(summary, indent=2) + "\n").encode())
+    write_summary(output, summary)
     for name, text in (also or {}).items():
         write_atomic(output.join(name), text.encode())
     write_atomic(output.join(SUCCESS), b"")
 
 
+def write_summary(output: Location, summary: Mapping[str, Any]) -> None:
+    """Write ``summary.json``, whole or not at all.
+
+    Raises:
+        OSError: the storage does not take it.
+    """
+    write_atomic(output.join(SUMMARY), (json.dumps(summary, indent=2) + "\n").encode())
+
+
 def read_summary(output: Location) -> dict[str, Any]:
+    """Of a finished run; before `_SUCCESS` the same file holds the totals so far."""
     return dict(json.loads(read_bytes(output.join(SUMMARY))))
 
 

@@ -1,4 +1,4 @@
-"""How far a run is: a line rewritten in place on a terminal, one every few seconds in a log."""
+"""How far a run is: lines rewritten in place on a terminal, one every few seconds in a log."""
 
 from __future__ import annotations
 
@@ -7,16 +7,23 @@ import time
 from collections.abc import Callable
 from typing import TextIO
 
+from rich.columns import Columns
 from rich.console import Console
 from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
 from rich.text import Text
 
 from trio.job.output.summary import bottleneck, duration
 from trio.job.output.totals import Totals
+from trio.tables import counted
+
+GAP = 3
+"""Columns of a terminal between two figures."""
 
 
 class Progress:
-    """Shows how far a run is; a context manager that ends its line.
+    """Shows how far a run is; a context manager that ends what it rewrites.
 
     Rates count from when the first engine was ready, so loading the model does not spoil the
     estimate of the time left. All times are of this process's clock.
@@ -44,7 +51,7 @@ class Progress:
         """
         self._label = f"{label}: " if label else ""
         self._rows, self._before, self._new = rows, done_before, Totals()
-        self._under_way = 0
+        self._under_way = self._engines = 0
         self._clock = clock
         self._began = self._updated = clock()
         self._working_since: float | None = None
@@ -70,6 +77,7 @@ class Progress:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._engines = 0
         if self._new.rows:
             self._show()
         if self._live is not None:
@@ -86,6 +94,20 @@ class Progress:
         return max(self._updated - since, 1e-9) if since is not None else 0.0
 
     @property
+    def rows_left(self) -> int:
+        """Rows of the input that are not committed."""
+        return max(0, self._rows - self.done.inputs)
+
+    @property
+    def eta_s(self) -> float | None:
+        """Estimate of the time that is left, in seconds; None before a unit is committed."""
+        if self.rows_left == 0:
+            return 0.0
+        if self._working_since is None or not self._new.inputs:
+            return None
+        return self.rows_left * (self._clock() - self._working_since) / self._new.inputs
+
+    @property
     def audit_s(self) -> float:
         """Of this attempt, seconds that engines spent on auditing."""
         return self._new.audit_s
@@ -100,11 +122,12 @@ class Progress:
         if self._working_since is None or since < self._working_since:
             self._working_since = since
 
-    def alive(self, rows: int) -> None:
-        """Once a second: engines have answered so many rows whose units are not committed yet."""
+    def alive(self, rows: int, engines: int = 0) -> None:
+        """Once a second: engines have answered so many rows whose units are not committed yet; so
+        many engines are ready."""
         if rows:
             self.answering()
-        self._under_way = rows
+        self._under_way, self._engines = rows, engines
         if self._clock() - self._shown_at >= self._interval:
             self._show()
 
@@ -115,31 +138,52 @@ class Progress:
         self._new += totals
 
     def line(self) -> str:
-        new, since = self._new, self._working_since
-        done = self._before + new
-        percent = 100 * done.inputs / max(self._rows, 1)
-        parts = [f"{self._label}{done.inputs}/{self._rows} rows ({percent:.0f} %)"]
+        """All of it, for a log."""
+        return ", ".join([self._head(), *self._figures(), self._rest()])
+
+    def lines(self) -> Table:
+        """The same for a terminal of any width: figures are put side by side as they fit."""
+        figures = self._figures()
+        if self._engines:
+            figures.append(f"{counted(self._engines, 'engine')} working")
+        bar = ProgressBar(total=max(self._rows, 1), completed=self.done.inputs)
+        cells = [Text(figure) for figure in (*figures, self._rest())]
+        lines = Table.grid(expand=True)
+        for line in (Text(self._head()), bar, Columns(cells, padding=(0, GAP))):
+            lines.add_row(line)
+        return lines
+
+    def _head(self) -> str:
+        percent = 100 * self.done.inputs / max(self._rows, 1)
+        return f"{self._label}{self.done.inputs}/{self._rows} rows ({percent:.0f} %)"
+
+    def _figures(self) -> list[str]:
+        new, done, since = self._new, self.done, self._working_since
         if since is None or not new.rows:
-            parts.append("starting" if since is None else "answering")
-            if self._under_way:
-                parts.append(f"{self._under_way} answered so far")
-            return ", ".join([*parts, duration(self._clock() - self._began)])
-        whole = done.inputs >= self._rows
-        work_s = max((self._updated if whole else self._clock()) - since, 1e-9)
-        parts.append(f"{new.images / work_s:.1f} images/s")
-        parts.append(f"{new.output_tokens / work_s:.0f} tokens/s")
+            parts = ["starting" if since is None else "answering"]
+            return parts + [f"{self._under_way} answered so far"] * bool(self._under_way)
+        work_s = max((self._updated if self.rows_left == 0 else self._clock()) - since, 1e-9)
+        parts = [
+            f"{new.images / work_s:.1f} images/s",
+            f"{new.output_tokens / work_s:.0f} tokens/s",
+        ]
         if done.retention is not None:
             parts.append(f"retention {done.retention:.3f}")
         if (phase := bottleneck(new)) is not None:
             parts.append(phase)
         if done.errors:
             parts.append(f"{done.errors} in error")
-        left_s = (self._rows - done.inputs) * work_s / new.inputs
-        return ", ".join([*parts, "done" if whole else f"ETA {duration(left_s)}"])
+        return parts
+
+    def _rest(self) -> str:
+        """What is left; before there is a rate, how long the run has been at work."""
+        if self._working_since is None or not self._new.rows:
+            return duration(self._clock() - self._began)
+        return f"ETA {duration(self.eta_s or 0.0)}" if self.rows_left else "done"
 
     def _show(self) -> None:
         self._shown_at = self._clock()
         if self._live is not None:
-            self._live.update(Text(self.line()), refresh=True)
+            self._live.update(self.lines(), refresh=True)
         else:
             self._console.print(self.line(), soft_wrap=True)

@@ -21,6 +21,8 @@ PHASES = {
 }
 """Of an engine, each instant in one of them; `prune_s` is part of prefill."""
 Summary = Mapping[str, Any]
+DONE, RUNNING, FAILED = "done", "running", "failed"
+"""States of a run. One that was killed says that it is running: `_SUCCESS` alone marks the end."""
 
 
 def summarise(
@@ -35,6 +37,7 @@ def summarise(
     memory_plan: Mapping[str, Any] | None = None,
     score: str | None = None,
     settings: Sequence[Mapping[str, Any]] = (),
+    state: str = DONE,
 ) -> dict[str, Any]:
     """The object of ``summary.json``.
 
@@ -49,10 +52,12 @@ def summarise(
         memory_plan: of the engine that answered first; None where no engine was needed.
         score: how responses were compared with answers; objects are told of with "objects" only.
         settings: where several are compared, `of_setting` of each.
+        state: of the run: DONE, RUNNING or FAILED.
     """
     per_s = 1.0 / work_s if work_s > 0 else 0.0
     return {
         "run": run_id,
+        "state": state,
         **_figures(totals, name, score),
         "rows_before": done_before.rows,
         "images_per_s": (totals.images - done_before.images) * per_s,
