@@ -70,7 +70,7 @@ def test_extremes_and_examples(run: MadeRun) -> None:
 
 
 def test_one_retention_for_all_is_no_extreme(tmp_path: Path) -> None:
-    made = MadeRun(tmp_path, compare=("1",)).commit()
+    made = MadeRun(tmp_path, rows=1).commit()
     assert "lowest retention" not in read(made).extremes
 
 

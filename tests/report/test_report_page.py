@@ -140,7 +140,6 @@ def test_a_comparison_measures_what_unpruned_costs(tmp_path: Path) -> None:
     card = page.data["cards"][1]
     assert (card["kind"], len(card["answers"])) == ("disagreement", 2)
     assert [one["response"] for one in card["answers"]] == ["a cat, number 1", "a dog, number 1"]
-    assert "sure-compare" in page.data["charts"] or len(run.rows) < 40
 
 
 def test_an_audit_is_told_of(tmp_path: Path) -> None:

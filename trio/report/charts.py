@@ -15,7 +15,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from trio.report.found_run import FoundRun
-from trio.report.headline import bottleneck_line, phases
+from trio.report.headline import phases
 from trio.report.histogram import Histogram
 from trio.report.row_figures import RowFigures, SettingFigures
 from trio.report.unit_figures import LINES, UnitFigures
@@ -31,11 +31,8 @@ ASKED = {
     "compare": ("As unpruned, by how sure", "Share of answers that are the unpruned model's"),
 }
 """By what sureness is held against: a title, and what is drawn."""
-DECADES = {
-    "tickvals": list(range(-4, 6)),
-    "ticktext": ["0.1 ms", "1 ms", "10 ms", "0.1 s", "1 s", "10 s", "100 s", "1000 s", "3 h", "28 h"],
-}
-"""Ticks of a logarithmic axis of seconds."""
+FEW_DECADES = 2.5
+"""Up to which a logarithmic axis of seconds has three ticks in each."""
 AXIS = {"title": {"text": ""}, "automargin": True, "fixedrange": True}
 
 
@@ -102,6 +99,7 @@ def _phases(figures: UnitFigures) -> Chart | None:
             text=f"{name} {100 * seconds / whole:.0f} %" if seconds > 0.12 * whole else "",
             textposition="inside",
             insidetextanchor="middle",
+            insidetextfont={"color": "#fff"},
             hovertemplate=f"{name}: %{{x:.3s}} s, {100 * seconds / whole:.1f} %<extra></extra>",
         )
         for name, seconds in spent
@@ -115,14 +113,15 @@ def _phases(figures: UnitFigures) -> Chart | None:
                 orientation="h",
                 text="read and prepare" if prepare > 0.12 * whole else "",
                 textposition="inside",
+                insidetextanchor="middle",
+                insidetextfont={"color": "#fff"},
                 hovertemplate="read and prepare: %{x:.3s} s<extra></extra>",
             )
         )
-    note = bottleneck_line(figures.totals) or ""
+    note = "Seconds, summed over engines; beside them what other CPUs did ahead of them."
     return _chart(
         "phases", "Time by phase", note, data,
         barmode="stack", height=230, wide=True,
-        xaxis={"title": {"text": "seconds, summed over engines"}},
         yaxis={"autorange": "reversed"},
     )  # fmt: skip
 
@@ -204,7 +203,7 @@ def _histogram(
         bars = one.bars()
         places = np.log10(bars.middle) if bars.log else bars.middle
         if bars.log:  # plotly has no equally wide bars on its logarithmic axes
-            axis = DECADES
+            axis = _seconds_axis([other for _, other in parts])
         data.append(
             go.Bar(
                 x=[float(f"{value:.5g}") for value in places.tolist()],
@@ -216,17 +215,32 @@ def _histogram(
                 hovertemplate="%{customdata}: %{y:,} rows",
             )
         )
-    middle = [f"{name} {one.quantile(0.5):.3g}" for name, one in parts]
-    tail = [f"{name} {one.quantile(0.95):.3g}" for name, one in parts]
-    if len(parts) == 1:
-        middle, tail = [middle[0].rpartition(" ")[2]], [tail[0].rpartition(" ")[2]]
-    note = f"{note} Median {', '.join(middle)}; 95 % are below {', '.join(tail)}."
+    if key == "retention" and any((one.quantile(1) or 0) > 0.9 for _, one in parts):
+        axis = {"range": [0, 1.03]}
+    told = [
+        f"Median {one.quantile(0.5):.4g}, 95 % up to {one.quantile(0.95):.4g}"
+        + (f" ({name})" if len(parts) > 1 else "")
+        for name, one in parts
+    ]
+    note = f"{note} {'; '.join(told)}."
     return _chart(
         key, title, note, data,
         barmode="overlay", bargap=0.04, showlegend=len(data) > 1,
         xaxis=axis,
         yaxis={"title": {"text": "rows"}},
     )  # fmt: skip
+
+
+def _seconds_axis(parts: Sequence[Histogram]) -> dict[str, Any]:
+    """Ticks at round numbers, by their logarithms."""
+    ends = [place for one in parts for place in np.log10(one.bars().middle).tolist()]
+    low, high = int(np.floor(min(ends))), int(np.ceil(max(ends)))
+    steps = (1, 2, 5) if max(ends) - min(ends) < FEW_DECADES else (1,)
+    ticks = [step * 10.0**decade for decade in range(low, high + 1) for step in steps]
+    return {
+        "tickvals": [round(float(np.log10(tick)), 4) for tick in ticks],
+        "ticktext": [f"{tick:g} s" if tick >= 0.1 else f"{1000 * tick:g} ms" for tick in ticks],
+    }
 
 
 def sureness_charts(found: FoundRun, rows: RowFigures) -> list[Chart]:
@@ -304,7 +318,10 @@ def _chart(
             "template": "none",
             "height": HEIGHT,
             "margin": {"l": 8, "r": 8, "t": 8, "b": 8},
-            "legend": {"orientation": "h", "y": -0.22, "x": 0},
+            "legend": {
+                "orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom",
+                "traceorder": "normal",
+            },
             "dragmode": False,
             **axes,
             **layout,

@@ -157,6 +157,8 @@ def _rows(found: FoundRun, totals: Totals) -> Tile:
         note = f"of {counted_in(found.planned, 'input row')}"
         if totals.inputs != found.planned:
             note = f"{totals.inputs:,} {note} done"
+        elif totals.rows != totals.inputs:
+            note = f"{counted_in(found.planned, 'input row')}, each answered several times"
     return Tile(label="Rows written", value=f"{totals.rows:,}", note=note)
 
 

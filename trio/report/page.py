@@ -5,11 +5,12 @@ from __future__ import annotations
 import datetime
 import shlex
 from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib import resources
 from typing import Any
 
 import pyarrow as pa
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
@@ -18,7 +19,7 @@ from trio.report.charts import distribution_charts, speed_charts, sureness_chart
 from trio.report.figure_tables import trust_tables
 from trio.report.found_run import DONE, FAILED, RUNNING, STOPPED, FoundRun, find_run
 from trio.report.gallery_cards import Cards, cards_of, gallery_keys
-from trio.report.headline import counted_in, tiles, unpruned
+from trio.report.headline import bottleneck_line, counted_in, tiles, unpruned
 from trio.report.row_figures import RowFigures, row_figures
 from trio.report.unit_figures import UnitFigures, unit_figures
 from trio.tables import percent
@@ -66,15 +67,7 @@ def rendered(found: FoundRun, units: UnitFigures, rows: RowFigures, cards: Cards
         "speed": speed_charts(units),
         "distributions": distribution_charts(found, rows),
     }
-    environment = Environment(
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    # What `tojson` writes of text has no <, > and &, so it ends no script.
-    environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
-    return environment.from_string(_source("page.html.j2")).render(
+    return _template().render(
         title=_title(found),
         state=found.state,
         label=LABELS[found.state],
@@ -86,6 +79,7 @@ def rendered(found: FoundRun, units: UnitFigures, rows: RowFigures, cards: Cards
         facts=_facts(found),
         tiles=tiles(found, units),
         unpruned=unpruned(found, units),
+        bottleneck=bottleneck_line(units.totals),
         tables=trust_tables(found, units),
         metrics_error=found.metrics.get("error"),
         groups=groups,
@@ -111,6 +105,16 @@ def rendered(found: FoundRun, units: UnitFigures, rows: RowFigures, cards: Cards
         plotly=Markup(get_plotlyjs()),  # noqa: S704  # of the package, no text of a run
         charted=any(groups.values()),
     )
+
+
+@cache
+def _template() -> Template:
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    # What `tojson` writes of text has no <, > and &, so it ends no script.
+    environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
+    return environment.from_string(_source("page.html.j2"))
 
 
 def _source(name: str) -> Markup:

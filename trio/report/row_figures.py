@@ -81,7 +81,7 @@ class SettingFigures:
     """Visual tokens from the encoder."""
     after: Histogram = field(default_factory=Histogram)
     """Visual tokens after the last stage."""
-    retention: Histogram = field(default_factory=lambda: Histogram(step=0.005))
+    retention: Histogram = field(default_factory=lambda: Histogram(step=0.01))
     prompts: Histogram = field(default_factory=Histogram)
     """Tokens of prompts, with all visual tokens."""
     answers: Histogram = field(default_factory=Histogram)
@@ -205,6 +205,9 @@ class _Scan:
                 for name, worth in self._worths(table, keys, numbers["score"], number):
                     one.sureness.add(name, _sure(one.sureness.of, numbers)[mine], worth[mine])
         self._note_errors(table, keys)
+        # What keeps all is no extreme of pruning.
+        pruned = keys[:, 2] != (-1 if self._unpruned is None else self._unpruned)
+        numbers["retention"] = np.where(pruned, numbers["retention"], np.nan)
         for heading, column, largest in ORDERS:
             self._note_extremes(heading, numbers[column] * (-1 if largest else 1), keys)
         self._note_gallery(keys, numbers["latency_s"], np.isfinite(stages).sum(axis=1))
@@ -289,8 +292,8 @@ class _Scan:
         column = next(column for name, column, _ in ORDERS if name == heading)
         if column != "retention":
             return True
-        grids = [one.retention.counts for one in self._made.settings]
-        return any(int((counts > 0).sum()) > 1 for counts in grids)
+        low, high = (self._best[heading][0] for heading, name, _ in ORDERS if name == column)
+        return bool(len(low)) and low[0] != -high[0]
 
 
 def _add_setting(
