@@ -90,39 +90,23 @@ def _phases(figures: UnitFigures) -> Chart | None:
     whole = sum(seconds for _, seconds in spent)
     if not whole:
         return None
-    data = [
-        go.Bar(
-            x=[seconds],
-            y=["engines"],
-            name=name,
-            orientation="h",
-            text=f"{name} {100 * seconds / whole:.0f} %" if seconds > 0.12 * whole else "",
-            textposition="inside",
-            insidetextanchor="middle",
-            insidetextfont={"color": "#fff"},
-            hovertemplate=f"{name}: %{{x:.3s}} s, {100 * seconds / whole:.1f} %<extra></extra>",
-        )
-        for name, seconds in spent
-    ]
+    lines = [(name, seconds, f"{100 * seconds / whole:.0f} %") for name, seconds in spent]
     if (prepare := figures.totals.prepare_s) > 0:
-        data.append(
-            go.Bar(
-                x=[prepare],
-                y=["image tasks"],
-                name="read and prepare",
-                orientation="h",
-                text="read and prepare" if prepare > 0.12 * whole else "",
-                textposition="inside",
-                insidetextanchor="middle",
-                insidetextfont={"color": "#fff"},
-                hovertemplate="read and prepare: %{x:.3s} s<extra></extra>",
-            )
-        )
-    note = "Seconds, summed over engines; beside them what other CPUs did ahead of them."
+        lines.insert(0, ("read and prepare", prepare, "on other CPUs"))
+    names, seconds, texts = zip(*lines, strict=True)
+    bars = go.Bar(
+        x=[float(f"{one:.4g}") for one in seconds],
+        y=names,
+        text=texts,
+        textposition="auto",
+        orientation="h",
+        hovertemplate="%{y}: %{x:,} s<extra></extra>",
+        marker={"opacity": [0.45 if name == "read and prepare" else 1.0 for name in names]},
+    )
     return _chart(
-        "phases", "Time by phase", note, data,
-        barmode="stack", height=230, wide=True,
-        yaxis={"autorange": "reversed"},
+        "phases", "Time by phase", "Seconds, summed over engines.", [bars],
+        height=60 + 34 * len(lines), wide=True, bargap=0.3,
+        xaxis={"ticksuffix": " s"}, yaxis={"autorange": "reversed"},
     )  # fmt: skip
 
 

@@ -32,7 +32,7 @@
   }
 
   // --- the gallery ---
-  const PER_PAGE = 12;
+  const PER_PAGE = innerWidth < 560 ? 6 : 12;
   const SCALE = 2;  // thumbnails are small: outlines are drawn finer than their pixels
   const NOWHERE = 65535, GONE = 255;
   const VIRIDIS = [[68, 1, 84], [59, 82, 139], [33, 145, 140], [94, 201, 98], [253, 231, 37]];

@@ -160,13 +160,13 @@ def _progress(found: FoundRun, units: UnitFigures) -> Mapping[str, Any] | None:
 
 def _facts(found: FoundRun) -> list[tuple[str, str]]:
     settings = found.settings
-    method = settings.get("method")
-    encoder = settings.get("encoder")
-    chosen = "+".join(one for one in (encoder, method) if one and one != "none")
+    asked = ", ".join(found.names)
+    if len(found.names) == 1:
+        for name in ("retention", "schedule"):
+            if settings.get(name) is not None:
+                asked += f", {name} {_short(settings[name])}"
     facts: list[tuple[str, Any]] = [
-        ("asked with", ", ".join(found.names) if len(found.names) > 1 else found.names[0]),
-        ("chooses tokens", chosen if len(found.names) == 1 else None),
-        ("retention", settings.get("retention") if len(found.names) == 1 else None),
+        ("asked with", asked),
         ("input", _listed(settings.get("input"))),
         ("ran on", found.summary.get("resources")),
         ("run", found.summary.get("run")),

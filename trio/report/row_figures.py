@@ -242,6 +242,8 @@ class _Scan:
         kinds = pc.list_element(pc.split_pattern(texts, ":", max_splits=1), 0).to_pylist()
         for place, kind in zip(failed.tolist(), kinds, strict=True):
             mine = self._errors.get(kind, [])
+            if mine and mine[-1][:2] == _key(keys[place])[:2]:
+                continue  # in another setting
             if len(mine) < EXAMPLES and (mine or len(self._errors) < KINDS):
                 self._errors[kind] = [*mine, _key(keys[place])]
 
