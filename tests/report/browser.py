@@ -93,9 +93,7 @@ async def _visit(
 
         listener = asyncio.ensure_future(listen())
         target = await ask("Target.createTarget", url="about:blank")
-        attached = await ask(
-            "Target.attachToTarget", targetId=target["targetId"], flatten=True
-        )
+        attached = await ask("Target.attachToTarget", targetId=target["targetId"], flatten=True)
         session_id = attached["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
             await ask(f"{domain}.enable")

@@ -187,7 +187,9 @@ def row_of(
 def kept_of(index: int, patches: int = PATCHES) -> list[list[int]]:
     """Of each stage the tokens nearest to a spot that moves with the row."""
     visual = patches * patches
-    far = np.array([(n // patches - 2 - index % 4) ** 2 + (n % patches - 3) ** 2 for n in range(visual)])
+    far = np.array(
+        [(n // patches - 2 - index % 4) ** 2 + (n % patches - 3) ** 2 for n in range(visual)]
+    )
     order = np.argsort(far, kind="stable")
     return [sorted(order[: visual * keep // VISUAL].tolist()) for keep in STAGES]
 
@@ -314,7 +316,7 @@ def _tables(schema: pa.Schema, rows: int, per_file: int) -> Iterator[pa.Table]:
             "decode_s": random.random(count), "logprob_mean": -random.random(count),
             "score": random.integers(0, 2, count).astype(float),
             "actor": np.where(random.random(count) < 0.5, "e0", "e1"),
-            "node": np.full(count, "n1"), "finished_at": np.full(count, np.datetime64(BEGAN.replace(tzinfo=None))),
+            "node": np.full(count, "n1"), "finished_at": pa.array([BEGAN] * count),
             "prompt_number": np.zeros(count), "setting": np.zeros(count),
         }  # fmt: skip
         columns = [

@@ -60,7 +60,9 @@ class Page(HTMLParser):
 
     @property
     def sections(self) -> set[str]:
-        return {about["id"] or "" for tag, about in self.elements if tag == "section" and "id" in about}
+        return {
+            about["id"] or "" for tag, about in self.elements if tag == "section" and "id" in about
+        }
 
     @property
     def own_script(self) -> str:
@@ -89,6 +91,8 @@ def outside(page: Page) -> list[str]:
             if name == "style" and value and "url(" in value:
                 found.append(f"{tag} style")
     found += [style for style in page.styles if "@import" in style or "url(" in style]
-    calls = r"\b(fetch|XMLHttpRequest|WebSocket|EventSource|sendBeacon|import)\b|innerHTML|https?://"
+    calls = (
+        r"\b(fetch|XMLHttpRequest|WebSocket|EventSource|sendBeacon|import)\b|innerHTML|https?://"
+    )
     found += re.findall(calls, page.own_script)
     return found

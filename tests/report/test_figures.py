@@ -48,7 +48,10 @@ def test_rows_are_counted_whatever_the_batches(
             continue
         assert n is not None and hits is not None
         same = [
-            (int(math.exp(row["logprob_mean"]) * 10), row["response"] == of[row["row"], 0]["response"])
+            (
+                int(math.exp(row["logprob_mean"]) * 10),
+                row["response"] == of[row["row"], 0]["response"],
+            )
             for row in good
         ]
         assert n.tolist() == [sum(place == b for place, _ in same) for b in range(10)]
@@ -97,7 +100,12 @@ def test_cards_hold_what_the_gallery_holds(run: MadeRun) -> None:
     assert [int(one["row"]) for one in cards.cards] == list(range(10)) and not cards.left_out
     assert len(cards.boxes) == 1, "all images have the same geometry"
     boxes = unpack(cards.boxes[0], "<u2").reshape(-1, 4)
-    assert boxes[1].tolist() == [round((NOWHERE - 1) / PATCHES), 0, round((NOWHERE - 1) / 4), boxes[1][3]]
+    assert boxes[1].tolist() == [
+        round((NOWHERE - 1) / PATCHES),
+        0,
+        round((NOWHERE - 1) / 4),
+        boxes[1][3],
+    ]
     assert boxes[-1].tolist() == [NOWHERE] * 4
     for card in cards.cards:
         if card["answers"][0]["error"] is not None:
@@ -119,7 +127,7 @@ def test_cards_hold_what_the_gallery_holds(run: MadeRun) -> None:
 
 
 def test_what_an_encoder_kept_stands_before_the_stages() -> None:
-    row: dict[str, Any] = {name: None for name in ("id", "prompt", "response", "error")}
+    row: dict[str, Any] = dict.fromkeys(("id", "prompt", "response", "error"))
     row |= {"row": 0, "prompt_number": 0, "setting": 0, "finish_reason": "stop", "visual_tokens": 9}
     row |= {"kept_tokens": [[0, None, 4], [4]], "saliency": [[0.5] * 9]}
     told = gallery_cards._answer(row, {(0, 0, 0): {"latency_s": 1.0, "stages": 1}})
@@ -128,9 +136,7 @@ def test_what_an_encoder_kept_stands_before_the_stages() -> None:
     assert not gallery_cards._answer(row, {(0, 0, 0): {"stages": 2}})["reduced"]
 
 
-def test_there_is_room_for_some_of_each_kind(
-    run: MadeRun, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_there_is_room_for_some_of_each_kind(run: MadeRun, monkeypatch: pytest.MonkeyPatch) -> None:
     found = find_run(str(run.path))
     whole = cards_of(found, {})
     monkeypatch.setattr(gallery_cards, "MOST_BYTES", sum(len(repr(c)) for c in whole.cards) // 2)

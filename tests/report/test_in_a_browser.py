@@ -62,7 +62,8 @@ def test_the_gallery_shows_filters_and_fades(tmp_path: Path) -> None:
     )
     slide = (
         f"(() => {{ const s = {card}.querySelector('input[type=range]'); s.value = %d;"
-        f" s.dispatchEvent(new Event('input')); return {card}.querySelector('output').textContent }})()"
+        " s.dispatchEvent(new Event('input'));"
+        f" return {card}.querySelector('output').textContent }})()"
     )
     press = (
         "(() => { [...document.querySelectorAll('#filters button')]"
@@ -77,13 +78,16 @@ def test_the_gallery_shows_filters_and_fades(tmp_path: Path) -> None:
         f"{card}.querySelector('.said').textContent",
         press % "Disagreements", press % "Errors", press % "All",
         "(() => { const f = document.getElementById('find'); f.value = 'number 7';"
-        " f.dispatchEvent(new Event('input')); return document.querySelectorAll('.card').length })()",
+        " f.dispatchEvent(new Event('input'));"
+        " return document.querySelectorAll('.card').length })()",
     ]  # fmt: skip
     seen = visit(page, tmp_path / "browser", width=1280, asked=asked)
     assert (seen.errors, seen.requests) == ([], [])
     count, whole, before, spot_before, last, after, spot_after, said, *numbers = seen.answers
     assert count == 12
-    assert whole == "image: 64 of 64 visual tokens" and last == "after stage 3: 6 of 64 visual tokens"
+    assert (
+        whole == "image: 64 of 64 visual tokens" and last == "after stage 3: 6 of 64 visual tokens"
+    )
     assert sum(after) < 0.5 * sum(before) and sum(spot_after) > 0.9 * sum(spot_before)
     assert said == EVIL
     assert numbers == [2, 1, 12, 1]

@@ -78,7 +78,9 @@ RUNS: list[tuple[Callable[[Path], MadeRun], set[str], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("make", "sections", "label"), RUNS, ids=lambda one: getattr(one, "__name__", ""))
+@pytest.mark.parametrize(
+    ("make", "sections", "label"), RUNS, ids=lambda one: getattr(one, "__name__", "")
+)
 def test_every_kind_of_run_has_a_page_that_needs_nothing_else(
     tmp_path: Path, make: Callable[[Path], MadeRun], sections: set[str], label: str
 ) -> None:
@@ -101,7 +103,7 @@ def test_every_kind_of_run_has_a_page_that_needs_nothing_else(
 def test_texts_of_models_and_users_stay_texts(tmp_path: Path) -> None:
     run = finished(tmp_path)
     text = page_of(str(run.path))
-    assert EVIL not in text and "<b>at all" not in text and "evil.example/x.png\"" not in text
+    assert EVIL not in text and "<b>at all" not in text and 'evil.example/x.png"' not in text
     page = Page(text)
     (card,) = [one for one in page.data["cards"] if one["id"] == "id-3"]
     assert card["answers"][0]["response"] == EVIL
@@ -135,7 +137,13 @@ def test_a_comparison_measures_what_unpruned_costs(tmp_path: Path) -> None:
     assert "Measured in this run: engines worked 0:20 on the unpruned setting" in page.text
     assert "Estimate" not in page.text
     assert tiles["FLOPs of prompts"][1].startswith("trio 1/4: ")
-    for cell in ("97.5 % [93.0, 100.0]", "-2.1 [-5.0, +0.5]", "3 / 2", "75.0 % [60.0, 85.0]", "kind: rare"):
+    for cell in (
+        "97.5 % [93.0, 100.0]",
+        "-2.1 [-5.0, +0.5]",
+        "3 / 2",
+        "75.0 % [60.0, 85.0]",
+        "kind: rare",
+    ):
         assert cell in page.words
     card = page.data["cards"][1]
     assert (card["kind"], len(card["answers"])) == ("disagreement", 2)

@@ -303,7 +303,10 @@ def _chart(
             "height": HEIGHT,
             "margin": {"l": 8, "r": 8, "t": 8, "b": 8},
             "legend": {
-                "orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom",
+                "orientation": "h",
+                "x": 0,
+                "y": 1.02,
+                "yanchor": "bottom",
                 "traceorder": "normal",
             },
             "dragmode": False,

@@ -74,9 +74,7 @@ def _cost_line(name: str, totals: Totals) -> list[str]:
     ]
 
 
-def _scores(
-    settings: Sequence[Mapping[str, Any]], summaries: Sequence[Mapping[str, Any]]
-) -> Table:
+def _scores(settings: Sequence[Mapping[str, Any]], summaries: Sequence[Mapping[str, Any]]) -> Table:
     accuracies = {one["name"]: one.get("accuracy") for one in summaries}
     lines = []
     for one in settings:

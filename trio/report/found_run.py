@@ -111,9 +111,7 @@ def _names(output: Location) -> set[str]:
         if kind == FileType.File:
             raise UserError(f"{output.uri} is a file; give the directory of a run")
         if kind == FileType.NotFound:
-            raise UserError(
-                f"{output.uri}: there is no such directory; give the --output of a run"
-            )
+            raise UserError(f"{output.uri}: there is no such directory; give the --output of a run")
         infos = output.filesystem.get_file_info(FileSelector(output.path))
     except OSError as error:
         raise UserError(f"{output.uri}: cannot be read: {first_line(error)}") from error
@@ -144,9 +142,7 @@ def _object(output: Location, name: str, there: set[str]) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _state(
-    output: Location, names: set[str], summary: Mapping[str, Any]
-) -> tuple[str, str | None]:
+def _state(output: Location, names: set[str], summary: Mapping[str, Any]) -> tuple[str, str | None]:
     """`_SUCCESS` decides, then what the run said last, if it still lives."""
     if SUCCESS in names:
         return DONE, None

@@ -149,9 +149,7 @@ def _card(
     }
 
 
-def _answer(
-    row: Mapping[str, Any], also: Mapping[Key, Mapping[str, Any]]
-) -> dict[str, Any]:
+def _answer(row: Mapping[str, Any], also: Mapping[Key, Mapping[str, Any]]) -> dict[str, Any]:
     told = also.get((row["row"], row["prompt_number"], row["setting"]), {})
     kept = row.get("kept_tokens") or []
     visual = row.get("visual_tokens") or 0

@@ -24,8 +24,8 @@ ADVICE = {
     "prefill": "Most time goes into reading prompts: a lower retention makes it shorter.",
     "decode": "Most time goes into writing answers: shorter answers (--max-new-tokens) or more at a"
     " time (--max-running) help, fewer visual tokens hardly do.",
-    "idle": "Engines had nothing to do for most of their time: fewer of them would do, or there were"
-    " few rows.",
+    "idle": "Engines had nothing to do for most of their time: fewer of them would do, or there"
+    " were few rows.",
 }
 
 
@@ -205,9 +205,7 @@ def _trust(found: FoundRun) -> list[Tile]:
     agreement = (found.summary.get("audit") or {}).get("agreement")
     if agreement is not None:
         note = f"of {agreement['rows']:,} audited, 95 % interval {_bounds(agreement['interval'])}"
-        made.append(
-            Tile(label="Answers as unpruned", value=percent(agreement["value"]), note=note)
-        )
+        made.append(Tile(label="Answers as unpruned", value=percent(agreement["value"]), note=note))
     return made
 
 

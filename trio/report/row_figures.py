@@ -131,9 +131,7 @@ def row_figures(found: FoundRun, shown: Collection[Key] = ()) -> RowFigures:
     """
     dataset = _dataset(found)
     of = "margin" if "margin" in dataset.schema.names else "logprob_mean"
-    made = RowFigures(
-        settings=[SettingFigures(sureness=Sureness(of=of)) for _ in found.names]
-    )
+    made = RowFigures(settings=[SettingFigures(sureness=Sureness(of=of)) for _ in found.names])
     scan = _Scan(found, made, dataset.schema.names, shown)
     for batch in _complete(dataset, scan.columns, len(found.names)):
         scan.add(batch)
@@ -190,7 +188,10 @@ class _Scan:
     def add(self, table: pa.Table) -> None:
         self._made.rows += table.num_rows
         keys = np.stack(
-            [table[name].to_numpy().astype(np.int64) for name in ("row", "prompt_number", "setting")],
+            [
+                table[name].to_numpy().astype(np.int64)
+                for name in ("row", "prompt_number", "setting")
+            ],
             axis=1,
         )
         numbers = {name: _numbers(table, name) for name in NUMBERS}
@@ -201,7 +202,9 @@ class _Scan:
         for number, one in enumerate(self._made.settings):
             mine = keys[:, 2] == number
             if mine.any():
-                _add_setting(one, {n: v[mine] for n, v in numbers.items()}, stages[mine], last[mine])
+                _add_setting(
+                    one, {n: v[mine] for n, v in numbers.items()}, stages[mine], last[mine]
+                )
                 for name, worth in self._worths(table, keys, numbers["score"], number):
                     one.sureness.add(name, _sure(one.sureness.of, numbers)[mine], worth[mine])
         self._note_errors(table, keys)
@@ -280,7 +283,7 @@ class _Scan:
         found = _texts(dataset, wanted)
         for kind, keys in sorted(self._errors.items()):
             self._made.error_examples[kind] = [found[key] for key in keys if key in found]
-        for heading, column, largest in ORDERS:
+        for heading, _, largest in ORDERS:
             if heading in best:
                 values, keys = best[heading]
                 self._made.extremes[heading] = [

@@ -95,9 +95,7 @@ def _table(found: FoundRun) -> pa.Table:
     """Of committed units; what an older version did not write is left out."""
     if not found.stats:
         return pa.table({name: [] for name in ("unit", "setting", "actor", "node", "start", "end")})
-    dataset = ds.dataset(
-        list(found.stats), filesystem=found.output.filesystem, format="parquet"
-    )
+    dataset = ds.dataset(list(found.stats), filesystem=found.output.filesystem, format="parquet")
     wanted = ["unit", "setting", "actor", "node", "start", "end"]
     wanted += [field.name for field in fields(Totals)]
     table = dataset.to_table(columns=[name for name in wanted if name in dataset.schema.names])
