@@ -107,7 +107,7 @@ def unpruned(found: FoundRun, figures: UnitFigures) -> list[str]:
         )
     elif (estimate := _unpruned_s(own)) is not None:
         lines.append(
-            f"Estimate: engines would have worked at least {duration(estimate)} instead of"
+            f"Estimate: engines would have worked about {duration(estimate)} instead of"
             f" {duration(_engine_s(own))}. It takes the time of prefill in proportion to the"
             " decoder's FLOPs and all else as it was; --compare 1,given measures it."
         )
@@ -119,8 +119,7 @@ def _engine_s(totals: Totals) -> float:
 
 
 def _unpruned_s(own: Totals) -> float | None:
-    """Of engines' work; None where it took no time, or an encoder's reduction, whose share is not
-    known, was part of it."""
+    """Of engines' work, estimated; None where prefill took none."""
     fewer = ratio(own.prefill_flops_unpruned, own.prefill_flops)
     if fewer is None or not own.prefill_s:
         return None

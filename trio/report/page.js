@@ -46,7 +46,7 @@
   function made(tag, about = {}, ...inner) {
     const one = document.createElement(tag);
     for (const [name, value] of Object.entries(about)) {
-      if (name in one && name !== "list") one[name] = value;
+      if (name in one) one[name] = value;
       else one.setAttribute(name, value);
     }
     one.append(...inner.filter((part) => part !== null && part !== undefined));

@@ -43,7 +43,7 @@ def page_of(place: str) -> str:
         found = find_run(place)
         try:
             return _page(found)
-        except FileNotFoundError:
+        except OSError:
             if tried == TRIES:
                 raise
         except pa.ArrowException as error:
