@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,6 @@ from trio.job.resume.committed import listed
 from trio.job.storage import locate
 from trio.report.found_run import FoundRun, find_run
 from trio.report.page import page_of
-from trio.report.report_command import write_page
 
 COMPARE = ("1", "given")
 
@@ -67,6 +67,23 @@ def failed(folder: Path) -> MadeRun:
     return MadeRun(folder).commit(1).say(state="failed", why="engines <do> not start")
 
 
+@pytest.fixture(autouse=True)
+def _short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the 4.7 MB of plotly, which take longest to parse."""
+    monkeypatch.setattr("trio.report.page.get_plotlyjs", lambda: "let plotly;")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., MadeRun]:
+    """A run that tests only read."""
+
+    @cache
+    def once(make: Callable[[Path], MadeRun]) -> MadeRun:
+        return make(tmp_path_factory.mktemp(make.__name__))
+
+    return once
+
+
 RUNS: list[tuple[Callable[[Path], MadeRun], set[str], str]] = [
     (finished, {"speed", "distributions", "errors", "extremes"}, "finished"),
     (compared, {"trust", "speed", "distributions", "errors", "extremes"}, "finished"),
@@ -82,10 +99,12 @@ RUNS: list[tuple[Callable[[Path], MadeRun], set[str], str]] = [
     ("make", "sections", "label"), RUNS, ids=lambda one: getattr(one, "__name__", "")
 )
 def test_every_kind_of_run_has_a_page_that_needs_nothing_else(
-    tmp_path: Path, make: Callable[[Path], MadeRun], sections: set[str], label: str
+    made: Callable[..., MadeRun],
+    make: Callable[[Path], MadeRun],
+    sections: set[str],
+    label: str,
 ) -> None:
-    run = make(tmp_path)
-    page = Page.of(Path(write_page(str(run.path))))
+    page = Page(page_of(str(made(make).path)))
     assert page.unclosed == [] and outside(page) == []
     assert page.sections - {""} == sections | {"gallery", "settings"}
     assert label in page.words
@@ -100,8 +119,8 @@ def test_every_kind_of_run_has_a_page_that_needs_nothing_else(
     assert policy is not None and "default-src 'none'" in policy and "http" not in policy
 
 
-def test_texts_of_models_and_users_stay_texts(tmp_path: Path) -> None:
-    run = finished(tmp_path)
+def test_texts_of_models_and_users_stay_texts(made: Callable[..., MadeRun]) -> None:
+    run = made(finished)
     text = page_of(str(run.path))
     assert EVIL not in text and "<b>at all" not in text and 'evil.example/x.png"' not in text
     page = Page(text)
@@ -111,10 +130,11 @@ def test_texts_of_models_and_users_stay_texts(tmp_path: Path) -> None:
     assert EVIL in {" ".join(word.split()) for word in page.words} or EVIL in page.text
 
 
-def test_the_headline_says_what_the_rows_add_up_to(tmp_path: Path) -> None:
-    run = finished(tmp_path)
+def test_the_headline_says_what_the_rows_add_up_to(made: Callable[..., MadeRun]) -> None:
+    run = made(finished)
     good = [row for row in run.rows if row["error"] is None]
-    tiles = tiles_of(page_of(str(run.path)))
+    html = page_of(str(run.path))
+    tiles, text = tiles_of(html), Page(html).text
     assert tiles["Rows written"] == ("24", "of 24 input rows")
     assert tiles["Errors"][0] == "2" and "8.3 % of the rows" in tiles["Errors"][1]
     assert tiles["Images / s"][0] == f"{22 / 20:.2f}"
@@ -123,15 +143,14 @@ def test_the_headline_says_what_the_rows_add_up_to(tmp_path: Path) -> None:
     # 4 + 2 GFLOP unpruned, 1 + 2 pruned.
     assert tiles["FLOPs of prompts"][0] == "2.0× fewer" and "4.0×" in tiles["FLOPs of prompts"][1]
     assert tiles["KV cache"] == ("4.0× fewer", "22 kB in all")
-    text = Page(page_of(str(run.path))).text
     assert "132 GFLOP instead of 66 GFLOP" in text and "88 kB instead of 22 kB" in text
     # 3 units of 0.5 s encoder, 1.5 s of prefill without choosing four times over, 4 s decode.
     assert "Estimate: engines would have worked about 0:32 instead of 0:20" in text
     assert "Bottleneck: decode, 57 % of the engines' time." in text
 
 
-def test_a_comparison_measures_what_unpruned_costs(tmp_path: Path) -> None:
-    run = compared(tmp_path)
+def test_a_comparison_measures_what_unpruned_costs(made: Callable[..., MadeRun]) -> None:
+    run = made(compared)
     text = page_of(str(run.path))
     page, tiles = Page(text), tiles_of(text)
     assert "Measured in this run: engines worked 0:20 on the unpruned setting" in page.text
@@ -150,8 +169,8 @@ def test_a_comparison_measures_what_unpruned_costs(tmp_path: Path) -> None:
     assert [one["response"] for one in card["answers"]] == ["a cat, number 1", "a dog, number 1"]
 
 
-def test_an_audit_is_told_of(tmp_path: Path) -> None:
-    page = Page.of(Path(write_page(str(audited(tmp_path).path))))
+def test_an_audit_is_told_of(made: Callable[..., MadeRun]) -> None:
+    page = Page(page_of(str(made(audited).path)))
     assert "50.0 % [30.0, 70.0]" in page.words and "0.0100 nats" in page.words
     cards = {one["id"]: one for one in page.data["cards"]}
     assert cards["id-1"]["kind"] == "disagreement"
@@ -170,8 +189,8 @@ def test_a_run_under_way_is_told_from_one_that_was_killed(tmp_path: Path) -> Non
     assert f"--output {run.path}" in page.text and "go on with this run" in page.text.lower()
 
 
-def test_why_a_run_failed_stands_on_top(tmp_path: Path) -> None:
-    page = Page.of(Path(write_page(str(failed(tmp_path).path))))
+def test_why_a_run_failed_stands_on_top(made: Callable[..., MadeRun]) -> None:
+    page = Page(page_of(str(made(failed).path)))
     assert any("engines <do> not start" in word for word in page.words)
 
 
@@ -264,18 +283,23 @@ def test_wrong_arguments(
     assert told in capsys.readouterr().err
 
 
-def test_the_page_may_go_elsewhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_whole_page_may_go_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.undo()
     run = finished(tmp_path)
     there = tmp_path / "pages" / "run.html"
     assert report.main([str(run.path), "--output", str(there)]) == 0
     assert capsys.readouterr().out == f"page: {there}\n"
-    assert there.stat().st_size < 15e6 and not (run.path / "report.html").exists()
+    assert 4e6 < there.stat().st_size < 15e6 and not (run.path / "report.html").exists()
+    page = Page.of(there)
+    assert (page.unclosed, outside(page)) == ([], []) and len(page.scripts) == 3
     assert report.main([str(run.path), "--output", "/proc/none/x.html"]) == 2
     assert "give another --output" in capsys.readouterr().err
 
 
-def test_commands_on_the_page_are_ones_that_the_jobs_take(tmp_path: Path) -> None:
-    run = finished(tmp_path)
+def test_commands_on_the_page_are_ones_that_the_jobs_take(made: Callable[..., MadeRun]) -> None:
+    run = made(finished)
     page = Page(page_of(str(run.path)))
     commands = re.findall(r"^python jobs/(\w+)\.py (.*)$", page.text, re.MULTILINE)
     assert [name for name, _ in commands] == ["caption", "caption", "report"]
