@@ -284,7 +284,7 @@ def test_the_demo_compares_and_ends_with_images_and_answers(
                 said = [f"{name}: {one}" for name, one in zip(names, said, strict=True)]
             told = "; ".join(dict.fromkeys(said))
             assert line.split() == f"{row['prompt']} {told}".split()
-    command = shown[-1].removeprefix("to see some: ")
+    command = shown[-2].removeprefix("to see some: ")
     ours = command.replace("python", shlex.quote(sys.executable), 1)
     seen = subprocess.run(ours, shell=True, capture_output=True, text=True, check=True).stdout
     lines = [ast.literal_eval(line) for line in seen.splitlines()]

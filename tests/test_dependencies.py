@@ -41,5 +41,12 @@ def test_bounds_are_the_versions_that_have_been_run(package: str) -> None:
 
 
 def test_both_files_pin_the_same_packages() -> None:
-    assert set(pins("newest")) == {"torch", "transformers", "ray"}
+    assert set(pins("newest")) == {"torch", "transformers", "ray", "plotly"}
     assert set(pins("lowest")) == {*pins("newest"), "numpy"}  # which the lowest Triton wants older
+
+
+def test_plotly_is_run_at_both_ends_of_its_range() -> None:
+    """Its figures are checked against its own schema, which grows within a major version."""
+    lower, upper = bounds("plotly")
+    assert pins("lowest")["plotly"] == f"{lower}.0"
+    assert minor(pins("newest")["plotly"])[0] + 1 == int(upper)

@@ -11,6 +11,7 @@ LIGHT = [
     "caption",
     "vqa",
     "benchmark",
+    "report",
     "trio",
     "trio.benchmark.peers_command",
     "trio.benchmark.quality_commands",
@@ -45,6 +46,7 @@ LIGHT = [
     "trio.lmms_eval.gen_kwargs",
     "trio.lmms_eval.model_args",
     "trio.lmms_eval.rows",
+    "trio.report.page",
     "trio.values",
     "trio.viz",
     *(

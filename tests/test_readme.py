@@ -33,6 +33,7 @@ from trio.pruning import method_registry
 from trio.pruning.method_registry import method_names
 from trio.pruning.options import ENCODERS, Pruning
 from trio.pruning.pruning_config import FILE
+from trio.report import report_command
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = (".", ".packaging", "jobs", "trio", "trio/*", "tests", "tests/*")
@@ -127,7 +128,9 @@ def test_commands_have_flags_that_exist(command: list[str]) -> None:
     if flags[:1] == [AVERAGE]:
         assert name == "vqa" and len(flags) > 1
         return
-    if name == "benchmark":
+    if name == "report":
+        read = partial(report_command.read, flags, "")
+    elif name == "benchmark":
         read = partial(benchmark.read, flags, "")
     else:
         # Of a schedule's file there is only the name.

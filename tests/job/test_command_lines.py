@@ -33,7 +33,7 @@ SINCE |= {
     "mode": None, "preset": None, "subset": None, "split": None, "pictures": [],
     "prompt_template": None, "metric": None, "group_by": [], "candidates": None, "with_eos": False,
     "normalise": "sum", "keep_if": None, "objects": None, "keep_columns": None,
-    "stop_repetition": None,
+    "stop_repetition": None, "only_row": None,
 }  # fmt: skip
 """Settings that came later."""
 

@@ -51,10 +51,10 @@ GROUPS = [
     *("questions", "output", "cluster", "limits"),
 ]
 STRUCTURED = [name for name, one in FIELDS.items() if one.group == "structured"]
-OTHERS = ["audit", "min_agreement", "prompt_template", *STRUCTURED]
-"""Which exclude --compare, --prompt, or each other and --mode likelihood."""
+OTHERS = ["only_row", "audit", "min_agreement", "prompt_template", *STRUCTURED]
+"""Which exclude --push-to-hub, --compare, --prompt, or each other and --mode likelihood."""
 QUESTIONS = [name for name, one in FIELDS.items() if one.group == "questions"]
-SINCE = ["prompt_template", "keep_columns", "stop_repetition", "subset", "split"]
+SINCE = ["prompt_template", "keep_columns", "stop_repetition", "subset", "split", "only_row"]
 DECIDE_ROWS = json.loads(Path(__file__).with_name("recorded").joinpath("caption.json").read_text())[
     "decide_rows"
 ]

@@ -97,6 +97,9 @@ def settings_from(given: dict[str, Any], config: str | None) -> Settings:
     for name, other in (("retention", "schedule"), ("schedule", "retention")):
         if name in given:
             written.pop(other, None)
+    if "only_row" in given:  # one row must not replace an uploaded data set
+        for name in {"push_to_hub", "private"} - given.keys():
+            written.pop(name, None)
     if "compare" in given and GIVEN not in given["compare"]:
         written.pop("retention", None)
         written.pop("schedule", None)

@@ -228,7 +228,8 @@ def _show(config: Settings, output: Location) -> None:
     print(f"rows: {output.join('rows').uri}")
     command = ending.opening(output, several=config.output.compare is not None)
     if command is not None:
-        print(f"to see some: {command}", flush=True)
+        print(f"to see some: {command}")
+    print(f"to see it all as a page: {ending.page_command(output)}", flush=True)
 
 
 def _plan(config: Settings) -> Plan:

@@ -18,7 +18,7 @@ from trio.job.input.joined_pictures import PictureFiles
 from trio.job.input.kinds.saved_datasets import WHOLE, Part
 from trio.job.input.manifest import Manifest, expand, inspect, tell
 from trio.job.output import output_directory
-from trio.job.output.schema import OPTIONAL, rows_schema
+from trio.job.output.schema import OPTIONAL, rows_schema, split_key
 from trio.job.output.scoring import SCORED
 from trio.job.questions.asking import Asking, asking_of
 from trio.job.questions.constraint_check import check_constraint, constrained, schema_digest
@@ -57,6 +57,8 @@ class Plan:
     @property
     def rows(self) -> int:
         limit = self.config.input.limit
+        if self.config.input.only_row is not None:
+            return 1
         return self.manifest.rows if limit is None else min(limit, self.manifest.rows)
 
 
@@ -112,6 +114,7 @@ def plan(
             asking = asking_of(questions, template, whole[0].names)
         columns = _columns(config, asking, template, schemas, whole, paths)
         columns = _with_own(columns, config, found_in, whole, paths, say)
+    _check_only_row(config, manifest)
     return Plan(
         config=config, manifest=manifest, columns=columns, output=output, fingerprint=now,
         earlier=earlier, finished=output_directory.finished(output),
@@ -151,6 +154,17 @@ def _columns(
         joined=asking.preset.images is not None,
         also=[name for name in asking.columns if name in there],
     )
+
+
+def _check_only_row(config: Settings, manifest: Manifest) -> None:
+    if config.input.only_row is None:
+        return
+    shard, row = split_key(config.input.only_row)
+    if shard >= len(manifest.shards) or row >= manifest.shards[shard].rows:
+        raise UserError(
+            f"--only-row {config.input.only_row}: the input has no such row; give a number from the"
+            " column row of an output, with the --input that it was made of"
+        )
 
 
 def _refuse(mapping: Mapping[str, str], role: str, other: str) -> None:

@@ -141,7 +141,8 @@ def _attended(
     pinned = _pinned(run, config, dtype)
     run = dataclasses.replace(run, manifest=pinned.manifest)
     assert config.output.rows_per_file is not None
-    wanted = list(units(run.manifest, config.output.rows_per_file, config.input.limit))
+    rows = config.input
+    wanted = list(units(run.manifest, config.output.rows_per_file, rows.limit, rows.only_row))
     committed.sweep(run.output)
     there = committed.listed(run.output).intersection(wanted)
     committed.sweep_gallery(run.output, there)
@@ -344,7 +345,7 @@ def _pinned(run: Plan, config: Settings, dtype: str | None) -> output_directory.
         for line in pinned.fingerprint.notices(run.fingerprint):
             print(line, flush=True)
     else:
-        column = run.columns.roles.get("id")
+        column = run.columns.roles.get("id") if config.input.only_row is None else None
         pinned = output_directory.Pinned(
             run_id=uuid.uuid4().hex,
             manifest=run.manifest,

@@ -149,6 +149,9 @@ class Input:
     stands for all but those with images, which have to be named (default: none)."""
     limit: Rows | None = None
     """Stop after the first rows of the input (default: all)."""
+    only_row: Annotated[int | None, Value(read=whole(0), unit="ROW")] = None
+    """Answer one row of the input alone, by its number in the column row of an output (default:
+    all)."""
     allow_remote_images: Switch = False
     """Fetch http and https URIs found in the image column, from hosts with public addresses, and
     what --remote-images-from names."""
@@ -307,6 +310,8 @@ class Settings:
             )
         if rows.remote_images_from and not rows.allow_remote_images:
             raise UserError("--remote-images-from needs --allow-remote-images: give both or none")
+        if rows.only_row is not None and self.output.push_to_hub is not None:
+            raise UserError("--only-row and --push-to-hub exclude each other: give one of them")
         if self.output.private and self.output.push_to_hub is None:
             raise UserError("--private needs --push-to-hub ORG/NAME")
         self._check_compared()

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from trio.job.input.manifest import Manifest, Shard
 from trio.job.input.units import Unit, group_of, runs, unit_rows, units
+from trio.job.output.schema import row_key
 
 
 def manifest(*groups: Sequence[int], row_bytes: int = 1000) -> Manifest:
@@ -35,6 +36,11 @@ def test_units_cover_every_row_once(size: int, limit: int | None) -> None:
     rows = [(u.shard, r) for u in units(plan, size, limit) for r in range(u.start, u.stop)]
     all_rows = [(s.number, r) for s in plan.shards for r in range(s.rows)]
     assert rows == all_rows[:limit]
+
+
+def test_an_only_row_is_a_unit_of_its_own() -> None:
+    plan = manifest([10, 3], [], [20])
+    assert list(units(plan, 7, 12, only_row=row_key(2, 19))) == [Unit(2, 19, 20)]
 
 
 def test_names_sort_in_input_order_and_read_back() -> None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from trio.job.input.manifest import Manifest, Shard
+from trio.job.output.schema import split_key
 
 UNIT_BYTES = 32 << 20
 # input bytes, unpacked, one unit may hold on average: decoded they are about six times as many, and
@@ -62,14 +63,24 @@ def unit_rows(manifest: Manifest, *, actors: int, limit: int | None = None) -> i
     return max(1, min(by_bytes, max(MIN_UNIT_ROWS, min(by_share, most))))
 
 
-def units(manifest: Manifest, rows_per_unit: int, limit: int | None = None) -> Iterator[Unit]:
-    """All units of the run in input order; ``limit`` counts rows from the first shard on."""
+def units(
+    manifest: Manifest,
+    rows_per_unit: int,
+    limit: int | None = None,
+    only_row: int | None = None,
+) -> Iterator[Unit]:
+    """All units of the run in input order; ``limit`` counts rows from the first shard on, and
+    ``only_row`` is the key of the only row."""
+    if only_row is not None:
+        shard, row = split_key(only_row)
+        yield Unit(shard, row, row + 1)
+        return
     left = manifest.rows if limit is None else limit
-    for shard in manifest.shards:
-        rows = min(shard.rows, left)
+    for one in manifest.shards:
+        rows = min(one.rows, left)
         left -= rows
         for start in range(0, rows, rows_per_unit):
-            yield Unit(shard.number, start, min(start + rows_per_unit, rows))
+            yield Unit(one.number, start, min(start + rows_per_unit, rows))
 
 
 def runs(manifest: Manifest, todo: Collection[Unit], parallel: int) -> list[list[Unit]]:

@@ -35,6 +35,11 @@ def opening(output: Location, *, several: bool = False) -> str | None:
     return f"python -c {shlex.quote(code)}"
 
 
+def page_command(output: Location) -> str:
+    """A shell command that makes the page about a run."""
+    return f"python jobs/report.py {shlex.quote(output.uri)}"
+
+
 def examples(output: Location, settings: Sequence[str]) -> str:
     """Writes a few of the bundled images beside a run's rows; says what was answered about them.
 

@@ -1,0 +1,172 @@
+"""What the statistics of the committed units add up to, and how the rate went.
+
+INPUT ``stats/``; OUTPUT ``UnitFigures``. A unit's figures are a few hundred bytes, so all are held.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as ds
+
+from trio.job.output.totals import COUNTS, Totals, from_pairs, merge
+from trio.report.found_run import FoundRun
+
+POINTS = 120
+"""Of a rate over time."""
+LINES = 7
+"""Engines that are drawn by themselves; the others come together."""
+OTHERS = "other engines"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineRate:
+    """Images that an engine answered over time."""
+
+    name: str
+    rate: np.ndarray
+    """Images per second between two of `UnitFigures.edges`, `[T]`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineLine:
+    """An engine's share of the work."""
+
+    name: str
+    node: str
+    rows: int
+    images: int
+    busy_s: float
+    """In encoder, prefill and decode."""
+    waiting_s: float
+    """For images, or without rows."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UnitFigures:
+    """Of the units that are there."""
+
+    totals: Totals
+    by_setting: Sequence[Totals]
+    began: float | None
+    """When the first unit was begun [s since 1970, UTC]; None where there is none."""
+    ended: float | None
+    edges: np.ndarray
+    """Moments [s since 1970, UTC], `[T + 1]`."""
+    rates: Sequence[EngineRate]
+    engines: Sequence[EngineLine]
+    """The ones with most images first, at most `4 * LINES`."""
+    engine_count: int
+
+
+def unit_figures(found: FoundRun) -> UnitFigures:
+    """Read the statistics of a run.
+
+    Raises:
+        OSError: a file went meanwhile, or the storage does not answer.
+        pyarrow.ArrowException: a file is damaged.
+    """
+    table = _table(found)
+    by_setting = [
+        _totals(table.filter(pc.equal(table["setting"], number)) if table.num_rows else table)
+        for number in range(len(found.names))
+    ]
+    began, ended = _seconds(table, "start"), _seconds(table, "end")
+    edges, rates = _rates(table, began, ended)
+    engines = _engines(table)
+    return UnitFigures(
+        totals=merge(by_setting),
+        by_setting=by_setting,
+        began=float(began.min()) if len(began) else None,
+        ended=float(ended.max()) if len(ended) else None,
+        edges=edges,
+        rates=rates,
+        engines=engines[: 4 * LINES],
+        engine_count=len(engines),
+    )
+
+
+def _table(found: FoundRun) -> pa.Table:
+    """Of committed units; what an older version did not write is left out."""
+    if not found.stats:
+        return pa.table({name: [] for name in ("unit", "setting", "actor", "node", "start", "end")})
+    dataset = ds.dataset(list(found.stats), filesystem=found.output.filesystem, format="parquet")
+    wanted = ["unit", "setting", "actor", "node", "start", "end"]
+    wanted += [field.name for field in fields(Totals)]
+    table = dataset.to_table(columns=[name for name in wanted if name in dataset.schema.names])
+    return table.filter(pc.is_in(table["unit"], pa.array(sorted(found.units), pa.string())))
+
+
+def _totals(table: pa.Table) -> Totals:
+    """Sums of Python's numbers: FLOPs of 10⁶ rows and more pass 64 bits."""
+    if not table.num_rows:
+        return Totals()
+    sums = {
+        field.name: sum(table[field.name].to_pylist())
+        for field in fields(Totals)
+        if field.name not in COUNTS and field.name in table.column_names
+    }
+    kinds: Counter[str] = Counter()
+    for cell in table["error_kinds"].to_pylist():
+        kinds.update(from_pairs(cell))
+    graphs = Counter(state for state in table["cuda_graphs"].to_pylist() if state)
+    return Totals(error_kinds=kinds, cuda_graphs=graphs, **sums)
+
+
+def _seconds(table: pa.Table, name: str) -> np.ndarray:
+    if not table.num_rows:
+        return np.zeros(0)
+    return np.asarray(table[name].cast(pa.int64()).to_numpy() / 1e6)
+
+
+def _rates(
+    table: pa.Table, began: np.ndarray, ended: np.ndarray
+) -> tuple[np.ndarray, list[EngineRate]]:
+    """A unit's images are spread evenly over the time that its engine spent since the one before.
+    Which of them came when within it is not known."""
+    if not len(began) or ended.max() <= began.min():
+        return np.zeros(0), []
+    edges = np.linspace(began.min(), ended.max(), POINTS + 1)
+    width = edges[1] - edges[0]
+    images = table["images"].to_numpy()
+    coded = pc.dictionary_encode(table["actor"].combine_chunks())
+    actors, names = coded.indices.to_numpy(), coded.dictionary.to_pylist()
+    order = np.argsort(-np.bincount(actors, weights=images), kind="stable")
+    parts = [(names[place], actors == place) for place in order[:LINES]]
+    if len(order) > LINES:
+        parts.append((OTHERS, np.isin(actors, order[LINES:])))
+    rates = []
+    for name, mine in parts:
+        done = np.zeros(len(edges))
+        for place in np.array_split(np.flatnonzero(mine), max(1, int(mine.sum()) // 4096)):
+            length = np.maximum(ended[place] - began[place], 1e-6)
+            past = (edges[:, None] - began[place]) / length
+            done += np.clip(past, 0, 1) @ images[place]
+        rates.append(EngineRate(name=name, rate=np.diff(done) / width))
+    return edges, rates
+
+
+def _engines(table: pa.Table) -> list[EngineLine]:
+    if not table.num_rows:
+        return []
+    sums = ("rows", "images", "encode_s", "prefill_s", "decode_s", "preprocess_wait_s", "idle_s")
+    grouped = table.group_by("actor").aggregate(
+        [(name, "sum") for name in sums] + [("node", "max")]
+    )
+    lines = [
+        EngineLine(
+            name=row["actor"],
+            node=row["node_max"],
+            rows=row["rows_sum"],
+            images=row["images_sum"],
+            busy_s=row["encode_s_sum"] + row["prefill_s_sum"] + row["decode_s_sum"],
+            waiting_s=row["preprocess_wait_s_sum"] + row["idle_s_sum"],
+        )
+        for row in grouped.to_pylist()
+    ]
+    return sorted(lines, key=lambda line: (-line.images, line.name))
