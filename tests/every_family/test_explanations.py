@@ -186,9 +186,10 @@ def test_images_processed_elsewhere_are_explained_alike(name: str) -> None:
     images = [picture(1, (120, 60)), picture(2, (33, 97))]
     cell, headers = pack([worker.prepare.process(images)])
     sampling = Sampling(max_new_tokens=2)
+    given: list[tuple[Any, ...]] = [(*images,), (*unpack(cell, *headers),)]
     here, there = (
-        Request(prompt="what is", images=tuple(own), sampling=sampling, explain=True, id=n)
-        for n, own in enumerate((images, unpack(cell, *headers)))
+        Request(prompt="what is", images=own, sampling=sampling, explain=True, id=n)
+        for n, own in enumerate(given)
     )
     first, second = (explained(result) for result in worker.generate([here, there]))
     assert np.array_equal(first.boxes, second.boxes, equal_nan=True)

@@ -129,7 +129,7 @@ def test_colors_grow_lighter_and_equal_scores_are_alike() -> None:
 
 def test_an_image_among_several_and_a_reduction_in_the_encoder() -> None:
     counts = (ROWS * COLUMNS,) * 2
-    kept = [[None, 0, 12, 13, 20], [0, 13]]
+    kept: list[list[int | None]] = [[None, 0, 12, 13, 20], [0, 13]]
     own = result(kept, [[np.nan] * 12 + [1.0] * 12], counts=counts, stages=1)
     first, second = (trio.viz.image_tokens(own, number) for number in (0, 1))
     assert [stage.name for stage in second.stages] == ["encoder", "stage 1"]

@@ -187,7 +187,10 @@ class GridAdapter(Adapter):
     def boxes(self, inputs: Inputs) -> list[Tensor]:
         # The processor stretches an image to whole tokens.
         sizes = [(rows // self._merge, columns // self._merge) for rows, columns in _grids(inputs)]
-        return [grid_boxes(*(edges(cells, 1 / max(1, cells)) for cells in size)) for size in sizes]
+        return [
+            grid_boxes(edges(rows, 1 / max(1, rows)), edges(columns, 1 / max(1, columns)))
+            for rows, columns in sizes
+        ]
 
     def layouts(self, inputs: Inputs) -> list[Layout]:
         sizes = [(rows // self._merge, columns // self._merge) for rows, columns in _grids(inputs)]
