@@ -103,6 +103,7 @@ def test_the_sample_errors_of_a_wider_one_and_the_same_when_the_run_goes_on(tmp_
     assert gallery(out) == found and sorted(os.listdir(out / "gallery")) == sorted(names)
 
 
+@pytest.mark.slow
 def test_none_where_none_is_asked_for_also_when_a_run_goes_on_without(tmp_path: Path) -> None:
     shards, out = write_input(tmp_path / "in"), tmp_path / "out"
     execute(shards, out, limit=16, gallery=1)
