@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -96,8 +97,9 @@ class FakeEngine:
     """Answers ``<prompt> <mean colour>``; results leave in an order of their own."""
 
     def __init__(self, *, width: int = 4, oldest_first: bool = False) -> None:
-        self._running: list[tuple[Prepared, str, bool]] = []
-        self._said: dict[int, tuple[str, bool]] = {}
+        self._running: list[tuple[Prepared, str]] = []
+        self._said: dict[int, str] = {}
+        self._explained: set[int] = set()
         self._next = slice(width) if oldest_first else slice(-width, None)
         self._steps = 0
 
@@ -118,18 +120,27 @@ class FakeEngine:
         prepared = Prepared(
             input_ids=tuple(range(len(request.prompt))), id=request.id, sampling=request.sampling
         )
-        self._said[id(prepared.input_ids)] = f"{request.prompt} {colours}", request.explain
+        self._said[id(prepared.input_ids)] = f"{request.prompt} {colours}"
+        if request.explain:
+            self._explained.add(id(prepared.input_ids))
         return prepared
 
     def submit(self, prepared: Prepared) -> None:
-        self._running.append((prepared, *self._said.pop(id(prepared.input_ids))))
+        self._running.append((prepared, self._said.pop(id(prepared.input_ids))))
 
     def step(self) -> list[Result]:
         self._steps += 1
         time.sleep(0.001)
         taken = self._running[self._next]
         del self._running[self._next]
-        return [_result(*each) for each in taken]
+        return [self._explain(prepared, _result(prepared, said)) for prepared, said in taken]
+
+    def _explain(self, prepared: Prepared, result: Result) -> Result:
+        key = id(prepared.input_ids)
+        if key not in self._explained:
+            return result
+        self._explained.remove(key)
+        return replace(result, explanation=EXPLANATION)
 
     def release(self, prepared: Prepared) -> None: ...
 
@@ -144,7 +155,7 @@ class FakeEngine:
         }
 
 
-def _result(prepared: Prepared, said: str, explain: bool) -> Result:
+def _result(prepared: Prepared, said: str) -> Result:
     if len(prepared.input_ids) > 200:
         return Result(id=prepared.id, finish_reason="error", error="too_long: 999 tokens")
     return Result(
@@ -168,7 +179,6 @@ def _result(prepared: Prepared, said: str, explain: bool) -> Result:
         decode_s=0.2,
         latency_s=0.3,
         kept_tokens=[list(range(8)), list(range(KEPT))],
-        explanation=EXPLANATION if explain else None,
     )
 
 
