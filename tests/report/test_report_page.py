@@ -232,10 +232,11 @@ def test_files_that_go_meanwhile_are_looked_for_again(
 
 
 def test_a_run_of_another_version_has_a_page(tmp_path: Path) -> None:
-    run = MadeRun(tmp_path).commit().close()
+    run = MadeRun(tmp_path, compare=COMPARE).commit()
     config = run.path / "run.yaml"
     config.write_text(config.read_text() + "setting_of_tomorrow: 3\n")
-    assert "setting_of_tomorrow: 3" in page_of(str(run.path))
+    page = Page(page_of(str(run.path)))
+    assert "setting_of_tomorrow: 3" in page.text and page.data["names"] == list(COMPARE)
 
 
 @pytest.mark.parametrize(

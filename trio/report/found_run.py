@@ -96,7 +96,7 @@ def find_run(place: str) -> FoundRun:
         config=config,
         summary=summary,
         metrics=_object(output, METRICS, names),
-        names=_setting_names(config, summary),
+        names=_setting_names(config, settings, summary),
         planned=_planned(output, settings),
         units=frozenset(unit.stem for unit in units),
         rows=_files(output, ROWS),
@@ -165,13 +165,17 @@ def _held(output: Location) -> bool:
     return False
 
 
-def _setting_names(config: str, summary: Mapping[str, Any]) -> Sequence[str]:
+def _setting_names(
+    config: str, settings: Mapping[str, Any], summary: Mapping[str, Any]
+) -> Sequence[str]:
     if summary.get("settings"):
         return [one["name"] for one in summary["settings"]]
     try:
         return [one.name for one in made_of(**run_yaml.parse(config, CONFIG)).compared]
     except (UserError, TypeError):  # of another version
-        return [summary.get("name") or "as configured"]
+        items = settings.get("compare")
+        alone = str(summary.get("name") or "as configured")
+        return [str(item) for item in items] if isinstance(items, list) else [alone]
 
 
 def _planned(output: Location, settings: Mapping[str, Any]) -> int | None:
