@@ -58,9 +58,10 @@ def assert_scored_are_those_that_were_there(result: Result) -> None:
         for span in ends(own.image_tokens):
             image = range(span.start, span.stop)
             there = {token for token in before if token is not None and token in image}
-            loses = len({*left} & {*image}) < len(there)
+            # The class token, None, may be what an image loses.
+            loses = [len({*left} & {*image}) < len(there)] + [True] * (None in before)
             known = {span.start + int(n) for n in np.flatnonzero(~np.isnan(scores[span]))}
-            assert known == (there if loses else set())
+            assert known in [there if one else set() for one in loses]
         before = {*left}
 
 
