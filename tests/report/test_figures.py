@@ -87,7 +87,7 @@ def test_images_of_units_are_spread_over_their_time(run: MadeRun) -> None:
     (first,) = [one for one in units.engines if one.name == "e0"]
     assert first.rows == sum(row["row"] // 8 % 2 == 0 for row in run.rows)
     # An image of each of three settings in two seconds.
-    assert sum(one.rate for one in units.rates)[3] == pytest.approx(3 / 2, rel=0.2)
+    assert np.sum([one.rate for one in units.rates], axis=0)[3] == pytest.approx(3 / 2, rel=0.2)
 
 
 def unpack(text: str, kind: str = "<u1") -> np.ndarray:

@@ -101,7 +101,7 @@ def _phases(figures: UnitFigures) -> Chart | None:
         textposition="auto",
         orientation="h",
         hovertemplate="%{y}: %{x:,} s<extra></extra>",
-        marker={"opacity": [0.45 if name == "read and prepare" else 1.0 for name in names]},
+        marker={"opacity": [0.75 if name == "read and prepare" else 1.0 for name in names]},
     )
     return _chart(
         "phases", "Time by phase", "Seconds, summed over engines.", [bars],

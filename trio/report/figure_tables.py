@@ -97,7 +97,7 @@ def _scores(settings: Sequence[Mapping[str, Any]], summaries: Sequence[Mapping[s
                 percent(same.get("value"), same.get("interval")),
             ]
         )
-    head = (
+    head: Sequence[str] = (
         "setting", "score", "relative to unpruned", "difference in points",
         "right only unpruned / only pruned", "same answer as unpruned",
     )  # fmt: skip

@@ -199,7 +199,7 @@ def _trust(found: FoundRun) -> list[Tile]:
             label = f"{one['metric']} {name}".replace("_", " ")
             made.append(Tile(label=label, value=percent(figure["value"]), note=note))
     elif (right := found.summary.get("accuracy")) is not None and not settings:
-        note = f"of {found.summary['scored']:,} rows, by --score {found.summary.get('score')}"
+        note = f"of {found.summary['scored']:,} rows"
         made.append(Tile(label="Mean score", value=percent(right), note=note))
     agreement = (found.summary.get("audit") or {}).get("agreement")
     if agreement is not None:

@@ -285,10 +285,10 @@ class _Scan:
             self._made.error_examples[kind] = [found[key] for key in keys if key in found]
         for heading, _, largest in ORDERS:
             if heading in best:
-                values, keys = best[heading]
+                values, places = best[heading]
                 self._made.extremes[heading] = [
                     (float(-value if largest else value), found[_key(key)])
-                    for value, key in zip(values, keys, strict=True)
+                    for value, key in zip(values, places, strict=True)
                     if _key(key) in found
                 ]
 

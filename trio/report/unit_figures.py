@@ -17,8 +17,8 @@ import pyarrow.dataset as ds
 from trio.job.output.totals import COUNTS, Totals, from_pairs, merge
 from trio.report.found_run import FoundRun
 
-POINTS = 120
-"""Of a rate over time."""
+FEWEST, MOST = 6, 120
+"""Points of a rate over time; between them two units each, as these end in bursts."""
 LINES = 7
 """Engines that are drawn by themselves; the others come together."""
 OTHERS = "other engines"
@@ -131,7 +131,8 @@ def _rates(
     Which of them came when within it is not known."""
     if not len(began) or ended.max() <= began.min():
         return np.zeros(0), []
-    edges = np.linspace(began.min(), ended.max(), POINTS + 1)
+    points = min(MOST, max(FEWEST, len(began) // 2))
+    edges = np.linspace(began.min(), ended.max(), points + 1)
     width = edges[1] - edges[0]
     images = table["images"].to_numpy()
     coded = pc.dictionary_encode(table["actor"].combine_chunks())
