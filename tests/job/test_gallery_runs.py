@@ -132,6 +132,7 @@ def check_shown(found: Sequence[dict[str, Any]], written: Sequence[dict[str, Any
         own = by_key[key_of(one)]
         assert [one[name] for name in same] == [own[name] for name in same]
         assert one["kept_tokens"] == own["kept_tokens"]
+        assert len(one["boxes"]) == 4 * sum(one["image_tokens"]) == 4 * one["visual_tokens"]
         (thumbnail,), (size,) = one["thumbnails"], one["image_sizes"]
         assert Image.open(io.BytesIO(thumbnail)).size == (size["width"], size["height"])
         assert (size["width"], size["height"]) == (own["image_width"], own["image_height"])
