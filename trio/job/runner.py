@@ -427,7 +427,8 @@ def stages_task(
 ) -> Task:
     """What the stages of a run are told."""
     engine, also = engine_settings(config, resources), optional_columns(config)
-    sample = sample_of(run.manifest, config.input.limit, config.output.gallery, config.seed)
+    rows_of, count = config.input, config.output.gallery
+    sample = sample_of(run.manifest, rows_of.limit, count, config.seed, rows_of.only_row)
     rows = RowSettings(
         prompts=config.input.prompt,
         template=run.template,

@@ -62,6 +62,11 @@ def test_exactly_so_many_rows_of_the_run(count: int, limit: int | None) -> None:
     assert (found.kept == sample(count, limit, seed=1).kept) == (count >= len(rows))
 
 
+def test_an_only_row_is_its_own_sample() -> None:
+    found = sample_of(manifest(), None, 5, 0, only_row=ALL[-1])
+    assert found == Sample(kept=frozenset(ALL[-1:]), wider=frozenset(ALL[-1:]))
+
+
 def test_none_of_nothing() -> None:
     assert sample_of(manifest(), None, 0, 0) is None
     assert sample_of(Manifest(shards=()), None, 5, 0) == Sample(kept=frozenset(), wider=frozenset())

@@ -89,7 +89,9 @@ class Sample:
         return any(row_key(unit.shard, row) in self for row in range(unit.start, unit.stop))
 
 
-def sample_of(manifest: Manifest, limit: int | None, count: int, seed: int) -> Sample | None:
+def sample_of(
+    manifest: Manifest, limit: int | None, count: int, seed: int, only_row: int | None = None
+) -> Sample | None:
     """The sample of a run; None where nothing is to be kept. It follows from the arguments alone,
     and that of a smaller count is part of it.
 
@@ -98,9 +100,12 @@ def sample_of(manifest: Manifest, limit: int | None, count: int, seed: int) -> S
         limit: rows of the run; None for all.
         count: rows that are kept whatever becomes of them.
         seed: the run's.
+        only_row: key of the only row of the run, if it has but one.
     """
     if not count:
         return None
+    if only_row is not None:
+        return Sample(kept=frozenset({only_row}), wider=frozenset({only_row}))
     rows = manifest.rows if limit is None else min(limit, manifest.rows)
     ends = list(accumulate(shard.rows for shard in manifest.shards))
     keys = []
