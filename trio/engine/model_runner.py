@@ -5,8 +5,10 @@ Shapes: T packed tokens, B requests, D hidden size, V vocabulary, N visual token
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Sequence
 from dataclasses import replace
+from functools import cache
 from itertools import chain
 
 import torch
@@ -26,7 +28,7 @@ from trio.engine.request import Explanation, Prepared
 from trio.engine.sequence import SequenceState
 from trio.engine.sharing.prefix_cache import PART, PrefixCache, part_for_images
 from trio.engine.sharing.shared_encoder import SharedEncoder
-from trio.errors import UserError
+from trio.errors import kind_and_line
 from trio.families.adapter import Adapter, Features, Inputs, Join, Span, joined
 from trio.families.coordinates import in_image, packed
 from trio.families.text_tower import TextTower
@@ -35,6 +37,8 @@ from trio.pruning.batch import contiguous_positions
 from trio.pruning.method_registry import create
 from trio.pruning.methods.random import Salts
 from trio.pruning.options import Pruning
+
+_log = logging.getLogger(__name__)
 
 
 class ModelRunner:
@@ -119,11 +123,7 @@ class ModelRunner:
         return beside_decoder(self.adapter, self.pruning, prepared, text_tower)
 
     def explanation(self, sequence: SequenceState) -> Explanation | None:
-        """Of a sequence whose prompt has been read; None where it does not ask for one.
-
-        Raises:
-            UserError: the adapter's boxes are not one of each visual token.
-        """
+        """Of a sequence whose prompt has been read; None where it does not ask for one."""
         prepared = sequence.prepared
         if not prepared.explain:
             return None
@@ -132,13 +132,7 @@ class ModelRunner:
         for image, frame, count in zip(
             prepared.image_inputs, frames, prepared.image_tokens, strict=True
         ):
-            (own_N4,) = self.adapter.boxes(image)
-            if own_N4.shape != (count, 4):
-                raise UserError(
-                    f"{type(self.adapter).__name__}.boxes gives {list(own_N4.shape)} for an image "
-                    f"of {count} visual tokens; it is to give [{count}, 4]"
-                )
-            boxes.append(in_image(own_N4, frame))
+            boxes.append(in_image(_boxes(self.adapter, image, count), frame))
         return Explanation(
             image_tokens=prepared.image_tokens,
             boxes=torch.cat(boxes).numpy(),
@@ -371,6 +365,27 @@ class ModelRunner:
                 layout = reader.begin(group)
                 hidden_TD = self.decoder.run_layers(start, stop, hidden_TD, rotary, layout, reader)
         return hidden_TD
+
+
+def _boxes(adapter: Adapter, image: Inputs, count: int) -> Tensor:
+    """`[count, 4]` of an image; NaN where an adapter does not give that: it may have inherited the
+    boxes of a family and have tokens of its own, and answers do not depend on them."""
+    try:
+        (own_N4,) = adapter.boxes(image)
+        if own_N4.shape == (count, 4):
+            return own_N4
+        why = f"they are of shape {list(own_N4.shape)}, and the image has {count} visual tokens"
+    except Exception as error:  # an adapter may be anybody's
+        why = kind_and_line(error)
+    _say_without_boxes(type(adapter), why)
+    return torch.full((count, 4), torch.nan)
+
+
+@cache
+def _say_without_boxes(adapter: type, why: str) -> None:
+    _log.warning(
+        "explanations do not say where visual tokens lie: %s.boxes: %s", adapter.__name__, why
+    )
 
 
 def _by_source(stage: Sequence[int], sources: Sequence[int | None]) -> list[int | None]:

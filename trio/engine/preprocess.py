@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -208,8 +208,16 @@ class Preprocessor:
         """`Prepared.frames`."""
         if not request.explain:
             return ()
-        sizes = [image.size for image in request.images]
-        return tuple(size and self._family.frame(self._processor, size) for size in sizes)
+        return tuple(self._frame(image.size) for image in request.images)
+
+    def _frame(self, size: tuple[int, int] | None) -> Frame | None:
+        if size is None:
+            return None
+        try:
+            return self._family.frame(self._processor, size)
+        except Exception as error:  # a processor may be anybody's, and answers do not depend on it
+            _say_without_frame(type(self._processor), kind_and_line(error))
+            return None
 
     def _finished(
         self, image: Any, where: str, images: Sequence[Any]
@@ -437,3 +445,12 @@ def _lies_in(part: tuple[int, int], text: str, begin: int, end: int) -> bool:
     word = text[begin:end]
     begin += len(word) - len(word.lstrip())
     return part[0] <= begin < begin + len(word.strip()) <= part[1]
+
+
+@cache
+def _say_without_frame(processor: type, why: str) -> None:
+    _log.warning(
+        "explanations do not say where visual tokens lie: what %s makes of an image: %s",
+        processor.__name__,
+        why,
+    )

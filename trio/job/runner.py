@@ -37,7 +37,7 @@ from trio.job.input import ids
 from trio.job.input.manifest import Manifest
 from trio.job.input.units import Unit, unit_rows, units
 from trio.job.live.live_summary import LiveSummary
-from trio.job.live.run_metrics import RunMetrics
+from trio.job.live.prometheus import RunMetrics
 from trio.job.nodes.cluster import Resources
 from trio.job.output import compaction, output_directory
 from trio.job.output import totals as sums
@@ -224,14 +224,15 @@ def _attended(
     if pinned.ids is not None:
         summary["duplicate_ids"] = pinned.ids.duplicates
     held.check()
-    live.rest()
     committed.sweep(run.output)
     scores = metrics_of(run, pinned.run_id, summary.get("settings") or [summary])
     if scores is not None and ERROR in scores:
         summary["metrics_error"] = scores[ERROR]
     also = {} if scores is None else metrics_files(scores)
     also[CARD] = _card(run, pinned.run_id, config, summary, also.get(TABLE))
+    live.rest()
     output_directory.close(run.output, summary, facts.get("images"), also)
+    live.end()
     return summary
 
 
@@ -307,7 +308,9 @@ def _given_up(row: Unit, passes: Passes, task: Task) -> Answered:
     source = Source(key=row_key(row.shard, row.start), table=pa.table({}), index=0, path="")
     source.id, source.asks = said.id, said.asks
     made = [
-        output_row(source, error, task.rows, actor="driver", node="", prompt_number=n, setting=s)
+        output_row(
+            source, error, task.rows, actor=stages.DRIVER, node="", prompt_number=n, setting=s
+        )
         for n, _ in enumerate(source.asks)
         for s, _ in enumerate(task.engine.prunings)
     ]
@@ -326,7 +329,7 @@ def _commit_rows(
     made = [one for row in rows for one in row.rows]
     carried = [row.carried for row in rows if row.carried is not None]
     times = [one["finished_at"] for one in made]
-    stats = {"actor": "driver", "node": "", "start": min(times), "end": max(times)}
+    stats = {"actor": stages.DRIVER, "node": "", "start": min(times), "end": max(times)}
     own = pa.concat_tables(carried) if carried else None
     shown = [line for row in rows for line in row.gallery]
     task.sink.commit(unit, made, [stats] * len(parts), parts, tell, own, shown)

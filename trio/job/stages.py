@@ -401,7 +401,8 @@ def _images(
         images = load_images(cell, base, task.rows.policy)
         note_images(source, images)
         if source.picture in shown or task.rows.shows(source.key):
-            note_thumbnails(source, images)
+            with suppress(Exception):  # what a page lacks must not cost the row
+                note_thumbnails(source, images)
         found = images if preprocessor is None else preprocessor.process(images)
     except RowError:
         raise

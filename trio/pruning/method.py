@@ -260,8 +260,8 @@ class Stage:
             finite_B=finite_B,
             scores={
                 place: own_V
-                for place, own_V in zip(self.goals, scores, strict=False)
-                if place[0] in self.explained
+                for place, image, own_V in zip(self.goals, self.images, scores, strict=False)
+                if place[0] in self.explained and len(own_V) == image.count
             },
         )
 

@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from trio.bundled import SHARD
-from trio.job.live.run_metrics import COUNTERS, ERRORS, NAMES, OF_ENGINES, SECONDS
+from trio.job.live.prometheus import COUNTERS, ERRORS, NAMES, OF_ENGINES, SECONDS
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(600)]
 ROOT = Path(__file__).resolve().parents[3]

@@ -145,7 +145,9 @@ class Engine:
         pruned = {p: own for p in audited if isinstance(own := outcomes[p], Result)}
         twice = [place for place in reversed(audited) if audit.repeats(asked[place][0].key)]
         forced = {
-            place: dataclasses.replace(prepared[place], candidates=(tuple(own.token_ids),))
+            place: dataclasses.replace(
+                prepared[place], candidates=(tuple(own.token_ids),), explain=False
+            )
             for place, own in pruned.items()
             if own.token_ids
         }

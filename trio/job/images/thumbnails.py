@@ -33,5 +33,5 @@ def _reduced(image: Image.Image) -> Image.Image:
 
 def _jpeg(image: Image.Image) -> bytes:
     stream = io.BytesIO()
-    image.save(stream, "JPEG", quality=QUALITY)
+    image.save(stream, "JPEG", quality=QUALITY, comment=b"")
     return stream.getvalue()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from types import TracebackType
 from typing import Any
@@ -55,11 +55,14 @@ class LiveSummary:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if isinstance(error, LeaseLost):  # the storage may hang, and the output is another's
+            self._pool.shutdown(wait=False, cancel_futures=True)
+            return
         self.rest()
         self._pool.shutdown()
-        if error is not None and self._figures is not None and not isinstance(error, LeaseLost):
+        if error is not None and self._figures is not None:
             # What ends the run is told already; the storage may be just that.
-            with suppress(OSError, LeaseLost):
+            with suppress(Exception):
                 self._held.check()
                 said = {**self._figures(FAILED), "why": why(error)}
                 write_summary(self._output, said)
@@ -84,7 +87,11 @@ class LiveSummary:
     def rest(self) -> None:
         """Waits for what is being written; nothing follows until the next `look`."""
         if self._writing is not None:
-            self._writing.result()
+            wait([self._writing])
+
+    def end(self) -> None:
+        """The run has written its last summary: nothing follows."""
+        self._figures = None
 
     @property
     def _busy(self) -> bool:
@@ -96,7 +103,7 @@ class LiveSummary:
             write_summary(self._output, summary)
         except LeaseLost:  # the driver finds out itself, and stops
             pass
-        except OSError as error:
+        except Exception as error:  # stores have errors of their own
             if not self._said:
                 self._said = True
                 self._say(

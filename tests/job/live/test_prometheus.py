@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from trio.job.engines.engine_actor import _Running
-from trio.job.live import run_metrics
-from trio.job.live.run_metrics import COUNTERS, ERRORS, NAMES, SECONDS, increments, phases, short
+from trio.job.live import prometheus
+from trio.job.live.prometheus import COUNTERS, ERRORS, NAMES, SECONDS, increments, phases, short
 from trio.job.output.totals import Totals
 
-DASHBOARD = Path(run_metrics.__file__).with_name("grafana.json")
-CLUSTER = Path(run_metrics.__file__).parents[1] / "CLUSTER.md"
+DASHBOARD = Path(prometheus.__file__).with_name("grafana.json")
+CLUSTER = Path(prometheus.__file__).parents[1] / "CLUSTER.md"
 PLAIN = {f.name: n for n, f in enumerate(dataclasses.fields(Totals), start=1)}
 UNIT = Totals(**(PLAIN | {"error_kinds": {"image_empty": 2, "numeric": 1}, "cuda_graphs": {}}))  # type: ignore[arg-type]
 
