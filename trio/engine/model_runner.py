@@ -377,15 +377,13 @@ def _boxes(adapter: Adapter, image: Inputs, count: int) -> Tensor:
         why = f"they are of shape {list(own_N4.shape)}, and the image has {count} visual tokens"
     except Exception as error:  # an adapter may be anybody's
         why = kind_and_line(error)
-    _say_without_boxes(type(adapter), why)
+    _say_without_boxes(type(adapter).__name__, why)
     return torch.full((count, 4), torch.nan)
 
 
 @cache
-def _say_without_boxes(adapter: type, why: str) -> None:
-    _log.warning(
-        "explanations do not say where visual tokens lie: %s.boxes: %s", adapter.__name__, why
-    )
+def _say_without_boxes(adapter: str, why: str) -> None:
+    _log.warning("explanations do not say where visual tokens lie: %s.boxes: %s", adapter, why)
 
 
 def _by_source(stage: Sequence[int], sources: Sequence[int | None]) -> list[int | None]:

@@ -216,7 +216,7 @@ class Preprocessor:
         try:
             return self._family.frame(self._processor, size)
         except Exception as error:  # a processor may be anybody's, and answers do not depend on it
-            _say_without_frame(type(self._processor), kind_and_line(error))
+            _say_without_frame(type(self._processor).__name__, kind_and_line(error))
             return None
 
     def _finished(
@@ -448,9 +448,9 @@ def _lies_in(part: tuple[int, int], text: str, begin: int, end: int) -> bool:
 
 
 @cache
-def _say_without_frame(processor: type, why: str) -> None:
+def _say_without_frame(processor: str, why: str) -> None:
     _log.warning(
         "explanations do not say where visual tokens lie: what %s makes of an image: %s",
-        processor.__name__,
+        processor,
         why,
     )
