@@ -2,7 +2,7 @@
 
 from importlib import metadata
 
-VERSION = "0.12.0"
+VERSION = "0.13.0"
 
 
 def of_library(name: str) -> str:
