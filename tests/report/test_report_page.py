@@ -169,6 +169,26 @@ def test_a_comparison_measures_what_unpruned_costs(made: Callable[..., MadeRun])
     assert [one["response"] for one in card["answers"]] == ["a cat, number 1", "a dog, number 1"]
 
 
+def test_a_figure_of_an_own_scale_is_no_percentage(tmp_path: Path) -> None:
+    run = MadeRun(tmp_path, compare=COMPARE).commit()
+    metrics = metrics_of(run.names)
+    for one in metrics["settings"]:
+        one |= {"metric": "cider", "headline": "cider", "groups": {}}
+        one["figures"] = {"cider": {"value": 0.934, "interval": [0.8, 1.05]}}
+    run.close(metrics)
+    tiles = tiles_of(page_of(str(run.path)))
+    assert tiles["cider"] == ("0.934", "trio 1/4: 95 % interval 0.8 to 1.05")
+
+
+def test_no_score_is_a_mean_over_settings(tmp_path: Path) -> None:
+    run = MadeRun(tmp_path, compare=COMPARE).commit().close()
+    scores = [row["score"] for row in run.rows if row["setting"] == 1 and row.get("score")]
+    good = [row for row in run.rows if row["setting"] == 1 and row["error"] is None]
+    value, note = tiles_of(page_of(str(run.path)))["Mean score"]
+    assert value == f"{100 * sum(scores) / len(good):.1f} %"
+    assert note == f"trio 1/4: of {len(good)} rows"
+
+
 def test_an_audit_is_told_of(made: Callable[..., MadeRun]) -> None:
     page = Page(page_of(str(made(audited).path)))
     assert "50.0 % [30.0, 70.0]" in page.words and "0.0100 nats" in page.words

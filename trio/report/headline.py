@@ -9,6 +9,7 @@ from typing import Any
 from trio.job.comparing.compared import UNPRUNED
 from trio.job.output.summary import PHASES, duration
 from trio.job.output.totals import Totals, ratio
+from trio.report.figure_tables import bounds_text, figure_text
 from trio.report.found_run import FoundRun
 from trio.report.unit_figures import UnitFigures
 from trio.tables import counted, percent
@@ -85,7 +86,7 @@ def tiles(found: FoundRun, figures: UnitFigures) -> list[Tile]:
     if kept_bytes is not None:
         note = f"{of}{si(pruned.kv_bytes, 'B')} in all"
         made.append(Tile(label="KV cache", value=_fewer(kept_bytes), note=note))
-    return made + _trust(found)
+    return made + _trust(found, focus)
 
 
 def unpruned(found: FoundRun, figures: UnitFigures) -> list[str]:
@@ -186,32 +187,44 @@ def _rate(found: FoundRun, figures: UnitFigures) -> Tile | None:
     return Tile(label="Images / s", value=value, note=f"{tokens or 0:,.0f} output tokens / s{note}")
 
 
-def _trust(found: FoundRun) -> list[Tile]:
+def _trust(found: FoundRun, focus: Focus) -> list[Tile]:
     """Score and agreement, where the run has them."""
     made = []
     settings: Sequence[Mapping[str, Any]] = found.metrics.get("settings") or []
     if settings and (name := settings[-1].get("headline")):
         one = settings[-1]
-        figure = one["figures"].get(name)
-        if figure is not None and figure["value"] <= 1:
+        figure = (one.get("figures") or {}).get(name) or {}
+        if figure.get("value") is not None:
             of = f"{one['name']}: " if len(settings) > 1 else ""
-            note = f"{of}95 % interval {_bounds(figure['interval'])}"
-            label = f"{one['metric']} {name}".replace("_", " ")
-            made.append(Tile(label=label, value=percent(figure["value"]), note=note))
-    elif (right := found.summary.get("accuracy")) is not None and not settings:
-        note = f"of {found.summary['scored']:,} rows"
-        made.append(Tile(label="Mean score", value=percent(right), note=note))
+            words = dict.fromkeys(word for word in (one.get("metric"), name) if word)
+            made.append(
+                Tile(
+                    label=" ".join(words).replace("_", " "),
+                    value=figure_text(name, {"value": figure["value"]}),
+                    note=f"{of}95 % interval {bounds_text(name, figure)}",
+                )
+            )
+    elif not settings:
+        made += _mean_score(found, focus)
     agreement = (found.summary.get("audit") or {}).get("agreement")
     if agreement is not None:
-        note = f"of {agreement['rows']:,} audited, 95 % interval {_bounds(agreement['interval'])}"
+        bounds = bounds_text("agreement", agreement)
+        note = f"of {agreement['rows']:,} audited, 95 % interval {bounds}"
         made.append(Tile(label="Answers as unpruned", value=percent(agreement["value"]), note=note))
     return made
 
 
-def _bounds(interval: Sequence[float] | None) -> str:
-    if interval is None:
-        return "unknown"
-    return f"{100 * interval[0]:.1f} to {100 * interval[1]:.1f} %"
+def _mean_score(found: FoundRun, focus: Focus) -> list[Tile]:
+    """Of the focus: a mean over several settings is nobody's score."""
+    summary: Mapping[str, Any] = found.summary
+    if focus.name is not None:
+        parts = summary.get("settings") or []
+        summary = next((one for one in parts if one["name"] == focus.name), {})
+    if summary.get("accuracy") is None:
+        return []
+    of = "" if focus.name is None else f"{focus.name}: "
+    note = f"{of}of {summary.get('scored') or 0:,} rows"
+    return [Tile(label="Mean score", value=percent(summary["accuracy"]), note=note)]
 
 
 def _times(value: float) -> str:

@@ -25,7 +25,7 @@ EXTREMES = 5
 KINDS = 40
 """Of errors, that examples are kept of."""
 STAGES = 8
-"""That figures are given of."""
+"""That means are drawn of; the last one and the count are those of all stages."""
 MARGIN_EDGES = np.array([0, 0.1, 0.25, 0.5, 1, 2, 4, 8, np.inf])
 """Of the distance to the second-best candidate [nats]."""
 CERTAINTY_EDGES = np.linspace(0, 1, 11)
@@ -195,10 +195,8 @@ class _Scan:
             axis=1,
         )
         numbers = {name: _numbers(table, name) for name in NUMBERS}
-        stages = _stages(table)
-        last = numbers["visual_tokens_encoder"].copy()
-        for place in range(stages.shape[1]):
-            last = np.where(np.isfinite(stages[:, place]), stages[:, place], last)
+        stages, last, count = _stages(table)
+        last = np.where(count > 0, last, numbers["visual_tokens_encoder"])
         for number, one in enumerate(self._made.settings):
             mine = keys[:, 2] == number
             if mine.any():
@@ -213,7 +211,7 @@ class _Scan:
         numbers["retention"] = np.where(pruned, numbers["retention"], np.nan)
         for heading, column, largest in ORDERS:
             self._note_extremes(heading, numbers[column] * (-1 if largest else 1), keys)
-        self._note_gallery(keys, numbers["latency_s"], np.isfinite(stages).sum(axis=1))
+        self._note_gallery(keys, numbers["latency_s"], count)
 
     def _worths(
         self, table: pa.Table, keys: np.ndarray, score: np.ndarray, number: int
@@ -330,10 +328,12 @@ def _numbers(table: pa.Table, name: str) -> np.ndarray:
     return np.asarray(table[name].cast(pa.float64()).to_numpy(), np.float64)
 
 
-def _stages(table: pa.Table) -> np.ndarray:
-    """Visual tokens after each stage, `[R, S]`; NaN where a row has fewer stages."""
+def _stages(table: pa.Table) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Visual tokens after each of the first stages, `[R, S]`, NaN where a row has fewer; after the
+    last one of all, `[R]`, NaN where there is none; and the number of all, `[R]`."""
+    last = np.full(table.num_rows, np.nan)
     if "visual_tokens_stages" not in table.column_names:
-        return np.full((table.num_rows, 0), np.nan)
+        return np.full((table.num_rows, 0), np.nan), last, np.zeros(table.num_rows, np.int64)
     cells = table["visual_tokens_stages"].combine_chunks()
     lengths = np.nan_to_num(pc.list_value_length(cells).to_numpy(zero_copy_only=False))
     lengths = lengths.astype(np.int64)
@@ -343,7 +343,9 @@ def _stages(table: pa.Table) -> np.ndarray:
     for place in range(out.shape[1]):
         there = lengths > place
         out[there, place] = values[starts[there] + place]
-    return out
+    there = lengths > 0
+    last[there] = values[(starts + lengths - 1)[there]]
+    return out, last, lengths
 
 
 def _texts(dataset: ds.Dataset, wanted: Collection[Key]) -> dict[Key, Mapping[str, Any]]:
