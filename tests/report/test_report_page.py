@@ -17,6 +17,7 @@ import report
 from tests.report.made_runs import EVIL, MadeRun, metrics_of
 from tests.report.pages import Page, outside, tiles_of
 from trio.job import cli
+from trio.job.input.units import Unit
 from trio.job.output.compaction import compact
 from trio.job.resume import lease
 from trio.job.resume.committed import listed
@@ -256,7 +257,7 @@ def test_a_run_of_another_version_has_a_page(tmp_path: Path) -> None:
     config = run.path / "run.yaml"
     config.write_text(config.read_text() + "setting_of_tomorrow: 3\n")
     page = Page(page_of(str(run.path)))
-    assert "setting_of_tomorrow: 3" in page.text and page.data["names"] == list(COMPARE)
+    assert "setting_of_tomorrow: 3" in page.text and page.data["names"] == ["unpruned", "given"]
 
 
 @pytest.mark.parametrize(
@@ -265,9 +266,11 @@ def test_a_run_of_another_version_has_a_page(tmp_path: Path) -> None:
         (lambda path: path / "none", "there is no such directory"),
         (lambda path: path, "no run lies there (it has no run.yaml)"),
         (lambda path: _file(path), "is a file; give the directory of a run"),
-        (lambda path: _damaged(path), "is damaged"),
+        (lambda path: _damaged(path), "run the job into a new --output"),
+        (lambda path: _bad_page(path), "run the job into a new --output"),
+        (lambda path: _no_text(path), "run.yaml is not text in UTF-8"),
     ],
-    ids=["nowhere", "no-run", "file", "damaged"],
+    ids=["nowhere", "no-run", "file", "damaged", "bad-page", "no-text"],
 )
 def test_a_mistake_is_one_line(
     tmp_path: Path, make: Callable[[Path], Path], told: str, capsys: pytest.CaptureFixture[str]
@@ -286,6 +289,63 @@ def _damaged(path: Path) -> Path:
     run = finished(path)
     next((run.path / "rows").iterdir()).write_bytes(b"PAR1 and no more")
     return run.path
+
+
+def _bad_page(path: Path) -> Path:
+    run = finished(path)
+    _spoil(next((run.path / "stats").iterdir()))
+    return run.path
+
+
+def _no_text(path: Path) -> Path:
+    run = finished(path)
+    (run.path / "run.yaml").write_bytes(b"input: \xff\xfe")
+    return run.path
+
+
+def _spoil(path: Path) -> None:
+    """Its first pages; the footer stays whole."""
+    data = bytearray(path.read_bytes())
+    data[4:400] = b"\xff" * 396
+    path.write_bytes(data)
+
+
+def test_a_damaged_file_of_the_gallery_is_left_out(tmp_path: Path) -> None:
+    run = MadeRun(tmp_path).commit().gallery().close()
+    (good,) = (run.path / "gallery").iterdir()
+    second, third = (good.with_name(unit.name) for unit in _later_units(run))
+    second.write_bytes(good.read_bytes())
+    _spoil(second)
+    third.write_bytes(b"PAR1 and no more")
+    page = Page(page_of(str(run.path)))
+    assert len(page.data["cards"]) == 12
+    assert "Damaged, and left out" in page.text
+    assert second.name in page.text and third.name in page.text
+
+
+def _later_units(run: MadeRun) -> list[Unit]:
+    return sorted(listed(run.output))[1:3]
+
+
+def test_settings_without_a_name_are_shown_all_the_same(tmp_path: Path) -> None:
+    run = MadeRun(tmp_path, compare=("1", "given", "fastv:1/2")).commit()
+    config = run.path / "run.yaml"
+    text = re.sub(
+        r"^compare:(.*\n)(- .*\n)*", "compare: [1, given]\n", config.read_text(), flags=re.M
+    )
+    config.write_text(text + "setting_of_tomorrow: 3\n")
+    html = page_of(str(run.path))
+    assert Page(html).data["names"] == ["unpruned", "given", "setting 2"]
+    assert tiles_of(html)["Rows written"][0] == f"{len(run.rows)}"
+
+
+def test_what_an_older_version_did_not_count_is_nothing(tmp_path: Path) -> None:
+    run = MadeRun(tmp_path).commit()
+    for path in (run.path / "stats").iterdir():
+        table = pq.read_table(path)
+        older = table.drop_columns(["error_kinds", "cuda_graphs", "audit_s", "idle_s", "images"])
+        pq.write_table(older, path)
+    assert tiles_of(page_of(str(run.path)))["Rows written"][0] == "24"
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,9 @@ def _scores(settings: Sequence[Mapping[str, Any]], summaries: Sequence[Mapping[s
     accuracies = {one["name"]: one.get("accuracy") for one in summaries}
     lines = []
     for one in settings:
-        score = figure_text(one.get("headline"), (one.get("figures") or {}).get(one.get("headline")))
+        score = figure_text(
+            one.get("headline"), (one.get("figures") or {}).get(one.get("headline"))
+        )
         if score == NONE:  # of captions that were compared with answers
             score = percent(accuracies.get(one["name"]))
         comparison = one.get("comparison") or {}

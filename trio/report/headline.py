@@ -17,7 +17,10 @@ from trio.tables import counted, percent
 THOUSANDS = ("", "k", "M", "G", "T", "P", "E", "Z")
 WHOLE = 0.005
 """Below it a ratio is as good as 1."""
+AUDIT = "unpruned, for the audit"
 ADVICE = {
+    AUDIT: "Most time goes into asking rows unpruned as well: a smaller share of --audit takes"
+    " less.",
     "waiting for images": "Engines wait for images: more CPUs to decode them (--prepare-cpus, or"
     " further nodes) would help, a faster engine would not.",
     "encoder": "Most time goes into the vision encoder, which pruning in the decoder leaves as it"
@@ -135,7 +138,7 @@ def phases(totals: Totals) -> list[tuple[str, float]]:
         ("prefill", totals.prefill_s - totals.prune_s),
         ("choose tokens", totals.prune_s),
         ("decode", totals.decode_s),
-        ("unpruned, for the audit", totals.audit_s),
+        (AUDIT, totals.audit_s),
         ("idle", totals.idle_s),
     ]
 
@@ -144,11 +147,13 @@ def bottleneck_line(totals: Totals) -> str | None:
     """Where most of the engines' time went, and what helps; None where none was spent."""
     spent = {phase: getattr(totals, name) for phase, name in PHASES.items()}
     spent["encoder"] -= totals.encode_saved_s
+    spent[AUDIT] = totals.audit_s
     longest = max(spent, key=spent.__getitem__)
     part = ratio(spent[longest], sum(spent.values()))
     if part is None:
         return None
-    return f"Bottleneck: {longest}, {100 * part:.0f} % of the engines' time. {ADVICE[longest]}"
+    name = "prefill with choosing" if longest == "prefill" and totals.prune_s else longest
+    return f"Bottleneck: {name}, {100 * part:.0f} % of the engines' time. {ADVICE[longest]}"
 
 
 def _rows(found: FoundRun, totals: Totals) -> Tile:
@@ -181,6 +186,8 @@ def _rate(found: FoundRun, figures: UnitFigures) -> Tile | None:
         if span > 0:
             images, tokens = totals.images / span, totals.output_tokens / span
             note = ", over the time that units span"
+    if totals.rows != totals.inputs:
+        note += "; an image counts once for each answer"
     if not images:
         return None
     value = f"{images:,.2f}" if images < 100 else f"{images:,.0f}"

@@ -206,6 +206,8 @@
         card.truth.length ? made("p", { className: "note" }, "right: " + card.truth.join(" | ")) : null,
         footer,
         made("details", {}, made("summary", {}, "run this row again"),
+          made("p", { className: "note" }, "In the directory where the run was started, with the input unchanged"
+            + (card.id === null ? "." : "; its id is " + card.id + ".")),
           made("pre", {}, data.again.replace("--only-row ROW", "--only-row " + card.row)))));
   }
 
