@@ -72,6 +72,18 @@ def test_extremes_and_examples(run: MadeRun) -> None:
     assert [row["id"] for row in made.error_examples["image_invalid"]] == ["id-5", "id-17", "id-29"]
 
 
+def test_the_chart_alone_is_cut_to_the_first_stages(
+    run: MadeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(row_figures, "STAGES", len(STAGES) - 1)
+    made = read(run)
+    pruned = made.settings[1]
+    assert pruned.after.mean == STAGES[-1]
+    assert pruned.by_stage == [VISUAL, VISUAL, *STAGES[:-1]]
+    assert made.of_gallery[0, 0, 1]["stages"] == len(STAGES)
+    assert made.of_gallery[0, 0, 0]["stages"] == 0
+
+
 def test_one_retention_for_all_is_no_extreme(tmp_path: Path) -> None:
     made = MadeRun(tmp_path, rows=1).commit()
     assert "lowest retention" not in read(made).extremes

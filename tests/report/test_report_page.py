@@ -17,6 +17,7 @@ import report
 from tests.report.made_runs import EVIL, MadeRun, metrics_of
 from tests.report.pages import Page, outside, tiles_of
 from trio.job import cli
+from trio.job.input.units import Unit
 from trio.job.output.compaction import compact
 from trio.job.resume import lease
 from trio.job.resume.committed import listed
@@ -169,6 +170,26 @@ def test_a_comparison_measures_what_unpruned_costs(made: Callable[..., MadeRun])
     assert [one["response"] for one in card["answers"]] == ["a cat, number 1", "a dog, number 1"]
 
 
+def test_a_figure_of_an_own_scale_is_no_percentage(tmp_path: Path) -> None:
+    run = MadeRun(tmp_path, compare=COMPARE).commit()
+    metrics = metrics_of(run.names)
+    for one in metrics["settings"]:
+        one |= {"metric": "cider", "headline": "cider", "groups": {}}
+        one["figures"] = {"cider": {"value": 0.934, "interval": [0.8, 1.05]}}
+    run.close(metrics)
+    tiles = tiles_of(page_of(str(run.path)))
+    assert tiles["cider"] == ("0.934", "trio 1/4: 95 % interval 0.8 to 1.05")
+
+
+def test_no_score_is_a_mean_over_settings(tmp_path: Path) -> None:
+    run = MadeRun(tmp_path, compare=COMPARE).commit().close()
+    scores = [row["score"] for row in run.rows if row["setting"] == 1 and row.get("score")]
+    good = [row for row in run.rows if row["setting"] == 1 and row["error"] is None]
+    value, note = tiles_of(page_of(str(run.path)))["Mean score"]
+    assert value == f"{100 * sum(scores) / len(good):.1f} %"
+    assert note == f"trio 1/4: of {len(good)} rows"
+
+
 def test_an_audit_is_told_of(made: Callable[..., MadeRun]) -> None:
     page = Page(page_of(str(made(audited).path)))
     assert "50.0 % [30.0, 70.0]" in page.words and "0.0100 nats" in page.words
@@ -236,7 +257,7 @@ def test_a_run_of_another_version_has_a_page(tmp_path: Path) -> None:
     config = run.path / "run.yaml"
     config.write_text(config.read_text() + "setting_of_tomorrow: 3\n")
     page = Page(page_of(str(run.path)))
-    assert "setting_of_tomorrow: 3" in page.text and page.data["names"] == list(COMPARE)
+    assert "setting_of_tomorrow: 3" in page.text and page.data["names"] == ["unpruned", "given"]
 
 
 @pytest.mark.parametrize(
@@ -245,9 +266,11 @@ def test_a_run_of_another_version_has_a_page(tmp_path: Path) -> None:
         (lambda path: path / "none", "there is no such directory"),
         (lambda path: path, "no run lies there (it has no run.yaml)"),
         (lambda path: _file(path), "is a file; give the directory of a run"),
-        (lambda path: _damaged(path), "is damaged"),
+        (lambda path: _damaged(path), "run the job into a new --output"),
+        (lambda path: _bad_page(path), "run the job into a new --output"),
+        (lambda path: _no_text(path), "run.yaml is not text in UTF-8"),
     ],
-    ids=["nowhere", "no-run", "file", "damaged"],
+    ids=["nowhere", "no-run", "file", "damaged", "bad-page", "no-text"],
 )
 def test_a_mistake_is_one_line(
     tmp_path: Path, make: Callable[[Path], Path], told: str, capsys: pytest.CaptureFixture[str]
@@ -266,6 +289,63 @@ def _damaged(path: Path) -> Path:
     run = finished(path)
     next((run.path / "rows").iterdir()).write_bytes(b"PAR1 and no more")
     return run.path
+
+
+def _bad_page(path: Path) -> Path:
+    run = finished(path)
+    _spoil(next((run.path / "stats").iterdir()))
+    return run.path
+
+
+def _no_text(path: Path) -> Path:
+    run = finished(path)
+    (run.path / "run.yaml").write_bytes(b"input: \xff\xfe")
+    return run.path
+
+
+def _spoil(path: Path) -> None:
+    """Its first pages; the footer stays whole."""
+    data = bytearray(path.read_bytes())
+    data[4:400] = b"\xff" * 396
+    path.write_bytes(data)
+
+
+def test_a_damaged_file_of_the_gallery_is_left_out(tmp_path: Path) -> None:
+    run = MadeRun(tmp_path).commit().gallery().close()
+    (good,) = (run.path / "gallery").iterdir()
+    second, third = (good.with_name(unit.name) for unit in _later_units(run))
+    second.write_bytes(good.read_bytes())
+    _spoil(second)
+    third.write_bytes(b"PAR1 and no more")
+    page = Page(page_of(str(run.path)))
+    assert len(page.data["cards"]) == 12
+    assert "Damaged, and left out" in page.text
+    assert second.name in page.text and third.name in page.text
+
+
+def _later_units(run: MadeRun) -> list[Unit]:
+    return sorted(listed(run.output))[1:3]
+
+
+def test_settings_without_a_name_are_shown_all_the_same(tmp_path: Path) -> None:
+    run = MadeRun(tmp_path, compare=("1", "given", "fastv:1/2")).commit()
+    config = run.path / "run.yaml"
+    text = re.sub(
+        r"^compare:(.*\n)(- .*\n)*", "compare: [1, given]\n", config.read_text(), flags=re.M
+    )
+    config.write_text(text + "setting_of_tomorrow: 3\n")
+    html = page_of(str(run.path))
+    assert Page(html).data["names"] == ["unpruned", "given", "setting 2"]
+    assert tiles_of(html)["Rows written"][0] == f"{len(run.rows)}"
+
+
+def test_what_an_older_version_did_not_count_is_nothing(tmp_path: Path) -> None:
+    run = MadeRun(tmp_path).commit()
+    for path in (run.path / "stats").iterdir():
+        table = pq.read_table(path)
+        older = table.drop_columns(["error_kinds", "cuda_graphs", "audit_s", "idle_s", "images"])
+        pq.write_table(older, path)
+    assert tiles_of(page_of(str(run.path)))["Rows written"][0] == "24"
 
 
 @pytest.mark.parametrize(

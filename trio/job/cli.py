@@ -97,8 +97,8 @@ def settings_from(given: dict[str, Any], config: str | None) -> Settings:
     for name, other in (("retention", "schedule"), ("schedule", "retention")):
         if name in given:
             written.pop(other, None)
-    if "only_row" in given:  # one row must not replace an uploaded data set
-        for name in {"push_to_hub", "private"} - given.keys():
+    if "only_row" in given:  # one row replaces no uploaded data set, and is no sample of answers
+        for name in {"push_to_hub", "private", "min_agreement"} - given.keys():
             written.pop(name, None)
     if "compare" in given and GIVEN not in given["compare"]:
         written.pop("retention", None)

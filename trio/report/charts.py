@@ -66,13 +66,15 @@ def _throughput(figures: UnitFigures) -> Chart | None:
         go.Scatter(
             x=moments,
             y=np.round(one.rate, 4).tolist(),
-            name=one.name,
+            name=name,
             mode="lines",
             line={"width": 1, "shape": "hv"},
             stackgroup="rate",
             hovertemplate="%{y:.3g} images/s",
         )
-        for one in figures.rates
+        for one, name in zip(
+            figures.rates, _short_names([one.name for one in figures.rates]), strict=True
+        )
     ]
     more = max(0, figures.engine_count - LINES)
     note = "Images answered per second, engines on top of each other. UTC."
@@ -83,6 +85,12 @@ def _throughput(figures: UnitFigures) -> Chart | None:
         yaxis={"rangemode": "tozero", "title": {"text": "images / s"}},
         hovermode="x unified", wide=True, showlegend=len(data) > 1,
     )  # fmt: skip
+
+
+def _short_names(names: Sequence[str]) -> Sequence[str]:
+    """Of engines, without what their run is called, where that tells none apart."""
+    short = [name[max(0, name.find("pass ")) :] for name in names]
+    return short if len(set(short)) == len(names) else names
 
 
 def _phases(figures: UnitFigures) -> Chart | None:

@@ -78,7 +78,9 @@ def _scores(settings: Sequence[Mapping[str, Any]], summaries: Sequence[Mapping[s
     accuracies = {one["name"]: one.get("accuracy") for one in summaries}
     lines = []
     for one in settings:
-        score = _figure(one.get("headline"), (one.get("figures") or {}).get(one.get("headline")))
+        score = figure_text(
+            one.get("headline"), (one.get("figures") or {}).get(one.get("headline"))
+        )
         if score == NONE:  # of captions that were compared with answers
             score = percent(accuracies.get(one["name"]))
         comparison = one.get("comparison") or {}
@@ -123,7 +125,7 @@ def _figures(settings: Sequence[Mapping[str, Any]]) -> Table | None:
     if len(names) < 2:
         return None
     lines = [
-        [name.replace("_", " "), *(_figure(name, one["figures"].get(name)) for one in settings)]
+        [name.replace("_", " "), *(figure_text(name, one["figures"].get(name)) for one in settings)]
         for name in names
     ]
     return Table(
@@ -145,7 +147,7 @@ def _groups(settings: Sequence[Mapping[str, Any]]) -> Table | None:
         for one in settings:
             group = one["groups"].get(column, {}).get(value) or {}
             name = one.get("headline")
-            shown = _figure(name, (group.get("figures") or {}).get(name))
+            shown = figure_text(name, (group.get("figures") or {}).get(name))
             line.append(f"{shown} of {group['n']}" if group else NONE)
         lines.append(line)
     left = len(keys) - len(lines)
@@ -199,13 +201,28 @@ def _audit(audit: Mapping[str, Any]) -> Table:
     )
 
 
-def _figure(name: str | None, figure: Mapping[str, Any] | None) -> str:
+def figure_text(name: str | None, figure: Mapping[str, Any] | None) -> str:
+    """A figure of ``metrics.json`` with its interval: shares as percentages, others as they are."""
     if name is None or figure is None or figure.get("value") is None:
         return NONE
     value, interval = figure["value"], figure.get("interval")
-    if name in OWN_SCALE or not 0 <= value <= 1:
+    if _own_scale(name, value):
         return f"{value:.4g}{_bounds(interval, '.4g')}"
     return percent(value, interval)
+
+
+def bounds_text(name: str, figure: Mapping[str, Any]) -> str:
+    """Its interval alone, in words."""
+    interval = figure.get("interval")
+    if interval is None:
+        return "unknown"
+    if _own_scale(name, figure["value"]):
+        return f"{interval[0]:.4g} to {interval[1]:.4g}"
+    return f"{100 * interval[0]:.1f} to {100 * interval[1]:.1f} %"
+
+
+def _own_scale(name: str, value: float) -> bool:
+    return name in OWN_SCALE or not 0 <= value <= 1
 
 
 def _points(found: Mapping[str, Any]) -> str:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
@@ -20,6 +21,7 @@ from pyarrow.fs import FileSelector, FileType
 
 from trio.errors import UserError, first_line
 from trio.job import run_yaml
+from trio.job.comparing.compared import UNPRUNED
 from trio.job.input.units import Unit
 from trio.job.output.file_record import read_record
 from trio.job.output.output_directory import CONFIG, MANIFEST, SUCCESS, SUMMARY
@@ -67,6 +69,12 @@ class FoundRun:
         """The job's program."""
         return "vqa.py" if self.settings.get("mode") is not None else "caption.py"
 
+    def with_settings(self, count: int) -> FoundRun:
+        """With a name for each of so many settings at least: those of another version may be
+        more than its run.yaml tells this one."""
+        more = [f"setting {number}" for number in range(len(self.names), count)]
+        return replace(self, names=[*self.names, *more]) if more else self
+
 
 def find_run(place: str) -> FoundRun:
     """The run in a directory.
@@ -83,7 +91,12 @@ def find_run(place: str) -> FoundRun:
             f"{output.uri}: no run lies there (it has no {CONFIG}); give the directory that the job"
             " printed as its output"
         )
-    config = read_bytes(output.join(CONFIG)).decode()
+    try:
+        config = read_bytes(output.join(CONFIG)).decode()
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{output.join(CONFIG).uri} is not text in UTF-8: put the run's own back"
+        ) from error
     settings = _settings(config, output)
     summary = _object(output, SUMMARY, names)
     state, why = _state(output, names, summary)
@@ -103,6 +116,46 @@ def find_run(place: str) -> FoundRun:
         stats=_files(output, STATS),
         gallery=_gallery(output, units),
     )
+
+
+@contextmanager
+def naming_the_damaged(found: FoundRun, paths: Sequence[str]) -> Iterator[None]:
+    """While these files are read: Arrow's own errors do not tell which one is damaged.
+
+    Raises:
+        UserError: one of them cannot be read.
+        FileNotFoundError: a file went meanwhile; looking again helps.
+        OSError: the storage does not answer.
+    """
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except (OSError, pa.ArrowException) as error:
+        for path in paths:
+            if (why := _unreadable(found.output, path)) is not None:
+                raise UserError(
+                    f"{path} cannot be read ({first_line(why)}): put it back from a copy, or run"
+                    " the job into a new --output"
+                ) from error
+        if isinstance(error, OSError):
+            raise
+        raise UserError(
+            f"{found.output.uri}: its files do not fit together ({first_line(error)}): put them"
+            " back from a copy, or run the job into a new --output"
+        ) from error
+
+
+def _unreadable(output: Location, path: str) -> Exception | None:
+    try:
+        with output.filesystem.open_input_file(path) as stream:
+            for _ in pq.ParquetFile(stream).iter_batches(batch_size=1024):
+                pass
+    except FileNotFoundError:
+        raise
+    except (OSError, pa.ArrowException) as error:
+        return error
+    return None
 
 
 def _names(output: Location) -> set[str]:
@@ -143,12 +196,15 @@ def _object(output: Location, name: str, there: set[str]) -> dict[str, Any]:
 
 
 def _state(output: Location, names: set[str], summary: Mapping[str, Any]) -> tuple[str, str | None]:
-    """`_SUCCESS` decides, then what the run said last, if it still lives."""
+    """`_SUCCESS` decides, then whether somebody is at work, then what the run said last: one that
+    goes on after a failure has not said anything yet."""
     if SUCCESS in names:
         return DONE, None
+    if _held(output):
+        return RUNNING, None
     if summary.get("state") == FAILED:
         return FAILED, summary.get("why")
-    return (RUNNING if _held(output) else STOPPED), None
+    return STOPPED, None
 
 
 def _held(output: Location) -> bool:
@@ -175,7 +231,9 @@ def _setting_names(
     except (UserError, TypeError):  # of another version
         items = settings.get("compare")
         alone = str(summary.get("name") or "as configured")
-        return [str(item) for item in items] if isinstance(items, list) else [alone]
+        if not isinstance(items, list):
+            return [alone]
+        return [UNPRUNED if item in (1, "1", "1.0") else str(item) for item in items]
 
 
 def _planned(output: Location, settings: Mapping[str, Any]) -> int | None:

@@ -10,18 +10,22 @@ import base64
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, zip_longest
 from operator import itemgetter
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
+from jinja2.utils import htmlsafe_json_dumps
 
 from trio.report.found_run import FoundRun
 from trio.report.row_figures import Key
 
 MOST_BYTES = 8_000_000
 """Of all cards, as JSON."""
+JSON: Mapping[str, Any] = {"allow_nan": False, "ensure_ascii": False, "separators": (",", ":")}
+"""How the page's data is written."""
 MOST_TEXT = 4_000
 """Characters of a prompt or an answer."""
 NOWHERE = 65_535
@@ -43,22 +47,19 @@ class Cards:
     image, little-endian, base64."""
     left_out: int
     """Prompts for which there was no room."""
+    damaged: Sequence[str] = ()
+    """Files that cannot be read, from the place on where they cannot."""
 
 
 def gallery_keys(found: FoundRun) -> set[Key]:
-    """Of the gallery's rows; none where there is no gallery.
+    """Of the gallery's rows; none where there is no gallery, or of files that are damaged.
 
     Raises:
-        OSError: a file went meanwhile, or the storage does not answer.
-        pyarrow.ArrowException: a file is damaged.
+        FileNotFoundError: a file went meanwhile.
     """
-    names = [*OF_KEY, "setting"]
     return {
         (row["row"], row["prompt_number"], row["setting"])
-        for path in found.gallery
-        for row in pq.read_table(
-            path, filesystem=found.output.filesystem, columns=names
-        ).to_pylist()
+        for row in _rows(found, [], [*OF_KEY, "setting"])
     }
 
 
@@ -70,15 +71,19 @@ def cards_of(found: FoundRun, also: Mapping[Key, Mapping[str, Any]]) -> Cards:
         also: latency and number of stages of each row, from ``rows/``.
 
     Raises:
-        OSError, pyarrow.ArrowException: as `gallery_keys`.
+        FileNotFoundError: a file went meanwhile.
     """
-    whole = [_card(list(own), also) for _, own in groupby(_rows(found), key=itemgetter(*OF_KEY))]
+    damaged: list[str] = []
+    prompts, held = 0, _Held()
+    for _, own in groupby(_rows(found, damaged), key=itemgetter(*OF_KEY)):
+        prompts += 1
+        held.add(list(own), also)
     boxes: dict[str, int] = {}
     made: list[dict[str, Any]] = []
     room = MOST_BYTES
-    for card in _in_turn(whole):
+    for size, card in _in_turn(held.kinds):
         packed = card["boxes"]
-        size = len(repr(card)) - (len(packed) if packed in boxes else 0)
+        size += len(packed or "") if packed not in boxes else 0
         if size > room:
             continue
         room -= size
@@ -88,28 +93,64 @@ def cards_of(found: FoundRun, also: Mapping[Key, Mapping[str, Any]]) -> Cards:
     return Cards(
         cards=sorted(made, key=lambda card: (int(card["row"]), card["prompt_number"])),
         boxes=list(boxes),
-        left_out=len(whole) - len(made),
+        left_out=prompts - len(made),
+        damaged=damaged,
     )
 
 
-def _rows(found: FoundRun) -> Iterator[dict[str, Any]]:
-    """In the order of the input, a few at a time: their scores are long lists."""
+class _Held:
+    """Of each kind the first cards, at most as many as fill the page alone."""
+
+    def __init__(self) -> None:
+        self.kinds: dict[str, list[tuple[int, dict[str, Any]]]] = {}
+        """By kind, cards with their bytes as JSON, boxes not counted."""
+        self._room: dict[str, int] = {}
+        self._boxes: dict[str, str] = {}
+
+    def add(self, own: Sequence[Mapping[str, Any]], also: Mapping[Key, Mapping[str, Any]]) -> None:
+        kind = _kind(own)
+        room = self._room.setdefault(kind, MOST_BYTES)
+        if room <= 0:
+            return
+        card = _card(own, also)
+        packed = card["boxes"]
+        size = json_bytes({**card, "boxes": None})
+        self._room[kind] = room - size
+        if packed is not None:
+            if packed not in self._boxes:
+                self._room[kind] -= len(packed)
+            card["boxes"] = self._boxes.setdefault(packed, packed)
+        self.kinds.setdefault(kind, []).append((size, card))
+
+
+def json_bytes(value: Any) -> int:
+    """Of a value as it stands in the page."""
+    return len(htmlsafe_json_dumps(value, **JSON).encode())
+
+
+def _rows(
+    found: FoundRun, damaged: list[str], columns: Sequence[str] | None = None
+) -> Iterator[dict[str, Any]]:
+    """In the order of the input, a few at a time: their scores are long lists. Names of files that
+    cannot be read are added to `damaged`."""
     for path in found.gallery:
-        with found.output.filesystem.open_input_file(path) as stream:
-            for batch in pq.ParquetFile(stream).iter_batches(batch_size=16):
-                yield from batch.to_pylist()
+        try:
+            with found.output.filesystem.open_input_file(path) as stream:
+                file = pq.ParquetFile(stream)
+                for batch in file.iter_batches(batch_size=16, columns=columns):
+                    yield from batch.to_pylist()
+        except FileNotFoundError:
+            raise
+        except (OSError, pa.ArrowException):
+            damaged.append(path.rpartition("/")[2])
 
 
-def _in_turn(whole: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def _in_turn(
+    kinds: Mapping[str, Sequence[tuple[int, dict[str, Any]]]],
+) -> Iterator[tuple[int, dict[str, Any]]]:
     """One of each kind after the other, so that none takes all the room."""
-    kinds: dict[str, list[dict[str, Any]]] = {}
-    for card in reversed(whole):
-        kinds.setdefault(card["kind"], []).append(card)
-    while kinds:
-        for kind in sorted(kinds):
-            yield kinds[kind].pop()
-            if not kinds[kind]:
-                del kinds[kind]
+    for turn in zip_longest(*(kinds[kind] for kind in sorted(kinds))):
+        yield from (one for one in turn if one is not None)
 
 
 def _kind(own: Sequence[Mapping[str, Any]]) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 from trio.job.comparing.compared import UNPRUNED
 from trio.job.output.summary import PHASES, duration
 from trio.job.output.totals import Totals, ratio
+from trio.report.figure_tables import bounds_text, figure_text
 from trio.report.found_run import FoundRun
 from trio.report.unit_figures import UnitFigures
 from trio.tables import counted, percent
@@ -16,7 +17,10 @@ from trio.tables import counted, percent
 THOUSANDS = ("", "k", "M", "G", "T", "P", "E", "Z")
 WHOLE = 0.005
 """Below it a ratio is as good as 1."""
+AUDIT = "unpruned, for the audit"
 ADVICE = {
+    AUDIT: "Most time goes into asking rows unpruned as well: a smaller share of --audit takes"
+    " less.",
     "waiting for images": "Engines wait for images: more CPUs to decode them (--prepare-cpus, or"
     " further nodes) would help, a faster engine would not.",
     "encoder": "Most time goes into the vision encoder, which pruning in the decoder leaves as it"
@@ -85,7 +89,7 @@ def tiles(found: FoundRun, figures: UnitFigures) -> list[Tile]:
     if kept_bytes is not None:
         note = f"{of}{si(pruned.kv_bytes, 'B')} in all"
         made.append(Tile(label="KV cache", value=_fewer(kept_bytes), note=note))
-    return made + _trust(found)
+    return made + _trust(found, focus)
 
 
 def unpruned(found: FoundRun, figures: UnitFigures) -> list[str]:
@@ -134,7 +138,7 @@ def phases(totals: Totals) -> list[tuple[str, float]]:
         ("prefill", totals.prefill_s - totals.prune_s),
         ("choose tokens", totals.prune_s),
         ("decode", totals.decode_s),
-        ("unpruned, for the audit", totals.audit_s),
+        (AUDIT, totals.audit_s),
         ("idle", totals.idle_s),
     ]
 
@@ -143,11 +147,13 @@ def bottleneck_line(totals: Totals) -> str | None:
     """Where most of the engines' time went, and what helps; None where none was spent."""
     spent = {phase: getattr(totals, name) for phase, name in PHASES.items()}
     spent["encoder"] -= totals.encode_saved_s
+    spent[AUDIT] = totals.audit_s
     longest = max(spent, key=spent.__getitem__)
     part = ratio(spent[longest], sum(spent.values()))
     if part is None:
         return None
-    return f"Bottleneck: {longest}, {100 * part:.0f} % of the engines' time. {ADVICE[longest]}"
+    name = "prefill with choosing" if longest == "prefill" and totals.prune_s else longest
+    return f"Bottleneck: {name}, {100 * part:.0f} % of the engines' time. {ADVICE[longest]}"
 
 
 def _rows(found: FoundRun, totals: Totals) -> Tile:
@@ -180,38 +186,52 @@ def _rate(found: FoundRun, figures: UnitFigures) -> Tile | None:
         if span > 0:
             images, tokens = totals.images / span, totals.output_tokens / span
             note = ", over the time that units span"
+    if totals.rows != totals.inputs:
+        note += "; an image counts once for each answer"
     if not images:
         return None
     value = f"{images:,.2f}" if images < 100 else f"{images:,.0f}"
     return Tile(label="Images / s", value=value, note=f"{tokens or 0:,.0f} output tokens / s{note}")
 
 
-def _trust(found: FoundRun) -> list[Tile]:
+def _trust(found: FoundRun, focus: Focus) -> list[Tile]:
     """Score and agreement, where the run has them."""
     made = []
     settings: Sequence[Mapping[str, Any]] = found.metrics.get("settings") or []
     if settings and (name := settings[-1].get("headline")):
         one = settings[-1]
-        figure = one["figures"].get(name)
-        if figure is not None and figure["value"] <= 1:
+        figure = (one.get("figures") or {}).get(name) or {}
+        if figure.get("value") is not None:
             of = f"{one['name']}: " if len(settings) > 1 else ""
-            note = f"{of}95 % interval {_bounds(figure['interval'])}"
-            label = f"{one['metric']} {name}".replace("_", " ")
-            made.append(Tile(label=label, value=percent(figure["value"]), note=note))
-    elif (right := found.summary.get("accuracy")) is not None and not settings:
-        note = f"of {found.summary['scored']:,} rows"
-        made.append(Tile(label="Mean score", value=percent(right), note=note))
+            words = dict.fromkeys(word for word in (one.get("metric"), name) if word)
+            made.append(
+                Tile(
+                    label=" ".join(words).replace("_", " "),
+                    value=figure_text(name, {"value": figure["value"]}),
+                    note=f"{of}95 % interval {bounds_text(name, figure)}",
+                )
+            )
+    elif not settings:
+        made += _mean_score(found, focus)
     agreement = (found.summary.get("audit") or {}).get("agreement")
     if agreement is not None:
-        note = f"of {agreement['rows']:,} audited, 95 % interval {_bounds(agreement['interval'])}"
+        bounds = bounds_text("agreement", agreement)
+        note = f"of {agreement['rows']:,} audited, 95 % interval {bounds}"
         made.append(Tile(label="Answers as unpruned", value=percent(agreement["value"]), note=note))
     return made
 
 
-def _bounds(interval: Sequence[float] | None) -> str:
-    if interval is None:
-        return "unknown"
-    return f"{100 * interval[0]:.1f} to {100 * interval[1]:.1f} %"
+def _mean_score(found: FoundRun, focus: Focus) -> list[Tile]:
+    """Of the focus: a mean over several settings is nobody's score."""
+    summary: Mapping[str, Any] = found.summary
+    if focus.name is not None:
+        parts = summary.get("settings") or []
+        summary = next((one for one in parts if one["name"] == focus.name), {})
+    if summary.get("accuracy") is None:
+        return []
+    of = "" if focus.name is None else f"{focus.name}: "
+    note = f"{of}of {summary.get('scored') or 0:,} rows"
+    return [Tile(label="Mean score", value=percent(summary["accuracy"]), note=note)]
 
 
 def _times(value: float) -> str:

@@ -184,31 +184,36 @@
       list.append(made("div", { className: "answer" }, made("span", { className: "who" }, "unpruned (audit)"),
         made("span", { className: "said" }, answer.audit)));
     }
-    function choose(answer) {
-      if (several) buttons.forEach((one, n) => one.setAttribute("aria-pressed", card.answers[n] === answer));
-      show(answer);
-    }
-    // The pruned one shows more.
-    choose(card.answers.reduce((best, one) => (one.kept.length > best.kept.length ? one : best)));
-    const told = card.answers[card.answers.length - 1];
-    const facts = [
+    const factsOf = (told) => [
       card.id === null ? null : card.id,
       card.images.length && card.images[0].size ? card.images[0].size.join(" × ") + " px" : null,
       told.retention === null ? null : (100 * told.retention).toFixed(1) + " % kept",
       told.output_tokens === null ? null : told.output_tokens + " tokens said",
       told.latency_s === null ? null : told.latency_s.toFixed(2) + " s",
-    ].filter((one) => one !== null);
+    ].filter((one) => one !== null).join(" · ");
+    function choose(answer) {
+      if (several) buttons.forEach((one, n) => one.setAttribute("aria-pressed", card.answers[n] === answer));
+      show(answer);
+      footer.textContent = factsOf(answer);
+    }
+    const footer = made("footer");
+    // The pruned one shows more.
+    choose(card.answers.reduce((best, one) => (one.kept.length > best.kept.length ? one : best)));
     return made("article", { className: "card" }, pictures, controls,
       made("div", { className: "text" },
         card.prompt === null ? null : made("p", { className: "prompt" }, card.prompt),
         list,
         card.truth.length ? made("p", { className: "note" }, "right: " + card.truth.join(" | ")) : null,
-        made("footer", {}, facts.join(" · ")),
+        footer,
         made("details", {}, made("summary", {}, "run this row again"),
+          made("p", { className: "note" }, "In the directory where the run was started, with the input unchanged"
+            + (card.id === null ? "." : "; its id is " + card.id + ".")),
           made("pre", {}, data.again.replace("--only-row ROW", "--only-row " + card.row)))));
   }
 
-  const most = (card, name, sign) => Math.max(...card.answers.map((one) => (one[name] === null ? -Infinity : sign * one[name])));
+  // What keeps all is no extreme of pruning.
+  const counts = (one, name) => one[name] !== null && !(name === "retention" && data.names.length > 1 && data.names[one.setting] === "unpruned");
+  const most = (card, name, sign) => Math.max(...card.answers.map((one) => (counts(one, name) ? sign * one[name] : -Infinity)));
   const filters = {
     all: ["All", () => true],
     sample: ["Sample", (card) => card.sampled],

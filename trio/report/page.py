@@ -6,19 +6,17 @@ import datetime
 import shlex
 from collections.abc import Mapping, Sequence
 from functools import cache
-from importlib import resources
+from importlib import metadata, resources
 from typing import Any
 
-import pyarrow as pa
 from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from trio.errors import UserError, first_line
 from trio.report.charts import distribution_charts, speed_charts, sureness_charts
 from trio.report.figure_tables import trust_tables
 from trio.report.found_run import DONE, FAILED, RUNNING, STOPPED, FoundRun, find_run
-from trio.report.gallery_cards import Cards, cards_of, gallery_keys
+from trio.report.gallery_cards import JSON, Cards, cards_of, gallery_keys
 from trio.report.headline import bottleneck_line, counted_in, tiles, unpruned
 from trio.report.row_figures import RowFigures, row_figures
 from trio.report.unit_figures import UnitFigures, unit_figures
@@ -29,7 +27,7 @@ LABELS = {DONE: "finished", RUNNING: "running", FAILED: "failed", STOPPED: "stop
 TRIES = 3
 """Where files go while they are read, as units are put together."""
 MOST_KINDS = 12
-"""Of errors, that are told of with examples."""
+"""Of errors, that are told of."""
 
 
 def page_of(place: str) -> str:
@@ -40,28 +38,25 @@ def page_of(place: str) -> str:
         OSError: the storage does not answer.
     """
     for tried in range(1, TRIES + 1):
-        found = find_run(place)
         try:
-            return _page(found)
-        except OSError:
+            return _page(find_run(place))
+        except FileNotFoundError:
             if tried == TRIES:
                 raise
-        except pa.ArrowException as error:
-            raise UserError(
-                f"{found.output.uri}: a file of rows/, stats/ or gallery/ is damaged"
-                f" ({first_line(error)}): remove it; of an unfinished run the job writes it anew"
-            ) from error
     raise AssertionError
 
 
 def _page(found: FoundRun) -> str:
     units = unit_figures(found)
-    rows = row_figures(found, gallery_keys(found))
+    found = found.with_settings(len(units.by_setting))
+    kinds = [kind for kind, _ in _by_count(units.totals.error_kinds)[:MOST_KINDS]]
+    rows = row_figures(found, gallery_keys(found), kinds)
     return rendered(found, units, rows, cards_of(found, rows.of_gallery))
 
 
 def rendered(found: FoundRun, units: UnitFigures, rows: RowFigures, cards: Cards) -> str:
     """The page's text."""
+    errors = _errors(units, rows)
     groups = {
         "trust": sureness_charts(found, rows),
         "speed": speed_charts(units),
@@ -85,12 +80,15 @@ def rendered(found: FoundRun, units: UnitFigures, rows: RowFigures, cards: Cards
         groups=groups,
         engines=units.engines,
         engine_count=units.engine_count,
-        errors=_errors(units, rows),
+        errors=errors[:MOST_KINDS],
+        more_kinds=max(0, len(errors) - MOST_KINDS),
         extremes=_extremes(found, rows),
         several=len(found.names) > 1,
         names=list(found.names),
         card_count=len(cards.cards),
         left_out=cards.left_out,
+        damaged=cards.damaged,
+        gallery_on=bool(found.settings.get("gallery")),
         config=found.config,
         commands=_commands(found),
         data={
@@ -103,6 +101,7 @@ def rendered(found: FoundRun, units: UnitFigures, rows: RowFigures, cards: Cards
         style=_source("page.css"),
         script=_source("page.js"),
         plotly=Markup(get_plotlyjs()),
+        notice=_notice(),
         charted=any(groups.values()),
     )
 
@@ -113,13 +112,22 @@ def _template() -> Template:
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     # What `tojson` writes of text has no <, > and &, so it ends no script.
-    environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
+    environment.policies["json.dumps_kwargs"] = dict(JSON)
     return environment.from_string(_source("page.html.j2"))
 
 
 def _source(name: str) -> Markup:
     """A file of this package: like plotly's script it holds no text of a run."""
     return Markup((resources.files("trio.report") / name).read_text(encoding="utf-8"))
+
+
+def _notice() -> Markup:
+    """The licence that plotly's script asks to go with it, fit for a comment."""
+    files = metadata.files("plotly") or []
+    for file in files:
+        if file.name == "LICENSE.txt" and "dist-info" in str(file):
+            return Markup(file.read_text(encoding="utf-8").replace("--", "- -").strip())
+    return Markup("MIT License, Copyright (c) Plotly Technologies Inc.")
 
 
 def _title(found: FoundRun) -> str:
@@ -190,15 +198,15 @@ def _errors(units: UnitFigures, rows: RowFigures) -> list[Mapping[str, Any]]:
     counts = dict(units.totals.error_kinds)
     for kind in rows.error_examples:
         counts.setdefault(kind, len(rows.error_examples[kind]))
-    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     return [
-        {
-            "kind": kind,
-            "count": f"{count:,}",
-            "examples": rows.error_examples.get(kind, []) if place < MOST_KINDS else [],
-        }
-        for place, (kind, count) in enumerate(ordered)
+        {"kind": kind, "count": f"{count:,}", "examples": rows.error_examples.get(kind, [])}
+        for kind, count in _by_count(counts)
     ]
+
+
+def _by_count(counts: Mapping[str, int]) -> list[tuple[str, int]]:
+    """The most frequent first."""
+    return sorted(counts.items(), key=lambda item: (-item[1], item[0]))
 
 
 def _extremes(found: FoundRun, rows: RowFigures) -> list[Mapping[str, Any]]:
@@ -225,8 +233,10 @@ def _extremes(found: FoundRun, rows: RowFigures) -> list[Mapping[str, Any]]:
 
 def _commands(found: FoundRun) -> Sequence[tuple[str, str]]:
     here = shlex.quote(found.output.uri)
+    uploads = found.settings.get("push_to_hub")
+    replaced = f"; it replaces the uploaded data set {uploads}" if uploads else ""
     made = [
-        ("the whole run once more", _command(found, "--output NEW")),
+        (f"the whole run once more{replaced}", _command(found, "--output NEW")),
         ("one row once more, by its number in the column row", _again(found)),
         ("this page anew", f"python jobs/report.py {here}"),
     ]

@@ -14,8 +14,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
 
+from trio.errors import UserError
 from trio.job.comparing.compared import UNPRUNED
-from trio.report.found_run import FoundRun
+from trio.report.found_run import FoundRun, naming_the_damaged
 from trio.report.histogram import Histogram
 
 BATCH = 1 << 15
@@ -25,7 +26,7 @@ EXTREMES = 5
 KINDS = 40
 """Of errors, that examples are kept of."""
 STAGES = 8
-"""That figures are given of."""
+"""That means are drawn of; the last one and the count are those of all stages."""
 MARGIN_EDGES = np.array([0, 0.1, 0.25, 0.5, 1, 2, 4, 8, np.inf])
 """Of the distance to the second-best candidate [nats]."""
 CERTAINTY_EDGES = np.linspace(0, 1, 11)
@@ -118,21 +119,29 @@ class RowFigures:
     """Latency and number of stages of the rows that the gallery shows."""
 
 
-def row_figures(found: FoundRun, shown: Collection[Key] = ()) -> RowFigures:
+def row_figures(
+    found: FoundRun, shown: Collection[Key] = (), kinds: Collection[str] = ()
+) -> RowFigures:
     """Read the rows of a run.
 
     Args:
         found: the run.
         shown: rows of the gallery.
+        kinds: of errors, that examples are wanted of; empty: the first `KINDS`.
 
     Raises:
+        UserError: a file is damaged, or has rows of a setting without a name.
         OSError: a file went meanwhile, or the storage does not answer.
-        pyarrow.ArrowException: a file is damaged.
     """
+    with naming_the_damaged(found, found.rows):
+        return _figures(found, shown, kinds)
+
+
+def _figures(found: FoundRun, shown: Collection[Key], kinds: Collection[str]) -> RowFigures:
     dataset = _dataset(found)
     of = "margin" if "margin" in dataset.schema.names else "logprob_mean"
     made = RowFigures(settings=[SettingFigures(sureness=Sureness(of=of)) for _ in found.names])
-    scan = _Scan(found, made, dataset.schema.names, shown)
+    scan = _Scan(found, made, dataset.schema.names, shown, kinds)
     for batch in _complete(dataset, scan.columns, len(found.names)):
         scan.add(batch)
     scan.finish(dataset)
@@ -172,7 +181,12 @@ class _Scan:
     """The pass."""
 
     def __init__(
-        self, found: FoundRun, made: RowFigures, there: Sequence[str], shown: Collection[Key]
+        self,
+        found: FoundRun,
+        made: RowFigures,
+        there: Sequence[str],
+        shown: Collection[Key],
+        kinds: Collection[str],
     ) -> None:
         self._made = made
         self._unpruned = found.names.index(UNPRUNED) if UNPRUNED in found.names else None
@@ -182,7 +196,9 @@ class _Scan:
         self.columns = [name for name in wanted if name in there]
         self._shown = set(shown)
         self._shown_rows = np.array(sorted({key[0] for key in shown}), np.int64)
+        self._kinds = frozenset(kinds)
         self._errors: dict[str, list[Key]] = {}
+        self._shortest = np.inf
         self._best: dict[str, tuple[np.ndarray, np.ndarray]] = {}
 
     def add(self, table: pa.Table) -> None:
@@ -194,11 +210,14 @@ class _Scan:
             ],
             axis=1,
         )
+        if (most := int(keys[:, 2].max())) >= len(self._made.settings):
+            raise UserError(
+                f"rows/ has rows of setting {most}, but statistics and run.yaml name"
+                f" {len(self._made.settings)}: put those of the run back from a copy"
+            )
         numbers = {name: _numbers(table, name) for name in NUMBERS}
-        stages = _stages(table)
-        last = numbers["visual_tokens_encoder"].copy()
-        for place in range(stages.shape[1]):
-            last = np.where(np.isfinite(stages[:, place]), stages[:, place], last)
+        stages, last, count = _stages(table)
+        last = np.where(count > 0, last, numbers["visual_tokens_encoder"])
         for number, one in enumerate(self._made.settings):
             mine = keys[:, 2] == number
             if mine.any():
@@ -208,12 +227,14 @@ class _Scan:
                 for name, worth in self._worths(table, keys, numbers["score"], number):
                     one.sureness.add(name, _sure(one.sureness.of, numbers)[mine], worth[mine])
         self._note_errors(table, keys)
+        lengths = numbers["output_tokens"]
+        self._shortest = min(self._shortest, np.nanmin(lengths, initial=np.inf))
         # What keeps all is no extreme of pruning.
         pruned = keys[:, 2] != (-1 if self._unpruned is None else self._unpruned)
         numbers["retention"] = np.where(pruned, numbers["retention"], np.nan)
         for heading, column, largest in ORDERS:
             self._note_extremes(heading, numbers[column] * (-1 if largest else 1), keys)
-        self._note_gallery(keys, numbers["latency_s"], np.isfinite(stages).sum(axis=1))
+        self._note_gallery(keys, numbers["latency_s"], count)
 
     def _worths(
         self, table: pa.Table, keys: np.ndarray, score: np.ndarray, number: int
@@ -244,6 +265,8 @@ class _Scan:
         texts = table["error"].take(pa.array(failed))
         kinds = pc.list_element(pc.split_pattern(texts, ":", max_splits=1), 0).to_pylist()
         for place, kind in zip(failed.tolist(), kinds, strict=True):
+            if self._kinds and kind not in self._kinds:
+                continue
             mine = self._errors.get(kind, [])
             if mine and mine[-1][:2] == _key(keys[place])[:2]:
                 continue  # in another setting
@@ -295,6 +318,8 @@ class _Scan:
     def _varies(self, heading: str) -> bool:
         """Whether rows differ in it: else none is an extreme."""
         column = next(column for name, column, _ in ORDERS if name == heading)
+        if column == "output_tokens":
+            return bool(-self._best[heading][0][0] > self._shortest)
         if column != "retention":
             return True
         low, high = (self._best[heading][0] for heading, name, _ in ORDERS if name == column)
@@ -330,10 +355,12 @@ def _numbers(table: pa.Table, name: str) -> np.ndarray:
     return np.asarray(table[name].cast(pa.float64()).to_numpy(), np.float64)
 
 
-def _stages(table: pa.Table) -> np.ndarray:
-    """Visual tokens after each stage, `[R, S]`; NaN where a row has fewer stages."""
+def _stages(table: pa.Table) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Visual tokens after each of the first stages, `[R, S]`, NaN where a row has fewer; after the
+    last one of all, `[R]`, NaN where there is none; and the number of all, `[R]`."""
+    last = np.full(table.num_rows, np.nan)
     if "visual_tokens_stages" not in table.column_names:
-        return np.full((table.num_rows, 0), np.nan)
+        return np.full((table.num_rows, 0), np.nan), last, np.zeros(table.num_rows, np.int64)
     cells = table["visual_tokens_stages"].combine_chunks()
     lengths = np.nan_to_num(pc.list_value_length(cells).to_numpy(zero_copy_only=False))
     lengths = lengths.astype(np.int64)
@@ -343,7 +370,9 @@ def _stages(table: pa.Table) -> np.ndarray:
     for place in range(out.shape[1]):
         there = lengths > place
         out[there, place] = values[starts[there] + place]
-    return out
+    there = lengths > 0
+    last[there] = values[(starts + lengths - 1)[there]]
+    return out, last, lengths
 
 
 def _texts(dataset: ds.Dataset, wanted: Collection[Key]) -> dict[Key, Mapping[str, Any]]:

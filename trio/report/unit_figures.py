@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.dataset as ds
 
 from trio.job.output.totals import COUNTS, Totals, from_pairs, merge
-from trio.report.found_run import FoundRun
+from trio.report.found_run import FoundRun, naming_the_damaged
 
 FEWEST, MOST = 6, 120
 """Points of a rate over time; between them two units each, as these end in bursts."""
@@ -53,6 +54,7 @@ class UnitFigures:
 
     totals: Totals
     by_setting: Sequence[Totals]
+    """Of all settings that have a name or statistics."""
     began: float | None
     """When the first unit was begun [s since 1970, UTC]; None where there is none."""
     ended: float | None
@@ -68,13 +70,15 @@ def unit_figures(found: FoundRun) -> UnitFigures:
     """Read the statistics of a run.
 
     Raises:
+        UserError: a file is damaged.
         OSError: a file went meanwhile, or the storage does not answer.
-        pyarrow.ArrowException: a file is damaged.
     """
-    table = _table(found)
+    with naming_the_damaged(found, found.stats):
+        table = _table(found)
+    settings = max(len(found.names), (pc.max(table["setting"]).as_py() or 0) + 1)
     by_setting = [
         _totals(table.filter(pc.equal(table["setting"], number)) if table.num_rows else table)
-        for number in range(len(found.names))
+        for number in range(settings)
     ]
     began, ended = _seconds(table, "start"), _seconds(table, "end")
     edges, rates = _rates(table, began, ended)
@@ -107,15 +111,19 @@ def _totals(table: pa.Table) -> Totals:
     if not table.num_rows:
         return Totals()
     sums = {
-        field.name: sum(table[field.name].to_pylist())
+        field.name: sum(one or 0 for one in table[field.name].to_pylist())
         for field in fields(Totals)
         if field.name not in COUNTS and field.name in table.column_names
     }
     kinds: Counter[str] = Counter()
-    for cell in table["error_kinds"].to_pylist():
+    for cell in _cells(table, "error_kinds"):
         kinds.update(from_pairs(cell))
-    graphs = Counter(state for state in table["cuda_graphs"].to_pylist() if state)
+    graphs = Counter(state for state in _cells(table, "cuda_graphs") if state)
     return Totals(error_kinds=kinds, cuda_graphs=graphs, **sums)
+
+
+def _cells(table: pa.Table, name: str) -> list[Any]:
+    return list(table[name].to_pylist()) if name in table.column_names else []
 
 
 def _seconds(table: pa.Table, name: str) -> np.ndarray:
@@ -134,7 +142,7 @@ def _rates(
     points = min(MOST, max(FEWEST, len(began) // 2))
     edges = np.linspace(began.min(), ended.max(), points + 1)
     width = edges[1] - edges[0]
-    images = table["images"].to_numpy()
+    images = table["images"].to_numpy() if "images" in table.column_names else np.zeros(len(began))
     coded = pc.dictionary_encode(table["actor"].combine_chunks())
     actors, names = coded.indices.to_numpy(), coded.dictionary.to_pylist()
     order = np.argsort(-np.bincount(actors, weights=images), kind="stable")
@@ -156,6 +164,8 @@ def _engines(table: pa.Table) -> list[EngineLine]:
     if not table.num_rows:
         return []
     sums = ("rows", "images", "encode_s", "prefill_s", "decode_s", "preprocess_wait_s", "idle_s")
+    for name in set(sums) - set(table.column_names):
+        table = table.append_column(name, pa.array([0] * table.num_rows, pa.int64()))
     grouped = table.group_by("actor").aggregate(
         [(name, "sum") for name in sums] + [("node", "max")]
     )
