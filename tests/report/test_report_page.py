@@ -210,6 +210,45 @@ def test_a_run_under_way_is_told_from_one_that_was_killed(tmp_path: Path) -> Non
     assert f"--output {run.path}" in page.text and "go on with this run" in page.text.lower()
 
 
+def test_a_failed_run_that_goes_on_is_running(tmp_path: Path) -> None:
+    run = failed(tmp_path)
+    with lease.hold(locate(str(run.path))):
+        assert find_run(str(run.path)).state == "running"
+    assert find_run(str(run.path)).state == "failed"
+
+
+def test_what_would_replace_an_upload_says_so(tmp_path: Path) -> None:
+    run = MadeRun(tmp_path, push_to_hub="me/data", audit=0.5, min_agreement=0.9).commit()
+    page = Page(page_of(str(run.path)))
+    assert "The whole run once more; it replaces the uploaded data set me/data" in page.words
+    again = page.data["again"].replace("ROW", "3")
+    settings, _ = cli.read_call(shlex.split(again.partition(".py ")[2]), prog="", description="")
+    assert settings.output.push_to_hub is None and settings.limits.min_agreement is None
+
+
+def test_the_most_frequent_errors_are_told_of_with_examples(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = MadeRun(tmp_path).commit()
+    for path in (run.path / "rows").iterdir():
+        rows = pq.read_table(path)
+        errors = [f"rare_{n}: x" if n == 0 else e for n, e in enumerate(rows["error"].to_pylist())]
+        place = rows.schema.get_field_index("error")
+        pq.write_table(rows.set_column(place, "error", pa.array(errors)), path)
+    for path in (run.path / "stats").iterdir():
+        stats = pq.read_table(path)
+        kinds = [[("image_invalid", 2), ("rare_0", 1)]] * stats.num_rows
+        place = stats.schema.get_field_index("error_kinds")
+        cells = [[{"name": n, "value": v} for n, v in cell] for cell in kinds]
+        column = pa.array(cells, stats.schema.field("error_kinds").type)
+        pq.write_table(stats.set_column(place, "error_kinds", column), path)
+    monkeypatch.setattr("trio.report.page.MOST_KINDS", 1)
+    page = Page(page_of(str(run.path)))
+    assert "And 1 more kind." in page.words
+    assert "image_invalid" in page.words and "rare_0" not in page.words
+    assert "image_invalid: not an image <b>at all</b>" in page.words
+
+
 def test_why_a_run_failed_stands_on_top(made: Callable[..., MadeRun]) -> None:
     page = Page(page_of(str(made(failed).path)))
     assert any("engines <do> not start" in word for word in page.words)

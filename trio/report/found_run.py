@@ -147,14 +147,13 @@ def naming_the_damaged(found: FoundRun, paths: Sequence[str]) -> Iterator[None]:
 
 
 def _unreadable(output: Location, path: str) -> Exception | None:
-    try:
-        with output.filesystem.open_input_file(path) as stream:
+    """Why; a storage that does not even open it raises OSError."""
+    with output.filesystem.open_input_file(path) as stream:
+        try:
             for _ in pq.ParquetFile(stream).iter_batches(batch_size=1024):
                 pass
-    except FileNotFoundError:
-        raise
-    except (OSError, pa.ArrowException) as error:
-        return error
+        except (OSError, pa.ArrowException) as error:
+            return error
     return None
 
 

@@ -55,7 +55,7 @@ def gallery_keys(found: FoundRun) -> set[Key]:
     """Of the gallery's rows; none where there is no gallery, or of files that are damaged.
 
     Raises:
-        FileNotFoundError: a file went meanwhile.
+        OSError: a file went meanwhile, or the storage does not answer.
     """
     return {
         (row["row"], row["prompt_number"], row["setting"])
@@ -71,7 +71,7 @@ def cards_of(found: FoundRun, also: Mapping[Key, Mapping[str, Any]]) -> Cards:
         also: latency and number of stages of each row, from ``rows/``.
 
     Raises:
-        FileNotFoundError: a file went meanwhile.
+        OSError: as `gallery_keys`.
     """
     damaged: list[str] = []
     prompts, held = 0, _Held()
@@ -134,15 +134,13 @@ def _rows(
     """In the order of the input, a few at a time: their scores are long lists. Names of files that
     cannot be read are added to `damaged`."""
     for path in found.gallery:
-        try:
-            with found.output.filesystem.open_input_file(path) as stream:
+        with found.output.filesystem.open_input_file(path) as stream:
+            try:
                 file = pq.ParquetFile(stream)
                 for batch in file.iter_batches(batch_size=16, columns=columns):
                     yield from batch.to_pylist()
-        except FileNotFoundError:
-            raise
-        except (OSError, pa.ArrowException):
-            damaged.append(path.rpartition("/")[2])
+            except (OSError, pa.ArrowException):
+                damaged.append(path.rpartition("/")[2])
 
 
 def _in_turn(
