@@ -242,6 +242,13 @@ def thumbnail(index: int) -> bytes:
     return stream.getvalue()
 
 
+def spoil(path: Path) -> None:
+    """Its first pages; the footer stays whole."""
+    data = bytearray(path.read_bytes())
+    data[4:400] = b"\xff" * 396
+    path.write_bytes(data)
+
+
 def metrics_of(names: Sequence[str]) -> dict[str, Any]:
     """As `jobs/vqa.py --compare` writes it."""
     figure = {"value": 0.8125, "interval": [0.7, 0.9], "interval_by": "wilson"}

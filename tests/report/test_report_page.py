@@ -7,17 +7,13 @@ import shlex
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import report
 
-from tests.report.made_runs import EVIL, MadeRun, metrics_of
+from tests.report.made_runs import EVIL, MadeRun, metrics_of, spoil
 from tests.report.pages import Page, outside, tiles_of
 from trio.job import cli
-from trio.job.input.units import Unit
 from trio.job.output.compaction import compact
 from trio.job.resume import lease
 from trio.job.resume.committed import listed
@@ -226,29 +222,6 @@ def test_what_would_replace_an_upload_says_so(tmp_path: Path) -> None:
     assert settings.output.push_to_hub is None and settings.limits.min_agreement is None
 
 
-def test_the_most_frequent_errors_are_told_of_with_examples(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = MadeRun(tmp_path).commit()
-    for path in (run.path / "rows").iterdir():
-        rows = pq.read_table(path)
-        errors = [f"rare_{n}: x" if n == 0 else e for n, e in enumerate(rows["error"].to_pylist())]
-        place = rows.schema.get_field_index("error")
-        pq.write_table(rows.set_column(place, "error", pa.array(errors)), path)
-    for path in (run.path / "stats").iterdir():
-        stats = pq.read_table(path)
-        kinds = [[("image_invalid", 2), ("rare_0", 1)]] * stats.num_rows
-        place = stats.schema.get_field_index("error_kinds")
-        cells = [[{"name": n, "value": v} for n, v in cell] for cell in kinds]
-        column = pa.array(cells, stats.schema.field("error_kinds").type)
-        pq.write_table(stats.set_column(place, "error_kinds", column), path)
-    monkeypatch.setattr("trio.report.page.MOST_KINDS", 1)
-    page = Page(page_of(str(run.path)))
-    assert "And 1 more kind." in page.words
-    assert "image_invalid" in page.words and "rare_0" not in page.words
-    assert "image_invalid: not an image <b>at all</b>" in page.words
-
-
 def test_why_a_run_failed_stands_on_top(made: Callable[..., MadeRun]) -> None:
     page = Page(page_of(str(made(failed).path)))
     assert any("engines <do> not start" in word for word in page.words)
@@ -291,14 +264,6 @@ def test_files_that_go_meanwhile_are_looked_for_again(
     assert len(looks) == 2
 
 
-def test_a_run_of_another_version_has_a_page(tmp_path: Path) -> None:
-    run = MadeRun(tmp_path, compare=COMPARE).commit()
-    config = run.path / "run.yaml"
-    config.write_text(config.read_text() + "setting_of_tomorrow: 3\n")
-    page = Page(page_of(str(run.path)))
-    assert "setting_of_tomorrow: 3" in page.text and page.data["names"] == ["unpruned", "given"]
-
-
 @pytest.mark.parametrize(
     ("make", "told"),
     [
@@ -332,7 +297,7 @@ def _damaged(path: Path) -> Path:
 
 def _bad_page(path: Path) -> Path:
     run = finished(path)
-    _spoil(next((run.path / "stats").iterdir()))
+    spoil(next((run.path / "stats").iterdir()))
     return run.path
 
 
@@ -340,51 +305,6 @@ def _no_text(path: Path) -> Path:
     run = finished(path)
     (run.path / "run.yaml").write_bytes(b"input: \xff\xfe")
     return run.path
-
-
-def _spoil(path: Path) -> None:
-    """Its first pages; the footer stays whole."""
-    data = bytearray(path.read_bytes())
-    data[4:400] = b"\xff" * 396
-    path.write_bytes(data)
-
-
-def test_a_damaged_file_of_the_gallery_is_left_out(tmp_path: Path) -> None:
-    run = MadeRun(tmp_path).commit().gallery().close()
-    (good,) = (run.path / "gallery").iterdir()
-    second, third = (good.with_name(unit.name) for unit in _later_units(run))
-    second.write_bytes(good.read_bytes())
-    _spoil(second)
-    third.write_bytes(b"PAR1 and no more")
-    page = Page(page_of(str(run.path)))
-    assert len(page.data["cards"]) == 12
-    assert "Damaged, and left out" in page.text
-    assert second.name in page.text and third.name in page.text
-
-
-def _later_units(run: MadeRun) -> list[Unit]:
-    return sorted(listed(run.output))[1:3]
-
-
-def test_settings_without_a_name_are_shown_all_the_same(tmp_path: Path) -> None:
-    run = MadeRun(tmp_path, compare=("1", "given", "fastv:1/2")).commit()
-    config = run.path / "run.yaml"
-    text = re.sub(
-        r"^compare:(.*\n)(- .*\n)*", "compare: [1, given]\n", config.read_text(), flags=re.M
-    )
-    config.write_text(text + "setting_of_tomorrow: 3\n")
-    html = page_of(str(run.path))
-    assert Page(html).data["names"] == ["unpruned", "given", "setting 2"]
-    assert tiles_of(html)["Rows written"][0] == f"{len(run.rows)}"
-
-
-def test_what_an_older_version_did_not_count_is_nothing(tmp_path: Path) -> None:
-    run = MadeRun(tmp_path).commit()
-    for path in (run.path / "stats").iterdir():
-        table = pq.read_table(path)
-        older = table.drop_columns(["error_kinds", "cuda_graphs", "audit_s", "idle_s", "images"])
-        pq.write_table(older, path)
-    assert tiles_of(page_of(str(run.path)))["Rows written"][0] == "24"
 
 
 @pytest.mark.parametrize(
@@ -428,19 +348,3 @@ def test_commands_on_the_page_are_ones_that_the_jobs_take(made: Callable[..., Ma
     settings, _ = cli.read_call(flags, prog="", description="", hidden=("questions",))
     assert settings.input.only_row == run.rows[3]["row"] and settings.output.output == "NEW"
     assert settings.pruning.retention == 0.25
-
-
-def test_numbers_that_are_none_do_not_end_the_page(tmp_path: Path) -> None:
-    """A gallery whose rows lack all that may be null."""
-    run = MadeRun(tmp_path).commit()
-    run.gallery()
-    path = next((run.path / "gallery").iterdir())
-    rows: list[dict[str, Any]] = pq.read_table(path).to_pylist()
-    bare = [
-        {name: row[name] for name in ("row", "prompt_number", "setting", "why", "finish_reason")}
-        | {"thumbnails": [b"no jpeg"], "score": float("nan")}
-        for row in rows
-    ]
-    pq.write_table(pa.Table.from_pylist(bare, pq.read_schema(path)), path)
-    (first, *_) = Page(page_of(str(run.path))).data["cards"]
-    assert first["images"] == [] and first["answers"][0]["score"] is None
