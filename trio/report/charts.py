@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
+from trio.job.output.summary import phases
 from trio.report.found_run import FoundRun
-from trio.report.headline import phases
+from trio.report.headline import AUDIT
 from trio.report.histogram import Histogram
 from trio.report.row_figures import RowFigures, SettingFigures
 from trio.report.unit_figures import LINES, UnitFigures
@@ -31,6 +32,8 @@ ASKED = {
     "compare": ("As unpruned, by how sure", "Share of answers that are the unpruned model's"),
 }
 """By what sureness is held against: a title, and what is drawn."""
+LABELS = {"wait": "wait for images", "choose": "choose tokens", "audit": AUDIT}
+"""Of phases that are not told of by their names."""
 FEW_DECADES = 2.5
 """Up to which a logarithmic axis of seconds has three ticks in each."""
 AXIS = {"title": {"text": ""}, "automargin": True, "fixedrange": True}
@@ -94,7 +97,8 @@ def _short_names(names: Sequence[str]) -> Sequence[str]:
 
 
 def _phases(figures: UnitFigures) -> Chart | None:
-    spent = [(name, seconds) for name, seconds in phases(figures.totals) if seconds > 0]
+    found = phases(figures.totals).items()
+    spent = [(LABELS.get(phase, phase), seconds) for phase, seconds in found if seconds > 0]
     whole = sum(seconds for _, seconds in spent)
     if not whole:
         return None

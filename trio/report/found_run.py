@@ -24,16 +24,18 @@ from trio.job import run_yaml
 from trio.job.comparing.compared import UNPRUNED
 from trio.job.input.units import Unit
 from trio.job.output.file_record import read_record
+from trio.job.output.gallery import GALLERY
 from trio.job.output.output_directory import CONFIG, MANIFEST, SUCCESS, SUMMARY
 from trio.job.output.sink import ROWS, STATS
+from trio.job.output.summary import DONE, FAILED, RUNNING
 from trio.job.resume import committed, lease
 from trio.job.settings import made_of
 from trio.job.storage import Location, locate, read_bytes
 
 METRICS = "metrics.json"
-GALLERY = "gallery"
-DONE, RUNNING, FAILED, STOPPED = "done", "running", "failed", "stopped"
-"""`STOPPED`: not finished, and nobody is at work: killed, or stopped by an older version."""
+STOPPED = "stopped"
+"""Beside the states that a run tells of itself: not finished, and nobody is at work, as it was
+killed, or stopped by an older version."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -21,6 +21,7 @@ from jinja2.utils import htmlsafe_json_dumps
 
 from trio.report.found_run import FoundRun
 from trio.report.row_figures import Key
+from trio.viz.drawing import ranks
 
 MOST_BYTES = 8_000_000
 """Of all cards, as JSON."""
@@ -246,10 +247,8 @@ def _scores(values: Sequence[float | None]) -> str | None:
     there = np.isfinite(found)
     if not there.any():
         return None
-    out = np.full(len(found), GONE, np.uint8)
-    order = np.unique(found[there], return_inverse=True)[1]
-    out[there] = np.round(order / max(1, int(order.max())) * (GONE - 1))
-    return _packed(out)
+    level = ranks(np.where(there, found, np.nan))
+    return _packed(np.where(there, np.round(level * (GONE - 1)), GONE).astype(np.uint8))
 
 
 def _packed(values: np.ndarray) -> str:

@@ -130,19 +130,6 @@ def _unpruned_s(own: Totals) -> float | None:
     return own.encode_s + (own.prefill_s - own.prune_s) * fewer + own.decode_s
 
 
-def phases(totals: Totals) -> list[tuple[str, float]]:
-    """Seconds of engines by what they did; each moment is in one of them."""
-    return [
-        ("wait for images", totals.preprocess_wait_s),
-        ("encode", totals.encode_s - totals.encode_saved_s),
-        ("prefill", totals.prefill_s - totals.prune_s),
-        ("choose tokens", totals.prune_s),
-        ("decode", totals.decode_s),
-        (AUDIT, totals.audit_s),
-        ("idle", totals.idle_s),
-    ]
-
-
 def bottleneck_line(totals: Totals) -> str | None:
     """Where most of the engines' time went, and what helps; None where none was spent."""
     spent = {phase: getattr(totals, name) for phase, name in PHASES.items()}

@@ -13,9 +13,10 @@ from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from trio.job.output.summary import DONE, FAILED, RUNNING
 from trio.report.charts import distribution_charts, speed_charts, sureness_charts
 from trio.report.figure_tables import trust_tables
-from trio.report.found_run import DONE, FAILED, RUNNING, STOPPED, FoundRun, find_run
+from trio.report.found_run import STOPPED, FoundRun, find_run
 from trio.report.gallery_cards import JSON, Cards, cards_of, gallery_keys
 from trio.report.headline import bottleneck_line, counted_in, tiles, unpruned
 from trio.report.row_figures import RowFigures, row_figures

@@ -8,7 +8,8 @@ from typing import Any
 
 from trio.job.engines.engine_actor import _Running
 from trio.job.live import prometheus
-from trio.job.live.prometheus import COUNTERS, ERRORS, NAMES, SECONDS, increments, phases, short
+from trio.job.live.prometheus import COUNTERS, ERRORS, NAMES, SECONDS, increments, short
+from trio.job.output.summary import phases
 from trio.job.output.totals import Totals
 
 DASHBOARD = Path(prometheus.__file__).with_name("grafana.json")

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
 from ray.util import metrics
 
 from trio.job.desk import Gauges
 from trio.job.output.progress import Progress
+from trio.job.output.summary import phases
 from trio.job.output.totals import Totals
 
 RUN, ENGINE, KIND, PHASE = "run", "engine", "kind", "phase"
@@ -82,19 +82,6 @@ NAMES = frozenset(
 """Without Ray's prefix."""
 
 
-def phases(totals: Totals) -> dict[str, float]:
-    """Seconds of engines, each in one phase, where ``summary.json`` has sums that overlap."""
-    return {
-        "wait": totals.preprocess_wait_s,
-        "encode": totals.encode_s - totals.encode_saved_s,
-        "prefill": totals.prefill_s - totals.prune_s,
-        "choose": totals.prune_s,
-        "decode": totals.decode_s,
-        "audit": totals.audit_s,
-        "idle": totals.idle_s,
-    }
-
-
 def increments(totals: Totals) -> Iterator[tuple[str, dict[str, str], float]]:
     """What committed rows add: counter, tags beside those of run and engine, and by how much."""
     for counter in COUNTERS:
@@ -124,12 +111,7 @@ class RunMetrics:
     def __enter__(self) -> RunMetrics:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._of_engines({})
         for name in ("trio_engines_working", "trio_rows_uncommitted"):
             self._metrics[name].set(0, self._run)

@@ -166,6 +166,19 @@ def share(value: float | None) -> str | None:
     return None if value is None else f"{100 * value:.1f} %"
 
 
+def phases(totals: Totals) -> dict[str, float]:
+    """Seconds of engines, each in one phase, where ``summary.json`` has sums that overlap."""
+    return {
+        "wait": totals.preprocess_wait_s,
+        "encode": totals.encode_s - totals.encode_saved_s,
+        "prefill": totals.prefill_s - totals.prune_s,
+        "choose": totals.prune_s,
+        "decode": totals.decode_s,
+        "audit": totals.audit_s,
+        "idle": totals.idle_s,
+    }
+
+
 def bottleneck(totals: Totals, *, alone: bool = False) -> str | None:
     """Where most of the engines' time went, as in "waiting for images 90 %"; `alone`: what another
     setting's reading of the images has spared is counted as well."""
