@@ -186,7 +186,7 @@ def is_answered_by(value: str, true: Row) -> bool:
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_local")
-@pytest.mark.parametrize("count", [FEW, MANY])
+@pytest.mark.parametrize("count", [pytest.param(FEW, marks=pytest.mark.slow), MANY])
 def test_joined_pictures_as_gqa_in_groups(tmp_path: Path, count: int) -> None:
     pictures = tmp_path / "pictures.parquet"
     truth = write_joined(tmp_path / "in.parquet", pictures, count)
@@ -222,7 +222,7 @@ def test_joined_pictures_as_gqa_in_groups(tmp_path: Path, count: int) -> None:
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_local")
-@pytest.mark.parametrize("count", [FEW, MANY])
+@pytest.mark.parametrize("count", [pytest.param(FEW, marks=pytest.mark.slow), MANY])
 def test_words_to_choose_among_by_likelihood(tmp_path: Path, count: int) -> None:
     truth = write_choices(tmp_path / "in.parquet", count)
     fields = {"choices": "choices[]", "answer": "answer"}

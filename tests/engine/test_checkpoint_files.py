@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.tiny.llava import LLAVA_NEXT, save_tiny_checkpoint, tiny_llava
 from tests.tiny.qwen2_5_vl import save_tiny_qwen
+from trio.decoder import default_dtype
 from trio.engine.engine import Engine
 from trio.engine.loading import load, load_processor
 from trio.errors import UserError
@@ -299,8 +300,14 @@ def test_what_the_first_processors_left_out_is_in_the_config(
     Engine.from_pretrained(str(directory), device="cpu", kv_bytes=1 << 26)
 
 
-def test_a_model_saved_in_half_precision_keeps_it_with_auto(tmp_path: Path) -> None:
+@pytest.mark.parametrize("units", [False, True])
+def test_a_model_saved_in_half_precision_keeps_it_with_auto(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, units: bool
+) -> None:
+    """Without a word it does where the CPU has matrix units for it."""
+    monkeypatch.setattr(default_dtype, "has_matrix_units", lambda cpuinfo: units)
     save_tiny_checkpoint(tmp_path)
     tiny_llava(dtype=torch.bfloat16).save_pretrained(tmp_path)
-    for asked, expected in (("auto", torch.bfloat16), (None, torch.float32)):
+    plain = torch.bfloat16 if units else torch.float32
+    for asked, expected in (("auto", torch.bfloat16), (None, plain)):
         assert load(str(tmp_path), device="cpu", dtype=asked)[0].dtype == expected

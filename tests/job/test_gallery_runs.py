@@ -138,6 +138,7 @@ def check_shown(found: Sequence[dict[str, Any]], written: Sequence[dict[str, Any
         assert (size["width"], size["height"]) == (own["image_width"], own["image_height"])
 
 
+@pytest.mark.slow
 def test_settings_that_disagree_stand_side_by_side(tmp_path: Path) -> None:
     out = tmp_path / "out"
     flags = ["--limit", "30", "--compare", f"1,{FEW_TOKENS}", "--gallery", "2", "--save-kept"]

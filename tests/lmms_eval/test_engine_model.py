@@ -58,7 +58,7 @@ def trio_vlm() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def model(trio_vlm: Any) -> Any:
-    made = trio_vlm(pretrained="demo", retention="1/9", device="cpu", batch_size=1)
+    made = trio_vlm(pretrained="demo", retention="1/9", device="cpu", dtype="float32", batch_size=1)
     made.task_dict = {"scenes": {"test": ROWS}}
     return made
 
