@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from tests.report.made_runs import PATCHES, STAGES, VISUAL, MadeRun, kept_of, thumbnail
@@ -13,7 +14,7 @@ from trio.report import gallery_cards, row_figures
 from trio.report.found_run import find_run
 from trio.report.gallery_cards import NOWHERE, cards_of, gallery_keys
 from trio.report.row_figures import RowFigures
-from trio.report.unit_figures import unit_figures
+from trio.report.unit_figures import _rates, unit_figures
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +101,16 @@ def test_images_of_units_are_spread_over_their_time(run: MadeRun) -> None:
     assert first.rows == sum(row["row"] // 8 % 2 == 0 for row in run.rows)
     # An image of each of three settings in two seconds.
     assert np.sum([one.rate for one in units.rates], axis=0)[3] == pytest.approx(3 / 2, rel=0.2)
+
+
+def test_units_that_end_in_bursts_are_no_peaks() -> None:
+    """Ten images at 10, 20 and 30 s, in units that are told to have begun when the last one ended."""
+    ended = (10.0 * np.arange(1, 4)[:, None] + 0.01 * np.arange(5)).ravel()
+    began = np.append(0, ended[:-1])
+    table = pa.table({"images": [2] * 15, "actor": ["e0"] * 15})
+    edges, (only,) = _rates(table, began, ended)
+    assert (only.rate * np.diff(edges)).sum() == pytest.approx(30)
+    assert only.rate == pytest.approx(1.0, rel=0.1)
 
 
 def unpack(text: str, kind: str = "<u1") -> np.ndarray:

@@ -27,6 +27,9 @@ def test_steps_and_decades() -> None:
     shares = Histogram(step=0.005)
     shares.add(np.arange(0, 201) / 200)
     assert (shares.counts == 1).all() and len(shares.counts) == 201
+    shares = Histogram(step=0.001)
+    shares.add(np.array([0.0296, 0.02962, 0.9]))
+    assert shares.quantile(0.5) == pytest.approx(0.030)
     seconds = np.random.default_rng(1).lognormal(0, 2, 4000)
     times = Histogram(per_decade=100)
     times.add(seconds)

@@ -142,7 +142,7 @@ def test_the_headline_says_what_the_rows_add_up_to(made: Callable[..., MadeRun])
     assert tiles["KV cache"] == ("4.0× fewer", "22 kB in all")
     assert "132 GFLOP instead of 66 GFLOP" in text and "88 kB instead of 22 kB" in text
     # 3 units of 0.5 s encoder, 1.5 s of prefill without choosing four times over, 4 s decode.
-    assert "Estimate: engines would have worked about 0:32 instead of 0:20" in text
+    assert "At most: engines would have worked 0:32 instead of 0:20" in text
     assert "Bottleneck: decode, 57 % of the engines' time." in text
 
 

@@ -34,6 +34,8 @@ ASKED = {
 """By what sureness is held against: a title, and what is drawn."""
 LABELS = {"wait": "wait for images", "choose": "choose tokens", "audit": AUDIT}
 """Of phases that are not told of by their names."""
+LEAST_WIDTH = 80
+"""Part of an axis below which a bar is not seen; it is drawn this wide."""
 FEW_DECADES = 2.5
 """Up to which a logarithmic axis of seconds has three ticks in each."""
 AXIS = {"title": {"text": ""}, "automargin": True, "fixedrange": True}
@@ -195,24 +197,27 @@ def _histogram(
         return None
     axis: dict[str, Any] = {}
     data = []
-    for name, one in parts:
-        bars = one.bars()
-        places = np.log10(bars.middle) if bars.log else bars.middle
+    drawn = [(name, one.bars()) for name, one in parts]
+    ends = [end for _, bars in drawn for end in (bars.middle[0], bars.middle[-1])]
+    span = max(ends) - (0 if key == "retention" else min(ends))
+    for name, bars in drawn:
+        places, width = bars.middle, np.maximum(bars.width, span / LEAST_WIDTH)
         if bars.log:  # plotly has no equally wide bars on its logarithmic axes
+            places, width = np.log10(bars.middle), bars.width
             axis = _seconds_axis([other for _, other in parts])
         data.append(
             go.Bar(
                 x=[float(f"{value:.5g}") for value in places.tolist()],
                 y=bars.count.tolist(),
-                width=[float(f"{value:.5g}") for value in bars.width.tolist()],
+                width=[float(f"{value:.5g}") for value in width.tolist()],
                 customdata=[f"{value:.3g}" for value in bars.middle.tolist()],
                 name=name,
                 opacity=1.0 if len(parts) == 1 else 0.65,
                 hovertemplate="%{customdata}: %{y:,} rows",
             )
         )
-    if key == "retention" and any((one.quantile(1) or 0) > 0.9 for _, one in parts):
-        axis = {"range": [0, 1.03]}
+    if key == "retention":
+        axis = {"range": [0, 1.03 if span > 0.9 else 1.25 * span]}
     told = [
         f"Median {one.quantile(0.5):.4g}, 95 % up to {one.quantile(0.95):.4g}"
         + (f" ({name})" if len(parts) > 1 else "")

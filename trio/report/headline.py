@@ -111,9 +111,9 @@ def unpruned(found: FoundRun, figures: UnitFigures) -> list[str]:
         )
     elif (estimate := _unpruned_s(own)) is not None:
         lines.append(
-            f"Estimate: engines would have worked about {duration(estimate)} instead of"
-            f" {duration(_engine_s(own))}. It takes the time of prefill in proportion to the"
-            " decoder's FLOPs and all else as it was; --compare 1,given measures it."
+            f"At most: engines would have worked {duration(estimate)} instead of"
+            f" {duration(_engine_s(own))}, if the time of prefill grew as the decoder's FLOPs do"
+            " and all else stayed. A small model's grows less; --compare 1,given measures it."
         )
     return lines
 

@@ -31,7 +31,7 @@ class Histogram:
     """Counts of values from 0 on; values that are not finite are left out."""
 
     step: float = 1.0
-    """Of a linear grid."""
+    """Of a linear grid, to which values are rounded."""
     per_decade: int = 0
     """Above 0: of a logarithmic grid from `LOWEST` on, places for a factor of ten."""
     counts: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
@@ -47,8 +47,7 @@ class Histogram:
         if self.per_decade:
             places = np.log10(np.maximum(values, LOWEST) / LOWEST) * self.per_decade
         else:
-            # Values on the grid itself are to stay there: 0.3 / 0.1 is a little below 3.
-            places = np.maximum(values, 0.0) / self.step + 1e-9
+            places = np.maximum(values, 0.0) / self.step + 0.5
         found = np.bincount(np.minimum(places.astype(np.int64), MOST_PLACES))
         if len(found) > len(self.counts):
             self.counts = np.pad(self.counts, (0, len(found) - len(self.counts)))

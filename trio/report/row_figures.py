@@ -82,7 +82,7 @@ class SettingFigures:
     """Visual tokens from the encoder."""
     after: Histogram = field(default_factory=Histogram)
     """Visual tokens after the last stage."""
-    retention: Histogram = field(default_factory=lambda: Histogram(step=0.01))
+    retention: Histogram = field(default_factory=lambda: Histogram(step=0.001))
     prompts: Histogram = field(default_factory=Histogram)
     """Tokens of prompts, with all visual tokens."""
     answers: Histogram = field(default_factory=Histogram)

@@ -6,7 +6,7 @@ INPUT ``stats/``; OUTPUT ``UnitFigures``. A unit's figures are a few hundred byt
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -135,8 +135,8 @@ def _seconds(table: pa.Table, name: str) -> np.ndarray:
 def _rates(
     table: pa.Table, began: np.ndarray, ended: np.ndarray
 ) -> tuple[np.ndarray, list[EngineRate]]:
-    """A unit's images are spread evenly over the time that its engine spent since the one before.
-    Which of them came when within it is not known."""
+    """An engine's images are spread evenly over the time since the units before. Which of them came
+    when is not known, and units end in bursts: those that end within a point are taken together."""
     if not len(began) or ended.max() <= began.min():
         return np.zeros(0), []
     points = min(MOST, max(FEWEST, len(began) // 2))
@@ -152,12 +152,22 @@ def _rates(
     rates = []
     for name, mine in parts:
         done = np.zeros(len(edges))
-        for place in np.array_split(np.flatnonzero(mine), max(1, int(mine.sum()) // 4096)):
-            length = np.maximum(ended[place] - began[place], 1e-6)
-            past = (edges[:, None] - began[place]) / length
-            done += np.clip(past, 0, 1) @ images[place]
+        for place in _bursts(np.flatnonzero(mine), ended, width):
+            begin, end = began[place].min(), ended[place].max()
+            past = (edges - begin) / max(end - begin, 1e-6)
+            done += np.clip(past, 0, 1) * images[place].sum()
         rates.append(EngineRate(name=name, rate=np.diff(done) / width))
     return edges, rates
+
+
+def _bursts(places: np.ndarray, ended: np.ndarray, width: float) -> Iterator[np.ndarray]:
+    """Parts of `places` in order of `ended`, each within `width` from its first."""
+    places = places[np.argsort(ended[places], kind="stable")]
+    moments, start = ended[places], 0
+    while start < len(places):
+        stop = int(np.searchsorted(moments, moments[start] + width, side="right"))
+        yield places[start:stop]
+        start = stop
 
 
 def _engines(table: pa.Table) -> list[EngineLine]:
