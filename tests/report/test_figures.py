@@ -104,7 +104,7 @@ def test_images_of_units_are_spread_over_their_time(run: MadeRun) -> None:
 
 
 def test_units_that_end_in_bursts_are_no_peaks() -> None:
-    """Ten images at 10, 20 and 30 s, in units that are told to have begun when the last one ended."""
+    """Ten images at 10, 20 and 30 s; each unit is told to have begun when the one before ended."""
     ended = (10.0 * np.arange(1, 4)[:, None] + 0.01 * np.arange(5)).ravel()
     began = np.append(0, ended[:-1])
     table = pa.table({"images": [2] * 15, "actor": ["e0"] * 15})

@@ -70,12 +70,19 @@ def test_the_gallery_shows_filters_and_fades(tmp_path: Path) -> None:
         ".find(b => b.textContent.startsWith('%s')).click();"
         " return document.querySelectorAll('.card').length })()"
     )
+    choose = (
+        f"(() => {{ {card}.querySelectorAll('.answer .who')[%d].click();"
+        f" return [{card}.querySelector('footer').textContent,"
+        f" [...{card}.querySelectorAll('.answer')].findIndex(a => a.classList.contains('chosen'))]"
+        " })()"
+    )
     # The token in the upper left corner goes at the last stage; one by the spot stays.
     corner, spot = pixel % (20, 450), pixel % (280, 306)
     asked = [
         "document.querySelectorAll('.card').length",
         slide % 0, corner, spot, slide % 3, corner, spot,
         f"{card}.querySelector('.said').textContent",
+        choose % 0, choose % 1,
         press % "Disagreements", press % "Errors", press % "All",
         "(() => { const f = document.getElementById('find'); f.value = 'number 7';"
         " f.dispatchEvent(new Event('input'));"
@@ -83,11 +90,14 @@ def test_the_gallery_shows_filters_and_fades(tmp_path: Path) -> None:
     ]  # fmt: skip
     seen = visit(page, tmp_path / "browser", width=1280, asked=asked)
     assert (seen.errors, seen.requests) == ([], [])
-    count, whole, before, spot_before, last, after, spot_after, said, *numbers = seen.answers
+    count, whole, before, spot_before, last, after, spot_after, said, *more = seen.answers
+    (whole_told, first), (pruned_told, second), *numbers = more
     assert count == 12
     assert (
         whole == "image: 64 of 64 visual tokens" and last == "after stage 3: 6 of 64 visual tokens"
     )
     assert sum(after) < 0.5 * sum(before) and sum(spot_after) > 0.9 * sum(spot_before)
     assert said == EVIL
+    assert (first, second) == (0, 1) and "100.0 % kept" in whole_told
+    assert " % kept" in pruned_told and "100.0 % kept" not in pruned_told
     assert numbers == [2, 1, 12, 1]

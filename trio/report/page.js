@@ -165,8 +165,9 @@
     const mark = score === null ? null : made("span", { className: score === 1 ? "right" : score === 0 ? "wrong" : "" },
       score === 1 ? " ✓" : score === 0 ? " ✗" : ` ${score.toFixed(2)}`);
     const who = several ? data.names[answer.setting] || "setting " + answer.setting : "answer";
-    return made(several ? "button" : "div", { className: "answer" + (failed ? " failed" : "") + (several ? "" : " only") },
-      made("span", { className: "who" }, who, mark, answer.finish === "length" ? " · cut" : null),
+    // The name is what is pressed, so that the text can be selected.
+    return made("div", { className: "answer" + (failed ? " failed" : "") + (several ? " one" : " chosen") },
+      made(several ? "button" : "span", { className: "who" }, who, mark, answer.finish === "length" ? " · cut" : null),
       made("span", { className: "said" }, failed ? answer.error : answer.response));
   }
 
@@ -174,9 +175,9 @@
     const { pictures, controls, show } = pictured(card);
     const several = card.answers.length > 1;
     const list = made("div", { className: "answers" });
-    const buttons = card.answers.map((answer) => {
+    const shown = card.answers.map((answer) => {
       const one = answerOf(card, answer, several);
-      if (several) one.addEventListener("click", () => choose(answer));
+      if (several) one.addEventListener("click", () => getSelection().isCollapsed && choose(answer));
       list.append(one);
       return one;
     });
@@ -192,7 +193,10 @@
       told.latency_s === null ? null : told.latency_s.toFixed(2) + " s",
     ].filter((one) => one !== null).join(" · ");
     function choose(answer) {
-      if (several) buttons.forEach((one, n) => one.setAttribute("aria-pressed", card.answers[n] === answer));
+      if (several) shown.forEach((one, n) => {
+        one.classList.toggle("chosen", card.answers[n] === answer);
+        one.querySelector(".who").setAttribute("aria-pressed", card.answers[n] === answer);
+      });
       show(answer);
       footer.textContent = factsOf(answer);
     }
