@@ -41,8 +41,12 @@ from trio.job.output.totals import from_pairs
 
 ROOT = Path(__file__).resolve().parents[1]
 UNPRUNED = ["--retention", "1", "--method", "none"]
-FEW, MANY = 16, pytest.param(600, marks=[pytest.mark.slow, pytest.mark.timeout(900)])
+FEW = 16
 """Rows of a file."""
+COUNTS = [
+    pytest.param(FEW, marks=pytest.mark.slow),
+    pytest.param(600, marks=[pytest.mark.slow, pytest.mark.timeout(900)]),
+]
 Row = dict[str, Any]
 
 
@@ -126,7 +130,7 @@ def pope_figures(said: Sequence[tuple[str, str, Row]]) -> dict[str, Figure]:
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_local")
-@pytest.mark.parametrize("count", [FEW, MANY])
+@pytest.mark.parametrize("count", COUNTS)
 def test_yes_or_no_as_pope(tmp_path: Path, count: int, capsys: pytest.CaptureFixture[str]) -> None:
     truth = write_yes_or_no(tmp_path / "in.parquet", count)
     fields = {"answer": "answer", "category": "category"}
@@ -163,7 +167,7 @@ def scored_unpruned(
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_local")
-@pytest.mark.parametrize("count", [pytest.param(FEW, marks=pytest.mark.slow), MANY])
+@pytest.mark.parametrize("count", COUNTS)
 def test_ten_answers_as_vqav2(tmp_path: Path, count: int) -> None:
     truth = write_ten_answers(tmp_path / "in.parquet", count)
     fields = {"answers": "answers[].answer", "question_type": "question_type"}
@@ -186,7 +190,7 @@ def is_answered_by(value: str, true: Row) -> bool:
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_local")
-@pytest.mark.parametrize("count", [pytest.param(FEW, marks=pytest.mark.slow), MANY])
+@pytest.mark.parametrize("count", COUNTS)
 def test_joined_pictures_as_gqa_in_groups(tmp_path: Path, count: int) -> None:
     pictures = tmp_path / "pictures.parquet"
     truth = write_joined(tmp_path / "in.parquet", pictures, count)
@@ -222,7 +226,7 @@ def test_joined_pictures_as_gqa_in_groups(tmp_path: Path, count: int) -> None:
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_local")
-@pytest.mark.parametrize("count", [pytest.param(FEW, marks=pytest.mark.slow), MANY])
+@pytest.mark.parametrize("count", COUNTS)
 def test_words_to_choose_among_by_likelihood(tmp_path: Path, count: int) -> None:
     truth = write_choices(tmp_path / "in.parquet", count)
     fields = {"choices": "choices[]", "answer": "answer"}
