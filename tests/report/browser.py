@@ -6,6 +6,8 @@ from __future__ import annotations
 import asyncio
 import base64
 import itertools
+import os
+import signal
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -52,11 +54,12 @@ def visit(
         [CHROMIUM, *FLAGS, f"--user-data-dir={room}", "about:blank"],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
+        start_new_session=True,
     )
     try:
         return asyncio.run(_visit(page, room, width, dark, asked, picture))
     finally:
-        process.kill()
+        os.killpg(process.pid, signal.SIGKILL)  # its children write to the room as well
         process.wait()
 
 

@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument("output", type=Path, help="directory of the run")
     parser.add_argument("picture", type=Path, help="PNG file to write")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as room:
+    with tempfile.TemporaryDirectory() as room:
         whole = Path(room) / "whole.png"
         page = (options.output / "report.html").resolve()
         seen = visit(page, Path(room) / "browser", width=WIDTH, picture=whole)

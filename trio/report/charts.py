@@ -34,8 +34,8 @@ ASKED = {
 """By what sureness is held against: a title, and what is drawn."""
 LABELS = {"wait": "wait for images", "choose": "choose tokens", "audit": AUDIT}
 """Of phases that are not told of by their names."""
-LEAST_WIDTH = 80
-"""Part of an axis below which a bar is not seen; it is drawn this wide."""
+LEAST_WIDTH = 1 / 80
+"""Of an axis; a narrower bar is not seen and is drawn this wide."""
 FEW_DECADES = 2.5
 """Up to which a logarithmic axis of seconds has three ticks in each."""
 AXIS = {"title": {"text": ""}, "automargin": True, "fixedrange": True}
@@ -201,10 +201,9 @@ def _histogram(
     ends = [end for _, bars in drawn for end in (bars.middle[0], bars.middle[-1])]
     span = max(ends) - (0 if key == "retention" else min(ends))
     for name, bars in drawn:
-        places, width = bars.middle, np.maximum(bars.width, span / LEAST_WIDTH)
+        places, width = bars.middle, np.maximum(bars.width, span * LEAST_WIDTH)
         if bars.log:  # plotly has no equally wide bars on its logarithmic axes
             places, width = np.log10(bars.middle), bars.width
-            axis = _seconds_axis([other for _, other in parts])
         data.append(
             go.Bar(
                 x=[float(f"{value:.5g}") for value in places.tolist()],
@@ -216,6 +215,8 @@ def _histogram(
                 hovertemplate="%{customdata}: %{y:,} rows",
             )
         )
+    if drawn[0][1].log:
+        axis = _seconds_axis(ends)
     if key == "retention":
         axis = {"range": [0, 1.03 if span > 0.9 else 1.25 * span]}
     told = [
@@ -232,11 +233,11 @@ def _histogram(
     )  # fmt: skip
 
 
-def _seconds_axis(parts: Sequence[Histogram]) -> dict[str, Any]:
-    """Ticks at round numbers, by their logarithms."""
-    ends = [place for one in parts for place in np.log10(one.bars().middle).tolist()]
-    low, high = int(np.floor(min(ends))), int(np.ceil(max(ends)))
-    steps = (1, 2, 5) if max(ends) - min(ends) < FEW_DECADES else (1,)
+def _seconds_axis(ends: Sequence[float]) -> dict[str, Any]:
+    """Ticks at round numbers, by their logarithms; `ends`: seconds that are drawn."""
+    first, last = np.log10(min(ends)), np.log10(max(ends))
+    low, high = int(np.floor(first)), int(np.ceil(last))
+    steps = (1, 2, 5) if last - first < FEW_DECADES else (1,)
     ticks = [step * 10.0**decade for decade in range(low, high + 1) for step in steps]
     return {
         "tickvals": [round(float(np.log10(tick)), 4) for tick in ticks],

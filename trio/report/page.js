@@ -166,7 +166,7 @@
       score === 1 ? " ✓" : score === 0 ? " ✗" : ` ${score.toFixed(2)}`);
     const who = several ? data.names[answer.setting] || "setting " + answer.setting : "answer";
     // The name is what is pressed, so that the text can be selected.
-    return made("div", { className: "answer" + (failed ? " failed" : "") + (several ? " one" : " chosen") },
+    return made("div", { className: "answer" + (failed ? " failed" : "") + (several ? " one" : "") },
       made(several ? "button" : "span", { className: "who" }, who, mark, answer.finish === "length" ? " · cut" : null),
       made("span", { className: "said" }, failed ? answer.error : answer.response));
   }
@@ -193,9 +193,9 @@
       told.latency_s === null ? null : told.latency_s.toFixed(2) + " s",
     ].filter((one) => one !== null).join(" · ");
     function choose(answer) {
-      if (several) shown.forEach((one, n) => {
-        one.classList.toggle("chosen", card.answers[n] === answer);
-        one.querySelector(".who").setAttribute("aria-pressed", card.answers[n] === answer);
+      shown.forEach((one, n) => {
+        const own = one.classList.toggle("chosen", card.answers[n] === answer);
+        if (several) one.querySelector(".who").setAttribute("aria-pressed", own);
       });
       show(answer);
       footer.textContent = factsOf(answer);

@@ -162,7 +162,7 @@ def test_a_run_says_how_far_it_is_then_why_it_stopped_then_that_it_is_done(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(live_summary, "INTERVAL_S", 0.0)
-    rows = [{"id": n, "image": png((n % 250, 0, 0)), "prompt": f"p{n}"} for n in range(200)]
+    rows = [{"id": n, "image": png((n, 0, 0)), "prompt": f"p{n}"} for n in range(200)]
     write_shard(tmp_path / "in" / "0.parquet", rows, SCHEMA)
     out, stop = tmp_path / "out", Stop()
     seen: list[dict[str, Any]] = []
