@@ -240,6 +240,11 @@ def test_one_new_token(model: Any) -> None:
     assert worker.stats()["decode_steps"] == 0
 
 
+def pulled_ahead() -> int:
+    """Requests that threads prepare meanwhile."""
+    return 2 * min(8, torch.get_num_threads())
+
+
 def test_results_come_as_they_finish_and_requests_are_pulled_lazily(model: Any) -> None:
     pulled = []
 
@@ -253,7 +258,7 @@ def test_results_come_as_they_finish_and_requests_are_pulled_lazily(model: Any) 
     order = []
     for result in engine(model, max_running=4).generate(requests()):
         order.append(result.id)
-        assert len(pulled) <= len(order) + 12
+        assert len(pulled) <= len(order) + 8 + pulled_ahead()
     assert sorted(order) == list(range(60))
     assert 10 < order.index(0) < 50
 
@@ -269,7 +274,7 @@ def test_failed_results_come_before_the_rest_is_pulled(model: Any) -> None:
     order = []
     for result in engine(model, max_running=4).generate(requests()):
         order.append(result.id)
-        assert len(pulled) <= len(order) + 4
+        assert len(pulled) <= len(order) + 4 + pulled_ahead()
     assert order == list(range(200))
 
 

@@ -31,7 +31,7 @@ from trio.engine.kv_budget import TEXT_TOKENS, MemoryPlan
 from trio.engine.loading import default_kv_bytes, default_limits, load, load_text_tower
 from trio.engine.metrics import Counters, report
 from trio.engine.model_runner import ModelRunner
-from trio.engine.preprocess import Preprocessor
+from trio.engine.preprocess import Preprocessor, ahead
 from trio.engine.request import Prepared, Request, Result, Sampling, failed
 from trio.engine.scheduler import Limit, Scheduler
 from trio.engine.sequence import SequenceState
@@ -43,6 +43,8 @@ from trio.families.registry import adapt
 from trio.families.text_tower import TextTower
 from trio.pruning.options import Pruning
 
+# Threads that prepare requests.
+_MOST_AHEAD = 8
 _log = logging.getLogger(__name__)
 
 
@@ -279,12 +281,13 @@ class Engine:
             raise UserError("this engine is closed; make another")
 
     def generate(self, requests: Iterable[Request | Prepared]) -> Generator[Result, None, None]:
-        """Serve requests, pulled as there is room for them; results come as they finish."""
+        """Serve requests, pulled as there is room for them and some ahead, which threads prepare
+        meanwhile; results come as they finish."""
         self._check_open()
         busy = self.has_work
         if busy:
             raise UserError("this engine is serving other requests; let them finish first")
-        source = iter(requests)
+        source = ahead(self.prepare, requests, threads=min(_MOST_AHEAD, torch.get_num_threads()))
         try:
             while True:
                 while self.wants_more and (request := next(source, None)) is not None:
@@ -293,6 +296,7 @@ class Engine:
                     return
                 yield from self.step()
         finally:
+            source.close()
             self.reset()
 
     @property

@@ -9,7 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import cache, cached_property, partial
 from typing import TYPE_CHECKING, Any
 
@@ -104,6 +107,16 @@ class Preprocessor:
             explain=request.explain,
             frames=self._frames(request),
         )
+
+    def in_uint8(self, request: Request) -> Prepared | Result:
+        """The same with its pixels still uint8, in about half the time, where the processor can be
+        stopped there."""
+        if self.cut and not any(isinstance(image, ProcessedImage) for image in request.images):
+            try:
+                request = replace(request, images=tuple(self.process(request.images)))
+            except Unservable as fault:
+                return failed(request.id, fault.kind, str(fault))
+        return self(request)
 
     @property
     def cut(self) -> bool:
@@ -395,6 +408,42 @@ class Preprocessor:
         # A vocabulary of whole words knows it as a word; letter by letter it cannot.
         letters = (self._plain_tokenizer.encode(c, add_special_tokens=False).ids for c in text)
         return (token for ids in letters for token in ids if token not in self._control_ids)
+
+
+def ahead(
+    prepare: Preprocessor, requests: Iterable[Request | Prepared], *, threads: int
+) -> Generator[Prepared | Result, None, None]:
+    """Requests in their order, prepared in threads while whoever takes them does other things.
+
+    Twice as many as there are threads are pulled ahead. Their images are read as they are pulled:
+    what a request was made of may be closed or changed when the next one is asked for.
+    """
+    waiting: deque[Callable[[], Prepared | Result]] = deque()
+    with ThreadPoolExecutor(threads, thread_name_prefix="trio-prepare") as pool:
+        try:
+            for request in requests:
+                waiting.append(_begun(pool, prepare, request))
+                if len(waiting) > 2 * threads:
+                    yield waiting.popleft()()
+            while waiting:
+                yield waiting.popleft()()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _begun(
+    pool: ThreadPoolExecutor, prepare: Preprocessor, request: Request | Prepared
+) -> Callable[[], Prepared | Result]:
+    """What gives the prepared request when it is there."""
+    if isinstance(request, Prepared):
+        return lambda: request
+    if not any(isinstance(image, ProcessedImage) for image in request.images):
+        try:
+            request = replace(request, images=tuple(_checked(request.images)))
+        except Unservable as fault:
+            result = failed(request.id, fault.kind, str(fault))
+            return lambda: result
+    return pool.submit(prepare.in_uint8, request).result
 
 
 def _tensors(image: Inputs) -> dict[str, Tensor]:
