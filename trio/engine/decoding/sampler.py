@@ -63,8 +63,8 @@ def choose(
     """
     logits_BV = logits_BV.float()
     ruled_BV = logits_BV if ruled_BV is None else ruled_BV
-    tokens_B = ruled_BV.argmax(dim=-1)
-    possible_B = ruled_BV.gather(1, tokens_B[:, None])[:, 0] > -torch.inf
+    most_B, tokens_B = ruled_BV.max(dim=-1)
+    possible_B = most_B > -torch.inf
     drawn = [row for row, sampling in enumerate(samplings) if sampling.temperature > 0]
     if drawn:
         rows = sent(torch.tensor(drawn), logits_BV.device)
