@@ -191,7 +191,8 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     wide = x.float()
     length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
     inverse = length.square_().div_(x.shape[-1]).add_(epsilon).rsqrt_()
-    return (wide * inverse).to(x.dtype).mul_(weight)
+    scaled = wide * inverse if wide is x else wide.mul_(inverse)
+    return scaled.to(x.dtype).mul_(weight)
 
 
 def rotate(x_ThE: Tensor, rotary: Rotary) -> Tensor:
