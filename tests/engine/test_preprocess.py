@@ -318,6 +318,20 @@ def test_so_many_are_pulled_ahead_and_nothing_runs_on_when_it_is_left() -> None:
             assert not thread.is_alive()
 
 
+def test_fewer_large_images_wait_at_a_time() -> None:
+    preparer, pulled = Preprocessor(PROCESSORS["words"], LlavaAdapter), []
+
+    def requests() -> Iterator[Request]:
+        for number in range(6):
+            pulled.append(number)
+            yield Request(prompt="what", images=(Image.new("RGB", (5000, 5000)),), id=number)
+
+    source = ahead(preparer, requests(), threads=4)
+    for number in range(6):
+        assert next(source).id == number
+        assert len(pulled) == min(6, number + 3)
+
+
 def test_what_the_source_of_requests_raises_comes_through() -> None:
     def requests() -> Iterator[Request]:
         yield Request(prompt="what")

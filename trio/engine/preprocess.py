@@ -14,7 +14,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache, cached_property, partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from PIL.Image import Image
@@ -48,6 +48,8 @@ Part = tuple[int, int]
 _TEXT_KEYS = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"}
 MAX_ASPECT_RATIO = 200
 """Resizing by the shorter edge makes the longer one this many times as long."""
+_MOST_PIXELS = 64_000_000
+"""Of images that were read and wait to be prepared, three bytes each."""
 
 
 class Preprocessor:
@@ -415,35 +417,47 @@ def ahead(
 ) -> Generator[Prepared | Result, None, None]:
     """Requests in their order, prepared in threads while whoever takes them does other things.
 
-    Twice as many as there are threads are pulled ahead. Their images are read as they are pulled:
-    what a request was made of may be closed or changed when the next one is asked for.
+    Twice as many as there are threads are pulled ahead, fewer of large images. They are read as
+    they are pulled: what a request was made of may be closed or changed when the next one is asked
+    for.
     """
-    waiting: deque[Callable[[], Prepared | Result]] = deque()
+    waiting: deque[_Begun] = deque()
     with ThreadPoolExecutor(threads, thread_name_prefix="trio-prepare") as pool:
         try:
             for request in requests:
                 waiting.append(_begun(pool, prepare, request))
-                if len(waiting) > 2 * threads:
-                    yield waiting.popleft()()
+                while (
+                    len(waiting) > 2 * threads or sum(one.pixels for one in waiting) > _MOST_PIXELS
+                ):
+                    yield waiting.popleft().outcome()
             while waiting:
-                yield waiting.popleft()()
+                yield waiting.popleft().outcome()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _begun(
-    pool: ThreadPoolExecutor, prepare: Preprocessor, request: Request | Prepared
-) -> Callable[[], Prepared | Result]:
-    """What gives the prepared request when it is there."""
+class _Begun(NamedTuple):
+    """A request that is prepared, or will be."""
+
+    outcome: Callable[[], Prepared | Result]
+    """Waits for it."""
+    pixels: int = 0
+    """Of its images as they were given."""
+
+
+def _begun(pool: ThreadPoolExecutor, prepare: Preprocessor, request: Request | Prepared) -> _Begun:
     if isinstance(request, Prepared):
-        return lambda: request
-    if not any(isinstance(image, ProcessedImage) for image in request.images):
-        try:
-            request = replace(request, images=tuple(_checked(request.images)))
-        except Unservable as fault:
-            result = failed(request.id, fault.kind, str(fault))
-            return lambda: result
-    return pool.submit(prepare.in_uint8, request).result
+        return _Begun(lambda: request)
+    if any(isinstance(image, ProcessedImage) for image in request.images):
+        return _Begun(pool.submit(prepare.in_uint8, request).result)
+    try:
+        images = _checked(request.images)
+    except Unservable as fault:
+        result = failed(request.id, fault.kind, str(fault))
+        return _Begun(lambda: result)
+    read = replace(request, images=tuple(images))
+    pixels = sum(image.width * image.height for image in images)
+    return _Begun(pool.submit(prepare.in_uint8, read).result, pixels)
 
 
 def _tensors(image: Inputs) -> dict[str, Tensor]:
