@@ -23,6 +23,7 @@ def undecided(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(waiting, "_warned", False)
     monkeypatch.setattr(waiting, "_late", False)
+    monkeypatch.setattr(waiting, "_set_here", False)
 
 
 @pytest.mark.parametrize("asked", ASKED)
@@ -32,6 +33,14 @@ def test_what_the_user_says_stands(asked: dict[str, str], monkeypatch: pytest.Mo
     waiting.passively()
     assert waiting.chosen() == asked
     assert waiting.describe() == "=".join(*asked.items())
+    assert waiting.environment_as_found() == dict(os.environ)
+
+
+def test_programs_of_others_do_not_get_what_nobody_asked_for() -> None:
+    before = dict(os.environ)
+    waiting.passively()
+    assert os.environ[waiting.POLICY] == waiting.PASSIVE
+    assert waiting.environment_as_found() == before
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,8 @@ CHOICES = (POLICY, "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 _warned = False
 _late = False
 # whether `passively` was called only when OpenMP had read its settings
+_set_here = False
+# whether it set the policy, and not whoever started this process
 
 
 def chosen() -> dict[str, str]:
@@ -31,10 +33,16 @@ def passively() -> None:
 
     To be called before torch is loaded; later it holds for children alone.
     """
-    global _late
+    global _late, _set_here
     if not chosen():
         _late = "torch" in sys.modules
         os.environ[POLICY] = PASSIVE
+        _set_here = True
+
+
+def environment_as_found() -> dict[str, str]:
+    """For programs of others: the environment without what `passively` has put there."""
+    return {k: v for k, v in os.environ.items() if not (_set_here and k == POLICY)}
 
 
 def describe() -> str:

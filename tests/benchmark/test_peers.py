@@ -13,6 +13,7 @@ import benchmark
 import pytest
 import torch
 
+from trio import openmp
 from trio.benchmark import peers_command
 from trio.benchmark.speed.peers import own_subjects, subject_process
 from trio.benchmark.speed.peers.checkpoint_of_shape import write_checkpoint
@@ -187,3 +188,38 @@ def test_a_dry_run_names_the_subjects(capsys: pytest.CaptureFixture[str]) -> Non
     assert capsys.readouterr().out.splitlines()[1:] == [
         "generate", "engine", "engine pruned", "vllm"
     ]  # fmt: skip
+
+
+def waiting_of_subjects(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, str]]:
+    """By subject, how its process is told to let threads wait."""
+    found: dict[str, dict[str, str]] = {}
+    subjects = peers_command.Peers._subjects
+
+    def seen(self: Any) -> list[Subject]:
+        for one in (made := subjects(self)):
+            environment = dict(one.environment)
+            found[one.name] = {k: environment[k] for k in openmp.CHOICES if k in environment}
+        return made
+
+    monkeypatch.setattr(peers_command.Peers, "_subjects", seen)
+    flags = ["--peer", f"vllm={sys.executable}", "--dry-run"]
+    assert benchmark.main(["peers", "--shape", "tiny", *flags]) == 0
+    return found
+
+
+def test_only_our_engine_waits_passively_unless_the_user_says_how(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in openmp.CHOICES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(openmp, "_set_here", False)
+    openmp.passively()
+    ours, theirs = ("engine", "engine pruned"), ("generate", "vllm")
+    passive: dict[str, str] = {openmp.POLICY: openmp.PASSIVE}
+    found = waiting_of_subjects(monkeypatch)
+    assert found == dict.fromkeys(ours, passive) | {name: {} for name in theirs}
+    monkeypatch.delenv(openmp.POLICY)
+    monkeypatch.setenv("GOMP_SPINCOUNT", "30000")
+    monkeypatch.setattr(openmp, "_set_here", False)
+    found = waiting_of_subjects(monkeypatch)
+    assert found == {name: {"GOMP_SPINCOUNT": "30000"} for name in (*ours, *theirs)}

@@ -16,6 +16,7 @@ from tests.every_family.test_engine import engine
 from tests.tiny.llava import WORDS
 from trio.engine.decoding.teacher_forcing import Answer, Answers
 from trio.engine.request import Prepared, Request
+from trio.families.registry import adapt
 from trio.pruning.options import Pruning
 
 PRUNINGS = {
@@ -94,6 +95,8 @@ def test_unpruned_equals_a_plain_forward_pass(any_family: Family) -> None:
     ("family", "pruning"), covering(PRUNINGS, QUICK), indirect=["family"], scope="module"
 )
 def test_pruned_equals_decoding_led_along_them(family: Family, pruning: Pruning) -> None:
+    if pruning.encoder not in ("none", *adapt(family.model).encoders):
+        pytest.skip(f"the family has no {pruning.encoder}")
     requests = questions(7, seed=1)
     own = engine(family, pruning)
     prepared = [own.prepare(request) for request in requests]

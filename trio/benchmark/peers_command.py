@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 from trio.benchmark.commands import DTYPES, Count, Measurement, NewFile, line, tell, write
 from trio.errors import UserError
+from trio.openmp import environment_as_found
 from trio.values import (
     Fraction,
     Model,
@@ -142,8 +143,9 @@ class Peers(Measurement):
         from trio.job.nodes.environment import PACKAGE
 
         threads = {"OMP_NUM_THREADS": str(self._threads)}
-        outside = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-        ours = {**outside, **threads, "PYTHONPATH": str(PACKAGE.parent)}
+        package = {"PYTHONPATH": str(PACKAGE.parent)}
+        # Only our engine's threads wait passively: the others are to be as they are by themselves.
+        outside = {k: v for k, v in environment_as_found().items() if k != "PYTHONPATH"}
         kept = {GENERATE: None, ENGINE: 1, PRUNED: self.retention}
         return [
             *(
@@ -151,7 +153,11 @@ class Peers(Measurement):
                     name=name,
                     python=sys.executable,
                     module="own_subjects",
-                    environment=ours,
+                    environment={
+                        **(outside if retention is None else os.environ),
+                        **threads,
+                        **package,
+                    },
                     options={"retention": retention},
                 )
                 for name, retention in kept.items()
