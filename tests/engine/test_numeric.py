@@ -49,7 +49,7 @@ def spoiling(worker: Engine, wrong: float, tokens: slice) -> Engine:
     """Features of the marked image get numbers that are none."""
     adapter = worker._runner.adapter
     encode = adapter.encode_images
-    marked = worker.prepare.in_uint8(Request(prompt="", images=(picture(77),)))
+    marked = worker.prepare(Request(prompt="", images=(picture(77),)), uint8=True)
     assert isinstance(marked, Prepared)
     pixels = marked.image_inputs[0]["pixel_values"]
 

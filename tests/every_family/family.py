@@ -19,6 +19,7 @@ from tests.tiny.llava_onevision import onevision_processor, save_tiny_onevision,
 from tests.tiny.qwen2_5_vl import LARGEST, save_tiny_qwen, tiny_qwen, tiny_qwen_processor
 from tests.tiny.qwen3_vl import save_tiny_qwen3, tiny_qwen3, tiny_qwen3_processor
 from trio.engine.request import Request, Sampling
+from trio.families.adapter import Adapter
 
 LAYERS = 6
 LIVELY = 0.4
@@ -129,6 +130,12 @@ def covering(values: Mapping[str, Any], quick: Mapping[str, Sequence[str]]) -> l
         for own in [quick.get(key, ())]
         for name in ARCHITECTURES
     ]
+
+
+def skip_without(adapter: Adapter, encoder: str) -> None:
+    """Ends the test where the family has no such reduction."""
+    if encoder not in ("none", *adapter.encoders):
+        pytest.skip(f"the family has no {encoder}")
 
 
 def requests_of_many_sizes(count: int, *, seed: int = 0, **sampling: Any) -> list[Request]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.engine.support import by_id, model_inputs, picture, tokens
-from tests.every_family.family import Family, covering, requests_of_many_sizes
+from tests.every_family.family import Family, covering, requests_of_many_sizes, skip_without
 from tests.every_family.test_engine import engine
 from tests.tiny.llava import WORDS
 from trio.engine.decoding.teacher_forcing import Answer, Answers
@@ -95,8 +95,7 @@ def test_unpruned_equals_a_plain_forward_pass(any_family: Family) -> None:
     ("family", "pruning"), covering(PRUNINGS, QUICK), indirect=["family"], scope="module"
 )
 def test_pruned_equals_decoding_led_along_them(family: Family, pruning: Pruning) -> None:
-    if pruning.encoder not in ("none", *adapt(family.model).encoders):
-        pytest.skip(f"the family has no {pruning.encoder}")
+    skip_without(adapt(family.model), pruning.encoder)
     requests = questions(7, seed=1)
     own = engine(family, pruning)
     prepared = [own.prepare(request) for request in requests]

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 import trio
-from tests.every_family.family import LAYERS, Family, requests_with
+from tests.every_family.family import LAYERS, Family, requests_with, skip_without
 from tests.every_family.test_patch import batch
 from trio.engine import model_runner as runner
 from trio.engine.request import Request
@@ -195,8 +195,7 @@ def test_the_engine_knows_the_places_of_what_the_encoder_leaves(
     family: Family, encoder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adapter = adapt(family.model)
-    if encoder not in ("none", *adapter.encoders):
-        pytest.skip(f"the family has no {encoder}")
+    skip_without(adapter, encoder)
     pruning = trio.Pruning(retention=0.2, encoder=encoder)
     worker = trio.Engine(family.model, family.processor, pruning=pruning, kv_bytes=1 << 26)
     requests = requests_with([2, 0, 1])

@@ -142,10 +142,12 @@ class Peers(Measurement):
         from trio.benchmark.speed.peers.subject_process import Subject
         from trio.job.nodes.environment import PACKAGE
 
-        threads = {"OMP_NUM_THREADS": str(self._threads)}
-        package = {"PYTHONPATH": str(PACKAGE.parent)}
+        package, threads = str(PACKAGE.parent), str(self._threads)
         # Only our engine's threads wait passively: the others are to be as they are by themselves.
-        outside = {k: v for k, v in environment_as_found().items() if k != "PYTHONPATH"}
+        found = {**environment_as_found(), "OMP_NUM_THREADS": threads}
+        engine = {**os.environ, "OMP_NUM_THREADS": threads, "PYTHONPATH": package}
+        generate = {**found, "PYTHONPATH": package}
+        outside = {key: value for key, value in found.items() if key != "PYTHONPATH"}
         kept = {GENERATE: None, ENGINE: 1, PRUNED: self.retention}
         return [
             *(
@@ -153,11 +155,7 @@ class Peers(Measurement):
                     name=name,
                     python=sys.executable,
                     module="own_subjects",
-                    environment={
-                        **(outside if retention is None else os.environ),
-                        **threads,
-                        **package,
-                    },
+                    environment=generate if retention is None else engine,
                     options={"retention": retention},
                 )
                 for name, retention in kept.items()
@@ -167,7 +165,7 @@ class Peers(Measurement):
                     name=peer.name,
                     python=peer.python,
                     module=PEERS[peer.name],
-                    environment={**outside, **threads},
+                    environment=outside,
                     options={},
                 )
                 for peer in self.peer

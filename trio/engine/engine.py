@@ -43,8 +43,8 @@ from trio.families.registry import adapt
 from trio.families.text_tower import TextTower
 from trio.pruning.options import Pruning
 
-# Threads that prepare requests.
-_MOST_AHEAD = 8
+# That prepare requests.
+_MOST_THREADS = 8
 _log = logging.getLogger(__name__)
 
 
@@ -287,7 +287,8 @@ class Engine:
         busy = self.has_work
         if busy:
             raise UserError("this engine is serving other requests; let them finish first")
-        source = ahead(self.prepare, requests, threads=min(_MOST_AHEAD, torch.get_num_threads()))
+        threads = min(_MOST_THREADS, torch.get_num_threads())
+        source = ahead(self.prepare, requests, threads=threads)
         try:
             while True:
                 while self.wants_more and (request := next(source, None)) is not None:
